@@ -1,0 +1,16 @@
+"""eft_kernels: emulated fine-tuning (arXiv 2310.12962) and other products of experts, fused down to the token."""
+
+from .dispatch import backends
+from .ops import SampleOutput, VerifyOutput, logprobs, row_seeds, sample, token_logprobs, verify
+from .weights import Weights, downscale, interpolate, proxy, upscale, weights
+
+__version__ = "0.1.0"
+__all__ = ["SampleOutput", "VerifyOutput", "Weights", "backends", "downscale", "hf", "interpolate", "logprobs",
+           "proxy", "row_seeds", "sample", "token_logprobs", "upscale", "verify", "weights"]
+
+
+def __getattr__(name: str):
+    if name == "hf":  # transformers is imported only when it is used
+        from .integrations import hf
+        return hf
+    raise AttributeError(f"module 'eft_kernels' has no attribute {name!r}")

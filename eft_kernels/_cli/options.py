@@ -1,0 +1,89 @@
+"""Options that several commands share, and the numbers they allow (the same words as the Python functions use)."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from .term import Refused
+
+
+def number(kind, allowed, words):
+    """An argparse type: ``kind`` of the text if ``allowed``, else one line that says what was given and what is allowed."""
+
+    def convert(text):
+        try:
+            value = kind(text)
+            good = value == float(text) and allowed(value)
+        except (ValueError, TypeError, OverflowError):
+            good = False
+        if not good:
+            raise argparse.ArgumentTypeError(f"got {text!r}, allowed is {words}")
+        return value
+
+    return convert
+
+
+positive = number(int, lambda v: v > 0, "an integer > 0")
+count = number(int, lambda v: v >= 0, "an integer >= 0")
+finite = number(float, math.isfinite, "a finite number")
+share = number(float, lambda v: 0 < v <= 1, "a number in (0, 1]")
+
+# What a line of --batch-file may set for its own request.
+REQUEST_OPTIONS = {
+    "temperature": number(float, lambda v: 0 <= v < math.inf, "a finite number >= 0 (0 is greedy)"),
+    "top_k": number(int, lambda v: v >= 0, "an integer >= 0 (0 is off)"),
+    "top_p": number(float, lambda v: 0 < v <= 1, "a number in (0, 1] (1 is off)"),
+    "min_p": number(float, lambda v: 0 <= v <= 1, "a number in [0, 1] (0 is off)"),
+    "upscale_top_p": number(float, lambda v: 0 < v <= 1, "a number in (0, 1] (1 is off)"),
+    "beta": finite,
+    "alpha": finite,
+    "lam": finite,
+    "seed": number(int, lambda v: -(1 << 63) <= v < 1 << 63, "a 64-bit integer"),
+    "max_new_tokens": positive,
+}
+
+
+def add_models(parser) -> None:
+    group = parser.add_argument_group("models (folders or hub ids)")
+    group.add_argument("--base", required=True, metavar="MODEL", help="the large model that was not fine-tuned")
+    group.add_argument("--tuned", required=True, metavar="MODEL", action="append",
+                       help="the small fine-tuned model; give it twice to mix two behaviours (see --lam)")
+    group.add_argument("--ref", required=True, metavar="MODEL", help="the small model before fine-tuning")
+    group.add_argument("--tokenizer", metavar="MODEL", help="whose tokenizer to use (default: the base model's)")
+    group.add_argument("--vocab-size", type=positive, metavar="N",
+                       help="the first N ids that the models share, where their vocabularies differ in length")
+    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
+                       help="load the weights as this (default: as they were saved)")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    group.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
+
+
+def add_combination(parser) -> None:
+    group = parser.add_argument_group("how the models are combined")
+    group.add_argument("--mode", choices=["upscale", "proxy", "downscale"], default=None,
+                       help="upscale (default): beta (base - ref) + tuned; proxy: base + alpha (tuned - ref); "
+                            "downscale: small base + large tuned - large ref")
+    group.add_argument("--beta", type=finite, help="strength of the large model's knowledge (upscale; default 1)")
+    group.add_argument("--alpha", type=finite, help="strength of the fine-tuning (proxy; default 1)")
+    group.add_argument("--lam", type=finite, help="share of the first of two --tuned models (default 0.5)")
+    group.add_argument("--upscale-top-p", type=REQUEST_OPTIONS["upscale_top_p"], default=1.0, metavar="P",
+                       help="up-scale only inside this nucleus of the tuned model (default 1: everywhere)")
+
+
+def mode_settings(args) -> dict:
+    """The combination as keyword arguments of `eft.hf.generate`; an option of another mode is refused."""
+    if len(args.tuned) > 2:
+        raise Refused(f"--tuned: got {len(args.tuned)} models, allowed are one or two")
+    mixed = len(args.tuned) == 2
+    if mixed and args.mode:
+        raise Refused("--mode: two --tuned models are interpolated; leave --mode out")
+    mode = "interpolate" if mixed else args.mode or "upscale"
+    owner = dict(beta="upscale", alpha="proxy", lam="interpolate")
+    for name, its_mode in owner.items():
+        if getattr(args, name) is not None and its_mode != mode:
+            needs = "two --tuned models" if name == "lam" else f"--mode {its_mode} and one --tuned model"
+            raise Refused(f"--{name}: goes with {needs}")
+    default = dict(beta=1.0, alpha=1.0, lam=0.5)
+    return {"mode": mode, **{name: default[name] if getattr(args, name) is None else getattr(args, name)
+                             for name, its_mode in owner.items() if its_mode == mode}}

@@ -1,0 +1,141 @@
+"""`eft-kernels score`: perplexity of a text under base, tuned, ref and the emulated model."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+
+from .generate import read_text
+from .models import first_line, load_family, load_model
+from .options import mode_settings
+from .term import Progress, Refused, table
+
+
+@dataclass
+class Score:
+    tokens: int
+    nats: float  # per token
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.nats, 700.0))
+
+
+def windows(ids: list[int], bos: int | None, context: int, stride: int) -> list[tuple[list[int], int]]:
+    """``(row, first)`` pairs: a model reads ``row[:-1]`` and its predictions of ``row[first:]`` are counted.
+
+    Every window holds ``context`` tokens of the text (fewer only when the text is shorter) behind ``bos`` if there
+    is one, and counts those that no earlier window counted; each of these sees at least ``context - stride`` tokens.
+    Without ``bos`` nothing predicts the text's first token, and it is not counted.
+    """
+    head = [] if bos is None else [bos]
+    out, counted = [], 0
+    while counted < len(ids):
+        end = min(len(ids), counted + (stride if counted else context))
+        begin = max(0, end - context)
+        first = max(1, len(head) + counted - begin)
+        out.append((head + ids[begin:end], first))
+        counted = end
+    return out
+
+
+def combination(mode: dict):
+    import eft_kernels as eft
+
+    name = mode["mode"]
+    return {"upscale": lambda: eft.upscale(mode["beta"]), "proxy": lambda: eft.proxy(mode["alpha"]),
+            "downscale": eft.downscale, "interpolate": lambda: eft.interpolate(mode["lam"])}[name]()
+
+
+def score(models: dict, rows: list[tuple[list[int], int]], emulations: dict, vocab_size: int | None = None,
+          label: str = "scoring") -> dict[str, Score]:
+    """Scores of each model, and of each emulation ``name: (names of its models, weights, upscale_top_p)``, on windows."""
+    import torch
+
+    import eft_kernels as eft
+
+    vocab = vocab_size or min(m.config.get_text_config().vocab_size for m in models.values())
+    plans = {name: ([name], [1.0], {}) for name in models}
+    plans |= {name: (parts, w, {} if p == 1.0 else {"upscale_top_p": p}) for name, (parts, w, p) in emulations.items()}
+    total, tokens = dict.fromkeys(plans, 0.0), 0
+    at_once = max(1, min(16, (1 << 26) // (len(rows[0][0]) * vocab)))  # logits of a batch stay below ~256 MB a model
+    groups, batch = [], []
+    for row in rows:  # equal lengths together
+        if batch and (len(batch) == at_once or len(row[0]) != len(batch[0][0])):
+            groups.append(batch)
+            batch = []
+        batch.append(row)
+    groups.append(batch)
+    with torch.inference_mode(), Progress(label, len(groups) * len(models)) as progress:
+        for batch in groups:
+            device = next(iter(models.values())).device
+            ids = torch.tensor([row for row, _ in batch], device=device)  # [n, T]
+            target = ids[:, 1:].reshape(-1)  # [n * (T - 1)]
+            counted = torch.tensor([[i + 1 >= first for i in range(len(row) - 1)] for row, first in batch], device=device)
+            logits = {}
+            for name, model in models.items():
+                logits[name] = model(input_ids=ids[:, :-1], use_cache=False).logits.flatten(0, 1)  # [n * (T - 1), V]
+                progress.step()
+            for name, (parts, weights, settings) in plans.items():
+                lp = eft.token_logprobs([logits[p] for p in parts], weights, target, vocab_size=vocab, **settings)
+                total[name] -= lp.double()[counted.reshape(-1)].sum().item()
+            tokens += int(counted.sum())
+    return {name: Score(tokens, nats / tokens) for name, nats in total.items()}
+
+
+def recovered(base: float, emulated: float, truth: float) -> float | None:
+    """Share of the loss that true fine-tuning of the base model saves which emulation saves as well."""
+    return (base - emulated) / (base - truth) if base > truth else None
+
+
+def run(args) -> int:
+    text = read_text(args.text, "--text")
+    if not text.strip():
+        raise Refused(f"--text {args.text}: the file is empty")
+    mode = mode_settings(args)
+    family = load_family(args)
+    limit = family.context or 1024
+    context = min(1024, limit) if args.context is None else args.context
+    if context > limit:
+        raise Refused(f"--context: got {context}, allowed is up to {limit}, the shortest context of the models")
+    stride = max(1, context // 2) if args.stride is None else args.stride
+    if stride > context:
+        raise Refused(f"--stride: got {stride}, allowed is up to the context, {context}")
+
+    tokenizer = family.tokenizer
+    bos = tokenizer.bos_token_id
+    if bos is None or tokenizer("a").input_ids[:1] != [bos]:
+        bos = None
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    if len(ids) < 2:
+        raise Refused(f"--text {args.text}: too short: {len(ids)} token(s), at least 2 are needed")
+    names = ["base", *(["tuned"] if len(family.tuned) == 1 else ["tuned 1", "tuned 2"]), "ref"]
+    models = dict(zip(names, family.models))
+    emulations = {"emulated": (names, combination(mode), args.upscale_top_p)}
+    if args.truth:
+        models["truth"] = load_model(args.truth, "--truth", args.dtype, family.base.device)
+    try:
+        scores = score(models, windows(ids, bos, context, stride), emulations, args.vocab_size)
+    except ValueError as error:
+        raise Refused(first_line(error)) from None
+
+    share = recovered(*(scores[n].nats for n in ("base", "emulated", "truth"))) if args.truth else None
+    settings = {k: v for k, v in mode.items() if k != "mode"} | {"upscale_top_p": args.upscale_top_p}
+    if args.json:
+        print(json.dumps(dict(
+            text=args.text, context=context, stride=stride, bos=bos is not None, mode=mode["mode"], **settings,
+            scores={n: dict(tokens=s.tokens, nats_per_token=s.nats, perplexity=s.perplexity) for n, s in scores.items()},
+            **({"recovered": share} if args.truth else {}))))
+        return 0
+    best = min((n for n in scores if n != "truth"), key=lambda n: scores[n].nats)
+    print(table(["model", "tokens", "nats/token", "perplexity"],
+                [[n, f"{s.tokens}", f"{s.nats:.4f}", f"{s.perplexity:.3f}"] for n, s in scores.items()],
+                best=list(scores).index(best)))
+    told = ", ".join(f"{k} {v:g}" for k, v in settings.items() if (k, v) != ("upscale_top_p", 1.0))
+    print(f"  {mode['mode']}{' ' + told if told else ''}; windows of {context} tokens, stride {stride}"
+          f"{', each behind the start token' if bos is not None else ', the first token not counted'}")
+    if args.truth:
+        print("  share of the gap from base to truth recovered: " + (f"{share:.0%}" if share is not None else
+              "none (the truth is no better than the base model here)"))
+    return 0

@@ -1,0 +1,79 @@
+"""What the commands print with: colour on terminals only, tables, columns side by side, a progress bar on stderr."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import textwrap
+
+BOLD, DIM, GREEN, YELLOW, CYAN = "1", "2", "32", "33", "36"
+
+
+class Refused(Exception):
+    """Input that cannot be used: one line on stderr and exit code 2."""
+
+
+def paint(text: str, *codes: str, stream=None) -> str:
+    stream = stream or sys.stdout
+    if not stream.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb":
+        return text
+    return f"\x1b[{';'.join(codes)}m{text}\x1b[0m"
+
+
+def width(limit: int = 120) -> int:
+    return max(40, min(limit, shutil.get_terminal_size((100, 24)).columns))
+
+
+def heading(text: str) -> None:
+    print(f"\n{paint(text, BOLD)}", flush=True)
+
+
+def table(header: list[str], rows: list[list[str]], best: int | None = None) -> str:
+    """First column left, the others right aligned; row number ``best`` in green."""
+    widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
+
+    def line(cells):
+        return "  " + "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths))).rstrip()
+
+    return "\n".join([paint(line(header), DIM)] + [paint(line(r), GREEN) if i == best else line(r)
+                                                     for i, r in enumerate(rows)])
+
+
+def beside(titles: list[str], texts: list[str], total: int | None = None) -> str:
+    """Texts in columns side by side, or below each other where the terminal is narrow."""
+    total = total or width()
+    each = (total - 2 - 3 * (len(texts) - 1)) // len(texts)
+    if each < 18:
+        return "\n".join(f"  {paint(t, BOLD)}\n{textwrap.indent(textwrap.fill(x, total - 4), '    ')}"
+                         for t, x in zip(titles, texts))
+    columns = [[line for part in x.splitlines() for line in textwrap.wrap(part, each) or [""]] for x in texts]
+    out = ["  " + paint(" │ ", DIM).join(paint(t[:each].ljust(each), BOLD) for t in titles)]
+    for i in range(max(map(len, columns))):
+        out.append("  " + paint(" │ ", DIM).join((c[i] if i < len(c) else "").ljust(each) for c in columns).rstrip())
+    return "\n".join(out)
+
+
+class Progress:
+    """`with Progress("scoring", 12) as p: p.step()`: a bar on stderr that leaves nothing behind; silent off a terminal."""
+
+    def __init__(self, label: str, total: int):
+        self.label, self.total, self.done, self.on = label, max(1, total), 0, sys.stderr.isatty()
+
+    def __enter__(self):
+        self._show()
+        return self
+
+    def __exit__(self, *exc):
+        if self.on:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def step(self, label: str | None = None) -> None:
+        self.done, self.label = self.done + 1, label or self.label
+        self._show()
+
+    def _show(self) -> None:
+        if self.on:
+            full = min(24, 24 * self.done // self.total)
+            print(f"\r\x1b[K  [{'#' * full}{'.' * (24 - full)}] {self.label}"[: width() + 4], end="", file=sys.stderr,
+                  flush=True)

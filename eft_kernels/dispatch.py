@@ -1,0 +1,87 @@
+"""The table of backends: which module implements the operations, where it runs, and why it is not here.
+
+A backend is a module with ``sample``, ``verify``, ``logprobs``, ``token_logprobs`` (the signatures of
+`eft_kernels.reference`) and ``status() -> (available, why_or_what)``. Adding one is a row in `TABLE` and that file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from functools import cache
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+
+class Backend(NamedTuple):
+    name: str
+    module: str
+    devices: tuple[str, ...]  # () is every device
+    summary: str
+
+
+# in order of preference for "auto"
+TABLE = (
+    Backend("cpu", "eft_kernels.backends.cpu", ("cpu",), "C++ with AVX2, AVX-512 or NEON, threads"),
+    Backend("reference", "eft_kernels.reference", (), "PyTorch, the definition; slow"),
+)
+
+
+@cache
+def load(name: str) -> ModuleType:
+    return importlib.import_module(next(b.module for b in TABLE if b.name == name))
+
+
+@cache
+def status(name: str) -> tuple[bool, str]:
+    """(available, what it is or why it is not here)."""
+    try:
+        module = load(name)
+    except ImportError as error:
+        return False, str(error)
+    return module.status() if hasattr(module, "status") else (True, "always here")
+
+
+def backends() -> dict[str, dict]:
+    """Which backends are here and why another is not: ``{name: {available, devices, summary, reason}}``."""
+    rows = {}
+    for b in TABLE:
+        available, reason = status(b.name)
+        rows[b.name] = dict(available=available, devices=list(b.devices) or ["any"], summary=b.summary, reason=reason)
+    return rows
+
+
+@cache
+def _choose(name: str, device_type: str) -> ModuleType:
+    names = [b.name for b in TABLE]
+    if name == "auto":
+        name = os.environ.get("EFT_KERNELS_BACKEND", "auto")
+        if name not in (*names, "auto"):
+            raise ValueError(f"EFT_KERNELS_BACKEND: got {name!r}, allowed are {', '.join(names)}")
+    elif name not in names:
+        raise ValueError(f"backend: got {name!r}, allowed are auto, {', '.join(names)}")
+    if name != "auto":
+        backend = TABLE[names.index(name)]
+        available, reason = status(name)
+        if not available:
+            raise ValueError(f"backend: {name!r} is not available: {reason}")
+        if backend.devices and device_type not in backend.devices:
+            raise ValueError(f"backend: {name!r} runs on {', '.join(backend.devices)}, the logits are on {device_type}")
+        return load(name)
+    for b in TABLE:
+        if b.devices and device_type not in b.devices:
+            continue
+        available, reason = status(b.name)
+        if available:
+            return load(b.name)
+        warnings.warn(f"eft_kernels: the {b.name} backend is not available ({reason}); using a slower one",
+                      stacklevel=3)
+    raise AssertionError("the reference backend is always available")
+
+
+def choose(name: str, device: torch.device) -> ModuleType:
+    """The module that runs ``name`` ("auto" or a backend) for tensors on ``device``; ValueError says why it cannot."""
+    return _choose(name, device.type)

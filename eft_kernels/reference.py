@@ -1,0 +1,456 @@
+"""The definition, in PyTorch. Every other backend returns the same tokens, bit for bit.
+
+What makes that possible: scores and noise are float32 operations in one stated order, without contraction; logarithm
+and exponential are the polynomials below; masses are 64-bit fixed point, so that their sums do not depend on order.
+The names are those of csrc/semantics. Any device; slow on purpose (no operation is fused, every token's noise is drawn).
+
+Shapes: R rows, V tokens, J models. Integers that are 32-bit words are kept in int64 tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .params import Params
+
+NEG_INF = float("-inf")
+GREEDY = 1e-5  # temperatures below are greedy
+LOG2E = 1.44269504  # float32(log2 e)
+CHUNK = 256
+MASS_BITS = 40  # the mass of the best token is 2^40
+RESIDUAL_BITS = 58  # the residual of a whole distribution is 2^58
+STREAMS = {"sample": 0, "draft": 1, "accept": 2, "residual": 3}
+KIND_CHUNK, KIND_TOKEN = 0, 1
+
+
+# --- noise ---------------------------------------------------------------------------------------------------------
+
+def philox(key: tuple, counter: tuple) -> tuple:
+    """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words for a 64-bit key and a 128-bit counter."""
+    mask = 0xFFFFFFFF
+    k0, k1 = key
+    c0, c1, c2, c3 = counter
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # the low 64 bits wrap as unsigned ones do
+        c0, c1, c2, c3 = ((p1 >> 32) & mask) ^ c1 ^ k0, p1 & mask, ((p0 >> 32) & mask) ^ c3 ^ k1, p0 & mask
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return c0, c1, c2, c3
+
+
+def words(seed, position, stream: int, slot, kind: int, index) -> tuple:
+    """The four words of one use. All counters are laid out here and nowhere else:
+
+    key = seed; counter = (position low, position high, index, kind | stream << 1 | slot << 3), where index is the
+    chunk (token // 256) for KIND_CHUNK and token // 4 for KIND_TOKEN. Ranges of different uses are disjoint.
+    """
+    mask = 0xFFFFFFFF
+    domain = kind + (stream << 1) + (slot << 3)
+    shape = torch.broadcast_shapes(*(x.shape for x in (seed, position, index, torch.as_tensor(domain))))
+    index = index.expand(shape)
+    counter = (position & mask) + 0 * index, ((position >> 32) & mask) + 0 * index, index, domain + 0 * index
+    return philox((seed & mask, (seed >> 32) & mask), counter)
+
+
+def log_poly(f: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """log(1 + f) + k log 2 for f in [sqrt(1/2) - 1, sqrt(2) - 1] (Cephes logf)."""
+    z = f * f
+    p = f * 7.0376836292e-2 + -1.1514610310e-1
+    for c in (1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1, 2.0000714765e-1,
+              -2.4999993993e-1, 3.3333331174e-1):
+        p = p * f + c
+    y = f * z * p
+    y = y + k * -2.12194440e-4
+    y = y - z * 0.5
+    return (f + y) + k * 0.693359375
+
+
+def split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(f, k) with x = (1 + f) 2^k, 1 + f in [sqrt(1/2), sqrt(2)), for positive normal float32 x."""
+    bits = x.contiguous().view(torch.int32) - 0x3F3504F3
+    k = bits >> 23
+    m = ((bits & 0x7FFFFF) + 0x3F3504F3).view(torch.float32)
+    return m - 1.0, k.to(torch.float32)
+
+
+def log(x: torch.Tensor) -> torch.Tensor:
+    """Natural logarithm of positive normal float32."""
+    return log_poly(*split(x))
+
+
+def exponential(u: torch.Tensor) -> torch.Tensor:
+    """Exp(1) = -log1p(-u) with full relative precision for small u; u in (0, 1 - 2^-24]."""
+    f, k = split(1.0 - u)
+    return -log_poly(torch.where(k == 0, -u, f), k)
+
+
+def uniform(r: torch.Tensor) -> torch.Tensor:
+    """float32 (r + 1/2) 2^-32 of a word, at most 1 - 2^-24."""
+    return ((r.to(torch.float32) + 0.5) * 2.0**-32).clamp(max=1.0 - 2.0**-24)
+
+
+def chunk_noise(seed, position, stream: int, slot, chunk) -> tuple[torch.Tensor, torch.Tensor]:
+    """The smallest of a chunk's 256 Exp(1) variables and the place (0..255) where it is.
+
+    The minimum is Exp(1) / 256; a second word refines the first where that is small, so the tail is right to 2^-57.
+    """
+    r0, r1, r2, _ = words(seed, position, stream, slot, KIND_CHUNK, chunk)
+    fine = ((((r0 & 0xFF) << 24) | (r1 >> 8)).to(torch.float32) + 0.5) * 2.0**-56
+    u = torch.where(r0 < 256, fine, uniform(r0))
+    return exponential(u) * 2.0**-8, r2 & 0xFF
+
+
+def gumbel(seed, position, stream: int, slot, vocab_size: int) -> torch.Tensor:
+    """-log E_v for every token, [R, V]; seed, position, slot [R, 1] int64.
+
+    E_v is the chunk's minimum at its place, and minimum + Exp(1)_v elsewhere (memoryless), so all are i.i.d. Exp(1).
+    """
+    token = torch.arange(vocab_size, device=seed.device)
+    e, place = chunk_noise(seed, position, stream, slot, torch.arange((vocab_size + 255) // 256, device=seed.device))
+    e, place = e[:, token // CHUNK], place[:, token // CHUNK]
+    quads = words(seed, position, stream, slot, KIND_TOKEN, torch.arange((vocab_size + 3) // 4, device=seed.device))
+    word = torch.stack(quads, dim=-1).flatten(-2)[:, :vocab_size]
+    g_chunk = -log(e)
+    g = torch.minimum(g_chunk, -log(e + exponential(uniform(word))))  # minimum: the chunk's bound holds exactly
+    return torch.where(token % CHUNK == place, g_chunk, g)
+
+
+def accept_uniform(seed, position, slot) -> torch.Tensor:
+    """float64 uniform in (0, 1) of the accept stream."""
+    zero = torch.zeros_like(seed)
+    r0, r1, _, _ = words(seed, position, STREAMS["accept"], slot, KIND_CHUNK, zero)
+    return (r0.to(torch.float64) + (r1.to(torch.float64) + 0.5) * 2.0**-32) * 2.0**-32
+
+
+def race(scores, temperature, seed, position, stream: int, slot) -> torch.Tensor:
+    """argmax_v of s_v + T * (-log E_v), lowest id on ties, [R]; scores [R, V] with -inf for excluded tokens."""
+    g = gumbel(seed[:, None], position[:, None], stream, slot[:, None], scores.shape[1])
+    return first_max(scores + temperature[:, None] * g)
+
+
+def first_max(key: torch.Tensor) -> torch.Tensor:
+    ids = torch.arange(key.shape[1], device=key.device).expand_as(key)
+    return torch.where(key == key.amax(1, keepdim=True), ids, key.shape[1]).amin(1)
+
+
+# --- mass ----------------------------------------------------------------------------------------------------------
+
+def mass(scores, best, c) -> torch.Tensor:
+    """exp2((s - best) c) as int64 fixed point, 2^40 at the best score, truncated; scores [R, V], best and c [R]."""
+    x = ((scores - best[:, None]) * c[:, None]).clamp(min=-126.0)
+    n = torch.round(x)
+    f = x - n
+    p = f * 1.535336188319500e-4 + 1.339887440266574e-3
+    for a in (9.618437357674640e-3, 5.550332471162809e-2, 2.402264791363012e-1, 6.931472028550421e-1, 1.0):
+        p = p * f + a
+    q, shift = (p * 2.0**24).to(torch.int64), n.to(torch.int64) + (MASS_BITS - 24)
+    return torch.where(shift >= 0, q << shift.clamp(min=0), q >> (-shift).clamp(0, 63))
+
+
+def log_total(total: torch.Tensor) -> torch.Tensor:
+    """log of a fixed-point mass, float32; 0 for the mass of one best token."""
+    return log(total.to(torch.float32) * 2.0**-MASS_BITS)
+
+
+def mass_limit(p, total) -> torch.Tensor:
+    """The mass strictly above a token must be below this for the token to be in the nucleus of mass p."""
+    return (p.to(torch.float64) * total.to(torch.float64)).to(torch.int64).clamp(min=1)
+
+
+def nucleus(scores, masses, limit) -> torch.Tensor:
+    """The smallest score kept by a nucleus: the mass strictly above it is below ``limit`` [R]. Ties stay."""
+    order = scores.sort(dim=1, descending=True)
+    sorted_mass = masses.gather(1, order.indices)
+    above = sorted_mass.cumsum(1) - sorted_mass
+    # of equal scores all have the mass above the first one
+    starts = torch.ones_like(above, dtype=torch.bool)
+    starts[:, 1:] = order.values[:, 1:] != order.values[:, :-1]
+    above = torch.where(starts, above, 0).cummax(1).values
+    kept = above < limit[:, None]
+    return torch.where(kept, order.values, float("inf")).amin(1)
+
+
+# --- rows ----------------------------------------------------------------------------------------------------------
+
+class Rows:
+    """Rows with every parameter as a tensor [R]; ``index`` maps rows to the batch when rows are (row, slot) pairs."""
+
+    def __init__(self, logits, p: Params, index=None, mask=None):
+        rows, device = logits[0].shape[0], logits[0].device
+
+        def per_row(value, dtype):
+            value = torch.as_tensor(value, dtype=dtype, device=device)
+            if value.dim() == 0:
+                return value.expand(rows)
+            return value if index is None else value[index]
+
+        w = torch.as_tensor(p.weights, dtype=torch.float32, device=device)
+        self.weights = w.expand(rows, -1) if w.dim() == 1 else w if index is None else w[index]  # [R, J]
+        self.temperature = per_row(p.temperature, torch.float32)
+        self.top_k = per_row(p.top_k, torch.int64)
+        self.top_p = per_row(p.top_p, torch.float32)
+        self.min_p = per_row(p.min_p, torch.float32)
+        self.upscale_top_p = per_row(p.upscale_top_p, torch.float32)
+        self.seed, self.position = per_row(p.seed, torch.int64), per_row(p.position, torch.int64)
+        self.greedy = self.temperature < GREEDY
+        self.temperature = torch.where(self.greedy, 0.0, self.temperature)
+        self.inverse = torch.where(self.greedy, 0.0, 1.0 / self.temperature)
+        self.c = self.inverse * LOG2E  # scores times c are base-2 exponents
+        self.logits, self.vocab_size, self.tuned = logits, p.vocab_size, p.tuned
+        self.allowed = None
+        if mask is not None:
+            token = torch.arange(p.vocab_size, device=device)
+            self.allowed = (mask[:, token // 32] >> (token % 32).to(torch.int32)) & 1 != 0
+
+    def combine(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Emulated scores [R, V] (-inf: excluded) and whether each row is free of NaN and +inf."""
+        V, dev = self.vocab_size, self.logits[0].device
+        s = torch.zeros(self.logits[0].shape[0], V, device=dev)
+        excluded = torch.zeros_like(s, dtype=torch.bool) if self.allowed is None else ~self.allowed
+        bad = torch.zeros_like(excluded)
+        first = torch.ones(s.shape[0], 1, dtype=torch.bool, device=dev)
+        for j, z in enumerate(self.logits):
+            z, w = z[:, :V].to(torch.float32), self.weights[:, j : j + 1]
+            active = w != 0
+            s = torch.where(active, torch.where(first, w * z, s + w * z), s)
+            first = first & ~active
+            counts = active | (self.upscale_top_p[:, None] < 1) if j == self.tuned else active
+            excluded = excluded | (counts & (z == NEG_INF))
+            bad = bad | (counts & (z.isnan() | (z == float("inf"))))
+        bad = bad | (~excluded & (s.isnan() | (s == float("inf"))))
+        if self.allowed is not None:
+            bad = bad & self.allowed
+        s = torch.where(excluded, NEG_INF, s)
+        valid = ~bad.any(1) & (s != NEG_INF).any(1)
+        s = torch.where(valid[:, None], s, torch.zeros_like(s))  # any scores do: the row is reported invalid
+        return self.upscale(s), valid
+
+    def own(self, j: int, excluded) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Model j alone over the tokens not excluded: logits, masses, total, log-sum-exp."""
+        z = self.logits[j][:, : self.vocab_size].to(torch.float32)
+        z = torch.where(excluded, NEG_INF, torch.nan_to_num(z, nan=0.0, posinf=0.0, neginf=NEG_INF))
+        best = torch.where(torch.isinf(z.amax(1)), 0.0, z.amax(1))
+        masses = torch.where(z == NEG_INF, 0, mass(z, best, torch.full_like(best, LOG2E)))
+        total = masses.sum(1).clamp(min=1)
+        return z, masses, total, best + log_total(total)
+
+    def upscale(self, s) -> torch.Tensor:
+        """The up-scaling filter (arXiv 2310.12962, section 4.4): outside the tuned model's own nucleus of mass
+        ``upscale_top_p`` a token scores log p_tuned, inside it scores sum_j w_j log p_j."""
+        on = self.upscale_top_p < 1
+        if not bool(on.any()):
+            return s
+        excluded = s == NEG_INF
+        d, first = torch.zeros_like(self.top_p), torch.ones_like(on)
+        for j in range(len(self.logits)):
+            w = self.weights[:, j]
+            lse = self.own(j, excluded)[3]
+            d = torch.where(w != 0, torch.where(first, w * lse, d + w * lse), d)
+            first = first & (w == 0)
+        z, masses, total, lse = self.own(self.tuned, excluded)
+        inside = z >= nucleus(z, masses, mass_limit(self.upscale_top_p, total))[:, None]
+        scores = torch.where(inside, s - d[:, None], z - lse[:, None])
+        return torch.where(on[:, None] & ~excluded, scores, s)
+
+    def keep(self, s) -> torch.Tensor:
+        """The smallest score that top-k, top-p and min-p keep, [R]; greedy rows keep the best."""
+        best = s.amax(1)
+        lowest = torch.full_like(best, NEG_INF)
+        k = self.top_k.clamp(max=self.vocab_size)
+        kth = s.sort(1, descending=True).values.gather(1, (k - 1).clamp(min=0)[:, None])[:, 0]
+        lowest = torch.where(k > 0, kth, lowest)
+        masses = torch.where(s >= lowest[:, None], mass(s, best, self.c), 0)
+        tau = nucleus(s, masses, mass_limit(self.top_p, masses.sum(1)))
+        log_min_p = torch.where(self.min_p > 0, log(self.min_p.clamp(min=2.0**-126)), NEG_INF)
+        floor = torch.where(self.min_p > 0, best + self.temperature * log_min_p, NEG_INF)
+        lowest = torch.maximum(lowest, floor)
+        lowest = torch.where(self.top_p < 1, torch.maximum(lowest, tau), lowest)
+        return torch.where(self.greedy, best, lowest)
+
+    def process(self, s) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores with -inf outside the filters, and the masses of what is left (greedy: one token's)."""
+        kept = torch.where(s >= self.keep(s)[:, None], s, NEG_INF)
+        masses = torch.where(kept == NEG_INF, 0, mass(kept, s.amax(1), self.c))
+        ids = torch.arange(s.shape[1], device=s.device)
+        point = torch.where(ids == first_max(s)[:, None], 1 << MASS_BITS, 0)
+        return kept, torch.where(self.greedy[:, None], point, masses)
+
+    def log_softmax(self, s, processed: bool) -> torch.Tensor:
+        """log p of every token [R, V]: raw emulated, or after temperature and filters."""
+        best = s.amax(1)
+        if not processed:
+            total = torch.where(s == NEG_INF, 0, mass(s, best, torch.full_like(best, LOG2E))).sum(1)
+            return (s - best[:, None]) - log_total(total)[:, None]
+        kept, masses = self.process(s)
+        lp = (kept - best[:, None]) * self.inverse[:, None] - log_total(masses.sum(1))[:, None]
+        lp = torch.where(kept == NEG_INF, NEG_INF, lp)
+        return torch.where(self.greedy[:, None], torch.where(masses > 0, 0.0, NEG_INF), lp)
+
+
+# --- operations ----------------------------------------------------------------------------------------------------
+
+def blocks(rows: int, vocab_size: int):
+    """Slices of rows that bound the temporaries."""
+    step = max(1, (1 << 21) // max(1, vocab_size))
+    return [slice(i, min(rows, i + step)) for i in range(0, rows, step)]
+
+
+def _rows(logits, p: Params, part: slice) -> Rows:
+    index = torch.arange(logits[0].shape[0], device=logits[0].device)[part]
+    return Rows([z[part] for z in logits], p, index, None if p.token_mask is None else p.token_mask[part])
+
+
+def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logprobs: int, diagnostics: bool):
+    B, dev = logits[0].shape[0], logits[0].device
+    tokens = torch.full((B,), -1, dtype=torch.int64, device=dev)
+    valid = torch.zeros(B, dtype=torch.bool, device=dev)
+    n = min(top_logprobs, p.vocab_size)
+    lp, raw = (torch.full((B if logprobs else 0,), float("nan"), device=dev) for _ in range(2))
+    top_ids = torch.full((B if top_logprobs else 0, top_logprobs), -1, dtype=torch.int64, device=dev)
+    top_lp = torch.full(top_ids.shape, NEG_INF, device=dev)
+    entropy, tv = (torch.full((B if diagnostics else 0,), float("nan"), device=dev) for _ in range(2))
+    for part in blocks(B, p.vocab_size):
+        r = _rows(logits, p, part)
+        s, ok = r.combine()
+        kept, _ = r.process(s)
+        chosen = race(kept, r.temperature, r.seed, r.position, STREAMS[stream], torch.full_like(r.seed, slot))
+        tokens[part], valid[part] = torch.where(ok, chosen, -1), ok
+        nan = torch.full_like(r.top_p, float("nan"))
+        if logprobs:
+            lp[part] = torch.where(ok, r.log_softmax(s, True).gather(1, chosen[:, None])[:, 0], nan)
+        if logprobs or top_logprobs or diagnostics:
+            full = r.log_softmax(s, False)
+        if logprobs:
+            raw[part] = torch.where(ok, full.gather(1, chosen[:, None])[:, 0], nan)
+        if top_logprobs:
+            best = full.sort(dim=1, descending=True, stable=True)
+            there = ok[:, None] & (best.values[:, :n] > NEG_INF)
+            top_ids[part, :n] = torch.where(there, best.indices[:, :n], -1)
+            top_lp[part, :n] = torch.where(there, best.values[:, :n], NEG_INF)
+        if diagnostics:
+            prob = full.exp()
+            h = -torch.where(prob > 0, prob * full, 0.0).sum(1)
+            z, _, _, lse = r.own(r.tuned, s == NEG_INF)
+            entropy[part] = torch.where(ok, h, nan)
+            tv[part] = torch.where(ok, 0.5 * (prob - (z - lse[:, None]).exp()).abs().sum(1), nan)
+    return tokens, valid, lp, raw, top_ids, top_lp, entropy, tv
+
+
+def logprobs(logits, p: Params):
+    out = torch.empty(logits[0].shape[0], p.vocab_size, device=logits[0].device)
+    for part in blocks(*out.shape):
+        r = _rows(logits, p, part)
+        s, ok = r.combine()
+        processed = (r.temperature != 1) | (r.top_k > 0) | (r.top_p < 1) | (r.min_p > 0)
+        lp = torch.where(processed[:, None], r.log_softmax(s, True), r.log_softmax(s, False))
+        out[part] = torch.where(ok[:, None], lp, float("nan"))
+    return out
+
+
+def token_logprobs(logits, p: Params, ids):
+    return logprobs(logits, p).gather(1, ids)
+
+
+def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, logprobs: bool):
+    """``draft`` is -1 for a deterministic proposer. Rows are handled slot by slot, in the order of the definition."""
+    B, S = logits[0].shape[:2]
+    dev, V = logits[0].device, p.vocab_size
+    every = torch.arange(B, device=dev)
+    slots = []
+    for i in range(S):
+        mask = None if p.token_mask is None else p.token_mask[:, i]
+        r = Rows([z[:, i] for z in logits], p, every, mask)
+        r.position = r.position + i
+        s, ok = r.combine()
+        if draft >= 0:
+            q_rows = Rows([logits[draft][:, i]], p._replace(weights=(1.0,), upscale_top_p=1.0, tuned=0), every, mask)
+            q_scores, q_ok = q_rows.combine()
+            if method != "coupled":
+                ok = ok & (q_ok | (draft_lengths <= i))
+        slots.append((r, s, ok, (q_rows, q_scores) if draft >= 0 else None))
+
+    tokens = torch.full((B, S), -1, dtype=torch.int64, device=dev)
+    emitted = torch.zeros(B, dtype=torch.int64, device=dev)
+    valid = torch.zeros(B, dtype=torch.bool, device=dev)
+    lp, raw = (torch.full((B, S) if logprobs else (0, 0), float("nan"), device=dev) for _ in range(2))
+    # a row ends its drafts at the first invalid slot, and is invalid if it gets there
+    oks = torch.stack([ok for _, _, ok, _ in slots], 1)  # [B, S]
+    ends = torch.where(oks, S, torch.arange(S, device=dev)).amin(1)
+    lengths = torch.minimum(draft_lengths, ends)
+
+    masses = [(r.process(s)[1]) for r, s, _, _ in slots]
+    totals = [m.sum(1).clamp(min=1) for m in masses]
+
+    def draft_masses(i):
+        if draft >= 0:
+            q_rows, q_scores = slots[i][3]
+            return q_rows.process(q_scores)[1]
+        ids = torch.arange(V, device=dev)
+        return torch.where(ids == draft_tokens[:, i : i + 1], 1 << MASS_BITS, 0)
+
+    def residual(i, factor):
+        """max(0, factor p - q) as fixed point, 2^58 for a whole distribution, [B, V]."""
+        q = draft_masses(i)
+        a = factor * (2.0**RESIDUAL_BITS / totals[i].to(torch.float64))
+        b = 2.0**RESIDUAL_BITS / q.sum(1).clamp(min=1).to(torch.float64)
+        return (masses[i].to(torch.float64) * a[:, None] - q.to(torch.float64) * b[:, None]).clamp(min=0).to(torch.int64)
+
+    def plain(i):
+        r, s, _, _ = slots[i]
+        kept, _ = r.process(s)
+        return race(kept, r.temperature, r.seed, r.position, STREAMS["sample"], torch.zeros_like(r.seed))
+
+    accepted = torch.zeros(B, dtype=torch.int64, device=dev)
+    factor = torch.ones(B, dtype=torch.float64, device=dev)  # of the residual at the slot where the row stops
+    if method == "coupled":
+        going = torch.ones(B, dtype=torch.bool, device=dev)
+        for i in range(S - 1):
+            going = going & (i < lengths) & (draft_tokens[:, i] == plain(i))
+            accepted += going
+    else:
+        going, ratio = torch.ones(B, dtype=torch.bool, device=dev), torch.ones(B, dtype=torch.float64, device=dev)
+        for i in range(S - 1):
+            d = draft_tokens[:, i]
+            inside, d = (d >= 0) & (d < V), d.clamp(0, V - 1)[:, None]
+            q = draft_masses(i)
+            mp = torch.where(inside, masses[i].gather(1, d)[:, 0], 0).to(torch.float64)
+            mq = torch.where(inside, q.gather(1, d)[:, 0], 1).to(torch.float64)
+            tp, tq = totals[i].to(torch.float64), q.sum(1).clamp(min=1).to(torch.float64)
+            u = accept_uniform(slots[i][0].seed, slots[i][0].position, torch.full_like(draft_lengths, i))
+            if method == "token":
+                going = going & (i < lengths) & ((u * mq) * tp < mp * tq)
+                accepted += going
+                continue
+            # block verification (arXiv 2403.10444, algorithm 2): ratio is its p_i, tau the last i that passes
+            step = torch.where(mq > 0, (mp * tq) / (mq * tp), torch.where(mp > 0, float("inf"), 0.0))
+            ratio = torch.where(ratio > 0, (ratio * step).clamp(max=1.0), 0.0)
+            rest = (residual(i + 1, ratio).sum(1) if i < S - 2 else torch.zeros_like(accepted)).to(torch.float64)
+            whole = rest + (1.0 - ratio) * 2.0**RESIDUAL_BITS
+            passes = torch.where(i + 1 == lengths, u < ratio, (u * whole < rest) | (whole == 0))
+            passes = passes & (i < lengths)
+            accepted = torch.where(passes, i + 1, accepted)
+            factor = torch.where(passes, ratio, factor)
+
+    for i in range(S):
+        here = accepted == i
+        if not bool(here.any()):
+            continue
+        r, s, ok, _ = slots[i]
+        final = plain(i)
+        if method != "coupled" and i < S - 1:
+            rest = residual(i, factor)
+            some = here & (i < lengths) & (rest.sum(1) > 0)
+            score = torch.where(rest > 0, log(rest.clamp(min=1).to(torch.float32)), NEG_INF)
+            drawn = race(score, torch.ones_like(r.temperature), r.seed, r.position, STREAMS["residual"],
+                         torch.full_like(r.seed, i))
+            final = torch.where(some, drawn, final)
+        tokens[:, i] = torch.where(here, torch.where(ok, final, -1), tokens[:, i])
+        valid = torch.where(here, ok, valid)
+        emitted = torch.where(here, i + ok.to(torch.int64), emitted)
+    index = torch.arange(S, device=dev)
+    tokens[:, : S - 1] = torch.where(index[: S - 1] < accepted[:, None], draft_tokens, tokens[:, : S - 1])
+    if logprobs:
+        for i, (r, s, _, _) in enumerate(slots):
+            there, ids = i < emitted, tokens[:, i].clamp(min=0)[:, None]
+            lp[:, i] = torch.where(there, r.log_softmax(s, True).gather(1, ids)[:, 0], lp[:, i])
+            raw[:, i] = torch.where(there, r.log_softmax(s, False).gather(1, ids)[:, 0], raw[:, i])
+    return tokens, emitted, valid, lp, raw

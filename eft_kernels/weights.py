@@ -1,0 +1,92 @@
+"""Weights of the product of experts ``s = sum_j w_j z_j``: presets that name the usual choices.
+
+Every function accepts floats, or tensors ``[rows]`` for a value per row (per request).
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+
+import torch
+
+Number = float | int | torch.Tensor
+
+
+class Weights:
+    """Weights of J models: ``values`` (a tuple of J floats) or ``tensor`` ([J] or [rows, J] float32).
+
+    Iterating, indexing rows and repeating rows work the way the decoding loops need them; ``tensor`` is None
+    for plain floats, which then travel as scalars and cost no device copy.
+    """
+
+    def __init__(self, values: Sequence[Number] | torch.Tensor):
+        self.values: tuple[float, ...] | None = None
+        self.tensor: torch.Tensor | None = None
+        if isinstance(values, torch.Tensor):
+            if values.dim() not in (1, 2):
+                raise ValueError(f"weights: expected a tensor [J] or [rows, J], got shape {list(values.shape)}")
+            self.tensor = values.to(torch.float32)
+        elif any(isinstance(v, torch.Tensor) and v.dim() > 0 for v in values):
+            rows = [v for v in values if isinstance(v, torch.Tensor) and v.dim() > 0]
+            n, device = rows[0].shape[0], rows[0].device
+            if any(v.dim() != 1 or v.shape[0] != n for v in rows):
+                raise ValueError(f"weights: per-row values must share one length, got {[list(v.shape) for v in rows]}")
+            columns = [torch.as_tensor(v, dtype=torch.float32, device=device).expand(n) for v in values]
+            self.tensor = torch.stack(columns, dim=1)
+        else:
+            for v in values:
+                if not isinstance(v, (numbers.Real, torch.Tensor)):
+                    raise ValueError(f"weights: expected numbers, got {type(v).__name__}")
+            self.values = tuple(float(v) for v in values)
+        if not 1 <= len(self) <= 8:
+            raise ValueError(f"weights: expected 1 to 8 models, got {len(self)}")
+
+    def __len__(self) -> int:
+        return len(self.values) if self.values is not None else self.tensor.shape[-1]
+
+    @property
+    def per_row(self) -> bool:
+        """True when each row has its own weights (``tensor`` is [rows, J])."""
+        return self.tensor is not None and self.tensor.dim() == 2
+
+    def rows(self, index) -> Weights:
+        """The weights of the rows ``index`` (a tensor of indices, a mask or a slice); unchanged unless per row."""
+        return Weights(self.tensor[index]) if self.per_row else self
+
+    def repeat_interleave(self, n: int) -> Weights:
+        """Each row's weights ``n`` times in a row, as generate() expands ``num_return_sequences``."""
+        return Weights(self.tensor.repeat_interleave(n, dim=0)) if self.per_row else self
+
+    def __repr__(self) -> str:
+        return f"Weights({list(self.values) if self.values is not None else self.tensor!r})"
+
+
+def weights(values: Sequence[Number] | torch.Tensor | Weights) -> Weights:
+    """Any weights: J numbers (or per-row tensors ``[rows]``), or a tensor ``[J]`` or ``[rows, J]``, J = 1..8."""
+    return values if isinstance(values, Weights) else Weights(values)
+
+
+def upscale(beta: Number = 1.0) -> Weights:
+    """Up-scaling, for logits [base, tuned, ref]: ``beta * (base - ref) + tuned``.
+
+    ``beta = 1`` is emulated fine-tuning (Mitchell et al., arXiv 2310.12962, eq. 3); ``beta > 1`` amplifies what
+    the large model knows more than the small one.
+    """
+    return Weights([beta, 1.0, -beta])
+
+
+def proxy(alpha: Number = 1.0) -> Weights:
+    """Proxy-tuning, for logits [base, tuned, ref]: ``base + alpha * (tuned - ref)`` (Liu et al., arXiv 2401.08565)."""
+    return Weights([1.0, alpha, -alpha])
+
+
+def downscale() -> Weights:
+    """Down-scaling, for logits [small base, large tuned, large ref]: ``base + (tuned - ref)``."""
+    return Weights([1.0, 1.0, -1.0])
+
+
+def interpolate(lam: Number = 0.5) -> Weights:
+    """Two behaviours mixed at test time, for logits [base, tuned_a, tuned_b, ref]:
+    ``base + lam * (tuned_a - ref) + (1 - lam) * (tuned_b - ref)`` (arXiv 2310.12962, section 4.3)."""
+    return Weights([1.0, lam, 1.0 - lam, -1.0])
