@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import urllib.parse
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,24 +57,45 @@ def check_folder(name: str, option: str) -> None:
             raise Refused(f"{option} {name}: not a model folder (it has no config.json)")
     elif path.exists():
         raise Refused(f"{option} {name}: is a file; a model folder or a hub id is expected")
-    elif name.startswith((".", "/", "~")) or name.count("/") != 1:
+    elif not name or name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
         raise Refused(f"{option} {name}: no such folder")
+
+
+def hub_reachable() -> bool:
+    """Can the hub's name be looked up? Without this check its client retries for half a minute."""
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "ON", "YES"):
+        return False
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    from huggingface_hub.constants import ENDPOINT
+
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
 
 
 def load_model(name: str, option: str, dtype: str = "auto", device: str = "cpu"):
     transformers = quiet_transformers()
     check_folder(name, option)
-    name = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    path, given = Path(name).expanduser(), {}
+    if path.is_dir():
+        source = str(path)
+    else:
+        source, given = name, {} if hub_reachable() else {"local_files_only": True}
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(source, **given)
         if getattr(config, "is_encoder_decoder", False):
             raise Refused(f"{option} {name}: {config.model_type} is an encoder-decoder model; decoder-only models "
                           "are supported")
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **given)
         return model.to(device).eval()
     except Refused:
         raise
     except Exception as error:  # whatever a broken folder makes transformers raise
+        if given:
+            raise Refused(f"{option} {name}: no such folder, and the hub cannot be reached (or HF_HUB_OFFLINE is set)") from None
         raise Refused(f"{option} {name}: cannot load it: {first_line(error)}") from None
 
 
@@ -80,7 +103,9 @@ def load_tokenizer(name: str):
     """The folder's tokenizer, or None when it has none."""
     transformers = quiet_transformers()
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(Path(name).expanduser()))
+        path = Path(name).expanduser()
+        return transformers.AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name,
+                                                          local_files_only=not path.is_dir() and not hub_reachable())
     except Exception:
         return None
 

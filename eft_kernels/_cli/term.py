@@ -13,6 +13,10 @@ BOLD, DIM, GREEN, YELLOW, CYAN = "1", "2", "32", "33", "36"
 class Refused(Exception):
     """Input that cannot be used: one line on stderr and exit code 2."""
 
+    def __init__(self, message: str, prog: str | None = None):
+        super().__init__(" ".join(message.split()))
+        self.prog = prog
+
 
 def paint(text: str, *codes: str, stream=None) -> str:
     stream = stream or sys.stdout

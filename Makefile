@@ -1,0 +1,87 @@
+# `make demo` and `make test` do all the set-up themselves; `make help` lists the rest.
+#
+#   PYTHON  interpreter to start from (3.10 or newer)
+#   VENV    environment to make and use. `make test PYTHON=... VENV=` uses PYTHON as it is: nothing is installed and
+#           the network is not touched (a GPU machine without network, a container that has everything).
+#   TORCH   what to install where no torch >= 2.11 is there yet. Plain `torch` may bring several GB of CUDA packages;
+#           on a CPU-only machine name a CPU build, or point TORCH_ARGS at PyTorch's CPU wheels
+#           (the pip line on pytorch.org, "Get Started", compute platform CPU).
+PYTHON      ?= python3
+VENV        ?= .venv
+TORCH       ?= torch==2.13.0
+TORCH_ARGS  ?=
+PYTEST_ARGS ?=
+DEMO_ARGS   ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inc' 2>/dev/null)
+BUILT   := build/.extension
+
+ifeq ($(strip $(VENV)),)
+PY    := $(PYTHON)
+READY :=
+RUN   := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
+else
+PY    := $(VENV)/bin/python
+READY := $(VENV)/.eft-ready
+RUN   :=
+endif
+PIP := $(PY) -m pip --disable-pip-version-check -q
+
+HAVE_TORCH := import torch; v = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])); assert v >= (2, 11)
+
+.PHONY: help demo test lint wheel sanitize build clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+demo: $(BUILT) ## what base, tuned and emulated models write, how well, how fast
+	@$(RUN) $(PY) -m eft_kernels demo $(DEMO_ARGS)
+
+test: $(BUILT) ## every test this machine can run
+	@$(RUN) $(PY) -m pytest $(PYTEST_ARGS)
+
+build: $(BUILT) ## environment and C++ extension only
+
+lint: $(READY) ## ruff
+	@$(PY) -c 'import ruff' 2>/dev/null || $(PIP) install ruff
+	@$(PY) -m ruff check .
+
+wheel: $(READY) ## dist/*.whl
+	@$(PIP) wheel . --no-deps -w dist
+	@ls dist/*.whl
+
+sanitize: ## the C++ core under AddressSanitizer and ThreadSanitizer
+	@$(MAKE) --no-print-directory -C csrc/tests sanitize
+
+clean: ## remove what was built (the environment stays)
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis eft_kernels/*.so
+	@find eft_kernels tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+# The environment. torch comes first and is then pinned, so that no other requirement can replace it.
+$(VENV)/.eft-ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	  { echo "make: $(PYTHON) is missing or older than 3.10: pass PYTHON=/path/to/python3.10+" >&2; exit 1; }
+	@if [ ! -x $(PY) ]; then \
+	  if $(PYTHON) -c '$(HAVE_TORCH)' 2>/dev/null; then flags=--system-site-packages; else flags=; fi; \
+	  echo "setup: $(VENV)$${flags:+ (with the torch that $(PYTHON) has)}"; \
+	  $(PYTHON) -m venv $$flags $(VENV) || { rm -rf $(VENV); \
+	    echo "make: $(PYTHON) cannot make an environment (Debian: apt-get install python3-venv)" >&2; exit 1; }; \
+	fi
+	@if ! $(PY) -c '$(HAVE_TORCH)' 2>/dev/null; then \
+	  echo "setup: installing $(TORCH) (minutes on a slow line)"; $(PIP) install $(TORCH_ARGS) '$(TORCH)'; \
+	fi
+	@$(PY) -c 'import torch; print("torch==" + torch.__version__)' > $(VENV)/constraints.txt
+	@echo "setup: $$(cat $(VENV)/constraints.txt); installing the other requirements"
+	@$(PIP) install -c $(VENV)/constraints.txt 'setuptools>=77'
+	@EFT_KERNELS_CPU=0 EFT_KERNELS_CUDA=0 $(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e '.[hf,test]'
+	@touch $@
+
+# The extension, in place. Without a compiler there is nothing to stamp, and the next call looks again.
+$(BUILT): $(READY) $(SOURCES)
+	@mkdir -p $(@D)
+	@$(PY) setup.py -q build_ext --inplace > $(@D)/build.log 2>&1 || { cat $(@D)/build.log >&2; exit 1; }
+	@grep -i 'eft' $(@D)/build.log || true
+	@if ls eft_kernels/_cpu*.so >/dev/null 2>&1; then touch $@; fi

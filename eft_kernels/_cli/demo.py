@@ -1,0 +1,206 @@
+"""`eft-kernels demo`: the example family offline: what the models write, how well they predict, what speculation brings."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+
+from .models import Family, check_folder, load_model, load_tokenizer, set_threads
+from .score import recovered, score, windows
+from .term import BOLD, CYAN, DIM, GREEN, YELLOW, Progress, Refused, beside, heading, paint, table
+
+NAMES = ("ref", "tuned-a", "tuned-b", "base", "large-a", "large-b")
+STYLES = {"a": "King James Bible", "b": "Jane Austen"}
+PROMPTS = {"a": "And the king said unto", "b": "She had been so much"}
+BOTH = "The young man"
+CONTEXT = 256
+UNIT_END = "\n\f\n"  # between the chapters of a held-out file
+KS, METHODS = (2, 4, 8), ("coupled", "token", "block")
+
+
+def find_family(given: str | None, heldout: str | None) -> tuple[Path, Path]:
+    if given:
+        folder = Path(given).expanduser()
+    else:
+        places = [p / "examples/family/weights" for p in (Path(__file__).resolve().parents[2], Path.cwd())]
+        folder = next((p for p in places if p.is_dir()), None)
+        if folder is None:
+            raise Refused("the example family is not here: run it in a checkout (examples/family/weights) or name its "
+                          "folder with --family")
+    for name in NAMES:
+        if not (folder / name).is_dir():
+            raise Refused(f"--family {folder}: no folder {name} in it; expected are {', '.join(NAMES)}")
+        check_folder(str(folder / name), "--family")
+    texts = Path(heldout).expanduser() if heldout else folder.parent / "heldout"
+    for style in STYLES:
+        if not (texts / f"{style}.txt").is_file():
+            raise Refused(f"--heldout {texts}: no file {style}.txt in it")
+    return folder, texts
+
+
+def size(model) -> str:
+    n = sum(p.numel() for p in model.parameters())
+    return f"{n / 1e6:.1f}M"
+
+
+def alone(model, ids, seed: int, new_tokens: int, temperature: float, end: int) -> list[int]:
+    """What one model writes on its own, with the noise that `eft.hf.generate` uses for the same seed."""
+    import torch
+
+    import eft_kernels as eft
+
+    out, cache = [], None
+    step = torch.tensor([ids])
+    for position in range(new_tokens):
+        o = model(input_ids=step, past_key_values=cache, use_cache=True)
+        cache = o.past_key_values
+        token = eft.sample([o.logits[:, -1]], [1.0], temperature=temperature, seed=seed, position=position,
+                           logprobs=False).tokens
+        out.append(token.item())
+        if out[-1] == end:
+            break
+        step = token[:, None]
+    return out
+
+
+def emulate(family: Family, ids, seed: int, new_tokens: int, **settings):
+    """`generate` of the emulated model: new tokens and seconds."""
+    import torch
+
+    import eft_kernels as eft
+
+    tuned = family.tuned if len(family.tuned) > 1 else family.tuned[0]
+    start = time.perf_counter()
+    out = family.base.generate(
+        input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        custom_generate=eft.hf.generate, tuned=tuned, ref=family.ref, seed=seed, do_sample=True, max_new_tokens=new_tokens,
+        pad_token_id=family.tokenizer.pad_token_id, top_k=0, **settings)
+    return out[0, len(ids) :].tolist(), time.perf_counter() - start
+
+
+def show_texts(models, tokenizer, args) -> None:
+    heading("1  What they write")
+    end, temperature = tokenizer.eos_token_id, 0.7
+
+    def told(ids):
+        return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    for style, prompt in PROMPTS.items():
+        ids = tokenizer(prompt).input_ids
+        family = Family(models["base"], [models[f"tuned-{style}"]], models["ref"], tokenizer)
+        with Progress("writing", 4) as progress:
+            texts = []
+            for name in ("base", f"tuned-{style}", None, f"large-{style}"):
+                new = alone(models[name], ids, args.seed, args.new_tokens, temperature, end) if name else \
+                    emulate(family, ids, args.seed, args.new_tokens, temperature=temperature)[0]
+                texts.append(told(new))
+                progress.step()
+        print(f"\n  style {style} ({STYLES[style]}), temperature {temperature}: {paint(prompt + ' ...', CYAN)}")
+        print(beside(["base (large)", f"tuned-{style} (small)", "emulated", f"large-{style} (the truth)"], texts), flush=True)
+
+    ids = tokenizer(BOTH).input_ids
+    family = Family(models["base"], [models["tuned-a"], models["tuned-b"]], models["ref"], tokenizer)
+    with Progress("writing", 3) as progress:
+        texts = []
+        for lam in (1.0, 0.5, 0.0):
+            texts.append(told(emulate(family, ids, args.seed, args.new_tokens, temperature=temperature, lam=lam)[0]))
+            progress.step()
+    print(f"\n  both styles, mixed while decoding: {paint(BOTH + ' ...', CYAN)}")
+    print(beside(["all a", "half a, half b", "all b"], texts), flush=True)
+
+
+def heldout_windows(path: Path, tokenizer, tokens: int):
+    """The first ``tokens`` of the chapters in a row, each closed by the end token, in windows that do not overlap."""
+    ids: list[int] = []
+    for unit in path.read_text(encoding="utf-8").rstrip("\n").split(UNIT_END):
+        ids += tokenizer(unit, add_special_tokens=False, verbose=False).input_ids + [tokenizer.eos_token_id]
+        if len(ids) >= tokens:
+            break
+    ids = ids[: min(len(ids), tokens) // CONTEXT * CONTEXT]
+    return windows(ids, tokenizer.bos_token_id, CONTEXT, CONTEXT)
+
+
+def show_scores(models, tokenizer, texts: Path, args) -> None:
+    import eft_kernels as eft
+
+    heading("2  How well they predict held-out text (perplexity, lower is better)")
+    lines, verdicts = [], []
+    for style, title in STYLES.items():
+        rows = heldout_windows(texts / f"{style}.txt", tokenizer, args.heldout_tokens)
+        tuned, truth = f"tuned-{style}", f"large-{style}"
+        s = score({n: models[n] for n in ("base", tuned, "ref", truth)}, rows,
+                  {"emulated": (["base", tuned, "ref"], eft.upscale(), 1.0)}, label=f"scoring style {style}")
+        share = recovered(s["base"].nats, s["emulated"].nats, s[truth].nats)
+        lines.append([f"{style} ({title})", f"{s['base'].tokens}", *(f"{s[n].perplexity:.2f}" for n in
+                      ("ref", "base", tuned, "emulated", truth)), "-" if share is None else f"{share:.0%}"])
+        for other in ("base", tuned):
+            gain = s[other].nats - s["emulated"].nats
+            name = "the base model" if other == "base" else f"the small tuned model {tuned}"
+            verdicts.append((gain > 0, f"style {style}: emulation is {'better' if gain > 0 else 'NOT better'} than {name} "
+                                       f"({gain:+.3f} nats a token)"))
+    print(table(["style", "tokens", "ref", "base", "tuned", "emulated", "truth", "gap recovered"], lines))
+    print(paint("  gap recovered: (base - emulated) / (base - truth) in nats a token", DIM))
+    for good, line in verdicts:
+        print("  " + paint(line, GREEN if good else YELLOW))
+
+
+def show_speed(models, tokenizer, args) -> None:
+    heading("3  Speculation: the small tuned model drafts K tokens, the large one checks them at once")
+    family = Family(models["base"], [models["tuned-a"]], models["ref"], tokenizer)
+    ids, new = tokenizer(PROMPTS["a"]).input_ids, args.new_tokens
+    runs = [("plain", 0)] + [(m, k) for m in METHODS for k in KS]
+    seconds, texts, passes = {r: [] for r in runs}, {}, {}
+    with Progress("timing", 3 * len(runs)) as progress:
+        for turn in range(3):  # interleaved; the median of three
+            for method, k in runs:
+                calls = []
+                hook = family.base.register_forward_hook(lambda *_: calls.append(1))
+                settings = dict(draft_tokens=k, verify=method) if k else {}
+                out, took = emulate(family, ids, args.seed, new, min_new_tokens=new, temperature=1.0, **settings)
+                hook.remove()
+                seconds[method, k].append(took)
+                texts[method, k], passes[method, k] = out, len(calls)
+                progress.step(f"timing {method}{f' K={k}' if k else ''}")
+    plain = statistics.median(seconds["plain", 0])
+    lines = []
+    for method, k in runs:
+        n, took = len(texts[method, k]), statistics.median(seconds[method, k])
+        lines.append([method, f"{k}" if k else "", f"{n / passes[method, k]:.2f}", f"{n / took:.0f}", f"{plain / took:.2f}x"])
+    best = max(range(1, len(runs)), key=lambda i: float(lines[i][4][:-1]))
+    print(table(["method", "K", "tokens a base pass", "tokens/s", "against plain"], lines,
+                best=best if float(lines[best][4][:-1]) > 1 else None))
+    same = all(texts["coupled", k] == texts["plain", 0] for k in KS)
+    print("  " + paint(f"coupled wrote {'exactly the tokens' if same else 'NOT the tokens'} of plain decoding for K = "
+                       f"{', '.join(map(str, KS))}", GREEN if same else YELLOW))
+    if float(lines[best][4][:-1]) <= 1:
+        print("  " + paint("speculation does not pay here: the models are so small that a pass costs mostly overhead", YELLOW))
+
+
+def run(args) -> int:
+    folder, texts = find_family(args.family, args.heldout)
+    start = time.perf_counter()
+    set_threads(args.threads)
+    import torch
+
+    import eft_kernels as eft
+
+    print(paint("eft-kernels: decode from a large model as if it had been fine-tuned, using two small ones", BOLD))
+    with Progress("loading transformers", len(NAMES)) as progress:
+        models = {}
+        for name in NAMES:
+            models[name] = load_model(str(folder / name), "--family", "float32")
+            progress.step(f"loaded {name}")
+    tokenizer = load_tokenizer(str(folder / "base"))
+    if tokenizer is None:
+        raise Refused(f"--family {folder}: no tokenizer in {folder / 'base'}")
+    here = ", ".join(n for n, b in eft.backends().items() if b["available"])
+    print(f"  small: ref, tuned-a, tuned-b ({size(models['ref'])} parameters each); large: base, large-a, large-b "
+          f"({size(models['base'])})\n  loaded in {time.perf_counter() - start:.1f} s; backends here: {here}; "
+          f"{torch.get_num_threads()} thread(s); seed {args.seed}")
+    with torch.inference_mode():
+        show_texts(models, tokenizer, args)
+        show_scores(models, tokenizer, texts, args)
+        show_speed(models, tokenizer, args)
+    print(f"\n  {time.perf_counter() - start:.0f} s in all")
+    return 0

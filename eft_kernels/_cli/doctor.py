@@ -1,0 +1,93 @@
+"""`eft-kernels doctor`: versions, backends and why another is not here, and whether sampling works."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import warnings
+
+from .term import BOLD, DIM, GREEN, YELLOW, paint
+
+NEEDED_FOR = {"torch": "everything", "triton": "GPU kernels; comes with torch on GPU machines",
+              "transformers": "eft.hf.generate and the commands: pip install 'eft-kernels[hf]'"}
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def extension() -> tuple[bool, str]:
+    """Is the C++ CPU extension built, and where; or what to do."""
+    spec = importlib.util.find_spec("eft_kernels._cpu")
+    if spec is not None:
+        return True, spec.origin
+    return False, ("not built. With a C++17 compiler on the PATH (Debian: apt-get install g++) run "
+                   "`pip install --force-reinstall --no-deps .` in the checkout, or `make build`")
+
+
+def check() -> tuple[bool, str]:
+    """A few rows through the default backend against the definition."""
+    import torch
+
+    import eft_kernels as eft
+
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(3, 1003, generator=generator) * 3 for _ in range(3)]
+    seeds = eft.row_seeds(7, 3)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            got = eft.sample(logits, eft.upscale(1.5), top_p=0.9, seed=seeds)
+            want = eft.sample(logits, eft.upscale(1.5), top_p=0.9, seed=seeds, backend="reference")
+    except Exception as error:
+        return False, f"{type(error).__name__}: {error}"
+    if not torch.equal(got.tokens, want.tokens):
+        return False, f"sampled {got.tokens.tolist()}, the definition says {want.tokens.tolist()}"
+    return True, f"sampled {got.tokens.tolist()} of 1003 tokens, as the definition says"
+
+
+def collect() -> dict:
+    import torch
+
+    import eft_kernels as eft
+
+    built, where = extension()
+    works, what = check()
+    forced = os.environ.get("EFT_KERNELS_BACKEND")
+    return dict(
+        eft_kernels=eft.__version__, python=platform.python_version(), machine=platform.machine(),
+        packages={name: version(name) for name in NEEDED_FOR}, folder=os.path.dirname(eft.__file__),
+        extension=dict(built=built, detail=where),
+        threads=dict(torch=torch.get_num_threads(), cores=len(os.sched_getaffinity(0))
+                     if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        backends=eft.backends(), forced_backend=forced, works=works, check=what)
+
+
+def run(args) -> int:
+    found = collect()
+    if args.json:
+        print(json.dumps(found))
+        return 0 if found["works"] else 1
+    print(f"{paint('eft-kernels ' + found['eft_kernels'], BOLD)}  {found['folder']}")
+
+    def row(name, value, note=""):
+        print(f"  {name:<14}{value}{paint('  ' + note, DIM) if note else ''}")
+
+    row("python", f"{found['python']} on {found['machine']}")
+    for name, its_version in found["packages"].items():
+        row(name, its_version or paint("not installed", YELLOW), "" if its_version else f"for {NEEDED_FOR[name]}")
+    row("extension", found["extension"]["detail"] if found["extension"]["built"] else
+        paint(found["extension"]["detail"], YELLOW))
+    row("threads", f"{found['threads']['torch']} of {found['threads']['cores']} cores")
+    print(paint("backends", BOLD) + (f"  EFT_KERNELS_BACKEND={found['forced_backend']}" if found["forced_backend"] else ""))
+    for name, b in found["backends"].items():
+        state = paint("here", GREEN) if b["available"] else paint("not here", YELLOW)
+        row(name, f"{state}: {b['reason']}", f"{b['summary']}; runs on {', '.join(b['devices'])}")
+    print(f"{paint('check', BOLD)}  {paint('ok', GREEN) if found['works'] else paint('FAILED', YELLOW)}: {found['check']}")
+    return 0 if found["works"] else 1

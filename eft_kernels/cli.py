@@ -1,0 +1,112 @@
+"""`eft-kernels demo | generate | score | bench | doctor`.
+
+Exit codes: 0 it worked, 1 a row or a check failed, 2 bad input (one line on stderr), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+
+from ._cli.options import (REQUEST_OPTIONS, add_combination, add_models, count, positive)
+from ._cli.term import Refused
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise Refused(f"{message}; see {self.prog} --help", self.prog)
+
+
+def parser() -> Parser:
+    root = Parser(prog="eft-kernels", description="Decode from a large model as if it had been fine-tuned, using two "
+                                                  "small ones (emulated fine-tuning, arXiv 2310.12962).")
+    commands = root.add_subparsers(dest="command", required=True, metavar="command", parser_class=Parser)
+
+    def command(name, summary, description=None):
+        sub = commands.add_parser(name, help=summary, description=description or summary)
+        sub.set_defaults(module=name)
+        return sub
+
+    p = command("generate", "text from prompts",
+                "Text as if the base model had been fine-tuned. Prompts come from --prompt, --batch-file or standard input; "
+                "a single one is streamed to the terminal.")
+    add_models(p)
+    group = p.add_argument_group("prompts and output")
+    group.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt (repeat it for several)")
+    group.add_argument("--batch-file", metavar="FILE",
+                       help='a prompt a line, or JSON lines: {"prompt": ..., and options of its own: '
+                            f'{", ".join(REQUEST_OPTIONS)}}}')
+    group.add_argument("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
+    group.add_argument("--batch-size", type=positive, default=8, metavar="N", help="prompts at a time (default 8)")
+    group.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="default 64")
+    group.add_argument("--stream", action="store_true", help="print as it is written, off a terminal too")
+    group.add_argument("--json", action="store_true", help="one JSON object a prompt: text, token_ids, seed, ...")
+    group = p.add_argument_group("sampling")
+    for name, default, text in [("temperature", 1.0, "default 1; 0 is greedy"), ("top_k", 0, "default 0: off"),
+                                ("top_p", 1.0, "default 1: off"), ("min_p", 0.0, "default 0: off")]:
+        group.add_argument(f"--{name.replace('_', '-')}", type=REQUEST_OPTIONS[name], default=default, metavar="X", help=text)
+    group.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    group.add_argument("--seed", type=REQUEST_OPTIONS["seed"], metavar="N",
+                       help="same seed, same text (default: drawn; --json tells it)")
+    add_combination(p)
+    group = p.add_argument_group("speculation (the tuned model drafts)")
+    group.add_argument("--draft-tokens", type=count, default=0, metavar="K", help="drafts a round (default 0: off)")
+    group.add_argument("--verify", choices=["coupled", "token", "block"], default="coupled",
+                       help="coupled (default): exactly the tokens of plain decoding; token, block: the same distribution")
+
+    p = command("score", "perplexity of a text under base, tuned, ref and the emulated model")
+    add_models(p)
+    p.add_argument("--text", required=True, metavar="FILE", help="the text (UTF-8)")
+    p.add_argument("--truth", metavar="MODEL", help="the base model really fine-tuned: also report the share of the gap recovered")
+    p.add_argument("--context", type=positive, metavar="N", help="tokens a window (default: up to 1024)")
+    p.add_argument("--stride", type=positive, metavar="N", help="tokens counted a window (default: half the context)")
+    p.add_argument("--json", action="store_true")
+    add_combination(p)
+
+    p = command("demo", "the model family: text, perplexities and speed",
+                "What base, tuned, emulated and truly tuned models of the small example family write, how well they predict "
+                "held-out text, and what speculation brings.")
+    p.add_argument("--family", metavar="DIR", help="folder with ref, tuned-a, tuned-b, base, large-a, large-b "
+                                                   "(default: examples/family/weights of the checkout)")
+    p.add_argument("--heldout", metavar="DIR", help="folder with a.txt and b.txt (default: heldout beside the family's folder)")
+    p.add_argument("--seed", type=REQUEST_OPTIONS["seed"], default=1, metavar="N", help="default 1")
+    p.add_argument("--heldout-tokens", type=positive, default=4096, metavar="N", help="held-out tokens a style (default 4096)")
+    p.add_argument("--new-tokens", type=positive, default=48, metavar="N", help="tokens a text (default 48)")
+    p.add_argument("--threads", type=positive, metavar="N")
+
+    p = command("bench", "time of one sampling step on this CPU against PyTorch")
+    p.add_argument("--threads", type=positive, action="append", metavar="N", help="CPU threads (repeat it; default: all)")
+    p.add_argument("--batch", type=positive, action="append", metavar="B", help="rows (repeat it; default 1, 8, 64)")
+    p.add_argument("--vocab", type=positive, default=128256, metavar="V", help="default 128256")
+    p.add_argument("--rounds", type=positive, default=15, metavar="N", help="timed rounds (default 15)")
+    p.add_argument("--json", metavar="FILE", help="also write the rows there, one JSON object a line")
+
+    p = command("doctor", "what is installed, which backends are here and why another is not")
+    p.add_argument("--json", action="store_true")
+    return root
+
+
+def main(argv: list[str] | None = None) -> int:
+    name = "eft-kernels"
+    try:
+        args = parser().parse_args(argv)
+        name = f"eft-kernels {args.command}"
+        code = importlib.import_module(f"eft_kernels._cli.{args.module}").run(args)
+        sys.stdout.flush()
+        return code
+    except Refused as error:
+        print(f"{error.prog or name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `eft-kernels ... | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except SystemExit as stop:  # --help
+        return stop.code or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
