@@ -1,0 +1,13 @@
+"""Decoding loops over models that give logits and keep a cache: torch only, no model library.
+
+`plain` decodes one token a step, `speculative` drafts and verifies several a round (arXiv 2310.12962, section 3.4).
+`Model` is what a model has to offer, `Target` what is sampled, `Prompt` where it starts and ends.
+"""
+
+from .columns import Columns, Model, take_columns
+from .loops import Decoded, Speculation, plain, speculative
+from .target import Target
+from .text import Prompt, Text
+
+__all__ = ["Columns", "Decoded", "Model", "Prompt", "Speculation", "Target", "Text", "plain", "speculative",
+           "take_columns"]

@@ -1,0 +1,185 @@
+"""The plain and the speculative decoding loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .columns import Columns, Model
+from .target import Target
+from .text import Prompt, Text
+
+
+@dataclass
+class Speculation:
+    """What speculation did, per row; int64 [B] on the CPU."""
+
+    rounds: torch.Tensor  # in which the row was still being written
+    drafted: torch.Tensor  # tokens proposed to it
+    accepted: torch.Tensor  # of these, by the verifier
+    emitted: torch.Tensor  # tokens of its text
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the proposed tokens that was accepted, over all rows."""
+        return float(self.accepted.sum() / self.drafted.sum().clamp(min=1))
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Tokens a row gained per round, over all rows."""
+        return float(self.emitted.sum() / self.rounds.sum().clamp(min=1))
+
+
+@dataclass
+class Decoded:
+    """The result of a loop: B rows, T steps of the longest."""
+
+    sequences: torch.Tensor  # int64 [B, P + T]
+    lengths: torch.Tensor  # int64 [B], new tokens per row
+    failed: dict[int, int]  # row: the step (0 is the first new token) at which it became invalid
+    logits: tuple[torch.Tensor, ...] | None  # T x [B, V] float32, emulated scores; 0 after a row's end
+    scores: tuple[torch.Tensor, ...] | None  # T x [B, V] float32, processed; a point mass on padding after its end
+    speculation: Speculation | None = None
+
+
+class Steps:
+    """Scores per step of the text, from slots that rows reach at different times."""
+
+    def __init__(self):
+        self.steps: list[torch.Tensor] = []  # [B, V] each
+
+    def add(self, slots: torch.Tensor, start: list[int], count: list[int]) -> None:
+        """Slots [B, W, V]: row b's first count[b] belong to its steps from start[b] on."""
+        spans = [(n, n + c) for n, c in zip(start, count) if c]
+        for n in range(min((a for a, _ in spans), default=0), max((b for _, b in spans), default=0)):
+            if n == len(self.steps):
+                self.steps.append(slots.new_zeros(slots.shape[0], slots.shape[2]))
+            rows = [b for b, (a, c) in enumerate(zip(start, count)) if a <= n < a + c]
+            self.steps[n][rows] = slots[rows, [n - start[b] for b in rows]]
+
+    def close(self, length: list[int], pad: int | None) -> tuple[torch.Tensor, ...]:
+        """The steps; after a row's end a point mass on ``pad`` (None: zeros)."""
+        self.steps = self.steps[: max(length)]
+        for n, step in enumerate(self.steps):
+            rows = [b for b, end in enumerate(length) if end <= n]
+            step[rows] = 0.0 if pad is None else float("-inf")
+            if pad is not None and 0 <= pad < step.shape[1]:
+                step[rows, pad] = 0.0
+        return tuple(self.steps)
+
+
+class Writer:
+    """The part both loops share: the text, what is recorded beside it, and the caller's stream."""
+
+    def __init__(self, prompt: Prompt, target: Target, slots: int, on_tokens: Callable | None):
+        self.text, self.on_tokens = Text(prompt, slots), on_tokens
+        self.logits = Steps() if target.keep_logits else None
+        self.scores = Steps() if target.keep_scores else None
+        self.length = [0] * prompt.ids.shape[0]  # the host's copy of text.length
+        self.ended = [False] * prompt.ids.shape[0]
+
+    def write(self, tokens, emitted, valid, raw=None, scores=None) -> list[int]:
+        """Appends up to W tokens a row ([B, W], raw and scores [B, W, V]) and returns how many each row kept."""
+        seen = None
+        if self.scores is not None:
+            emit = torch.where(self.text.ended, 0, emitted)
+            if self.text.prompt.criteria is not None:  # they may read the scores of the tokens they judge
+                self.scores.add(scores, self.length, emit.tolist())
+                seen = lambda n: tuple(self.scores.steps[:n])  # noqa: E731
+        kept = self.text.append(tokens, emitted, valid, seen)
+        kept, ended = torch.stack([kept, self.text.ended.long()]).tolist()  # the round's one synchronisation
+        for record, slots in ((self.logits, raw), (self.scores, scores)):
+            if record is not None:
+                record.add(slots, self.length, kept)
+        if self.on_tokens is not None and any(kept):
+            self.on_tokens(tokens, kept)
+        self.length = [n + k for n, k in zip(self.length, kept)]
+        self.ended = [bool(e) for e in ended]
+        return kept
+
+    def decoded(self, speculation: Speculation | None = None) -> Decoded:
+        steps = max(self.length)
+        failed = {b: n for b, n in enumerate(self.text.failed.tolist()) if n >= 0}
+        records = [None if r is None else r.close(self.length, pad)
+                   for r, pad in ((self.logits, None), (self.scores, self.text.prompt.pad))]
+        return Decoded(self.text.prefix(steps), self.text.length, failed, *records, speculation)
+
+
+def _columns(prompt: Prompt) -> Columns:
+    longest = prompt.ids.shape[1] - prompt.left + prompt.max_new_tokens
+    return Columns(prompt.left, longest - 1)
+
+
+@torch.no_grad()
+def plain(models: list[Model], target: Target, prompt: Prompt, *, on_tokens: Callable | None = None) -> Decoded:
+    """One token per row and step: J forwards, one `sample`.
+
+    on_tokens(tokens [B, W], kept): called with the new tokens of every step and how many of them each row keeps.
+    """
+    out, columns = Writer(prompt, target, 1, on_tokens), _columns(prompt)
+    feed, step = prompt.readable(), 0
+    while True:
+        inputs = columns.inputs(feed.shape[1])
+        logits = [model(feed, *inputs, 1)[:, -1] for model in models]  # J x [B, V_j]
+        columns.width += feed.shape[1]
+        tokens, valid, raw, scores = target.sample(logits, lambda: out.text.prefix(step), step)
+        out.write(tokens[:, None], valid.long(), valid, *(s if s is None else s[:, None] for s in (raw, scores)))
+        if all(out.ended):
+            return out.decoded()
+        feed, step = tokens.clamp(min=0)[:, None], step + 1
+
+
+@torch.no_grad()
+def speculative(models: list[Model], target: Target, prompt: Prompt, *, draft: int, draft_tokens: int,
+                method: str, on_tokens: Callable | None = None) -> Decoded:
+    """Rounds of drafting by models[draft] and verification by all (Leviathan et al., arXiv 2211.17192).
+
+    At the start of a round every cache holds each row's text but its newest token. The drafting model reads that
+    and its own K drafts one by one, the others all K + 1 in one forward; the logits kept from drafting are the draft
+    distribution and, unless their weight is 0, a term of the target. Then the caches drop what was rejected.
+
+    method: "coupled", "token" or "block", see `eft_kernels.verify`.
+    """
+    out, columns = Writer(prompt, target, draft_tokens + 1, on_tokens), _columns(prompt)
+    text, feed = out.text, prompt.readable()
+    rounds, drafted, accepted = (torch.zeros_like(text.length) for _ in range(3))
+    while True:
+        # K this round; a row near its end takes fewer, for one token more is emitted than accepted
+        reach = [0 if e else min(draft_tokens + 1, prompt.max_new_tokens - n) for n, e in zip(out.length, out.ended)]
+        k = max(reach) - 1
+        lengths = (prompt.max_new_tokens - 1 - text.length).clamp(0, k).masked_fill(text.ended, 0)  # [B]
+
+        start, steps, drafts, step = columns.width, [], [], feed
+        alive = ~text.ended
+        for j in range(k + 1):
+            steps.append(models[draft](step, *columns.inputs(step.shape[1]), 1))  # [B, 1, V]
+            columns.width += step.shape[1]
+            if j < k:
+                tokens, valid = target.draft(steps[j][:, -1], text.length + j, j, method)
+                alive = alive & valid  # a row's drafts end where the drafting model fails
+                lengths = torch.where(alive, lengths, lengths.clamp(max=j))
+                drafts.append(tokens.clamp(min=0))
+                step = drafts[j][:, None]
+        drafts = torch.stack(drafts, 1) if k else text.ids[:, :0]  # [B, K]
+        columns.width = start
+        feed = torch.cat([feed, drafts], 1)
+        inputs = columns.inputs(feed.shape[1])
+        logits = [torch.cat(steps, 1) if i == draft else model(feed, *inputs, k + 1)
+                  for i, model in enumerate(models)]  # J x [B, K+1, V_j]
+        columns.width += feed.shape[1]
+
+        ver, raw, scores = target.verify(logits, text, drafts, lengths, reach, method, draft)
+        writing = ~text.ended
+        rounds += writing
+        drafted += lengths
+        accepted += torch.where(writing, ver.num_emitted - ver.valid.long(), 0)
+        kept = out.write(ver.tokens, ver.num_emitted, ver.valid, raw, scores)
+        if all(out.ended):
+            stats = (rounds, drafted, accepted, text.length)
+            return out.decoded(Speculation(*(s.cpu() for s in stats)))
+        last = (torch.tensor(kept, device=drafts.device) - 1).clamp(min=0)[:, None]
+        feed = ver.tokens.gather(1, last).clamp(min=0)
+        # of the K + 1 columns from the round's first token on, a row keeps all but those after its newest token's
+        columns.rollback(models, k + 1, kept, out.ended)

@@ -1,0 +1,103 @@
+"""The distribution that is sampled: the emulated one, its processors and its filters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from ..ops import logprobs, sample, verify
+from ..weights import Weights
+
+
+@dataclass
+class Target:
+    """``softmax(sum_j w_j z_j)`` with sampling parameters, and optionally a function of the scores in between."""
+
+    weights: Weights
+    seeds: torch.Tensor  # int64 [B]
+    filters: dict = field(default_factory=dict)  # temperature, top_k, top_p, min_p: numbers or tensors [B]
+    upscale_top_p: float | torch.Tensor = 1.0
+    vocab_size: int | None = None
+    # process(ids [B, P + n], scores [B, V] float32) -> scores, before the filters
+    process: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    keep_logits: bool = False  # record the scores before process ...
+    keep_scores: bool = False  # ... and after process and filters
+
+    def __post_init__(self):
+        self.emulate = dict(upscale_top_p=self.upscale_top_p, vocab_size=self.vocab_size)
+        self.noise = dict(self.filters, seed=self.seeds)
+        self.materialise = self.process is not None or self.keep_logits or self.keep_scores
+
+    def scores(self, logits: list[torch.Tensor]) -> torch.Tensor:
+        """Emulated scores, float32 [B, V]: the combination of the models' logits [B, V_j].
+
+        They are log-probs plus the combination's own constant (taken at the most likely token), so processors that
+        look at a logit's sign (repetition penalty) do to one model of weight 1 what they do to that model.
+        """
+        lp = logprobs(logits, self.weights, **self.emulate)
+        best = lp.argmax(1, keepdim=True)
+        z = torch.cat([z.gather(1, best).float() for z in logits], 1)  # [B, J]
+        w = self.weights.tensor
+        w = z.new_tensor(self.weights.values) if w is None else w.to(z.device)
+        return lp + (torch.where(w == 0, 0, w * z).sum(1, keepdim=True) - lp.gather(1, best))
+
+    def filtered(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [B, V] divided by the temperature, -inf outside the filters; greedy rows stay as they are."""
+        temperature = torch.as_tensor(self.filters.get("temperature", 1.0), device=scores.device).float()
+        temperature = temperature.reshape(-1, 1).expand(scores.shape[0], 1)
+        greedy = temperature < 1e-5
+        kept = logprobs([scores], [1.0], **self.filters) > float("-inf")
+        scores = torch.where(kept | greedy, scores, float("-inf"))
+        return scores / torch.where(greedy, 1.0, temperature)
+
+    def sample(self, logits: list[torch.Tensor], ids: Callable[[], torch.Tensor], position: int):
+        """One token per row of logits [B, V_j]: (tokens, valid, raw scores or None, processed scores or None)."""
+        if not self.materialise:
+            out = sample(logits, self.weights, position=position, logprobs=False, **self.emulate, **self.noise)
+            return out.tokens, out.valid, None, None
+        raw = scores = self.scores(logits)
+        if self.process is not None:
+            scores = self.process(ids(), raw.clone()).float()
+        out = sample([scores], [1.0], position=position, logprobs=False, **self.noise)
+        return out.tokens, out.valid, raw, self.filtered(scores) if self.keep_scores else None
+
+    def draft(self, logits: torch.Tensor, position: torch.Tensor, slot: int, method: str):
+        """A draft per row from the drafting model's own logits [B, V]: (tokens, valid)."""
+        stream = dict(stream="sample") if method == "coupled" else dict(stream="draft", slot=slot)
+        out = sample([logits], [1.0], position=position, vocab_size=self.vocab_size, logprobs=False, **stream,
+                     **self.noise)
+        return out.tokens, out.valid
+
+    def verify(self, logits: list[torch.Tensor], text, drafts, lengths, reach: list[int], method: str, draft: int):
+        """`verify` of drafts [B, K] under logits [B, K+1, V_j]: (its output, raw scores, processed scores).
+
+        reach[b]: how many slots of row b (from slot 0) can be emitted, 0 for a row that ended.
+        """
+        noise = dict(self.noise, position=text.length, method=method)
+        if not self.materialise:
+            return verify(logits, self.weights, drafts, lengths, draft=draft, **self.emulate, **noise), None, None
+        slots = drafts.shape[1] + 1
+        raw = scores = torch.stack([self.scores([z[:, i] for z in logits]) for i in range(slots)], 1)  # [B, K+1, V]
+        if self.process is not None:
+            scores = raw.clone()
+            counts = torch.tensor(reach, device=drafts.device)
+            text.put(drafts, torch.arange(slots - 1, device=drafts.device) < counts[:, None] - 1)
+            every, start = torch.arange(len(reach), device=drafts.device), text.length.tolist()
+            spans = [(n, n + r) for n, r in zip(start, reach) if r]
+            for n in range(min(a for a, _ in spans), max(b for _, b in spans)):
+                slot = n - text.length  # [B], the slot that follows n new tokens
+                here = (slot >= 0) & (slot < counts)
+                if not bool(here.any()):
+                    continue
+                slot = slot.clamp(0, slots - 1)
+                own = scores[every, slot]
+                done = self.process(text.prefix(n), own.clone()).float()
+                scores[every, slot] = torch.where(here[:, None], done, own)
+        out = verify([scores, logits[draft]], [1.0, 0.0], drafts, lengths, draft=1, vocab_size=scores.shape[2],
+                     **noise)
+        final = None
+        if self.keep_scores:
+            final = torch.stack([self.filtered(scores[:, i]) for i in range(slots)], 1)
+        return out, raw, final
