@@ -28,7 +28,7 @@ PY    := $(VENV)/bin/python
 READY := $(VENV)/.eft-ready
 RUN   :=
 endif
-PIP := $(PY) -m pip --disable-pip-version-check -q
+PIP := $(PY) -m pip --disable-pip-version-check -qq
 
 HAVE_TORCH := import torch; v = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])); assert v >= (2, 11)
 
@@ -83,5 +83,5 @@ $(VENV)/.eft-ready: pyproject.toml
 $(BUILT): $(READY) $(SOURCES)
 	@mkdir -p $(@D)
 	@$(PY) setup.py -q build_ext --inplace > $(@D)/build.log 2>&1 || { cat $(@D)/build.log >&2; exit 1; }
-	@grep -i 'eft' $(@D)/build.log || true
+	@grep -h '^eft_kernels:' $(@D)/build.log || true
 	@if ls eft_kernels/_cpu*.so >/dev/null 2>&1; then touch $@; fi

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import secrets
 import sys
@@ -59,7 +60,7 @@ def read_batch(path: str) -> list[Request]:
                 if isinstance(value, (bool, str)):
                     raise ValueError(f"got {value!r}, allowed is a number")
                 given[name] = REQUEST_OPTIONS[name](value)
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
                 raise Refused(f"{where}: {name}: {error}") from None
         requests.append(Request(prompt, where, given))
     if not requests:
@@ -100,12 +101,13 @@ def encode(requests: list[Request], tokenizer, chat: bool) -> None:
 
 
 def batches(requests: list[Request], size: int):
-    """Requests with equal settings together, at most ``size`` at a time."""
-    groups: dict = {}
-    for r in requests:
-        groups.setdefault(tuple(sorted(r.settings.items())), []).append(r)
-    for group in groups.values():
-        yield from (group[i : i + size] for i in range(0, len(group), size))
+    """At most ``size`` requests at a time, of one length limit; the shortest prompts together, to pad little."""
+    order = sorted(requests, key=lambda r: (r.settings["max_new_tokens"], len(r.inputs)))
+    while order:
+        limit = order[0].settings["max_new_tokens"]
+        batch = [r for r in order[:size] if r.settings["max_new_tokens"] == limit]
+        del order[: len(batch)]
+        yield batch
 
 
 def run(args) -> int:
@@ -148,7 +150,7 @@ def run(args) -> int:
 
 
 def decode(batch: list[Request], family, args, streamer=None) -> None:
-    """Generates for requests that share their settings and fills in their ids, text and error."""
+    """Generates for requests of one length limit and fills in their ids, text and error."""
     import torch
 
     import eft_kernels as eft
@@ -158,24 +160,33 @@ def decode(batch: list[Request], family, args, streamer=None) -> None:
     longest = max(len(r.inputs) for r in batch)
     ids = torch.tensor([[pad] * (longest - len(r.inputs)) + r.inputs for r in batch], device=device)
     mask = torch.tensor([[0] * (longest - len(r.inputs)) + [1] * len(r.inputs) for r in batch], device=device)
-    settings = dict(batch[0].settings)
-    greedy = args.greedy or settings["temperature"] == 0
+    settings = {}
+    for name, first in batch[0].settings.items():  # a tensor [rows] only where the requests differ
+        values = [r.settings[name] for r in batch]
+        settings[name] = first if values.count(first) == len(values) else torch.tensor(values, device=device)
+    greedy = args.greedy or (isinstance(settings["temperature"], float) and settings["temperature"] == 0)
     if greedy:  # transformers refuses sampling options that greedy decoding does not read
         settings = {k: v for k, v in settings.items() if k not in ("temperature", "top_k", "top_p", "min_p")}
     try:
         out = family.base.generate(
             input_ids=ids, attention_mask=mask, custom_generate=eft.hf.generate,
             tuned=family.tuned if len(family.tuned) > 1 else family.tuned[0], ref=family.ref,
-            draft_tokens=args.draft_tokens, verify=args.verify, vocab_size=args.vocab_size, do_sample=not greedy,
+            draft_tokens=args.draft_tokens, verify=args.verify, vocab_size=family.vocab_size, do_sample=not greedy,
             seed=torch.tensor([r.seed for r in batch], dtype=torch.int64, device=device), pad_token_id=pad,
             streamer=streamer, **settings)
+    except eft.hf.InvalidRowError as error:
+        out, failed = error.output, error.failed
+        for row, step in failed.items():
+            batch[row].error = f"its scores became invalid (NaN, +inf or no token left) at step {step}; the text ends there"
     except ValueError as error:
         where = batch[0].where if len(batch) == 1 else f"{batch[0].where} and {len(batch) - 1} more"
         raise Refused(f"{where}: {first_line(error)}") from None
+    else:
+        failed = {}
     ends = family.base.generation_config.eos_token_id
     ends = {ends} if isinstance(ends, int) else set(ends or ())
-    for r, row in zip(batch, out[:, longest:].tolist()):
-        stop = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+    for i, (r, row) in enumerate(zip(batch, out[:, longest:].tolist())):
+        stop = failed.get(i, next((n + 1 for n, token in enumerate(row) if token in ends), len(row)))
         r.ids = row[:stop]
         r.text = tokenizer.decode(r.ids, skip_special_tokens=True)
 

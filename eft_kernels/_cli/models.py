@@ -20,6 +20,7 @@ class Family:
     ref: object
     tokenizer: object
     tokenizers: list = field(default_factory=list)  # of base, tuned..., ref; None where a folder has none
+    vocab_size: int | None = None  # ids that the models share
 
     @property
     def models(self) -> list:
@@ -144,19 +145,25 @@ def load_family(args) -> Family:
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else next((t for t in tokenizers if t), None)
     if tokenizer is None:
         raise Refused(f"no tokenizer in {args.tokenizer or 'the model folders'}; name a folder that has one with --tokenizer")
-    check_tokenizers(options, tokenizers, args.vocab_size)
-    return Family(models[0], list(models[1:-1]), models[-1], tokenizer, list(tokenizers))
+    family = Family(models[0], list(models[1:-1]), models[-1], tokenizer, list(tokenizers))
+    family.vocab_size = shared_vocabulary([f"{option} {name}" for option, name in options], models, tokenizers, args.vocab_size)
+    return family
 
 
-def check_tokenizers(options, tokenizers, vocab_size: int | None) -> None:
-    """Token ids (below ``vocab_size`` if given) must mean the same for every model that brings a tokenizer."""
-    end = vocab_size or 1 << 60
-    known = [(f"{option} {name}", {token: i for token, i in t.get_vocab().items() if i < end})
-             for (option, name), t in zip(options, tokenizers) if t]
-    for who, vocab in known[1:]:
-        first, reference = known[0]
-        if vocab != reference:
-            different = [t for t in reference.keys() | vocab.keys() if reference.get(t) != vocab.get(t)]
-            token = min(different, key=lambda t: min(reference.get(t, 1 << 60), vocab.get(t, 1 << 60)))
-            raise Refused(f"the tokenizers of {first} and {who} differ: {len(different)} tokens, the first is {token!r} "
-                          f"(id {reference.get(token)} and {vocab.get(token)}); the models must share one vocabulary")
+def shared_vocabulary(names: list[str], models, tokenizers, vocab_size: int | None) -> int:
+    """How many ids the models share; refused unless these mean the same wherever a tokenizer says what they mean."""
+    from ..integrations import hf
+
+    widths = [hf._logits_width(m) for m in models]
+    shortest = min(widths)
+    if vocab_size is not None and vocab_size > shortest:
+        raise Refused(f"--vocab-size: got {vocab_size}, allowed is up to {shortest}, the shortest model's vocabulary")
+    if vocab_size is None and len(set(widths)) > 1 and None in tokenizers:
+        raise Refused("the models' vocabularies differ in length (" + ", ".join(f"{n} {w}" for n, w in zip(names, widths)) +
+                      f") and a tokenizer is missing; pass --vocab-size {shortest} if ids below it mean the same")
+    known = [(n, t) for n, t in zip(names, tokenizers) if t is not None]
+    try:
+        hf._check_tokenizers([t for _, t in known], [n for n, _ in known], vocab_size or shortest, vocab_size is None)
+    except ValueError as error:
+        raise Refused(first_line(error)) from None
+    return vocab_size or shortest

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from .generate import read_text
-from .models import first_line, load_family, load_model
+from .models import first_line, load_family, load_model, load_tokenizer, shared_vocabulary
 from .options import mode_settings
 from .term import Progress, Refused, table
 
@@ -27,9 +27,10 @@ def windows(ids: list[int], bos: int | None, context: int, stride: int) -> list[
 
     Every window holds ``context`` tokens of the text (fewer only when the text is shorter) behind ``bos`` if there
     is one, and counts those that no earlier window counted; each of these sees at least ``context - stride`` tokens.
-    Without ``bos`` nothing predicts the text's first token, and it is not counted.
+    Without ``bos`` nothing predicts a window's first token: the text's first is not counted, ``context`` is at least 2.
     """
     head = [] if bos is None else [bos]
+    stride = min(stride, context - 1 + len(head))
     out, counted = [], 0
     while counted < len(ids):
         end = min(len(ids), counted + (stride if counted else context))
@@ -107,6 +108,8 @@ def run(args) -> int:
     bos = tokenizer.bos_token_id
     if bos is None or tokenizer("a").input_ids[:1] != [bos]:
         bos = None
+    if context + (bos is not None) < 2:
+        raise Refused(f"--context: got {context}, allowed is 2 and more (the tokenizer has no start token)")
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     if len(ids) < 2:
         raise Refused(f"--text {args.text}: too short: {len(ids)} token(s), at least 2 are needed")
@@ -115,8 +118,10 @@ def run(args) -> int:
     emulations = {"emulated": (names, combination(mode), args.upscale_top_p)}
     if args.truth:
         models["truth"] = load_model(args.truth, "--truth", args.dtype, family.base.device)
+        shared_vocabulary(["--base " + args.base, "--truth " + args.truth], [family.base, models["truth"]],
+                          [tokenizer, load_tokenizer(args.truth)], family.vocab_size)
     try:
-        scores = score(models, windows(ids, bos, context, stride), emulations, args.vocab_size)
+        scores = score(models, windows(ids, bos, context, stride), emulations, family.vocab_size)
     except ValueError as error:
         raise Refused(first_line(error)) from None
 

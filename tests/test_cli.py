@@ -1,0 +1,461 @@
+"""The command line on tiny random Llama models: what it prints, what it refuses, and that its numbers are right."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import eft_kernels as eft
+from eft_kernels.cli import main
+
+pytest.importorskip("transformers")
+TEXT = "and the king said unto them go and see what the people of the land have done . " * 12
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory):
+    """A folder of models: base (large), tuned, other (small), ref, and broken ones beside them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config
+
+    root = tmp_path_factory.mktemp("zoo")
+
+    def tokenizer(words):
+        vocab = {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words])}
+        t = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+        t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        t.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        return PreTrainedTokenizerFast(tokenizer_object=t, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+                                       unk_token="<unk>")
+
+    words = sorted(set(TEXT.split())) + [f"w{i}" for i in range(40)]
+    size = len(words) + 4
+
+    def model(name, seed, hidden, own_words=words, poison=False):
+        torch.manual_seed(seed)
+        config = LlamaConfig(vocab_size=size, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=1,
+                             num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=128,
+                             bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.5)
+        m = LlamaForCausalLM(config)
+        if poison:  # id 4's embedding: every prompt that holds its word makes NaN
+            m.model.embed_tokens.weight.data[4] = float("nan")
+        m.save_pretrained(root / name)
+        tokenizer(own_words).save_pretrained(root / name)
+
+    for seed, (name, hidden) in enumerate([("base", 32), ("truth", 32), ("tuned", 16), ("other", 16), ("ref", 16)]):
+        model(name, seed, hidden)
+    model("stranger", 9, 16, own_words=words[::-1])
+    model("sick", 4, 16, poison=True)
+    T5Config(vocab_size=size).save_pretrained(root / "seq2seq")
+    (root / "empty").mkdir()
+    shutil.copytree(root / "ref", root / "weightless")
+    (root / "weightless" / "model.safetensors").unlink()
+    (root / "text.txt").write_text(TEXT)
+    return root
+
+
+@pytest.fixture(scope="session")
+def family(zoo):
+    """The zoo's models in the layout that `demo` expects."""
+    root = zoo / "family"
+    for name, source in {"base": "base", "ref": "ref", "tuned-a": "tuned", "tuned-b": "other", "large-a": "truth",
+                         "large-b": "truth"}.items():
+        shutil.copytree(zoo / source, root / "weights" / name)
+    (root / "heldout").mkdir()
+    for style in "ab":
+        (root / "heldout" / f"{style}.txt").write_text("\n\f\n".join([TEXT, TEXT, TEXT]) + "\n")
+    return root
+
+
+def models(zoo, **other):
+    names = {"base": "base", "tuned": "tuned", "ref": "ref", **other}
+    return [x for option, name in names.items() for x in (f"--{option}", str(zoo / name))]
+
+
+def lines(capsys):
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+# --- generate ------------------------------------------------------------------------------------------------------
+
+def test_generate_is_generate(zoo, capsys):
+    """Same tokens as the library's call with the same settings and seed."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    settings = dict(temperature=0.7, top_p=0.9, top_k=20, min_p=0.01, upscale_top_p=0.9, beta=1.5)
+    options = [x for k, v in settings.items() for x in (f"--{k.replace('_', '-')}", str(v))]
+    assert main(["generate", *models(zoo), "--prompt", "and the king", "--seed", "5", "--max-new-tokens", "9",
+                 "--json", *options]) == 0
+    (row,) = lines(capsys)
+    base, tuned, ref = (AutoModelForCausalLM.from_pretrained(zoo / n) for n in ("base", "tuned", "ref"))
+    inputs = AutoTokenizer.from_pretrained(zoo / "base")("and the king", return_tensors="pt")
+    out = base.generate(input_ids=inputs.input_ids, custom_generate=eft.hf.generate, tuned=tuned, ref=ref, seed=5,
+                        do_sample=True, max_new_tokens=9, **settings)
+    want = out[0, inputs.input_ids.shape[1] :].tolist()
+    assert row["token_ids"] == want[: want.index(2) + 1 if 2 in want else None]
+    assert row["seed"] == 5 and row["prompt"] == "and the king" and row["prompt_tokens"] == 4
+
+
+def test_seed_decides_and_is_told(zoo, capsys):
+    call = ["generate", *models(zoo), "--prompt", "the people", "--max-new-tokens", "8", "--json"]
+    assert main(call) == 0
+    (first,) = lines(capsys)
+    assert main([*call, "--seed", str(first["seed"])]) == 0
+    (again,) = lines(capsys)
+    assert main([*call, "--seed", str(first["seed"] + 1)]) == 0
+    (other,) = lines(capsys)
+    assert first == again and other["token_ids"] != first["token_ids"]
+
+
+def test_coupled_speculation_changes_nothing(zoo, capsys):
+    call = ["generate", *models(zoo), "--prompt", "the people", "--seed", "3", "--max-new-tokens", "12", "--json"]
+    rows = []
+    for extra in ([], ["--draft-tokens", "3"], ["--draft-tokens", "3", "--verify", "token"]):
+        assert main([*call, *extra]) == 0
+        rows += lines(capsys)
+    assert rows[0]["token_ids"] == rows[1]["token_ids"] and len(rows[2]["token_ids"]) > 0
+
+
+def test_batch_file_requests_do_not_touch_each_other(zoo, capsys, tmp_path):
+    """Each line gets what it would get alone, whatever the batch size, in the order of the file."""
+    requests = [{"prompt": "and the king", "seed": 1}, {"prompt": "go", "temperature": 0, "seed": 2},
+                {"prompt": "see what the people of the land", "temperature": 0.5, "top_p": 0.8, "beta": 2.0, "seed": 3},
+                {"prompt": "land", "top_k": 3, "max_new_tokens": 3, "seed": 4}]
+    path = tmp_path / "batch"
+    path.write_text("\n".join(map(json.dumps, requests)) + "\n\nthe people\n")
+    call = ["generate", *models(zoo), "--max-new-tokens", "7", "--seed", "9", "--json"]
+    assert main([*call, "--batch-file", str(path)]) == 0
+    together = lines(capsys)
+    assert main([*call, "--batch-file", str(path), "--batch-size", "1"]) == 0
+    assert lines(capsys) == together
+    assert [r["prompt"] for r in together] == [r["prompt"] for r in requests] + ["the people"]
+    assert len(together[3]["token_ids"]) <= 3
+    for request, row in zip(requests, together):
+        options = [x for k, v in request.items() for x in (f"--{k.replace('_', '-')}", str(v))]
+        assert main(["generate", *models(zoo), "--max-new-tokens", "7", "--json", *options]) == 0
+        (alone,) = lines(capsys)
+        assert alone == row
+
+
+def test_output_forms(zoo, capsys, monkeypatch):
+    call = ["generate", *models(zoo), "--seed", "3", "--max-new-tokens", "8"]
+    assert main([*call, "--prompt", "the people"]) == 0
+    plain = capsys.readouterr().out
+    assert main([*call, "--prompt", "the people", "--stream"]) == 0
+    assert capsys.readouterr().out.strip() == plain.strip() != ""
+    assert main([*call, "--prompt", "the people", "--prompt", "go"]) == 0
+    several = capsys.readouterr().out
+    assert several.startswith(f"[1] the people\n{plain}") and "[2] go\n" in several
+    assert main([*call, "--prompt", "the people", "--greedy"]) == 0
+    greedy = capsys.readouterr().out
+    assert main([*call, "--prompt", "the people", "--temperature", "0", "--seed", "77"]) == 0
+    assert capsys.readouterr().out == greedy != plain
+
+    import io
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the people\n"))
+    assert main(call) == 0
+    assert capsys.readouterr().out == plain
+
+
+def test_combinations(zoo, capsys):
+    """Every mode reaches the library: interpolation at its ends is one tuned model; strengths matter."""
+    call = ["--prompt", "and the king said", "--seed", "1", "--max-new-tokens", "10", "--json"]
+
+    def ids(*options, **names):
+        assert main(["generate", *models(zoo, **names), *options, *call]) == 0
+        return lines(capsys)[0]["token_ids"]
+
+    both = ["--tuned", str(zoo / "other")]
+    assert ids(*both, "--lam", "1") == ids("--mode", "proxy") == ids("--mode", "upscale")
+    assert ids(*both, "--lam", "0") == ids("--mode", "downscale", tuned="other")
+    assert ids("--beta", "3") != ids() != ids("--mode", "proxy", "--alpha", "3")
+
+
+def test_invalid_row_keeps_the_others(zoo, capsys, tmp_path):
+    """A model that gives NaN for one prompt: its row ends with an error line and exit code 1, the other is whole."""
+    word = sorted(set(TEXT.split()))[0]  # id 4, whose embedding is poisoned
+    path = tmp_path / "batch"
+    path.write_text(f"go see\n{word} the\n")
+    call = ["generate", *models(zoo, ref="sick"), "--batch-file", str(path), "--max-new-tokens", "6", "--seed", "8"]
+    assert main([*call, "--top-k", "1", "--json"]) == 1
+    captured = capsys.readouterr()
+    good, bad = map(json.loads, captured.out.splitlines())
+    assert good["token_ids"] and "error" not in good
+    assert bad["token_ids"] == [] and "step 0" in bad["error"]
+    assert len(captured.err.splitlines()) == 1 and "line 2" in captured.err
+
+
+# --- score ---------------------------------------------------------------------------------------------------------
+
+def test_score_is_the_models_own_loss(zoo, capsys):
+    """Against a direct computation with log_softmax over the same windows."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert main(["score", *models(zoo), "--truth", str(zoo / "truth"), "--text", str(zoo / "text.txt"), "--context", "64",
+                 "--stride", "24", "--beta", "1.5", "--json"]) == 0
+    (got,) = lines(capsys)
+    tokenizer = AutoTokenizer.from_pretrained(zoo / "base")
+    ids = tokenizer(TEXT, add_special_tokens=False).input_ids
+    loaded = {n: AutoModelForCausalLM.from_pretrained(zoo / n).double() for n in ("base", "tuned", "ref", "truth")}
+    total, counted = dict.fromkeys([*loaded, "emulated"], 0.0), 0
+    end = 0
+    while end < len(ids):
+        previous, end = end, min(len(ids), end + (24 if end else 64))
+        begin = max(0, end - 64)
+        row = torch.tensor([[1, *ids[begin:end]]])
+        with torch.no_grad():
+            logits = {n: m(row[:, :-1]).logits[0] for n, m in loaded.items()}
+        logits["emulated"] = 1.5 * (logits["base"] - logits["ref"]) + logits["tuned"]
+        for name, z in logits.items():
+            lp = z.log_softmax(-1)[torch.arange(end - begin), row[0, 1:]]
+            total[name] -= lp[previous - begin :].sum().item()
+        counted += end - previous
+    assert counted == len(ids) > 128  # more than the models can see at once
+    for name, nats in total.items():
+        s = got["scores"][name]
+        assert s["tokens"] == counted
+        assert s["nats_per_token"] == pytest.approx(nats / counted, abs=2e-5)
+        assert s["perplexity"] == pytest.approx(torch.tensor(nats / counted).exp().item(), rel=1e-4)
+    base, emulated, truth = (got["scores"][n]["nats_per_token"] for n in ("base", "emulated", "truth"))
+    want = (base - emulated) / (base - truth) if base > truth else None
+    assert got["recovered"] == (pytest.approx(want) if want is not None else None)
+    assert got["context"] == 64 and got["stride"] == 24 and got["beta"] == 1.5
+
+
+def test_windows_count_every_token_once():
+    from eft_kernels._cli.score import windows
+
+    ids = list(range(100, 200))
+    for bos in (None, 7):
+        for context, stride in [(100, 100), (30, 30), (30, 7), (64, 1), (500, 500)]:
+            seen = [token for row, first in windows(ids, bos, context, stride) for token in row[first:]]
+            assert seen == (ids if bos else ids[1:])
+            for row, first in windows(ids, bos, context, stride)[1:]:
+                assert len(row) - (bos is not None) == context and first > context - stride - (bos is None)
+
+
+def test_score_table(zoo, capsys):
+    assert main(["score", *models(zoo), "--text", str(zoo / "text.txt"), "--tuned", str(zoo / "other")]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()[:6]] == ["model", "base", "tuned", "tuned", "ref", "emulated"]
+    assert "interpolate lam 0.5; windows of 128 tokens, stride 64" in out
+
+
+# --- demo, bench, doctor -------------------------------------------------------------------------------------------
+
+def test_demo(family, capsys):
+    assert main(["demo", "--family", str(family / "weights"), "--new-tokens", "6", "--heldout-tokens", "256"]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out, "escape codes off a terminal"
+    assert "emulated" in out and "gap recovered" in out
+    assert "coupled wrote exactly the tokens of plain decoding" in out
+    table = out[out.index("method") :].splitlines()
+    assert [row.split()[:2] for row in table[2:11]] == [[m, k] for m in ("coupled", "token", "block") for k in "248"]
+
+
+def test_demo_scores_agree_with_score(family, capsys):
+    """The demo's held-out table is `score` of the same windows."""
+    from transformers import AutoTokenizer
+
+    from eft_kernels._cli import demo
+
+    tokenizer = AutoTokenizer.from_pretrained(family / "weights" / "base")
+    rows = demo.heldout_windows(family / "heldout" / "a.txt", tokenizer, 600)
+    assert len(rows) == 2 and all(len(row) == 257 and row[0] == 1 and first == 1 for row, first in rows)
+    flat = [token for row, _ in rows for token in row[1:]]
+    chapter = [*tokenizer(TEXT, add_special_tokens=False).input_ids, 2]
+    assert flat == (chapter * 3)[:512]
+
+
+def test_bench(capsys, tmp_path):
+    path = tmp_path / "rows"
+    assert main(["bench", "--batch", "2", "--vocab", "2000", "--rounds", "3", "--threads", "1", "--json", str(path)]) == 0
+    out, err = capsys.readouterr()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {(r["contender"], r["top_p"]) for r in rows} == {
+        (c, p) for c in ("sample", "sample+lp", "floor", "eager", "lean") for p in (1.0, 0.9)}
+    for r in rows:
+        assert 0 < r["p20_us"] <= r["median_us"] <= r["p80_us"]
+        assert r["threads"] == 1 and r["batch"] == 2 and r["vocab"] == 2000 and r["command"] and r["torch"]
+    assert "eager / sample" in out and "top_p=0.9" in err
+
+
+def test_bench_refuses_wrong_tokens(monkeypatch, capsys):
+    """The gate: a sampler that is one token off is not timed."""
+    from eft_kernels import _bench
+
+    sample = eft.sample
+
+    def off_by_one(*args, backend="auto", **kwargs):
+        out = sample(*args, backend=backend, **kwargs)
+        return out if backend == "reference" else out._replace(tokens=out.tokens ^ 1)
+
+    monkeypatch.setattr(_bench.eft, "sample", off_by_one)
+    assert main(["bench", "--batch", "1", "--vocab", "1000", "--rounds", "1"]) == 1
+    assert "wrong tokens" in capsys.readouterr().err
+
+
+def test_bench_baselines_sample_the_same_distribution():
+    """What `eft.sample` is timed against draws from the same distribution (frequencies of 40,000 draws)."""
+    from eft_kernels import _bench
+
+    torch.manual_seed(0)
+    small = [z[:, :6].float() * 0.3 for z in _bench.make_logits(1, 1000, 3)]
+    for top_p in (1.0, 0.8):
+        want = eft.logprobs(small, _bench.WEIGHTS, top_p=top_p).exp()[0]
+        assert top_p == 1 or (want == 0).any()
+        many = [z.expand(40000, 6).contiguous() for z in small]
+        for draw in (_bench.eager, _bench.lean):
+            seen = torch.bincount(draw(many, top_p), minlength=6) / 40000
+            assert ((seen - want).abs() < 5 * (want * (1 - want) / 40000).sqrt() + 1e-6).all(), (draw.__name__, seen, want)
+
+
+def test_doctor(capsys):
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert f"eft-kernels {eft.__version__}" in text and torch.__version__ in text and "reference" in text
+    assert main(["doctor", "--json"]) == 0
+    (found,) = lines(capsys)
+    assert found["works"] and set(found["backends"]) == set(eft.backends())
+    assert found["extension"]["built"] == found["backends"]["cpu"]["available"]
+
+
+def test_doctor_fails_when_sampling_is_wrong(monkeypatch, capsys):
+    sample = eft.sample
+    monkeypatch.setattr(eft, "sample", lambda *a, backend="auto", **k: sample(*a, backend=backend, **k)
+                        if backend == "reference" else sample(*a, **{**k, "seed": 123}))
+    assert main(["doctor"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+BAD = {
+    "no command": ([], "command"),
+    "unknown command": (["fry"], "'fry'"),
+    "unknown option": (["doctor", "--frob"], "--frob"),
+    "missing model option": (["generate", "--base", "{zoo}/base"], "--tuned, --ref"),
+    "missing folder": (["generate", "{models}", "--ref", "{zoo}/nowhere"], "{zoo}/nowhere: no such folder"),
+    "missing relative folder": (["generate", "{models}", "--ref", "./nowhere"], "./nowhere: no such folder"),
+    "a file": (["generate", "{models}", "--ref", "{zoo}/text.txt"], "is a file"),
+    "not a model folder": (["generate", "{models}", "--ref", "{zoo}/empty"], "not a model folder (it has no config.json)"),
+    "no weights": (["generate", "{models}", "--ref", "{zoo}/weightless"], "cannot load it"),
+    "encoder-decoder": (["generate", "{models}", "--ref", "{zoo}/seq2seq"], "encoder-decoder"),
+    "hub id offline": (["generate", "{models}", "--ref", "some/model"], "the hub cannot be reached"),
+    "tokenizers differ": (["generate", "{models}", "--ref", "{zoo}/stranger"], "tokenizers: "),
+    "truth's tokenizer differs": (["score", "{models}", "--text", "{zoo}/text.txt", "--truth", "{zoo}/stranger"],
+                                  "tokenizers: "),
+    "three tuned": (["generate", "{models}", "--tuned", "{zoo}/other", "--tuned", "{zoo}/other"], "one or two"),
+    "empty prompt": (["generate", "{models}", "--prompt", " "], "--prompt: the prompt is empty"),
+    "empty second prompt": (["generate", "{models}", "--prompt", "go", "--prompt", ""], "--prompt 2: the prompt is empty"),
+    "prompt and batch": (["generate", "{models}", "--prompt", "go", "--batch-file", "{zoo}/text.txt"], "pass one"),
+    "prompt too long": (["generate", "{models}", "--prompt", "go " * 200], "context"),
+    "no batch file": (["generate", "{models}", "--batch-file", "{zoo}/none"], "No such file"),
+    "empty batch file": (["generate", "{models}", "--batch-file", "{zoo}/blank"], "holds no prompt"),
+    "batch file, bad JSON": (["generate", "{models}", "--batch-file", "{zoo}/bad1"], "line 2: not JSON"),
+    "batch file, no prompt": (["generate", "{models}", "--batch-file", "{zoo}/bad2"], "line 1: expected \"prompt\""),
+    "batch file, unknown": (["generate", "{models}", "--batch-file", "{zoo}/bad3"], "line 1: unknown option 'heat'"),
+    "batch file, range": (["generate", "{models}", "--batch-file", "{zoo}/bad4"], "line 1: top_p: got 2"),
+    "batch file, mode": (["generate", "{models}", "--batch-file", "{zoo}/bad5"], "line 1: alpha does not belong"),
+    "temperature": (["generate", "{models}", "--temperature", "-1"], "got '-1', allowed is a finite number >= 0"),
+    "temperature nan": (["generate", "{models}", "--temperature", "nan"], "allowed is a finite number"),
+    "top-p 0": (["generate", "{models}", "--top-p", "0"], "--top-p: got '0', allowed is a number in (0, 1]"),
+    "top-k fraction": (["generate", "{models}", "--top-k", "1.5"], "--top-k: got '1.5', allowed is an integer >= 0"),
+    "min-p": (["generate", "{models}", "--min-p", "1.1"], "--min-p: got '1.1'"),
+    "upscale-top-p": (["generate", "{models}", "--upscale-top-p", "0"], "--upscale-top-p: got '0'"),
+    "draft tokens": (["generate", "{models}", "--draft-tokens", "-1"], "--draft-tokens: got '-1'"),
+    "verify": (["generate", "{models}", "--verify", "guess"], "'guess'"),
+    "max new tokens": (["generate", "{models}", "--max-new-tokens", "0"], "--max-new-tokens: got '0'"),
+    "seed": (["generate", "{models}", "--seed", "x"], "--seed: got 'x', allowed is a 64-bit integer"),
+    "beta of another mode": (["generate", "{models}", "--mode", "proxy", "--beta", "2"], "--beta: goes with"),
+    "lam alone": (["generate", "{models}", "--lam", "0.5"], "--lam: goes with two --tuned"),
+    "mode and two tuned": (["generate", "{models}", "--tuned", "{zoo}/other", "--mode", "proxy"], "leave --mode out"),
+    "filter and two tuned": (["generate", "{models}", "--tuned", "{zoo}/other", "--upscale-top-p", "0.5"], "upscale_top_p"),
+    "vocab size": (["generate", "{models}", "--vocab-size", "100000"], "--vocab-size: got 100000"),
+    "device": (["generate", "{models}", "--device", "abacus"], "--device abacus"),
+    "no chat template": (["generate", "{models}", "--chat"], "no chat template"),
+    "stream and json": (["generate", "{models}", "--stream", "--json"], "--stream: goes with one prompt"),
+    "no text": (["score", "{models}", "--text", "{zoo}/none"], "No such file"),
+    "text is a folder": (["score", "{models}", "--text", "{zoo}"], "Is a directory"),
+    "empty text": (["score", "{models}", "--text", "{zoo}/blank"], "the file is empty"),
+    "binary text": (["score", "{models}", "--text", "{zoo}/binary"], "not UTF-8"),
+    "short text": (["score", "{models}", "--text", "{zoo}/short"], "too short"),
+    "context too long": (["score", "{models}", "--text", "{zoo}/text.txt", "--context", "129"], "--context: got 129"),
+    "stride too long": (["score", "{models}", "--text", "{zoo}/text.txt", "--context", "9", "--stride", "10"], "--stride"),
+    "no family": (["demo", "--family", "{zoo}/nowhere"], "no folder ref in it"),
+    "no held-out text": (["demo", "--family", "{family}/weights", "--heldout", "{zoo}"], "no file a.txt"),
+    "bench vocabulary": (["bench", "--vocab", "10"], "--vocab: got 10"),
+    "bench threads": (["bench", "--threads", "0"], "--threads: got '0'"),
+}
+
+
+@pytest.fixture(scope="session")
+def bad_files(zoo):
+    for name, text in {"blank": " \n", "short": "king", "bad1": 'go\n{"prompt": \n', "bad2": '{"text": "go"}',
+                       "bad3": '{"prompt": "go", "heat": 1}', "bad4": '{"prompt": "go", "top_p": 2}',
+                       "bad5": '{"prompt": "go", "alpha": 2}'}.items():
+        (zoo / name).write_text(text)
+    (zoo / "binary").write_bytes(b"\xff\xfe\x00")
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_code_2(case, zoo, family, bad_files, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sys, "stdin", None)
+    argv, expected = BAD[case]
+    own = {a for a in argv if a.startswith("--")}
+    argv = [y for a in argv for y in (models(zoo) if a == "{models}" else [a])]
+    if "generate" in argv and not own & {"--prompt", "--batch-file"}:
+        argv += ["--prompt", "go"]
+    if "--ref" in own and "{models}" in BAD[case][0]:  # the case's own --ref replaces the good one
+        at = argv.index("--ref")
+        del argv[at : at + 2]
+    argv, expected = ([x.format(zoo=zoo, family=family) if "{" in x else x for x in part] for part in (argv, [expected]))
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1, (out, err)
+    assert err.startswith("eft-kernels") and "error: " in err and expected[0] in err
+
+
+def test_no_prompt(zoo, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["generate", *models(zoo)]) == 2
+    assert "no prompt" in capsys.readouterr().err
+
+
+# --- as a program --------------------------------------------------------------------------------------------------
+
+def program(*argv, **kwargs):
+    return subprocess.Popen([sys.executable, "-m", "eft_kernels", *argv], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, **kwargs)
+
+
+def test_program(zoo, tmp_path):
+    """From another folder, the prompt on standard input; the exit code is main's."""
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(eft.__file__))}
+    p = program("generate", *models(zoo), "--max-new-tokens", "4", "--seed", "1", stdin=subprocess.PIPE, cwd=tmp_path,
+                env=environment)
+    out, err = p.communicate("the people", timeout=120)
+    assert p.returncode == 0 and out.strip() and err == "", err
+    p = program("score", cwd=tmp_path, env=environment)
+    out, err = p.communicate(timeout=120)
+    assert p.returncode == 2 and out == "" and len(err.splitlines()) == 1
+    p = program("--help", cwd=tmp_path, env=environment)
+    out, err = p.communicate(timeout=120)
+    assert p.returncode == 0 and all(c in out for c in ("generate", "score", "demo", "bench", "doctor"))
+
+
+def test_interrupt_is_quiet(zoo):
+    """Ctrl-C while it works: exit code 130 and no traceback."""
+    p = program("bench", "--batch", "4", "--rounds", "1000000", "--vocab", "1000")
+    assert p.stderr.readline()  # the first line of progress: it is at work
+    time.sleep(0.3)
+    p.send_signal(signal.SIGINT)
+    _, err = p.communicate(timeout=60)
+    assert p.returncode == 130 and "Traceback" not in err, err
