@@ -2,11 +2,11 @@
 
 from .dispatch import backends
 from .ops import SampleOutput, VerifyOutput, logprobs, row_seeds, sample, token_logprobs, verify
+from .version import __version__
 from .weights import Weights, downscale, interpolate, proxy, upscale, weights
 
-__version__ = "0.1.0"
-__all__ = ["SampleOutput", "VerifyOutput", "Weights", "backends", "downscale", "hf", "interpolate", "logprobs",
-           "proxy", "row_seeds", "sample", "token_logprobs", "upscale", "verify", "weights"]
+__all__ = ["SampleOutput", "VerifyOutput", "Weights", "__version__", "backends", "downscale", "hf", "interpolate",
+           "logprobs", "proxy", "row_seeds", "sample", "token_logprobs", "upscale", "verify", "weights"]
 
 
 def __getattr__(name: str):

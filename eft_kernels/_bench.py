@@ -25,6 +25,7 @@ import time
 import torch
 
 import eft_kernels as eft
+from eft_kernels.dispatch import backends
 
 CONTENDERS = ("sample", "sample+lp", "floor", "eager", "lean")
 WEIGHTS = eft.upscale()
@@ -32,7 +33,7 @@ SETS = {1: 8, 8: 4}  # sets of inputs that rotate; 2 for larger batches
 
 
 def make_logits(rows: int, vocab: int, seed: int, dtype=torch.bfloat16) -> list[torch.Tensor]:
-    """[base, tuned, ref], each [rows, vocab]: Zipf-like peaks over noise of std 3; ref follows base, tuned follows ref."""
+    """[base, tuned, ref], each [rows, vocab]: Zipf-like peaks over noise of std 3; ref like base, tuned like ref."""
     g = torch.Generator().manual_seed(seed)
 
     def noise(std):
@@ -136,23 +137,26 @@ def git_state() -> tuple[str | None, bool | None]:
 def cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as f:
-            return next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), platform.machine())
+            names = [line.split(":", 1)[1].strip() for line in f if line.startswith("model name")]
+        return names[0] if names else platform.machine()
     except OSError:
         return platform.processor() or platform.machine()
 
 
 def environment(command: str) -> dict:
     commit, dirty = git_state()
-    backend = next(n for n, b in eft.backends().items() if b["available"] and ("cpu" in b["devices"] or "any" in b["devices"]))
-    backend = os.environ.get("EFT_KERNELS_BACKEND") or backend
-    return dict(cpu=cpu_name(), cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-                backend=backend, backend_detail=eft.backends()[backend]["reason"], eft_kernels=eft.__version__,
+    here, forced = backends(), os.environ.get("EFT_KERNELS_BACKEND", "auto")
+    backend = next(n for n, b in here.items() if b["available"] and {"cpu", "any"} & {*b["devices"]}
+                   and forced in ("auto", n))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return dict(cpu=cpu_name(), cores=cores, backend=backend, backend_detail=here[backend]["reason"],
+                eft_kernels=eft.__version__,
                 torch=torch.__version__, python=platform.python_version(), commit=commit, dirty=dirty, command=command,
                 date=time.strftime("%Y-%m-%d"))
 
 
-def run(threads: list[int], batches: list[int], vocab: int, rounds: int, command: str, tell=lambda done, total, label: None):
-    """All rows of the benchmark as dicts; ``tell`` hears of progress."""
+def run(threads: list[int], batches: list[int], vocab: int, rounds: int, command: str, tell) -> list[dict]:
+    """All rows of the benchmark; ``tell(done, total, label)`` hears of progress."""
     before, rows, done = torch.get_num_threads(), [], 0
     todo = [(n, b, p) for n in threads for b in batches for p in (1.0, 0.9)]
     about = environment(command)
@@ -162,8 +166,8 @@ def run(threads: list[int], batches: list[int], vocab: int, rounds: int, command
             torch.set_num_threads(n)
             for name, times in measure(b, vocab, p, rounds).items():
                 p20, _, _, p80 = statistics.quantiles(times, n=5) if len(times) > 1 else times * 4
-                rows.append(dict(op="sample", contender=name, batch=b, vocab=vocab, dtype="bfloat16", models=3, top_p=p,
-                                 threads=n, median_us=statistics.median(times) * 1e6, p20_us=p20 * 1e6, p80_us=p80 * 1e6,
+                rows.append(dict(op="sample", contender=name, batch=b, vocab=vocab, dtype="bfloat16", models=3,
+                                 top_p=p, threads=n, median_us=statistics.median(times) * 1e6, p20_us=p20 * 1e6, p80_us=p80 * 1e6,
                                  rounds=rounds, **about))
             done += 1
         tell(done, len(todo), "done")
@@ -178,8 +182,8 @@ def short(us: float) -> str:
 
 def cells(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     """Header and lines of the table: times of `sample`, and how many times longer the others take."""
-    header = ["threads", "B", "top_p", "sample", "p20..p80", "with logprobs", "floor", "/ floor", "eager", "eager / sample",
-              "lean", "lean / sample"]
+    header = ["threads", "B", "top_p", "sample", "p20..p80", "with logprobs", "floor", "sample / floor", "eager",
+              "eager / sample", "lean", "lean / sample"]
     lines = []
     for key in dict.fromkeys((r["threads"], r["batch"], r["top_p"]) for r in rows):
         by = {r["contender"]: r for r in rows if (r["threads"], r["batch"], r["top_p"]) == key}
@@ -195,8 +199,8 @@ def cells(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
 def about(rows: list[dict]) -> str:
     r = rows[0]
     commit = f"commit {r['commit']}{' with changes' if r['dirty'] else ''}" if r["commit"] else "installed package"
-    return (f"V = {r['vocab']}, bfloat16, 3 models, medians of {r['rounds']} interleaved rounds; {r['cpu']}, backend {r['backend']} "
-            f"({r['backend_detail']}), eft-kernels {r['eft_kernels']} ({commit}), torch {r['torch']}")
+    return (f"V = {r['vocab']}, bfloat16, 3 models, medians of {r['rounds']} interleaved rounds; {r['cpu']}, backend "
+            f"{r['backend']} ({r['backend_detail'].split(',')[0]}), eft-kernels {r['eft_kernels']} ({commit}), torch {r['torch']}")
 
 
 def markdown(rows: list[dict]) -> str:

@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 
-from ._cli.options import (REQUEST_OPTIONS, add_combination, add_models, count, positive)
+from ._cli.options import REQUEST_OPTIONS, add_combination, add_models, count, positive
 from ._cli.term import Refused
 
 
@@ -30,8 +30,8 @@ def parser() -> Parser:
         return sub
 
     p = command("generate", "text from prompts",
-                "Text as if the base model had been fine-tuned. Prompts come from --prompt, --batch-file or standard input; "
-                "a single one is streamed to the terminal.")
+                "Text as if the base model had been fine-tuned. Prompts come from --prompt, --batch-file or standard "
+                "input; a single one is streamed to the terminal.")
     add_models(p)
     group = p.add_argument_group("prompts and output")
     group.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt (repeat it for several)")
@@ -46,7 +46,8 @@ def parser() -> Parser:
     group = p.add_argument_group("sampling")
     for name, default, text in [("temperature", 1.0, "default 1; 0 is greedy"), ("top_k", 0, "default 0: off"),
                                 ("top_p", 1.0, "default 1: off"), ("min_p", 0.0, "default 0: off")]:
-        group.add_argument(f"--{name.replace('_', '-')}", type=REQUEST_OPTIONS[name], default=default, metavar="X", help=text)
+        group.add_argument(f"--{name.replace('_', '-')}", type=REQUEST_OPTIONS[name], default=default, metavar="X",
+                           help=text)
     group.add_argument("--greedy", action="store_true", help="always the likeliest token")
     group.add_argument("--seed", type=REQUEST_OPTIONS["seed"], metavar="N",
                        help="same seed, same text (default: drawn; --json tells it)")
@@ -54,30 +55,34 @@ def parser() -> Parser:
     group = p.add_argument_group("speculation (the tuned model drafts)")
     group.add_argument("--draft-tokens", type=count, default=0, metavar="K", help="drafts a round (default 0: off)")
     group.add_argument("--verify", choices=["coupled", "token", "block"], default="coupled",
-                       help="coupled (default): exactly the tokens of plain decoding; token, block: the same distribution")
+                       help="coupled (default): exactly the tokens of plain decoding; token, block: its distribution")
 
     p = command("score", "perplexity of a text under base, tuned, ref and the emulated model")
     add_models(p)
     p.add_argument("--text", required=True, metavar="FILE", help="the text (UTF-8)")
-    p.add_argument("--truth", metavar="MODEL", help="the base model really fine-tuned: also report the share of the gap recovered")
+    p.add_argument("--truth", metavar="MODEL",
+                   help="the base model really fine-tuned: also report the share of the gap recovered")
     p.add_argument("--context", type=positive, metavar="N", help="tokens a window (default: up to 1024)")
     p.add_argument("--stride", type=positive, metavar="N", help="tokens counted a window (default: half the context)")
     p.add_argument("--json", action="store_true")
     add_combination(p)
 
     p = command("demo", "the model family: text, perplexities and speed",
-                "What base, tuned, emulated and truly tuned models of the small example family write, how well they predict "
-                "held-out text, and what speculation brings.")
+                "What base, tuned, emulated and truly tuned models of the small example family write, how well they "
+                "predict held-out text, and what speculation brings.")
     p.add_argument("--family", metavar="DIR", help="folder with ref, tuned-a, tuned-b, base, large-a, large-b "
                                                    "(default: examples/family/weights of the checkout)")
-    p.add_argument("--heldout", metavar="DIR", help="folder with a.txt and b.txt (default: heldout beside the family's folder)")
+    p.add_argument("--heldout", metavar="DIR",
+                   help="folder with a.txt and b.txt (default: heldout beside the family's folder)")
     p.add_argument("--seed", type=REQUEST_OPTIONS["seed"], default=1, metavar="N", help="default 1")
-    p.add_argument("--heldout-tokens", type=positive, default=4096, metavar="N", help="held-out tokens a style (default 4096)")
+    p.add_argument("--heldout-tokens", type=positive, default=4096, metavar="N",
+                   help="held-out tokens a style (default 4096)")
     p.add_argument("--new-tokens", type=positive, default=48, metavar="N", help="tokens a text (default 48)")
     p.add_argument("--threads", type=positive, metavar="N")
 
     p = command("bench", "time of one sampling step on this CPU against PyTorch")
-    p.add_argument("--threads", type=positive, action="append", metavar="N", help="CPU threads (repeat it; default: all)")
+    p.add_argument("--threads", type=positive, action="append", metavar="N",
+                   help="CPU threads (repeat it; default: all)")
     p.add_argument("--batch", type=positive, action="append", metavar="B", help="rows (repeat it; default 1, 8, 64)")
     p.add_argument("--vocab", type=positive, default=128256, metavar="V", help="default 128256")
     p.add_argument("--rounds", type=positive, default=15, metavar="N", help="timed rounds (default 15)")

@@ -14,7 +14,7 @@ from .weights import Weights
 
 # name: (dtype of the tensor form, is the value allowed, what is allowed)
 SPECS = {
-    "temperature": (torch.float32, lambda v: 0 <= v < float("inf"), "a finite number >= 0 (below 1e-5 is greedy)"),
+    "temperature": (torch.float32, lambda v: 0 <= v <= 1e30, "0 to 1e30 (below 1e-5 is greedy)"),
     "top_k": (torch.int64, lambda v: v >= 0, "an integer >= 0 (0 is off)"),
     "top_p": (torch.float32, lambda v: 0 < v <= 1, "in (0, 1] (1 is off)"),
     "min_p": (torch.float32, lambda v: 0 <= v <= 1, "in [0, 1] (0 is off)"),

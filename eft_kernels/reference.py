@@ -227,7 +227,7 @@ class Rows:
     def own(self, j: int, excluded) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Model j alone over the tokens not excluded: logits, masses, total, log-sum-exp."""
         z = self.logits[j][:, : self.vocab_size].to(torch.float32)
-        z = torch.where(excluded, NEG_INF, torch.nan_to_num(z, nan=0.0, posinf=0.0, neginf=NEG_INF))
+        z = torch.where(excluded, NEG_INF, z)
         best = torch.where(torch.isinf(z.amax(1)), 0.0, z.amax(1))
         masses = torch.where(z == NEG_INF, 0, mass(z, best, torch.full_like(best, LOG2E)))
         total = masses.sum(1).clamp(min=1)
@@ -388,11 +388,12 @@ def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: i
         return torch.where(ids == draft_tokens[:, i : i + 1], 1 << MASS_BITS, 0)
 
     def residual(i, factor):
-        """max(0, factor p - q) as fixed point, 2^58 for a whole distribution, [B, V]."""
+        """max(0, factor p - q) in units of 2^-58, 0 below one unit; float64 [B, V]."""
         q = draft_masses(i)
         a = factor * (2.0**RESIDUAL_BITS / totals[i].to(torch.float64))
         b = 2.0**RESIDUAL_BITS / q.sum(1).clamp(min=1).to(torch.float64)
-        return (masses[i].to(torch.float64) * a[:, None] - q.to(torch.float64) * b[:, None]).clamp(min=0).to(torch.int64)
+        rest = masses[i].to(torch.float64) * a[:, None] - q.to(torch.float64) * b[:, None]
+        return torch.where(rest >= 1, rest, 0.0)
 
     def plain(i):
         r, s, _, _ = slots[i]
@@ -423,7 +424,8 @@ def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: i
             # block verification (arXiv 2403.10444, algorithm 2): ratio is its p_i, tau the last i that passes
             step = torch.where(mq > 0, (mp * tq) / (mq * tp), torch.where(mp > 0, float("inf"), 0.0))
             ratio = torch.where(ratio > 0, (ratio * step).clamp(max=1.0), 0.0)
-            rest = (residual(i + 1, ratio).sum(1) if i < S - 2 else torch.zeros_like(accepted)).to(torch.float64)
+            rest = residual(i + 1, ratio).to(torch.int64).sum(1) if i < S - 2 else torch.zeros_like(accepted)
+            rest = rest.to(torch.float64)
             whole = rest + (1.0 - ratio) * 2.0**RESIDUAL_BITS
             passes = torch.where(i + 1 == lengths, u < ratio, (u * whole < rest) | (whole == 0))
             passes = passes & (i < lengths)
@@ -438,7 +440,7 @@ def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: i
         final = plain(i)
         if method != "coupled" and i < S - 1:
             rest = residual(i, factor)
-            some = here & (i < lengths) & (rest.sum(1) > 0)
+            some = here & (i < lengths) & (rest > 0).any(1)
             score = torch.where(rest > 0, log(rest.clamp(min=1).to(torch.float32)), NEG_INF)
             drawn = race(score, torch.ones_like(r.temperature), r.seed, r.position, STREAMS["residual"],
                          torch.full_like(r.seed, i))

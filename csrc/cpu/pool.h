@@ -1,0 +1,16 @@
+// A small thread pool: blocks of one job are taken from a shared counter, the caller works too.
+#pragma once
+#include <cstdint>
+
+namespace eft {
+
+// Runs body(context, i) for i in [0, n) on up to `threads` threads; returns when all are done. A nested or concurrent
+// call runs on its own thread alone.
+void parallel_for(int threads, int64_t n, void (*body)(void*, int64_t), void* context);
+
+template <class Fn>
+void parallel_for(int threads, int64_t n, const Fn& fn) {
+  parallel_for(threads, n, [](void* c, int64_t i) { (*static_cast<const Fn*>(c))(i); }, const_cast<Fn*>(&fn));
+}
+
+}  // namespace eft

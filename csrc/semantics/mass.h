@@ -1,0 +1,35 @@
+// Masses: exp2((s - best) c) as 64-bit fixed point, 2^40 at the best score, truncated. Sums do not depend on order.
+#pragma once
+#include "math.h"
+
+namespace eft {
+namespace EFT_ISA {
+
+constexpr int kMassBits = 40;
+constexpr int kResidualBits = 58;
+
+// significand (24 bits) and shift of a mass: mass = shift >= 0 ? q << shift : q >> -shift
+template <class F>
+EFT_HD IntOf<F> mass_parts(F s, F best, F c, IntOf<F>& shift) {
+  F n;
+  F p = exp2_parts((s - best) * c, n);
+  shift = to_int(n) + (kMassBits - 24);
+  return to_int(p * 0x1p24f);
+}
+
+EFT_HD int64_t mass(float s, float best, float c) {
+  int32_t shift;
+  int64_t q = mass_parts(s, best, c, shift);
+  return shift >= 0 ? q << shift : q >> (shift < -63 ? 63 : -shift);
+}
+
+EFT_HD float log_total(int64_t total) { return log(static_cast<float>(total) * 0x1p-40f); }
+
+// the mass strictly above a token must be below this for the token to be in the nucleus of mass p
+EFT_HD int64_t mass_limit(float p, int64_t total) {
+  int64_t limit = static_cast<int64_t>(static_cast<double>(p) * static_cast<double>(total));
+  return limit < 1 ? 1 : limit;
+}
+
+}  // namespace EFT_ISA
+}  // namespace eft

@@ -1,0 +1,243 @@
+"""The case table every backend is held to, and the comparison with the reference. Used by tests and benchmarks.
+
+A backend passes a case when its tokens, validity, and acceptance equal the reference's exactly and its log-probs agree
+within `TOLERANCE`. Adding a backend adds nothing here; adding a parameter adds a row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from . import ops
+from .weights import Weights, interpolate, upscale
+
+TOLERANCE = 1e-5  # nats: float32 log-sum-exp against the fixed-point one
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+
+class Case(NamedTuple):
+    """Shapes, types and parameters of one call; ``make`` turns it into tensors."""
+
+    name: str
+    rows: int = 4
+    vocab: tuple[int, ...] = (1000,)  # per model, or one for all
+    dtypes: tuple[torch.dtype, ...] = (F32,)  # per model, or one for all
+    weights: object = None  # default: upscale()
+    kwargs: dict = {}  # noqa: RUF012
+    scale: float = 3.0
+    special: str = ""  # what is planted in the logits: ties, flat, neg_inf, masked, nan, bad, strided, mask, offset
+    slots: int = 4  # K + 1, of verify
+
+
+def per_row(*values, dtype=None):
+    """A parameter that differs from row to row: the values, repeated over the rows."""
+    return lambda rows: torch.tensor([values[i % len(values)] for i in range(rows)], dtype=dtype)
+
+
+CASES = [
+    Case("plain"),
+    Case("one row", rows=1, vocab=(50257,)),
+    Case("bf16", dtypes=(BF16,), vocab=(32000,)),
+    Case("fp16", dtypes=(F16,), vocab=(32001,)),
+    Case("mixed types", dtypes=(BF16, F32, F16)),
+    Case("mixed lengths", vocab=(1007, 1000, 1024), dtypes=(BF16,)),
+    Case("vocab size", vocab=(1000,), kwargs=dict(vocab_size=777)),
+    Case("one token", vocab=(1,)),
+    Case("two tokens", vocab=(2,)),
+    Case("less than a chunk", vocab=(255,)),
+    Case("a chunk", vocab=(256,)),
+    Case("a chunk and one", vocab=(257,), dtypes=(BF16,)),
+    Case("two chunks and some", vocab=(519,), rows=9),
+    Case("one model", weights=[1.0]),
+    Case("one model halved", weights=[0.5], dtypes=(F16,)),
+    Case("two models", weights=[1.5, -0.5], dtypes=(BF16,)),
+    Case("interpolation", weights=interpolate(0.3), dtypes=(BF16,)),
+    Case("eight models", weights=[1.0, 0.25, -0.25, 0.5, -0.5, 0.125, -0.125, 0.3], dtypes=(BF16,)),
+    Case("zero weight", weights=[1.0, 0.0, -0.5], special="nan in model 1"),
+    Case("all weights zero", weights=[0.0, 0.0, 0.0]),
+    Case("weights [J]", weights=lambda rows: torch.tensor([1.0, 0.5, -0.5])),
+    Case("weights per row", weights=lambda rows: upscale(torch.linspace(0, 2, rows)), rows=7),
+    Case("greedy", kwargs=dict(temperature=0.0)),
+    Case("greedy ties", kwargs=dict(temperature=0.0), special="ties"),
+    Case("cold", kwargs=dict(temperature=0.05)),
+    Case("hot", kwargs=dict(temperature=5.0)),
+    Case("top-k 1", kwargs=dict(top_k=1)),
+    Case("top-k", kwargs=dict(top_k=50), vocab=(32000,)),
+    Case("top-k ties", kwargs=dict(top_k=7), special="ties"),
+    Case("top-k beyond V", kwargs=dict(top_k=5000)),
+    Case("top-k deep", kwargs=dict(top_k=700), vocab=(5000,)),
+    Case("top-k deeper", kwargs=dict(top_k=4000), vocab=(5000,)),
+    Case("top-p", kwargs=dict(top_p=0.9), vocab=(32000,), dtypes=(BF16,)),
+    Case("top-p small", kwargs=dict(top_p=1e-6)),
+    Case("top-p large", kwargs=dict(top_p=0.99999)),
+    Case("top-p flat", kwargs=dict(top_p=0.5), special="flat"),
+    Case("top-p ties", kwargs=dict(top_p=0.7), special="ties"),
+    Case("min-p", kwargs=dict(min_p=0.05)),
+    Case("min-p 1", kwargs=dict(min_p=1.0)),
+    Case("all filters", kwargs=dict(temperature=0.8, top_k=40, top_p=0.95, min_p=0.02), vocab=(32000,), dtypes=(BF16,)),
+    Case("up-scaling filter", kwargs=dict(upscale_top_p=0.9)),
+    Case("up-scaling filter tight", kwargs=dict(upscale_top_p=0.1, top_p=0.9), dtypes=(BF16,)),
+    Case("up-scaling filter masked", kwargs=dict(upscale_top_p=0.5), special="mask"),
+    Case("up-scaling filter -inf", kwargs=dict(upscale_top_p=0.7, tuned=2), special="neg_inf"),
+    Case("everything", kwargs=dict(temperature=1.3, top_k=300, top_p=0.9, min_p=0.001, upscale_top_p=0.8),
+         dtypes=(BF16, F16, F32), special="mask", vocab=(2000, 2003, 2001)),
+    Case("parameters per row", rows=12, vocab=(3000,), dtypes=(BF16,), kwargs=dict(
+        temperature=per_row(0.0, 0.7, 1.0, 1.5), top_k=per_row(0, 5, 100), top_p=per_row(1.0, 0.9, 0.5, 0.99, 0.1),
+        min_p=per_row(0.0, 0.1), upscale_top_p=per_row(1.0, 0.9, 0.5))),
+    Case("flat", special="flat", vocab=(5000,)),
+    Case("ties", special="ties"),
+    Case("peaked", scale=30.0),
+    Case("-inf", special="neg_inf"),
+    Case("token mask", special="mask", vocab=(1001,), dtypes=(BF16,)),
+    Case("token mask nearly empty", special="mask one", vocab=(3000,)),
+    Case("all masked", special="all masked", rows=3),
+    Case("bad rows", special="bad", rows=8),
+    Case("bad rows filtered", special="bad", rows=8, kwargs=dict(top_p=0.9, upscale_top_p=0.9)),
+    Case("strided", special="strided", dtypes=(BF16,)),
+    Case("transposed", special="transposed"),
+    Case("unaligned", special="offset", dtypes=(BF16,), vocab=(515,)),
+    Case("no rows", rows=0),
+    Case("far position", kwargs=dict(position=per_row(0, (1 << 40) + 5, (1 << 63) - 20))),
+    Case("seed extremes", kwargs=dict(seed=per_row(0, -1, (1 << 63) - 1, -(1 << 63)))),
+    Case("draft stream", kwargs=dict(stream="draft", slot=3)),
+    Case("many rows", rows=70, vocab=(300,)),
+    Case("large vocabulary", rows=2, vocab=(151936, 152064, 152064), dtypes=(BF16,), kwargs=dict(top_p=0.95)),
+]
+
+
+def make(case: Case, seed: int = 0, slots: int | None = None, device="cpu"):
+    """(logits, weights, kwargs): [rows, V] logits, or [rows, slots, V] with ``slots``."""
+    g = torch.Generator().manual_seed(seed * 1000 + sum(map(ord, case.name)))
+    weights = case.weights(case.rows) if callable(case.weights) else case.weights
+    weights = upscale() if weights is None else weights
+    models = len(weights) if not isinstance(weights, torch.Tensor) else weights.shape[-1]
+    vocab = case.vocab * models if len(case.vocab) == 1 else case.vocab
+    dtypes = case.dtypes * models if len(case.dtypes) == 1 else case.dtypes
+    lead = (case.rows,) if slots is None else (case.rows, slots)
+    shared = torch.randn(*lead, max(vocab), generator=g) * case.scale
+    logits = []
+    for v, dtype in zip(vocab, dtypes):
+        z = shared[..., :v] + torch.randn(*lead, v, generator=g)
+        if case.special == "flat":
+            z = torch.zeros_like(z)
+        if case.special == "ties":
+            z = z.round()
+        if case.special == "neg_inf":
+            z = torch.where(torch.rand(z.shape, generator=g) < 0.2, float("-inf"), z)
+        if case.special == "transposed":
+            z = z.transpose(-1, -2).contiguous().transpose(-1, -2)
+        if case.special == "strided":
+            wide = torch.full((*lead, v + 37), float("nan"))
+            wide[..., :v] = z
+            z = wide.to(dtype)[..., :v]
+        if case.special == "offset":
+            flat = torch.empty(z.numel() + 3, dtype=dtype)
+            flat[3:] = z.flatten().to(dtype)
+            z = flat[3:].view(z.shape)
+        logits.append(z.to(dtype).to(device))
+    if case.special == "nan in model 1":
+        logits[1][..., ::3] = float("nan")
+    if case.special == "bad":
+        planted = [("nan", 0), ("inf", 1), ("-inf", 0), ("nan", 2), ("-inf", 2)]
+        for row, (value, model) in enumerate(planted):
+            z = logits[model][row].view(-1, logits[model].shape[-1])
+            z[-1, :: 1 if value == "-inf" and row == 2 else 97] = float(value)
+    kwargs = {k: v(case.rows).to(device) if callable(v) else v for k, v in case.kwargs.items()}
+    words = ((kwargs.get("vocab_size") or min(vocab)) + 31) // 32
+    if case.special in ("mask", "mask one", "all masked"):
+        mask = torch.randint(-(1 << 31), 1 << 31, (*lead, words), generator=g)
+        if case.special == "mask one":
+            mask = torch.zeros_like(mask)
+            mask[..., words // 2] = 1 << 7
+            mask[..., 1] = 3
+        if case.special == "all masked":
+            mask[0] = 0
+        kwargs["token_mask"] = mask.to(torch.int32).to(device)
+    kwargs.setdefault("seed", torch.arange(case.rows, device=device) * 7919 + seed)
+    kwargs.setdefault("position", seed)
+    return logits, weights, kwargs
+
+
+def _close(name: str, got, want, case: str):
+    if want is None:
+        assert got is None, f"{case}: {name}"
+        return
+    torch.testing.assert_close(got.cpu(), want.cpu(), rtol=0, atol=TOLERANCE, equal_nan=True,
+                               msg=lambda m: f"{case}: {name}: {m}")
+
+
+def _equal(name: str, got, want, case: str):
+    assert torch.equal(got.cpu(), want.cpu()), f"{case}: {name}: got {got.tolist()}, the reference has {want.tolist()}"
+
+
+def check_sample(case: Case, backend: str, seed: int = 0, **extra):
+    """`sample` on ``backend`` against the reference, with everything it can return."""
+    logits, weights, kwargs = make(case, seed)
+    models = len(logits)
+    extra = dict(top_logprobs=5, diagnostics=models > 1) if not extra else extra
+    got = ops.sample(logits, weights, backend=backend, **kwargs, **extra)
+    want = ops.sample(logits, weights, backend="reference", **kwargs, **extra)
+    _equal("tokens", got.tokens, want.tokens, case.name)
+    _equal("valid", got.valid, want.valid, case.name)
+    for name in ("logprobs", "raw_logprobs", "top_logprobs", "entropy", "tv"):
+        g, w = getattr(got, name), getattr(want, name)
+        # sums over V terms, each within TOLERANCE of its log
+        _close(name, *((g / 20, w / 20) if name in ("entropy", "tv") and w is not None else (g, w)), case.name)
+    if want.top_ids is not None:
+        _equal("top_ids", got.top_ids, want.top_ids, case.name)
+    return got
+
+
+def draft_tokens(logits, kwargs, method: str, draft: int | None, slots: int):
+    """Drafts of model ``draft`` as `verify` expects them (None: of model 0 greedily, a deterministic proposer)."""
+    kwargs = {k: v for k, v in kwargs.items() if k not in ("upscale_top_p", "tuned", "stream", "slot", "token_mask")}
+    vocab_size = kwargs.pop("vocab_size", None) or min(z.shape[-1] for z in logits)
+    position, tokens = kwargs.pop("position", 0), []
+    for i in range(slots - 1):
+        z = [logits[draft or 0][:, i, :vocab_size]]
+        if draft is None:
+            kwargs["temperature"] = 0.0
+        stream = dict(stream="sample") if method == "coupled" else dict(stream="draft", slot=i)
+        out = ops.sample(z, Weights([1.0]), **kwargs, position=position + i, **stream, logprobs=False,
+                         backend="reference")
+        tokens.append(out.tokens.clamp(min=0))
+    return torch.stack(tokens, 1) if tokens else torch.empty(logits[0].shape[0], 0, dtype=torch.int64)
+
+
+def check_verify(case: Case, backend: str, method: str, draft: int | None = 1, seed: int = 0):
+    """`verify` on ``backend`` against the reference, with ragged draft lengths."""
+    slots = case.slots
+    logits, weights, kwargs = make(case, seed, slots)
+    for name in ("stream", "slot"):
+        kwargs.pop(name, None)
+    if isinstance(kwargs["position"], torch.Tensor):
+        kwargs["position"] = kwargs["position"].clamp(max=(1 << 63) - 20)
+    draft = draft if draft is None else min(draft, len(logits) - 1)
+    drafts = draft_tokens(logits, kwargs, method, draft, slots)
+    lengths = (torch.arange(case.rows) * 3 + seed) % slots
+    lengths[: case.rows // 2] = slots - 1
+    args = dict(method=method, draft=draft, logprobs=True, **kwargs)
+    got = ops.verify(logits, weights, drafts, lengths, backend=backend, **args)
+    want = ops.verify(logits, weights, drafts, lengths, backend="reference", **args)
+    name = f"{case.name}, {method}, draft {draft}"
+    _equal("num_emitted", got.num_emitted, want.num_emitted, name)
+    _equal("tokens", got.tokens, want.tokens, name)
+    _equal("valid", got.valid, want.valid, name)
+    _close("logprobs", got.logprobs, want.logprobs, name)
+    _close("raw_logprobs", got.raw_logprobs, want.raw_logprobs, name)
+    return got
+
+
+def check_logprobs(case: Case, backend: str, seed: int = 0):
+    """`logprobs` and `token_logprobs` on ``backend`` against the reference."""
+    logits, weights, kwargs = make(case, seed)
+    for name in ("seed", "position", "stream", "slot"):
+        kwargs.pop(name, None)
+    want = ops.logprobs(logits, weights, backend="reference", **kwargs)
+    _close("logprobs", ops.logprobs(logits, weights, backend=backend, **kwargs), want, case.name)
+    ids = torch.randint(0, want.shape[1], (case.rows, 5), generator=torch.Generator().manual_seed(seed))
+    got = ops.token_logprobs(logits, weights, ids, backend=backend, **kwargs)
+    _close("token_logprobs", got, want.gather(1, ids), case.name)
+    return got
