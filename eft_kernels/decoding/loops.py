@@ -143,11 +143,12 @@ def speculative(models: list[Model], target: Target, prompt: Prompt, *, draft: i
     method: "coupled", "token" or "block", see `eft_kernels.verify`.
     """
     out, columns = Writer(prompt, target, draft_tokens + 1, on_tokens), _columns(prompt)
-    text, feed = out.text, prompt.readable()
+    text, feed, careful = out.text, prompt.readable(), False
     rounds, drafted, accepted = (torch.zeros_like(text.length) for _ in range(3))
     while True:
         # K this round; a row near its end takes fewer, for one token more is emitted than accepted
-        reach = [0 if e else min(draft_tokens + 1, prompt.max_new_tokens - n) for n, e in zip(out.length, out.ended)]
+        most = 1 if careful else draft_tokens + 1
+        reach = [0 if e else min(most, prompt.max_new_tokens - n) for n, e in zip(out.length, out.ended)]
         k = max(reach) - 1
         lengths = (prompt.max_new_tokens - 1 - text.length).clamp(0, k).masked_fill(text.ended, 0)  # [B]
 
@@ -164,22 +165,31 @@ def speculative(models: list[Model], target: Target, prompt: Prompt, *, draft: i
                 step = drafts[j][:, None]
         drafts = torch.stack(drafts, 1) if k else text.ids[:, :0]  # [B, K]
         columns.width = start
-        feed = torch.cat([feed, drafts], 1)
-        inputs = columns.inputs(feed.shape[1])
-        logits = [torch.cat(steps, 1) if i == draft else model(feed, *inputs, k + 1)
+        ids = torch.cat([feed, drafts], 1)
+        inputs = columns.inputs(ids.shape[1])
+        logits = [torch.cat(steps, 1) if i == draft else model(ids, *inputs, k + 1)
                   for i, model in enumerate(models)]  # J x [B, K+1, V_j]
-        columns.width += feed.shape[1]
+        columns.width += ids.shape[1]
 
         ver, raw, scores = target.verify(logits, text, drafts, lengths, reach, method, draft)
+        # NaN at a draft reaches the slots before it through attention (0 * NaN), and their cached columns: a row is
+        # invalid only if it is so without drafts, so a round without any follows
+        doubt = ~ver.valid & (lengths > 0)
+        if start == 0 and bool(doubt.any()):
+            for model in models:
+                model.crop(columns.width)
+            columns.width, careful = 0, True
+            continue
         writing = ~text.ended
         rounds += writing
         drafted += lengths
         accepted += torch.where(writing, ver.num_emitted - ver.valid.long(), 0)
-        kept = out.write(ver.tokens, ver.num_emitted, ver.valid, raw, scores)
+        kept = out.write(ver.tokens, ver.num_emitted, ver.valid | doubt, raw, scores)
         if all(out.ended):
             stats = (rounds, drafted, accepted, text.length)
             return out.decoded(Speculation(*(s.cpu() for s in stats)))
-        last = (torch.tensor(kept, device=drafts.device) - 1).clamp(min=0)[:, None]
-        feed = ver.tokens.gather(1, last).clamp(min=0)
+        careful = any(n == 0 and not e for n, e in zip(kept, out.ended))
+        newest = torch.tensor(kept, device=drafts.device)[:, None]
+        feed = torch.where(newest > 0, ver.tokens.gather(1, (newest - 1).clamp(min=0)).clamp(min=0), feed[:, -1:])
         # of the K + 1 columns from the round's first token on, a row keeps all but those after its newest token's
         columns.rollback(models, k + 1, kept, out.ended)

@@ -19,7 +19,7 @@ class Target:
     seeds: torch.Tensor  # int64 [B]
     filters: dict = field(default_factory=dict)  # temperature, top_k, top_p, min_p: numbers or tensors [B]
     upscale_top_p: float | torch.Tensor = 1.0
-    vocab_size: int | None = None
+    vocab_size: int | None = None  # needed where the models' logits differ in width: a draft must exist for all
     # process(ids [B, P + n], scores [B, V] float32) -> scores, before the filters
     process: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     keep_logits: bool = False  # record the scores before process ...

@@ -295,7 +295,7 @@ def _check_options(config, outer: dict, model_kwargs: dict) -> None:
 
 
 def _check_inputs(models, names, input_ids, model_kwargs, vocab_size, tokenizers):
-    """(columns of left padding [B], vocab_size or None)."""
+    """(columns of left padding [B], V)."""
     for m, name in zip(models, names):
         if not isinstance(m, GenerationMixin) or not hasattr(m, "config"):
             raise ValueError(f"{name}: got {type(m).__name__}, allowed is a transformers causal language model")
@@ -338,7 +338,7 @@ def _check_inputs(models, names, input_ids, model_kwargs, vocab_size, tokenizers
                          f"); give vocab_size={shortest} if ids below it mean the same, or tokenizers=[...]")
     if int(input_ids.masked_fill(~real, 0).max()) >= shortest or int(input_ids.masked_fill(~real, 0).min()) < 0:
         raise ValueError(f"input_ids: got an id outside 0 to {shortest - 1}, the shortest model's vocabulary")
-    return left, vocab_size
+    return left, shortest if vocab_size is None else vocab_size
 
 
 def _logits_width(model) -> int:
