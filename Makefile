@@ -65,7 +65,7 @@ $(VENV)/.eft-ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 	  { echo "make: $(PYTHON) is missing or older than 3.10: pass PYTHON=/path/to/python3.10+" >&2; exit 1; }
 	@if [ ! -x $(PY) ]; then \
-	  if $(PYTHON) -c '$(HAVE_TORCH)' 2>/dev/null; then flags=--system-site-packages; else flags=; fi; \
+	  if $(PYTHON) -c '$(HAVE_TORCH); import sys; assert sys.prefix == sys.base_prefix' 2>/dev/null; then flags=--system-site-packages; else flags=; fi; \
 	  echo "setup: $(VENV)$${flags:+ (with the torch that $(PYTHON) has)}"; \
 	  $(PYTHON) -m venv $$flags $(VENV) || { rm -rf $(VENV); \
 	    echo "make: $(PYTHON) cannot make an environment (Debian: apt-get install python3-venv)" >&2; exit 1; }; \

@@ -14,7 +14,8 @@ def main():
     parser.add_argument("--batch", type=int, action="append", help="rows; repeat it (default: 1, 8, 64)")
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--json", metavar="FILE", help="one JSON object a line: median, p20, p80, versions, commit, command")
+    parser.add_argument("--json", metavar="FILE",
+                        help="one JSON object a line: median, p20, p80, versions, commit, command")
     args = parser.parse_args()
     command = " ".join(["python", "benchmarks/sample_cpu.py", *sys.argv[1:]])
     rows = _bench.run(args.threads or [1], args.batch or [1, 8, 64], args.vocab, args.rounds, command,

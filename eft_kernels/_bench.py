@@ -167,8 +167,8 @@ def run(threads: list[int], batches: list[int], vocab: int, rounds: int, command
             for name, times in measure(b, vocab, p, rounds).items():
                 p20, _, _, p80 = statistics.quantiles(times, n=5) if len(times) > 1 else times * 4
                 rows.append(dict(op="sample", contender=name, batch=b, vocab=vocab, dtype="bfloat16", models=3,
-                                 top_p=p, threads=n, median_us=statistics.median(times) * 1e6, p20_us=p20 * 1e6, p80_us=p80 * 1e6,
-                                 rounds=rounds, **about))
+                                 top_p=p, threads=n, median_us=statistics.median(times) * 1e6, p20_us=p20 * 1e6,
+                                 p80_us=p80 * 1e6, rounds=rounds, **about))
             done += 1
         tell(done, len(todo), "done")
     finally:
@@ -199,8 +199,9 @@ def cells(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
 def about(rows: list[dict]) -> str:
     r = rows[0]
     commit = f"commit {r['commit']}{' with changes' if r['dirty'] else ''}" if r["commit"] else "installed package"
+    isa = r["backend_detail"].split(",")[0]
     return (f"V = {r['vocab']}, bfloat16, 3 models, medians of {r['rounds']} interleaved rounds; {r['cpu']}, backend "
-            f"{r['backend']} ({r['backend_detail'].split(',')[0]}), eft-kernels {r['eft_kernels']} ({commit}), torch {r['torch']}")
+            f"{r['backend']} ({isa}), eft-kernels {r['eft_kernels']} ({commit}), torch {r['torch']}")
 
 
 def markdown(rows: list[dict]) -> str:

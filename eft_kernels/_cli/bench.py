@@ -16,16 +16,17 @@ def run(args) -> int:
         raise Refused(f"--vocab: got {args.vocab}, allowed is 1000 and more")
     command = " ".join(["eft-kernels", *sys.argv[1:]])
     try:
-        rows = _bench.run(args.threads or [torch.get_num_threads()], args.batch or [1, 8, 64], args.vocab, args.rounds,
-                          command, _bench.progress_on_stderr)
+        threads = args.threads or [torch.get_num_threads()]
+        rows = _bench.run(threads, args.batch or [1, 8, 64], args.vocab, args.rounds, command,
+                          _bench.progress_on_stderr)
     except RuntimeError as error:
         print(f"eft-kernels bench: {error}", file=sys.stderr)
         return 1
     header, lines = _bench.cells(rows)
     print(table(header, lines))
     print("  " + _bench.about(rows))
-    print("  floor: the same kernel without noise and filters; eager: log-softmax, combine, multinomial (sort-based top-p);\n"
-          "  lean: combine, softmax, cumsum, searchsorted")
+    print("  floor: the same kernel without noise and filters; eager: log-softmax, combine, (sort-based top-p,)\n"
+          "  multinomial; lean: combine, softmax, (sort,) cumsum, searchsorted")
     if args.json:
         try:
             _bench.write_json(rows, args.json)

@@ -1,4 +1,4 @@
-"""`eft-kernels demo`: the example family offline: what the models write, how well they predict, what speculation brings."""
+"""`eft-kernels demo`: the example family offline: what its models write and predict, and what speculation brings."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def emulate(family: Family, ids, seed: int, new_tokens: int, **settings):
     start = time.perf_counter()
     out = family.base.generate(
         input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-        custom_generate=eft.hf.generate, tuned=tuned, ref=family.ref, seed=seed, do_sample=True, max_new_tokens=new_tokens,
-        pad_token_id=family.tokenizer.pad_token_id, top_k=0, return_dict_in_generate=True, **settings)
+        custom_generate=eft.hf.generate, tuned=tuned, ref=family.ref, seed=seed, do_sample=True, top_k=0,
+        max_new_tokens=new_tokens, pad_token_id=family.tokenizer.pad_token_id, return_dict_in_generate=True, **settings)
     return out.sequences[0, len(ids) :].tolist(), out.speculation, time.perf_counter() - start
 
 
@@ -96,7 +96,8 @@ def show_texts(models, tokenizer, args) -> None:
                 texts.append(told(new))
                 progress.step()
         print(f"\n  style {style} ({STYLES[style]}), temperature {temperature}: {paint(prompt + ' ...', CYAN)}")
-        print(beside(["base (large)", f"tuned-{style} (small)", "emulated", f"large-{style} (the truth)"], texts), flush=True)
+        print(beside(["base (large)", f"tuned-{style} (small)", "emulated", f"large-{style} (the truth)"], texts),
+              flush=True)
 
     ids = tokenizer(BOTH).input_ids
     family = Family(models["base"], [models["tuned-a"], models["tuned-b"]], models["ref"], tokenizer)
@@ -136,8 +137,8 @@ def show_scores(models, tokenizer, texts: Path, args) -> None:
         for other in ("base", tuned):
             gain = s[other].nats - s["emulated"].nats
             name = "the base model" if other == "base" else f"the small tuned model {tuned}"
-            verdicts.append((gain > 0, f"style {style}: emulation is {'better' if gain > 0 else 'NOT better'} than {name} "
-                                       f"({gain:+.3f} nats a token)"))
+            verdict = "better" if gain > 0 else "NOT better"
+            verdicts.append((gain > 0, f"style {style}: emulation is {verdict} than {name} ({gain:+.3f} nats a token)"))
     print(table(["style", "tokens", "ref", "base", "tuned", "emulated", "truth", "gap recovered"], lines))
     print(paint("  gap recovered: (base - emulated) / (base - truth) in nats a token", DIM))
     for good, line in verdicts:
@@ -163,18 +164,21 @@ def show_speed(models, tokenizer, texts: Path, args) -> None:
     lines, speeds = [], {r: sum(map(len, written[r])) / seconds[r] for r in runs}  # tokens/s
     for method, k in runs:
         spec = stats[method, k]
-        total = {f: sum(int(getattr(s, f).sum()) for s in spec) for f in ("rounds", "drafted", "accepted", "emitted")} if k else {}
-        lines.append([method, *([f"{k}", f"{total['accepted'] / max(1, total['drafted']):.0%}",
-                                 f"{total['emitted'] / max(1, total['rounds']):.2f}"] if k else ["", "", "1"]),
-                      f"{speeds[method, k]:.0f}", f"{speeds[method, k] / speeds['plain', 0]:.2f}x"])
+        told = ["", "", "1"]
+        if k:
+            rounds, drafted, accepted, emitted = (sum(int(getattr(s, name).sum()) for s in spec)
+                                                  for name in ("rounds", "drafted", "accepted", "emitted"))
+            told = [f"{k}", f"{accepted / max(1, drafted):.0%}", f"{emitted / max(1, rounds):.2f}"]
+        lines.append([method, *told, f"{speeds[method, k]:.0f}", f"{speeds[method, k] / speeds['plain', 0]:.2f}x"])
     best = max(range(len(runs)), key=lambda i: speeds[runs[i]])
     print(table(["method", "K", "accepted", "tokens a round", "tokens/s", "against plain"], lines, best=best))
     same = all(written["coupled", k] == written["plain", 0] for k in KS)
     print("  " + paint(f"coupled wrote {'exactly the tokens' if same else 'NOT the tokens'} of plain decoding for K = "
                        f"{', '.join(map(str, KS))}", GREEN if same else YELLOW))
     if best == 0:
-        print("  " + paint("speculation does NOT pay here: with models this small a draft costs nearly what it saves", YELLOW))
-    print(paint(f"  {len(prompts)} held-out openings of style a, {args.new_tokens} tokens each, temperature 1, one row", DIM))
+        print("  " + paint("speculation does NOT pay here: with models this small a draft costs nearly what it saves",
+                           YELLOW))
+    print(paint(f"  {len(prompts)} held-out openings of style a, {args.new_tokens} tokens each, temperature 1", DIM))
 
 
 def run(args) -> int:
@@ -183,7 +187,7 @@ def run(args) -> int:
     set_threads(args.threads)
     import torch
 
-    import eft_kernels as eft
+    from ..dispatch import backends
 
     print(paint("eft-kernels: decode from a large model as if it had been fine-tuned, using two small ones", BOLD))
     with Progress("loading transformers", len(NAMES)) as progress:
@@ -194,7 +198,7 @@ def run(args) -> int:
     tokenizer = load_tokenizer(str(folder / "base"))
     if tokenizer is None:
         raise Refused(f"--family {folder}: no tokenizer in {folder / 'base'}")
-    here = ", ".join(n for n, b in eft.backends().items() if b["available"])
+    here = ", ".join(n for n, b in backends().items() if b["available"])
     print(f"  small: ref, tuned-a, tuned-b ({size(models['ref'])} parameters each); large: base, large-a, large-b "
           f"({size(models['base'])})\n  loaded in {time.perf_counter() - start:.1f} s; backends here: {here}; "
           f"{torch.get_num_threads()} thread(s); seed {args.seed}")

@@ -57,6 +57,8 @@ def collect() -> dict:
 
     import eft_kernels as eft
 
+    from ..dispatch import backends
+
     built, where = extension()
     works, what = check()
     forced = os.environ.get("EFT_KERNELS_BACKEND")
@@ -66,7 +68,7 @@ def collect() -> dict:
         extension=dict(built=built, detail=where),
         threads=dict(torch=torch.get_num_threads(), cores=len(os.sched_getaffinity(0))
                      if hasattr(os, "sched_getaffinity") else os.cpu_count()),
-        backends=eft.backends(), forced_backend=forced, works=works, check=what)
+        backends=backends(), forced_backend=forced, works=works, check=what)
 
 
 def run(args) -> int:
@@ -85,9 +87,11 @@ def run(args) -> int:
     row("extension", found["extension"]["detail"] if found["extension"]["built"] else
         paint(found["extension"]["detail"], YELLOW))
     row("threads", f"{found['threads']['torch']} of {found['threads']['cores']} cores")
-    print(paint("backends", BOLD) + (f"  EFT_KERNELS_BACKEND={found['forced_backend']}" if found["forced_backend"] else ""))
+    forced = found["forced_backend"]
+    print(paint("backends", BOLD) + (f"  EFT_KERNELS_BACKEND={forced}" if forced else ""))
     for name, b in found["backends"].items():
         state = paint("here", GREEN) if b["available"] else paint("not here", YELLOW)
         row(name, f"{state}: {b['reason']}", f"{b['summary']}; runs on {', '.join(b['devices'])}")
-    print(f"{paint('check', BOLD)}  {paint('ok', GREEN) if found['works'] else paint('FAILED', YELLOW)}: {found['check']}")
+    verdict = paint("ok", GREEN) if found["works"] else paint("FAILED", YELLOW)
+    print(f"{paint('check', BOLD)}  {verdict}: {found['check']}")
     return 0 if found["works"] else 1

@@ -177,7 +177,7 @@ def decode(batch: list[Request], family, args, streamer=None) -> None:
     except eft.hf.InvalidRowError as error:
         out, failed = error.output, error.failed
         for row, step in failed.items():
-            batch[row].error = f"its scores became invalid (NaN, +inf or no token left) at step {step}; the text ends there"
+            batch[row].error = f"invalid scores (NaN, +inf or no token left) at step {step}; its text ends there"
     except ValueError as error:
         where = batch[0].where if len(batch) == 1 else f"{batch[0].where} and {len(batch) - 1} more"
         raise Refused(f"{where}: {first_line(error)}") from None

@@ -1,4 +1,4 @@
-"""Loading the models and tokenizers that the command line names, with one clear line for everything that can be wrong."""
+"""Loading the models and tokenizers that the command line names, with one clear line for all that can be wrong."""
 
 from __future__ import annotations
 
@@ -96,7 +96,8 @@ def load_model(name: str, option: str, dtype: str = "auto", device: str = "cpu")
         raise
     except Exception as error:  # whatever a broken folder makes transformers raise
         if given:
-            raise Refused(f"{option} {name}: no such folder, and the hub cannot be reached (or HF_HUB_OFFLINE is set)") from None
+            raise Refused(f"{option} {name}: no such folder, and the hub cannot be reached (or HF_HUB_OFFLINE is "
+                          "set)") from None
         raise Refused(f"{option} {name}: cannot load it: {first_line(error)}") from None
 
 
@@ -144,9 +145,11 @@ def load_family(args) -> Family:
     models, tokenizers = zip(*(loaded[name] for _, name in options))
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else next((t for t in tokenizers if t), None)
     if tokenizer is None:
-        raise Refused(f"no tokenizer in {args.tokenizer or 'the model folders'}; name a folder that has one with --tokenizer")
+        raise Refused(f"no tokenizer in {args.tokenizer or 'the model folders'}; name a folder that has one with "
+                      "--tokenizer")
     family = Family(models[0], list(models[1:-1]), models[-1], tokenizer, list(tokenizers))
-    family.vocab_size = shared_vocabulary([f"{option} {name}" for option, name in options], models, tokenizers, args.vocab_size)
+    names = [f"{option} {name}" for option, name in options]
+    family.vocab_size = shared_vocabulary(names, models, tokenizers, args.vocab_size)
     return family
 
 
@@ -159,8 +162,9 @@ def shared_vocabulary(names: list[str], models, tokenizers, vocab_size: int | No
     if vocab_size is not None and vocab_size > shortest:
         raise Refused(f"--vocab-size: got {vocab_size}, allowed is up to {shortest}, the shortest model's vocabulary")
     if vocab_size is None and len(set(widths)) > 1 and None in tokenizers:
-        raise Refused("the models' vocabularies differ in length (" + ", ".join(f"{n} {w}" for n, w in zip(names, widths)) +
-                      f") and a tokenizer is missing; pass --vocab-size {shortest} if ids below it mean the same")
+        lengths = ", ".join(f"{n} {w}" for n, w in zip(names, widths))
+        raise Refused(f"the models' vocabularies differ in length ({lengths}) and a tokenizer is missing; pass "
+                      f"--vocab-size {shortest} if ids below it mean the same")
     known = [(n, t) for n, t in zip(names, tokenizers) if t is not None]
     try:
         hf._check_tokenizers([t for _, t in known], [n for n, _ in known], vocab_size or shortest, vocab_size is None)

@@ -9,7 +9,7 @@ from .term import Refused
 
 
 def number(kind, allowed, words):
-    """An argparse type: ``kind`` of the text if ``allowed``, else one line that says what was given and what is allowed."""
+    """An argparse type: ``kind`` of the text if ``allowed``, else a line with what was given and what is allowed."""
 
     def convert(text):
         try:

@@ -51,7 +51,7 @@ def combination(mode: dict):
 
 def score(models: dict, rows: list[tuple[list[int], int]], emulations: dict, vocab_size: int | None = None,
           label: str = "scoring") -> dict[str, Score]:
-    """Scores of each model, and of each emulation ``name: (names of its models, weights, upscale_top_p)``, on windows."""
+    """Scores on windows, of each model and of each emulation ``name: (its models' names, weights, upscale_top_p)``."""
     import torch
 
     import eft_kernels as eft
@@ -73,7 +73,7 @@ def score(models: dict, rows: list[tuple[list[int], int]], emulations: dict, voc
             device = next(iter(models.values())).device
             ids = torch.tensor([row for row, _ in batch], device=device)  # [n, T]
             target = ids[:, 1:].reshape(-1)  # [n * (T - 1)]
-            counted = torch.tensor([[i + 1 >= first for i in range(len(row) - 1)] for row, first in batch], device=device)
+            counted = torch.tensor([[i >= first for i in range(1, len(row))] for row, first in batch], device=device)
             logits = {}
             for name, model in models.items():
                 logits[name] = model(input_ids=ids[:, :-1], use_cache=False).logits.flatten(0, 1)  # [n * (T - 1), V]
@@ -130,7 +130,8 @@ def run(args) -> int:
     if args.json:
         print(json.dumps(dict(
             text=args.text, context=context, stride=stride, bos=bos is not None, mode=mode["mode"], **settings,
-            scores={n: dict(tokens=s.tokens, nats_per_token=s.nats, perplexity=s.perplexity) for n, s in scores.items()},
+            scores={n: dict(tokens=s.tokens, nats_per_token=s.nats, perplexity=s.perplexity)
+                    for n, s in scores.items()},
             **({"recovered": share} if args.truth else {}))))
         return 0
     best = min((n for n in scores if n != "truth"), key=lambda n: scores[n].nats)

@@ -59,7 +59,7 @@ def beside(titles: list[str], texts: list[str], total: int | None = None) -> str
 
 
 class Progress:
-    """`with Progress("scoring", 12) as p: p.step()`: a bar on stderr that leaves nothing behind; silent off a terminal."""
+    """`with Progress("scoring", 12) as p: p.step()`: a bar on stderr, gone at the end; silent off a terminal."""
 
     def __init__(self, label: str, total: int):
         self.label, self.total, self.done, self.on = label, max(1, total), 0, sys.stderr.isatty()
