@@ -78,7 +78,8 @@ def parser() -> Parser:
     p.add_argument("--heldout-tokens", type=positive, default=4096, metavar="N",
                    help="held-out tokens a style (default 4096)")
     p.add_argument("--new-tokens", type=positive, default=48, metavar="N", help="tokens a text (default 48)")
-    p.add_argument("--threads", type=positive, metavar="N")
+    p.add_argument("--threads", type=positive, default=1, metavar="N",
+                   help="default 1: more do not help models this small")
 
     p = command("bench", "time of one sampling step on this CPU against PyTorch")
     p.add_argument("--threads", type=positive, action="append", metavar="N",

@@ -18,6 +18,15 @@ pytest.importorskip("transformers")
 TEXT = "and the king said unto them go and see what the people of the land have done . " * 12
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny models want no more; and commands may set another number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory):
     """A folder of models: base (large), tuned, other (small), ref, and broken ones beside them."""
@@ -430,7 +439,8 @@ def test_bad_input_is_one_line_and_code_2(case, zoo, family, bad_files, capsys, 
 
 def test_help(capsys):
     assert main(["--help"]) == 0
-    assert all(c in capsys.readouterr().out for c in ("generate", "score", "demo", "bench", "doctor"))
+    out = capsys.readouterr().out
+    assert all(c in out for c in ("generate", "score", "demo", "bench", "doctor"))
 
 
 def test_no_prompt(zoo, capsys, monkeypatch):
