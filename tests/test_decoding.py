@@ -86,20 +86,16 @@ def assert_joint(tokens, first, second, what):
     assert chi < critical(int(there.sum()) - 1), f"{what}: chi-squared {chi:.1f} over {int(there.sum())} cells"
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 8])
-@pytest.mark.parametrize("method", ["plain", *METHODS])
-def test_joint_distribution_by_enumeration(method, k):
-    if method == "plain" and k > 1:
-        pytest.skip("no drafts")
+def check_joint(method, k, process=None, bias=0.0):
     rows, (target, models) = 8000, tables()
     filters = dict(temperature=0.9, top_k=5)
-    logits = target / 0.9
+    logits = (target + bias) / 0.9
     p = torch.where(logits >= logits.topk(5).values[..., -1:], logits, -math.inf).softmax(-1)  # [before, token, V]
     first, second = p[4, 2], p[2]  # after the prompt (4, 2), then after (2, t)
     third = torch.einsum("i,ij,ijk->jk", first, second, p[:V])  # of tokens (2, 3)
-    start = prompt(rows, k + 2, criteria=lambda ids, scores: torch.full((rows,), ids.shape[1] >= 5 + 3))
+    start = prompt(rows, max(k, 1) + 2, criteria=lambda ids, scores: torch.full((len(ids),), ids.shape[1] >= 5 + 3))
     seeds = eft.row_seeds(11 * k, rows)
-    out = run(models, Target(eft.upscale(), seeds, filters), start, method, k)
+    out = run(models, Target(eft.upscale(), seeds, filters, process=process), start, method, k)
     new = out.sequences[:, 5:]
     assert new.shape[1] == 3
     assert_joint(new[:, :2], first, second, f"{method} K={k}, tokens 1 and 2")
@@ -107,10 +103,20 @@ def test_joint_distribution_by_enumeration(method, k):
     assert_joint(new[:, 1:], marginal, third / marginal[:, None], f"{method} K={k}, tokens 2 and 3")
 
     for b in (1, 2):  # a batch of one gives the same tokens: the same distribution
-        alone = Prompt(start.ids[b : b + 1], start.left[b : b + 1], k + 2,
-                       criteria=lambda ids, scores: torch.full((1,), ids.shape[1] >= 5 + 3))
-        one = run(models, Target(eft.upscale(), seeds[b : b + 1], filters), alone, method, k)
+        alone = Prompt(start.ids[b : b + 1], start.left[b : b + 1], start.max_new_tokens, criteria=start.criteria)
+        one = run(models, Target(eft.upscale(), seeds[b : b + 1], filters, process=process), alone, method, k)
         assert torch.equal(one.sequences, out.sequences[b : b + 1])
+
+
+@pytest.mark.parametrize("method, k", [("plain", 0), *((m, k) for m in METHODS for k in (1, 2, 3, 8))])
+def test_joint_distribution_by_enumeration(method, k):
+    check_joint(method, k)
+
+
+@pytest.mark.parametrize("method", ["plain", *METHODS])
+def test_joint_distribution_with_a_processor(method):
+    bias = torch.randn(V, V, generator=torch.Generator().manual_seed(2))  # by the prefix's last token
+    check_joint(method, 3, lambda ids, scores: scores + bias[ids[:, -1]], bias)
 
 
 @pytest.mark.parametrize("filters", [dict(temperature=0.0), dict(temperature=0.8, top_p=0.9), dict(min_p=0.05)])
@@ -124,6 +130,21 @@ def test_coupled_is_plain(filters):
         for k in (1, 2, 3, 8):
             got = run(models, target, start, "coupled", k)
             assert torch.equal(got.sequences, want.sequences) and torch.equal(got.lengths, want.lengths)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_row_alone_is_the_row_in_a_batch(method):
+    target, (base, tuned, ref) = tables(14, scale=1.0)
+    models, rows = [base, 0.3 * target, base - 0.7 * target], 9  # drafts are often accepted
+    start, seeds = prompt(rows, 10), eft.row_seeds(4, rows)
+    batch = run(models, Target(eft.upscale(), seeds), start, method, 4)
+    assert len({(int(r), int(d)) for r, d in zip(batch.speculation.rounds, batch.speculation.drafted)}) > 2
+    for b in range(rows):
+        one = Prompt(start.ids[b : b + 1], start.left[b : b + 1], 10)
+        alone = run(models, Target(eft.upscale(), seeds[b : b + 1]), one, method, 4)
+        assert torch.equal(alone.sequences[0], batch.sequences[b])
+        for name in ("rounds", "drafted", "accepted", "emitted"):
+            assert getattr(alone.speculation, name)[0] == getattr(batch.speculation, name)[b], name
 
 
 def test_greedy_is_the_limit_of_all_methods():

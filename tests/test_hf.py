@@ -344,10 +344,18 @@ def test_callers_warper_keeps_its_place(llamas):
     models, seeds = [llamas[0], llamas[1], llamas[3]], torch.tensor([3, 4, 5, 6])
     user = LogitsProcessorList([lp.TopKLogitsWarper(7), lp.TemperatureLogitsWarper(0.5)])
     config = GenerationConfig(do_sample=True, temperature=3.0, top_k=9, top_p=0.5, pad_token_id=PAD, max_new_tokens=12)
-    out = run(models, generation_config=config, logits_processor=user, seed=seeds, top_p=0.9)
-    want = LogitsProcessorList([*user, lp.TemperatureLogitsWarper(3.0), lp.TopKLogitsWarper(9), lp.TopPLogitsWarper(0.9)])
+    out = run(models, generation_config=config, logits_processor=user, seed=seeds, top_p=0.9, temperature=2.0)
+    want = LogitsProcessorList([*user, lp.TemperatureLogitsWarper(2.0), lp.TopKLogitsWarper(9), lp.TopPLogitsWarper(0.9)])
     for b, prompt in enumerate(PROMPTS):
         assert torch.equal(out[b, 6:], oracle(models, prompt, 12, dict(temperature=1.0), processors=want, seed=int(seeds[b])))
+
+
+def test_filters_alone_never_materialise_scores(llamas, monkeypatch):
+    monkeypatch.setattr(target_module.Target, "scores", lambda *_: pytest.fail("scores [rows, V] were made"))
+    for k in (0, 2):
+        run([llamas[0], llamas[1], llamas[3]], draft_tokens=k, do_sample=True, temperature=0.7, top_k=9, top_p=0.9)
+        run([llamas[0], llamas[1], llamas[3]], draft_tokens=k, generation_config=GenerationConfig(
+            do_sample=True, temperature=0.7, top_k=9, top_p=0.9, min_p=0.1, max_new_tokens=5, pad_token_id=PAD))
 
 
 class TwoEven(StoppingCriteria):
