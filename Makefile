@@ -73,7 +73,7 @@ $(VENV)/.eft-ready: pyproject.toml
 	@if ! $(PY) -c '$(HAVE_TORCH)' 2>/dev/null; then \
 	  echo "setup: installing $(TORCH) (minutes on a slow line)"; $(PIP) install $(TORCH_ARGS) '$(TORCH)'; \
 	fi
-	@$(PY) -c 'import torch; print("torch==" + torch.__version__)' > $(VENV)/constraints.txt
+	@$(PY) -W ignore -c 'import torch; print("torch==" + torch.__version__)' > $(VENV)/constraints.txt
 	@echo "setup: $$(cat $(VENV)/constraints.txt); installing the other requirements"
 	@$(PIP) install -c $(VENV)/constraints.txt 'setuptools>=77'
 	@EFT_KERNELS_CPU=0 EFT_KERNELS_CUDA=0 $(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e '.[hf,test]'
