@@ -83,7 +83,8 @@ def show_texts(models, tokenizer, args) -> None:
     end, temperature = tokenizer.eos_token_id, 0.7
 
     def told(ids):
-        return tokenizer.decode(ids, skip_special_tokens=True).strip()
+        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return "".join(c if c.isprintable() or c == "\n" else " " for c in text)  # nothing that moves the cursor
 
     for style, prompt in PROMPTS.items():
         ids = tokenizer(prompt).input_ids
