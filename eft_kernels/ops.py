@@ -36,6 +36,8 @@ SCHEMAS = {
 }
 _PAIRS = ("temperature", "top_k", "top_p", "min_p", "upscale_top_p", "seed", "position")
 _COUNT = 2 + 2 * len(_PAIRS) + 3  # arguments of _PARAMS
+_F, _I, _B = torch.float32, torch.int64, torch.bool
+_RETURNS = {"sample": (_I, _B, _F, _F, _I, _F, _F, _F), "verify": (_I, _I, _B, _F, _F)}
 
 
 def _flatten(p: Params) -> list:
@@ -58,25 +60,36 @@ def _params(flat) -> Params:
 
 def _implementation(name: str):
     def run(logits, *args):
-        backend = dispatch.choose(args[-1], logits[0].device)
-        return getattr(backend, name)(logits, _params(args[:_COUNT]), *args[_COUNT:-1])
+        function = getattr(dispatch.choose(args[-1], logits[0].device), name)
+        out = function(logits, _params(args[:_COUNT]), *args[_COUNT:-1])
+        if isinstance(out, torch.Tensor):
+            return out
+        # an operator returns tensors: what was not asked for is empty
+        return tuple(logits[0].new_empty(0, dtype=dtype) if t is None else t
+                     for t, dtype in zip(out, _RETURNS[name]))
     return run
 
 
+def _call(name: str, logits, p: Params, *args, backend: str):
+    """The operator; without the dispatcher (which costs more than a small kernel) where nothing listens to it."""
+    if not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack() and \
+            torch._C._functorch.peek_interpreter_stack() is None and \
+            all(type(z) is torch.Tensor or type(z) is torch.nn.Parameter for z in logits):
+        return getattr(dispatch.choose(backend, logits[0].device), name)(logits, p, *args)
+    return getattr(torch.ops.eft_kernels, name)(logits, *_flatten(p), *args, backend)
+
+
 def _fake_sample(logits, *args):
-    B, (stream, slot, logprobs, n, diagnostics, _) = logits[0].shape[0], args[_COUNT:]
-    new = logits[0].new_empty
-    lp, top, more = (B if logprobs else 0,), (B if n else 0, n), (B if diagnostics else 0,)
-    f = torch.float32
-    return (new((B,), dtype=torch.int64), new((B,), dtype=torch.bool), new(lp, dtype=f), new(lp, dtype=f),
-            new(top, dtype=torch.int64), new(top, dtype=f), new(more, dtype=f), new(more, dtype=f))
+    B, (_, _, logprobs, n, diagnostics, _) = logits[0].shape[0], args[_COUNT:]
+    shapes = [(B,), (B,)] + [(B if logprobs else 0,)] * 2 + [(B, n) if n else (0,)] * 2
+    shapes += [(B if diagnostics else 0,)] * 2
+    return tuple(logits[0].new_empty(s, dtype=d) for s, d in zip(shapes, _RETURNS["sample"]))
 
 
 def _fake_verify(logits, *args):
     B, S = logits[0].shape[:2]
-    new, lp = logits[0].new_empty, (B, S) if args[-2] else (0, 0)
-    return (new((B, S), dtype=torch.int64), new((B,), dtype=torch.int64), new((B,), dtype=torch.bool),
-            new(lp, dtype=torch.float32), new(lp, dtype=torch.float32))
+    shapes = [(B, S), (B,), (B,)] + [(B, S) if args[-2] else (0,)] * 2
+    return tuple(logits[0].new_empty(s, dtype=d) for s, d in zip(shapes, _RETURNS["verify"]))
 
 
 def _fake_logprobs(logits, *args):
@@ -185,7 +198,7 @@ def sample(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
                      upscale_top_p=upscale_top_p, seed=_fresh_seeds(rows, device) if seed is None else seed,
                      position=position, token_mask=token_mask, tuned=tuned, check=check or _eager_cpu(device),
                      needs_tuned=diagnostics)
-    out = torch.ops.eft_kernels.sample(logits, *_flatten(p), stream, slot, logprobs, top_logprobs, diagnostics, backend)
+    out = _call("sample", logits, p, stream, slot, logprobs, top_logprobs, diagnostics, backend=backend)
     tokens, valid, lp, raw, top_ids, top_lp, entropy, tv = out
     return SampleOutput(tokens, valid, *((lp, raw) if logprobs else (None, None)),
                         *((top_ids, top_lp) if top_logprobs else (None, None)),
@@ -236,8 +249,8 @@ def verify(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
     p = check_params(logits, weights, rows, vocab_size, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                      upscale_top_p=upscale_top_p, seed=_fresh_seeds(rows, device) if seed is None else seed,
                      position=position, token_mask=token_mask, tuned=tuned, check=look)
-    out = torch.ops.eft_kernels.verify(logits, *_flatten(p), draft_tokens, draft_lengths, method,
-                                       -1 if draft is None else draft, logprobs, backend)
+    out = _call("verify", logits, p, draft_tokens, draft_lengths, method, -1 if draft is None else draft, logprobs,
+                backend=backend)
     tokens, num_emitted, valid, lp, raw = out
     return VerifyOutput(tokens, num_emitted, valid, *((lp, raw) if logprobs else (None, None)))
 
@@ -264,7 +277,7 @@ def logprobs(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] 
     p = check_params(logits, weights, logits[0].shape[0], vocab_size, temperature=temperature, top_k=top_k, top_p=top_p,
                      min_p=min_p, upscale_top_p=upscale_top_p, token_mask=token_mask, tuned=tuned,
                      check=check or _eager_cpu(logits[0].device))
-    return torch.ops.eft_kernels.logprobs(logits, *_flatten(p), backend)
+    return _call("logprobs", logits, p, backend=backend)
 
 
 def token_logprobs(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | torch.Tensor,
@@ -287,4 +300,4 @@ def token_logprobs(logits: Sequence[torch.Tensor], weights: Weights | Sequence[f
         raise ValueError(f"ids: got an id outside 0 to {vocab_size - 1}")
     p = check_params(logits, weights, rows, vocab_size, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                      upscale_top_p=upscale_top_p, token_mask=token_mask, tuned=tuned, check=look)
-    return torch.ops.eft_kernels.token_logprobs(logits, *_flatten(p), ids, backend).reshape(shape)
+    return _call("token_logprobs", logits, p, ids, backend=backend).reshape(shape)

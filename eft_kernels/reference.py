@@ -2,7 +2,7 @@
 
 What makes that possible: scores and noise are float32 operations in one stated order, without contraction; logarithm
 and exponential are the polynomials below; masses are 64-bit fixed point, so that their sums do not depend on order.
-The names are those of csrc/semantics. Any device; slow on purpose (no operation is fused, every token's noise is drawn).
+The names are those of csrc/semantics. Any device; slow on purpose (nothing is fused, every token's noise is drawn).
 
 Shapes: R rows, V tokens, J models. Integers that are 32-bit words are kept in int64 tensors.
 """
@@ -304,17 +304,17 @@ def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logpro
     tokens = torch.full((B,), -1, dtype=torch.int64, device=dev)
     valid = torch.zeros(B, dtype=torch.bool, device=dev)
     n = min(top_logprobs, p.vocab_size)
-    lp, raw = (torch.full((B if logprobs else 0,), float("nan"), device=dev) for _ in range(2))
-    top_ids = torch.full((B if top_logprobs else 0, top_logprobs), -1, dtype=torch.int64, device=dev)
-    top_lp = torch.full(top_ids.shape, NEG_INF, device=dev)
-    entropy, tv = (torch.full((B if diagnostics else 0,), float("nan"), device=dev) for _ in range(2))
+    nan = float("nan")
+    lp, raw = (torch.full((B,), nan, device=dev) if logprobs else None for _ in range(2))
+    top_ids = torch.full((B, top_logprobs), -1, dtype=torch.int64, device=dev) if top_logprobs else None
+    top_lp = torch.full((B, top_logprobs), NEG_INF, device=dev) if top_logprobs else None
+    entropy, tv = (torch.full((B,), nan, device=dev) if diagnostics else None for _ in range(2))
     for part in blocks(B, p.vocab_size):
         r = _rows(logits, p, part)
         s, ok = r.combine()
         kept, _ = r.process(s)
         chosen = race(kept, r.temperature, r.seed, r.position, STREAMS[stream], torch.full_like(r.seed, slot))
         tokens[part], valid[part] = torch.where(ok, chosen, -1), ok
-        nan = torch.full_like(r.top_p, float("nan"))
         if logprobs:
             lp[part] = torch.where(ok, r.log_softmax(s, True).gather(1, chosen[:, None])[:, 0], nan)
         if logprobs or top_logprobs or diagnostics:
@@ -371,7 +371,7 @@ def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: i
     tokens = torch.full((B, S), -1, dtype=torch.int64, device=dev)
     emitted = torch.zeros(B, dtype=torch.int64, device=dev)
     valid = torch.zeros(B, dtype=torch.bool, device=dev)
-    lp, raw = (torch.full((B, S) if logprobs else (0, 0), float("nan"), device=dev) for _ in range(2))
+    lp, raw = (torch.full((B, S), float("nan"), device=dev) if logprobs else None for _ in range(2))
     # a row ends its drafts at the first invalid slot, and is invalid if it gets there
     oks = torch.stack([ok for _, _, ok, _ in slots], 1)  # [B, S]
     ends = torch.where(oks, S, torch.arange(S, device=dev)).amin(1)

@@ -27,6 +27,7 @@ constexpr float kGreedy = 1e-5f;
 constexpr int kBlockChunks = 16;             // chunks a thread takes at a time within a row
 constexpr int kMaxBlocks = (1 << 22) / kChunkSize / kBlockChunks;  // params.py: MAX_VOCAB
 constexpr int64_t kSplitTokens = 1 << 14;    // rows shorter than this stay on one thread
+constexpr int kLikeliest = 8;                // chunks that run first in a race
 constexpr float kLowestMass = -41.0f;        // base-2 exponents below this have mass 0
 
 template <class T>
@@ -102,10 +103,15 @@ bool combine_chunk(const Input* in, int64_t first, float* out, float& best) {
   for (int j = 0; j < J; ++j) w[j] = broadcast(in[j].w);
   vf m0 = broadcast(-kInf), m1 = m0, bad0 = vf{}, bad1 = vf{};
   for (int i = 0; i < kChunkSize; i += 2 * W) {
-    vf a = w[0] * load(z[0] + i), b = w[0] * load(z[0] + i + W);
-    for (int j = 1; j < J; ++j) {
-      a = a + w[j] * load(z[j] + i);
-      b = b + w[j] * load(z[j] + i + W);
+    vf a{}, b{};
+    for (int j = 0; j < J; ++j) {
+      vf x, y;
+      if (Store)
+        load_pair(z[j] + i, x, y);
+      else
+        load_even_odd(z[j] + i, x, y);  // in any order: only the best is wanted
+      a = j ? a + w[j] * x : w[j] * x;
+      b = j ? b + w[j] * y : w[j] * y;
     }
     m0 = maximum(m0, a);
     m1 = maximum(m1, b);
@@ -233,34 +239,28 @@ struct Filters {
   bool any() const { return !greedy && (top_k > 0 || top_p < 1 || min_p > 0); }
 };
 
-// sums of masses: 64-bit integers, lanes first
+// Sums of masses, 64-bit integers, lanes first. mass = q 2^32 >> (32 - shift): pairing q above a zero word gives q 2^32
+// in 64-bit lanes, pairing the count below one widens it; both pair the same lanes, so their order does not matter.
+// Counts beyond 63 shift to zero.
 #if defined(__AVX512F__)
 struct MassSum {
   __m512i acc = _mm512_setzero_si512();
-  void half(__m256i q, __m256i shift) {
-    __m512i x = _mm512_cvtepi32_epi64(q), n = _mm512_cvtepi32_epi64(shift);
-    __m512i r = _mm512_sub_epi64(_mm512_setzero_si512(), n);
-    acc = _mm512_add_epi64(acc, _mm512_or_si512(_mm512_sllv_epi64(x, n), _mm512_srlv_epi64(x, r)));
-  }
   void add(vi q, vi shift) {
-    __m512i a = reinterpret_cast<__m512i>(q), b = reinterpret_cast<__m512i>(shift);
-    half(_mm512_castsi512_si256(a), _mm512_castsi512_si256(b));
-    half(_mm512_extracti64x4_epi64(a, 1), _mm512_extracti64x4_epi64(b, 1));
+    __m512i zero = _mm512_setzero_si512(), x = reinterpret_cast<__m512i>(q), n = reinterpret_cast<__m512i>(32 - shift);
+    __m512i lo = _mm512_srlv_epi64(_mm512_unpacklo_epi32(zero, x), _mm512_unpacklo_epi32(n, zero));
+    __m512i hi = _mm512_srlv_epi64(_mm512_unpackhi_epi32(zero, x), _mm512_unpackhi_epi32(n, zero));
+    acc = _mm512_add_epi64(acc, _mm512_add_epi64(lo, hi));
   }
   int64_t total() const { return _mm512_reduce_add_epi64(acc); }
 };
 #elif defined(__AVX2__)
 struct MassSum {
   __m256i acc = _mm256_setzero_si256();
-  void half(__m128i q, __m128i shift) {
-    __m256i x = _mm256_cvtepi32_epi64(q), n = _mm256_cvtepi32_epi64(shift);
-    __m256i r = _mm256_sub_epi64(_mm256_setzero_si256(), n);  // counts beyond 63 (and negative ones) shift to zero
-    acc = _mm256_add_epi64(acc, _mm256_or_si256(_mm256_sllv_epi64(x, n), _mm256_srlv_epi64(x, r)));
-  }
   void add(vi q, vi shift) {
-    __m256i a = reinterpret_cast<__m256i>(q), b = reinterpret_cast<__m256i>(shift);
-    half(_mm256_castsi256_si128(a), _mm256_castsi256_si128(b));
-    half(_mm256_extracti128_si256(a, 1), _mm256_extracti128_si256(b, 1));
+    __m256i zero = _mm256_setzero_si256(), x = reinterpret_cast<__m256i>(q), n = reinterpret_cast<__m256i>(32 - shift);
+    __m256i lo = _mm256_srlv_epi64(_mm256_unpacklo_epi32(zero, x), _mm256_unpacklo_epi32(n, zero));
+    __m256i hi = _mm256_srlv_epi64(_mm256_unpackhi_epi32(zero, x), _mm256_unpackhi_epi32(n, zero));
+    acc = _mm256_add_epi64(acc, _mm256_add_epi64(lo, hi));
   }
   int64_t total() const {
     return _mm256_extract_epi64(acc, 0) + _mm256_extract_epi64(acc, 1) + _mm256_extract_epi64(acc, 2) +
@@ -271,8 +271,7 @@ struct MassSum {
 struct MassSum {
   int64_t sum = 0;
   void add(vi q, vi shift) {
-    for (int i = 0; i < W; ++i)
-      sum += shift[i] >= 0 ? int64_t{q[i]} << shift[i] : int64_t{q[i]} >> std::min(63, -shift[i]);
+    for (int i = 0; i < W; ++i) sum += int64_t{q[i]} << 16 >> std::min(63, 16 - shift[i]);
   }
   int64_t total() const { return sum; }
 };
@@ -375,15 +374,23 @@ Winner race(int chunks, const float* chunk_max, float lowest, float temperature,
       }
     }
   };
-  int start = 0;
-  for (int c = 1; c < chunks; ++c)
-    if (bound[c] > bound[start]) start = c;
-  look(start);
-  for (int c = 0; c < chunks; c += W) {
+  // the likeliest chunks first, so that the bound to beat is high when the others are passed over in order
+  for (int first = 0; first < kLikeliest; ++first) {
+    vf most = broadcast(-kInf);
+    for (int c = 0; c < padded; c += W) most = maximum(most, load(bound + c));
+    float m = horizontal_max(most);
+    if (!(m >= winner.key) || m == -kInf) return winner;
+    int c = 0;
+    while (!any_bits(load(bound + c) == broadcast(m))) c += W;
+    while (bound[c] != m) ++c;
+    look(c);
+    bound[c] = -kInf;
+  }
+  for (int c = 0; c < padded; c += W) {
     unsigned m = any_bits(load(bound + c) >= broadcast(winner.key));
     for (; m; m &= m - 1) {
       int i = c + __builtin_ctz(m);
-      if (i < chunks && i != start && bound[i] >= winner.key && bound[i] > -kInf) look(i);
+      if (bound[i] >= winner.key) look(i);
     }
   }
   return winner;
@@ -434,7 +441,8 @@ struct Row {
   float *chunk_max, *scores = nullptr;
   bool stored = false, valid = false;
   float best = -kInf, lowest = -kInf;
-  int64_t kept_mass = 0;      // of the scores >= lowest, when mass_known
+  int64_t total = 0, limit = 0;  // what top-p refers to: the mass after top-k, and the mass it keeps of it
+  int64_t kept_mass = 0;         // of the scores >= lowest, when mass_known
   bool mass_known = false;
   double raw_sum = 0, sum = 0;  // sum exp(s - best), sum exp((s - best) / T)
 
@@ -510,8 +518,8 @@ struct Row {
     return total;
   }
 
-  // every score >= low (and > -inf) with its id; masses where c > 0
-  int64_t gather(float low, float c) {
+  // every score >= low (and > -inf) with its id
+  int64_t gather(float low) {
     low = std::max(low, -std::numeric_limits<float>::max());
     int64_t count = 0, room = 0;
     for (int k = 0; k < scorer.chunks; ++k) room += chunk_max[k] >= low ? kChunkSize : 0;
@@ -522,7 +530,7 @@ struct Row {
       for (int i = 0; i < kChunkSize; i += W)
         for (unsigned m = any_bits(load(s + i) >= broadcast(low)); m; m &= m - 1) {
           int t = i + __builtin_ctz(m);
-          out[count++] = {s[t], k * kChunkSize + t, c > 0 ? mass(s[t], best, c) : 0};
+          out[count++] = {s[t], k * kChunkSize + t, 0};
         }
     }
     return count;
@@ -546,36 +554,83 @@ struct Row {
       }
       bound = kth_largest(x, int64_t{n} * W, k);
     }
-    int64_t count = gather(bound, 0);
+    int64_t count = gather(bound);
     const Candidate* all = sc.candidates.need(0);
     float* x = sc.select.need(count);
     for (int64_t i = 0; i < count; ++i) x[i] = all[i].s;
     return kth_largest(x, count, k);
   }
 
-  // the smallest score that top-k, top-p and min-p keep; needs stored scores
-  void filter(bool want_mass) {
+  // `lowest`: the smallest score that top-k, min-p and (nucleus) top-p keep; needs stored scores. The mass that top-p
+  // refers to is what top-k leaves.
+  void filter(bool nucleus) {
     const Filters& f = filters;
     lowest = -kInf;
     mass_known = false;
-    if (f.greedy) {
-      if (want_mass) know_mass();
-      return;
-    }
+    if (f.greedy) return;
     if (f.top_k > 0) lowest = kth(f.top_k);
-    float tau = -kInf;
-    if (f.top_p < 1) {
-      int64_t total = mass_from(lowest, f.c), limit = mass_limit(f.top_p, total);
-      // a token of mass <= cut has at least `limit` above it, whatever the order
-      int64_t cut = std::max<int64_t>((total - limit) / scorer.vocab, 1);
-      double exponent = std::log2(static_cast<double>(cut)) - kMassBits - 0.01;
-      float low = std::max(lowest, best + static_cast<float>(exponent / f.c));
-      int64_t count = gather(std::min(low, best), f.c);
-      tau = nucleus_of(sc.candidates.need(0), count, limit);
-    }
+    if (f.top_p < 1) limit = mass_limit(f.top_p, total = mass_from(lowest, f.c));
+    float tau = nucleus && f.top_p < 1 ? nucleus_score() : -kInf;
     if (f.min_p > 0) lowest = std::max(lowest, best + f.temperature * log(std::max(f.min_p, 0x1p-126f)));
     lowest = std::max(lowest, tau);
-    if (want_mass) know_mass();
+  }
+
+  // the smallest score of which the mass strictly above is below `limit`
+  float nucleus_score() {
+    constexpr int kBins = 512;
+    const float c = filters.c;
+    // a token of mass <= cut has at least `limit` above it, whatever the order
+    int64_t cut = std::max<int64_t>((total - limit) / scorer.vocab, 1);
+    double exponent = std::log2(static_cast<double>(cut)) - kMassBits - 0.01;
+    float low = std::min(best, std::max(lowest, best + static_cast<float>(exponent / c)));
+    // masses by score, in bins; the nucleus ends in one of them
+    float per_bin = (kBins - 1) / std::max(best - low, 1e-30f);
+    int64_t mass_of[kBins] = {};
+    for (int k = 0; k < scorer.chunks; ++k) {
+      if (!(chunk_max[k] >= low)) continue;
+      const float* s = scores + int64_t{k} * kChunkSize;
+      for (int i = 0; i < kChunkSize; i += W) {
+        vf x = load(s + i);
+        unsigned m = any_bits(x >= broadcast(low));
+        if (!m) continue;
+        vi shift, q = mass_parts(x, broadcast(best), broadcast(c), shift);
+        vi bin = to_int((broadcast(best) - x) * broadcast(per_bin));
+        for (; m; m &= m - 1) {
+          int t = __builtin_ctz(m);
+          mass_of[std::min(bin[t], kBins - 1)] += int64_t{q[t]} << 16 >> std::min(63, 16 - shift[t]);
+        }
+      }
+    }
+    int64_t above = 0;
+    int bin = 0;
+    while (bin < kBins - 1 && above + mass_of[bin] < limit) above += mass_of[bin++];
+    int64_t count = 0;
+    Candidate* x = sc.candidates.need(int64_t{scorer.chunks} * kChunkSize);
+    for (int k = 0; k < scorer.chunks; ++k) {
+      if (!(chunk_max[k] >= low)) continue;
+      const float* s = scores + int64_t{k} * kChunkSize;
+      for (int i = 0; i < kChunkSize; i += W) {
+        vf v = load(s + i);
+        vi at = to_int((broadcast(best) - v) * broadcast(per_bin));
+        at = select_min(at, kBins - 1);
+        for (unsigned m = any_bits((v >= broadcast(low)) & (at == bin)); m; m &= m - 1) {
+          float y = s[i + __builtin_ctz(m)];
+          x[count++] = {y, 0, mass(y, best, c)};
+        }
+      }
+    }
+    return nucleus_of(x, count, limit - above);
+  }
+
+  // With top-p and without its threshold: race, and where the winner lies outside the nucleus, so does everything of
+  // its score or less; race again above it. Exact, and 1 / top_p races on average.
+  Winner peel(const Source& source) {
+    for (;;) {
+      Winner w = draw(source);
+      float above = std::nextafter(w.score, kInf);
+      if (mass_from(above, filters.c) < limit) return w;
+      lowest = above;
+    }
   }
 
   void know_mass() {
@@ -625,7 +680,7 @@ struct Row {
       any = std::max(any, m);
     }
     if (!ok || any == -kInf) return;  // invalid, and score() will say so
-    float shift = 0, lse = 0, top = 0;
+    float shift = 0, lse = 0, top = 0, c = kLog2e;
     auto own = [&](const Input& in) {  // log-sum-exp of one model; leaves its logits in z, its best in top
       top = -kInf;
       for (int c = 0; c < n; ++c) {
@@ -640,24 +695,23 @@ struct Row {
         z_max[c] = horizontal_max(m);
         top = std::max(top, z_max[c]);
       }
-      int64_t total = 0;
-      for (int c = 0; c < n; ++c) total += mass_sum(z + int64_t{c} * kChunkSize, kChunkSize, top, kLog2e, -kInf);
-      lse = top + log_total(total);
-      return total;
+      int64_t sum = 0;
+      for (int c = 0; c < n; ++c) sum += mass_sum(z + int64_t{c} * kChunkSize, kChunkSize, top, kLog2e, -kInf);
+      lse = top + log_total(sum);
+      return sum;
     };
     for (int j = 0; j < scorer.models; ++j) {
       own(scorer.in[j]);
       shift = j ? shift + scorer.in[j].w * lse : scorer.in[j].w * lse;
     }
-    int64_t total = own(scorer.tuned), limit = mass_limit(upscale_top_p, total);
-    std::swap(s, z);  // gather() looks at `scores`
-    scores = s;
+    total = own(scorer.tuned);
+    limit = mass_limit(upscale_top_p, total);
+    scores = z;  // where nucleus_score() looks
     chunk_max = z_max;
-    std::swap(best, top);
-    int64_t cut = std::max<int64_t>((total - limit) / vocab, 1);
-    double exponent = std::log2(static_cast<double>(cut)) - kMassBits - 0.01;
-    int64_t count = gather(std::min(best, best + static_cast<float>(exponent / kLog2e)), kLog2e);
-    scorer.nucleus = nucleus_of(sc.candidates.need(0), count, limit);
+    best = top;
+    std::swap(filters.c, c);
+    scorer.nucleus = nucleus_score();
+    std::swap(filters.c, c);
     scorer.shift = shift;
     scorer.tuned_lse = lse;
   }
@@ -770,10 +824,11 @@ void sample(const SampleCall& call) {
     call.valid[b] = r.valid;
     Winner w;
     if (r.valid) {
+      Source noise = source(call.seed[b], call.position[b], call.stream, call.slot);
       if (filtered) r.filter(call.logprobs);
-      w = r.draw(source(call.seed[b], call.position[b], call.stream, call.slot));
-      if ((call.logprobs && (filtered || more)) || more) r.know_raw();
-      if (call.logprobs && more && !filtered) r.know_mass();
+      w = filtered && !call.logprobs && r.filters.top_p < 1 ? r.peel(noise) : r.draw(noise);
+      if ((call.logprobs && filtered) || more) r.know_raw();
+      if (call.logprobs && (filtered || more)) r.know_mass();
     }
     call.tokens[b] = w.id;
     if (call.logprobs) {
@@ -784,7 +839,7 @@ void sample(const SampleCall& call) {
       int64_t count = 0;
       Candidate* x = r.sc.candidates.need(0);
       if (r.valid) {
-        count = r.gather(r.kth(std::min<int64_t>(call.top_n, call.vocab_size)), 0);
+        count = r.gather(r.kth(std::min<int64_t>(call.top_n, call.vocab_size)));
         x = r.sc.candidates.need(0);
         std::sort(x, x + count, [](const Candidate& a, const Candidate& c) { return a.s > c.s || (a.s == c.s && a.id < c.id); });
       }
@@ -818,6 +873,7 @@ struct Slot {
     r.score(true, false);
     if (!r.valid) return;
     r.filter(true);
+    r.know_mass();
     argmax = r.filters.greedy ? r.draw({}).id : -1;
   }
   bool valid() const { return target.valid && (!has_draft || draft.valid); }
@@ -883,8 +939,9 @@ void verify(const VerifyCall& call) {
       Row r = row_of(call, b, i, threads);
       r.score(r.filters.any(), false);
       if (!r.valid) return int64_t{-1};
-      if (r.filters.any()) r.filter(false);
-      return r.draw(at(i, kSample, 0)).id;
+      if (!r.filters.any()) return r.draw(at(i, kSample, 0)).id;
+      r.filter(false);
+      return (r.filters.top_p < 1 ? r.peel(at(i, kSample, 0)) : r.draw(at(i, kSample, 0))).id;
     };
     if (call.method == kCoupled) {
       for (;; ++accepted) {
@@ -947,7 +1004,7 @@ void verify(const VerifyCall& call) {
       if (i < call.emitted[b]) {
         Row r = row_of(call, b, i, threads);
         r.score(true, false);
-        if (r.filters.any()) r.filter(false);
+        r.filter(true);
         r.know_mass();
         r.know_raw();
         float s = r.scores[tokens[i]];
@@ -975,7 +1032,7 @@ void logprobs(const LogprobsCall& call) {
     if (f.greedy) {
       argmax = r.draw({}).id;
     } else if (keep) {
-      r.filter(false);
+      r.filter(true);
       if (processed) r.know_mass();
       if (!processed) r.know_raw();
     }

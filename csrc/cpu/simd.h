@@ -34,6 +34,7 @@ inline vf to_float(vu x) {  // exact halves, one rounding: what a scalar convers
 }
 inline vi to_int(vf x) { return __builtin_convertvector(x, vi); }
 inline vf select(vi c, vf a, vf b) { return reinterpret_cast<vf>((c & bits(a)) | (~c & bits(b))); }
+inline vi select_min(vi a, int32_t b) { return (a & (a < b)) | ((vi{} + b) & ~(a < b)); }
 inline vf broadcast(float x) { return vf{} + x; }
 
 #if defined(__AVX512F__)
@@ -115,6 +116,21 @@ inline vf load(const f16* p) {
   x = select(reinterpret_cast<vi>(rest) >= 0x0F800000, special, x);
   return reinterpret_cast<vf>(reinterpret_cast<vu>(x) | sign);
 #endif
+}
+// 2 W values in order, or (bf16, cheaper) the even ones and the odd ones
+template <class T>
+inline void load_pair(const T* p, vf& a, vf& b) {
+  a = load(p);
+  b = load(p + W);
+}
+inline void load_even_odd(const bf16* p, vf& a, vf& b) {
+  vu x = load_raw<vu>(p);
+  a = reinterpret_cast<vf>(x << 16);
+  b = reinterpret_cast<vf>(x & 0xFFFF0000u);
+}
+template <class T>
+inline void load_even_odd(const T* p, vf& a, vf& b) {
+  load_pair(p, a, b);
 }
 inline void store(float* p, vf x) { memcpy(p, &x, sizeof x); }
 

@@ -51,29 +51,29 @@ def _call(logits: list[torch.Tensor], p: Params, slots: int) -> list:
     return args
 
 
+def _address(t: torch.Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
 def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logprobs: int, diagnostics: bool):
-    B, new = logits[0].shape[0], torch.empty
-    tokens, valid = new(B, dtype=torch.int64), new(B, dtype=torch.bool)
-    lp, raw = new(B if logprobs else 0), new(B if logprobs else 0)
-    top_ids = new((B if top_logprobs else 0, top_logprobs), dtype=torch.int64)
-    top_lp = new(top_ids.shape)
-    entropy, tv = new(B if diagnostics else 0), new(B if diagnostics else 0)
+    B, n = logits[0].shape[0], top_logprobs
+    out = [torch.empty(B, dtype=torch.int64), torch.empty(B, dtype=torch.bool)]
+    out += [torch.empty(B), torch.empty(B)] if logprobs else [None, None]
+    out += [torch.empty((B, n), dtype=torch.int64), torch.empty((B, n))] if n else [None, None]
+    out += [torch.empty(B), torch.empty(B)] if diagnostics else [None, None]
     if B:
-        outputs = (lp, raw, top_ids, top_lp, entropy, tv)
-        _cpu.sample(*_call(logits, p, 1), _STREAM[stream], slot, top_logprobs, tokens.data_ptr(), valid.data_ptr(),
-                    *(x.data_ptr() for x in outputs))
-    return tokens, valid, lp, raw, top_ids, top_lp, entropy, tv
+        _cpu.sample(*_call(logits, p, 1), _STREAM[stream], slot, n, *map(_address, out))
+    return out
 
 
 def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, logprobs: bool):
     B, S = logits[0].shape[:2]
-    tokens, emitted = torch.empty((B, S), dtype=torch.int64), torch.empty(B, dtype=torch.int64)
-    valid = torch.empty(B, dtype=torch.bool)
-    lp, raw = (torch.empty((B, S) if logprobs else (0, 0)) for _ in range(2))
+    out = [torch.empty((B, S), dtype=torch.int64), torch.empty(B, dtype=torch.int64), torch.empty(B, dtype=torch.bool)]
+    out += [torch.empty((B, S)), torch.empty((B, S))] if logprobs else [None, None]
     if B:
         _cpu.verify(*_call(logits, p, S), draft_tokens.data_ptr(), draft_lengths.data_ptr(), _METHOD[method], draft,
-                    tokens.data_ptr(), emitted.data_ptr(), valid.data_ptr(), lp.data_ptr(), raw.data_ptr())
-    return tokens, emitted, valid, lp, raw
+                    *map(_address, out))
+    return out
 
 
 def logprobs(logits, p: Params):
