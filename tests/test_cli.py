@@ -293,7 +293,7 @@ def test_bench(capsys, tmp_path):
     for r in rows:
         assert 0 < r["p20_us"] <= r["median_us"] <= r["p80_us"]
         assert r["threads"] == 1 and r["batch"] == 2 and r["vocab"] == 2000 and r["command"] and r["torch"]
-    assert "eager / sample" in out and "top_p=0.9" in err
+    assert out.count("x)") == 4 and "sample / floor" in out and "top_p=0.9" in err
 
 
 def test_bench_refuses_wrong_tokens(monkeypatch, capsys):
