@@ -188,7 +188,8 @@ def oracle(models, prompt, steps, sampling, weights=(1, 1, -1), processors=None,
 
 @pytest.mark.parametrize("mode, weights", [
     (dict(), (1, 1, -1)), (dict(beta=1.7), (1.7, 1, -1.7)), (dict(mode="proxy", alpha=0.4), (1, 0.4, -0.4)),
-    (dict(mode="downscale"), (1, 1, -1)), (dict(lam=0.3), (1, 0.3, 0.7, -1)), (dict(mode="interpolate"), (1, 0.5, 0.5, -1)),
+    (dict(mode="downscale"), (1, 1, -1)), (dict(lam=0.3), (1, 0.3, 0.7, -1)),
+    (dict(mode="interpolate"), (1, 0.5, 0.5, -1)),
 ])
 def test_modes(llamas, mode, weights):
     models = llamas if len(weights) == 4 else [llamas[0], llamas[1], llamas[3]]
@@ -263,10 +264,10 @@ def test_without_tuning_it_is_transformers(llamas):
             if eos is None and {"min_new_tokens", "exponential_decay_length_penalty"} & options.keys():
                 continue
             common = dict(options, max_new_tokens=14, pad_token_id=PAD, eos_token_id=eos)
-            want = base.generate(**padded(), return_dict_in_generate=True, output_scores=True, output_logits=True, **common)
+            recorded = dict(return_dict_in_generate=True, output_scores=True, output_logits=True)
+            want = base.generate(**padded(), **recorded, **common)
             for k in (0, 3):
-                got = run([base, llamas[1], llamas[1]], draft_tokens=k, return_dict_in_generate=True,
-                          output_scores=True, output_logits=True, **common)
+                got = run([base, llamas[1], llamas[1]], draft_tokens=k, **recorded, **common)
                 assert torch.equal(got.sequences, want.sequences), (options, eos, k)
                 running = torch.ones(4, dtype=torch.bool)
                 for n, (a, b) in enumerate(zip(got.scores, want.scores)):
@@ -344,10 +345,12 @@ def test_callers_warper_keeps_its_place(llamas):
     models, seeds = [llamas[0], llamas[1], llamas[3]], torch.tensor([3, 4, 5, 6])
     user = LogitsProcessorList([lp.TopKLogitsWarper(7), lp.TemperatureLogitsWarper(0.5)])
     config = GenerationConfig(do_sample=True, temperature=3.0, top_k=9, top_p=0.5, pad_token_id=PAD, max_new_tokens=12)
-    out = run(models, generation_config=config, logits_processor=user, seed=seeds, top_p=0.9, temperature=2.0)
-    want = LogitsProcessorList([*user, lp.TemperatureLogitsWarper(2.0), lp.TopKLogitsWarper(9), lp.TopPLogitsWarper(0.9)])
+    out = run(models, generation_config=config, logits_processor=user, seed=seeds, temperature=2.0, min_p=0.02)
+    want = LogitsProcessorList([*user, lp.TemperatureLogitsWarper(2.0), lp.TopKLogitsWarper(9),
+                                lp.TopPLogitsWarper(0.5), lp.MinPLogitsWarper(0.02)])
     for b, prompt in enumerate(PROMPTS):
-        assert torch.equal(out[b, 6:], oracle(models, prompt, 12, dict(temperature=1.0), processors=want, seed=int(seeds[b])))
+        slow = oracle(models, prompt, 12, dict(temperature=1.0), processors=want, seed=int(seeds[b]))
+        assert torch.equal(out[b, 6:], slow)
 
 
 def test_filters_alone_never_materialise_scores(llamas, monkeypatch):
@@ -534,7 +537,8 @@ BAD = {
     "vocab_size": (dict(vocab_size=V + 1), f"vocab_size: got {V + 1}.*1 to {V}"),
     "too long": (dict(max_new_tokens=59), "input_ids: got 6 tokens and max_new_tokens=59.*64.*context of model"),
     "tokenizers": (dict(tokenizers=[Tokenizer(V)] * 2), "tokenizers.*list of 3"),
-    "other ids": (dict(tokenizers=[Tokenizer(V), Tokenizer(V, t3=4), Tokenizer(V)]), "tokenizers: 't3' is 4 for tuned and 3 for model"),
+    "other ids": (dict(tokenizers=[Tokenizer(V), Tokenizer(V, t3=4), Tokenizer(V)]),
+                  "tokenizers: 't3' is 4 for tuned and 3 for model"),
 }
 
 
@@ -604,7 +608,8 @@ def test_vocabularies_of_different_lengths(llamas):
             assert int(out.max()) < V
     with pytest.raises(ValueError, match=f"tokenizers: tuned has tokens from id {V} on"):
         run(models, tokenizers=[Tokenizer(V), Tokenizer(V + 1), Tokenizer(V)])
-    assert int(run(models, vocab_size=9, draft_tokens=2, verify="token", temperature=3.0, do_sample=True)[:, 6:].max()) < 9
+    out = run(models, vocab_size=9, draft_tokens=2, verify="token", temperature=3.0, do_sample=True)
+    assert int(out[:, 6:].max()) < 9
     # the padding's own id may lie outside a smaller model's vocabulary
     inputs = padded()
     inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, V + 2)

@@ -124,7 +124,7 @@ def plain(models: list[Model], target: Target, prompt: Prompt, *, on_tokens: Cal
         inputs = columns.inputs(feed.shape[1])
         logits = [model(feed, *inputs, 1)[:, -1] for model in models]  # J x [B, V_j]
         columns.width += feed.shape[1]
-        tokens, valid, raw, scores = target.sample(logits, lambda: out.text.prefix(step), step)
+        tokens, valid, raw, scores = target.sample(logits, out.text, step)
         out.write(tokens[:, None], valid.long(), valid, *(s if s is None else s[:, None] for s in (raw, scores)))
         if all(out.ended):
             return out.decoded()

@@ -9,6 +9,7 @@ import torch
 
 from ..ops import logprobs, sample, verify
 from ..weights import Weights
+from .text import Text
 
 
 @dataclass
@@ -52,14 +53,14 @@ class Target:
         scores = torch.where(kept | greedy, scores, float("-inf"))
         return scores / torch.where(greedy, 1.0, temperature)
 
-    def sample(self, logits: list[torch.Tensor], ids: Callable[[], torch.Tensor], position: int):
+    def sample(self, logits: list[torch.Tensor], text: Text, position: int):
         """One token per row of logits [B, V_j]: (tokens, valid, raw scores or None, processed scores or None)."""
         if not self.materialise:
             out = sample(logits, self.weights, position=position, logprobs=False, **self.emulate, **self.noise)
             return out.tokens, out.valid, None, None
         raw = scores = self.scores(logits)
         if self.process is not None:
-            scores = self.process(ids(), raw.clone()).float()
+            scores = self.process(text.prefix(position), raw.clone()).float()
         out = sample([scores], [1.0], position=position, logprobs=False, **self.noise)
         return out.tokens, out.valid, raw, self.filtered(scores) if self.keep_scores else None
 
@@ -70,7 +71,8 @@ class Target:
                      **self.noise)
         return out.tokens, out.valid
 
-    def verify(self, logits: list[torch.Tensor], text, drafts, lengths, reach: list[int], method: str, draft: int):
+    def verify(self, logits: list[torch.Tensor], text: Text, drafts: torch.Tensor, lengths: torch.Tensor,
+               reach: list[int], method: str, draft: int):
         """`verify` of drafts [B, K] under logits [B, K+1, V_j]: (its output, raw scores, processed scores).
 
         reach[b]: how many slots of row b (from slot 0) can be emitted, 0 for a row that ended.

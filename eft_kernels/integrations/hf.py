@@ -29,7 +29,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation import logits_process as lp
 
 from ..decoding import Prompt, Speculation, Target, plain, speculative, take_columns
-from ..ops import METHODS, logprobs, row_seeds, sample
+from ..ops import METHODS, row_seeds, sample
 from ..weights import Weights, downscale, interpolate, proxy, upscale
 
 # name: the strength it takes, and its weights for [model, tuned, ref] (interpolate: two tuned models)
@@ -118,7 +118,8 @@ def generate(
       model_kwargs: what transformers hands over (attention_mask, position_ids, its cache, which is not used).
 
     Processors and stopping criteria (options or the caller's) see each token with its own prefix, also under
-    speculation; processors get the emulated scores, float32 [rows, V]. With neither they cost nothing.
+    speculation; processors get the emulated scores, float32 [rows, V], drafts do not. temperature, top_k, top_p and
+    min_p alone are the operation's own and never make scores [rows, V].
 
     Returns: int64 [rows, P + T], or `EmulatedOutput` with ``return_dict_in_generate``.
     Raises: ValueError naming the argument, before anything is computed; an option that cannot be honoured is refused.
@@ -141,7 +142,7 @@ def generate(
 
     named = {k: v for k, v in dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p).items()
              if v is not None}
-    if mode == "interpolate" or len(models) == 4:
+    if len(models) == 4:
         _refuse_unless("upscale_top_p", upscale_top_p, _is_number(upscale_top_p) and upscale_top_p == 1,
                        "1.0 with two tuned models")
     processors, filters = _sampling(logits_processor or [], config, named, outer.get("logits_processor"))
@@ -157,7 +158,8 @@ def generate(
     prompt = Prompt(input_ids, left, max_new_tokens, eos, 0 if pad is None else int(pad), criteria or None)
     verbose = bool(config.return_dict_in_generate)
     target = Target(weights, seeds, filters, upscale_top_p, vocab_size, processors or None,
-                    keep_logits=verbose and bool(config.output_logits), keep_scores=verbose and bool(config.output_scores))
+                    keep_logits=bool(verbose and config.output_logits),
+                    keep_scores=bool(verbose and config.output_scores))
     adapters = [CausalLM(m, name, rollback=draft_tokens > 0) for m, name in zip(models, names)]
     on_tokens = None
     if streamer is not None:
@@ -194,8 +196,9 @@ class CausalLM:
             # a window's layer forgets what a rollback needs; a full layer is masked to the window by the model
             self.cache.layers = [DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer
                                  for layer in self.cache.layers]
-            fixed = {type(layer).__name__ for layer in self.cache.layers if type(layer) not in (DynamicLayer, DummyLayer)}
-            if fixed or model._is_stateful:
+            kinds = {type(layer) for layer in self.cache.layers}
+            fixed = {kind.__name__ for kind in kinds - {DynamicLayer, DummyLayer}}
+            if fixed or getattr(model, "_is_stateful", False):
                 raise ValueError(f"draft_tokens: {name} ({type(model).__name__}) cannot take back rejected tokens "
                                  f"({', '.join(sorted(fixed)) or 'it is stateful'}); use draft_tokens=0")
 
@@ -281,7 +284,8 @@ def _check_options(config, outer: dict, model_kwargs: dict) -> None:
             continue
         if (value is False and name != "use_cache") or value == NEUTRAL.get(name, default):
             continue
-        raise ValueError(f"{name}: got {value!r}, which emulated decoding cannot honour; leave it unset")
+        allowed = f"give {name}={NEUTRAL[name]!r}" if name in NEUTRAL else "leave it unset"
+        raise ValueError(f"{name}: got {value!r}, which emulated decoding cannot honour; {allowed}")
     for name in ("assistant_model", "synced_gpus", "negative_prompt_ids", "negative_prompt_attention_mask"):
         if outer.get(name) is not None and outer[name] is not False:
             raise ValueError(f"{name}: emulated decoding cannot honour it; leave it unset")
@@ -421,8 +425,10 @@ def _value(processor):
     if isinstance(processor, _Filter):
         return processor.name, processor.value
     name = WARPERS.get(type(processor))
-    unusual = getattr(processor, "min_tokens_to_keep", 1) != 1 or getattr(processor, "filter_value", -torch.inf) != -torch.inf
-    return None if name is None or unusual else (name, getattr(processor, name))
+    usual = dict(min_tokens_to_keep=1, filter_value=-torch.inf)
+    if name is None or any(getattr(processor, k, v) != v for k, v in usual.items()):
+        return None
+    return name, getattr(processor, name)
 
 
 def _sampling(processors, config, named: dict, callers) -> tuple[LogitsProcessorList, dict]:
