@@ -24,7 +24,7 @@ from transformers import (
     MaxLengthCriteria,
     StoppingCriteriaList,
 )
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation import logits_process as lp
 
@@ -196,8 +196,8 @@ class CausalLM:
             # a window's layer forgets what a rollback needs; a full layer is masked to the window by the model
             self.cache.layers = [DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer
                                  for layer in self.cache.layers]
-            kinds = {type(layer) for layer in self.cache.layers}
-            fixed = {kind.__name__ for kind in kinds - {DynamicLayer, DummyLayer}}
+            # a DummyLayer reads another layer's cache; early 5.x has none to import
+            fixed = {type(layer).__name__ for layer in self.cache.layers} - {"DynamicLayer", "DummyLayer"}
             if fixed or getattr(model, "_is_stateful", False):
                 raise ValueError(f"draft_tokens: {name} ({type(model).__name__}) cannot take back rejected tokens "
                                  f"({', '.join(sorted(fixed)) or 'it is stateful'}); use draft_tokens=0")
