@@ -111,6 +111,23 @@ def test_generate_is_generate(zoo, capsys):
     assert row["seed"] == 5 and row["prompt"] == "and the king" and row["prompt_tokens"] == 4
 
 
+def test_every_sampling_option_arrives(zoo, capsys):
+    """Each of top-k, top-p and min-p alone can make sampling greedy; the others change the text."""
+    call = ["generate", *models(zoo), "--prompt", "and the king", "--seed", "5", "--max-new-tokens", "9", "--json"]
+
+    def ids(*options):
+        assert main([*call, *options]) == 0
+        return lines(capsys)[0]["token_ids"]
+
+    greedy, free = ids("--greedy"), ids()
+    assert greedy != free
+    for option in (["--top-k", "1"], ["--top-p", "0.0001"], ["--min-p", "1"], ["--temperature", "0.0001"]):
+        assert ids(*option) == greedy, option
+    for option in (["--temperature", "3"], ["--upscale-top-p", "0.01"]):
+        assert ids(*option) != free, option
+    assert len(ids("--max-new-tokens", "2")) <= 2
+
+
 def test_seed_decides_and_is_told(zoo, capsys):
     call = ["generate", *models(zoo), "--prompt", "the people", "--max-new-tokens", "8", "--json"]
     assert main(call) == 0
