@@ -1,4 +1,5 @@
 """The shipped family of models (examples/family): loads offline, and its published losses are those of its weights."""
+
 import json
 import sys
 from pathlib import Path
@@ -35,7 +36,11 @@ def test_models_share_a_vocabulary(models):
 
 def test_tokenizers_are_equal_and_round_trip(tokenizer):
     assert len({(FAMILY / "weights" / name / "tokenizer.json").read_bytes() for name in family.MODELS}) == 1
-    assert len(tokenizer) == 2048 and None not in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert len(tokenizer) == 2048 and None not in (
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    )
     for text in ["And it came to pass, that Emma smiled.", "caf\u00e9 \u2014 2 + 2\n\ttabs", "\U0001f600"]:
         ids = tokenizer(text).input_ids
         assert ids[0] == tokenizer.bos_token_id and max(ids) < 2048

@@ -1,13 +1,15 @@
 """Text of the model family: three public-domain sources, split by a rule that was fixed before any training.
 
-    python examples/family/data.py        # writes data/{a,b,c}.{train,valid}.txt and heldout/{a,b,c}.txt beside this file
+    python examples/family/data.py    # writes data/{a,b,c}.{train,valid}.txt and heldout/{a,b,c}.txt beside this file
 
-Needs Debian's apt-get and dpkg (packages are unpacked under --work, nothing is installed) and libreadline8, which the
-bible reader links. Texts: a = King James Bible, b = Jane Austen's novels, c = the Jargon File and The Devil's Dictionary.
+Needs Debian's apt-get and dpkg (packages are unpacked under --work, nothing is installed) and libreadline8, which
+the bible reader links. Texts: a = King James Bible, b = Jane Austen's novels, c = the Jargon File and The Devil's
+Dictionary.
 
-Rule: a text is a list of units in published order (a: chapters; b: chapters; c: runs of 8 kB of whole paragraphs). Unit i is held
-out for the results if i % 64 == 32, for validation (all choices of settings) if i % 64 == 0, else it is trained on.
+Rule: a text is a list of units in published order (a, b: chapters; c: runs of 8 kB of whole paragraphs). Unit i is
+held out for the results if i % 64 == 32, for validation (all choices of settings) if i % 64 == 0, else trained on.
 """
+
 import argparse
 import gzip
 import re
@@ -33,7 +35,7 @@ def unpack(work: Path) -> Path:
 
 
 def unwrap(text: str) -> list[str]:
-    """Paragraphs on one line each; a paragraph whose lines are all indented by more than its source's margin is verse and keeps them."""
+    """Paragraphs on one line each; one whose lines are all indented by four or more is verse and keeps its lines."""
     paragraphs = []
     for block in re.split(r"\n\s*\n", text):
         lines = [re.sub(r"\s+", " ", line).strip() for line in block.splitlines() if line.strip()]
@@ -44,8 +46,13 @@ def unwrap(text: str) -> list[str]:
 
 
 def bible(root: Path) -> list[str]:
-    text = subprocess.run([root / "usr/bin/bible", "-f", "gen1:1-rev22:21"], cwd=root / "usr/lib", check=True,
-                          capture_output=True, text=True).stdout  # "Ge1:1 In the beginning ...", a verse a line
+    text = subprocess.run(
+        [root / "usr/bin/bible", "-f", "gen1:1-rev22:21"],
+        cwd=root / "usr/lib",
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout  # "Ge1:1 In the beginning ...", a verse a line
     chapters: dict[str, list[str]] = {}
     for line in text.splitlines():
         reference, _, verse = line.partition(" ")
@@ -78,7 +85,9 @@ def austen(root: Path) -> list[str]:
 def jargon_and_devil(root: Path) -> list[str]:
     jargon = gzip.decompress((root / "usr/share/doc/jargon-text/jargon.txt.gz").read_bytes()).decode("utf-8")
     devil = gzip.decompress((root / "usr/share/dictd/devil.dict.dz").read_bytes()).decode("utf-8")
-    jargon = "\n".join(line.removeprefix("   ") for line in jargon.splitlines() if not re.search("[\u2500-\u257f]", line))
+    jargon = "\n".join(
+        line.removeprefix("   ") for line in jargon.splitlines() if not re.search("[\u2500-\u257f]", line)
+    )
     units, unit = [], []
     for paragraph in unwrap(jargon) + unwrap(devil):
         unit.append(paragraph)

@@ -1,19 +1,19 @@
-"""Held-out losses of the six models and of the emulated ones, in nats per token: writes results.json, prints the tables.
+"""Held-out losses of the six models and of the emulated ones, nats per token: writes results.json, prints tables.
 
-    python examples/family/evaluate.py --runs examples/family/weights SEED1_FOLDER SEED2_FOLDER     # in the order of the seeds 0, 1, 2
+    python examples/family/evaluate.py --runs examples/family/weights SEED1_FOLDER SEED2_FOLDER    # seeds 0, 1, 2
 
-Each held-out text is cut into windows of 256 tokens behind a bos; every token of a window is scored. Everything is float32 on the saved bf16
-weights.
+Each held-out text is cut into windows of 256 tokens behind a bos; every token of a window is scored. Everything is
+float32 on the saved bf16 weights.
 """
+
 import argparse
 import json
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from train import encode, windows
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).resolve().parent
 MODELS = ["ref", "tuned-a", "tuned-b", "base", "large-a", "large-b"]
@@ -65,34 +65,60 @@ def summary(values: list[float]) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="a folder of six models per seed, in the order of the seeds")
+    parser.add_argument(
+        "--runs", type=Path, nargs="+", required=True, help="a folder of six models per seed, in the order of the seeds"
+    )
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.runs[0] / "base")
     texts = {name: heldout(tokenizer, name) for name in "abc"}
     by_seed = [{text: losses(models, rows) for text, rows in texts.items()} for models in map(load, args.runs)]
     first = {text: losses(load(args.runs[0]), rows[:SLICE]) for text, rows in texts.items()}
 
-    result = dict(unit="nats per token", tokens={name: rows[:, 1:].numel() for name, rows in texts.items()}, seeds=by_seed, slice_of_seed_0=first, styles={})
+    result = dict(
+        unit="nats per token",
+        tokens={name: rows[:, 1:].numel() for name, rows in texts.items()},
+        seeds=by_seed,
+        slice_of_seed_0=first,
+        styles={},
+    )
     for style in STYLES:
-        rows = [dict(ref=x["ref"], tuned=x[f"tuned-{style}"], base=x["base"], emulated=x[f"emulated {style}"], large_tuned=x[f"large-{style}"])
-                for x in (seed[style] for seed in by_seed)]
+        rows = [
+            dict(
+                ref=x["ref"],
+                tuned=x[f"tuned-{style}"],
+                base=x["base"],
+                emulated=x[f"emulated {style}"],
+                large_tuned=x[f"large-{style}"],
+            )
+            for x in (seed[style] for seed in by_seed)
+        ]
         for x in rows:
             x["recovered"] = (x["base"] - x["emulated"]) / (x["base"] - x["large_tuned"])
         result["styles"][style] = dict(seeds=rows, **{key: summary([x[key] for x in rows]) for key in rows[0]})
     (HERE / "results.json").write_text(json.dumps(result, indent=1) + "\n")
 
-    print("| held-out text | seed | ref | tuned | base | emulated | large tuned | gap recovered |\n|---|---|---|---|---|---|---|---|")
+    print("| held-out text | seed | ref | tuned | base | emulated | large tuned | gap recovered |")
+    print("|---|---|---|---|---|---|---|---|")
     for style, title in STYLES.items():
         rows = result["styles"][style]
         keys = ["ref", "tuned", "base", "emulated", "large_tuned"]
         for seed, x in enumerate(rows["seeds"]):
-            print(f"| {style}: {title} | {seed} | " + " | ".join(f"{x[k]:.4f}" for k in keys) + f" | {x['recovered']:.0%} |")
-        print(f"| {style} | mean ± sd | " + " | ".join(f"{rows[k]['mean']:.4f} ± {rows[k]['stdev']:.4f}" for k in keys)
-              + f" | {rows['recovered']['mean']:.0%} ± {rows['recovered']['stdev']:.0%} |")
+            print(
+                f"| {style}: {title} | {seed} | "
+                + " | ".join(f"{x[k]:.4f}" for k in keys)
+                + f" | {x['recovered']:.0%} |"
+            )
+        print(
+            f"| {style} | mean ± sd | "
+            + " | ".join(f"{rows[k]['mean']:.4f} ± {rows[k]['stdev']:.4f}" for k in keys)
+            + f" | {rows['recovered']['mean']:.0%} ± {rows['recovered']['stdev']:.0%} |"
+        )
 
     print("\n| model, mean over seeds | on a | on b | on c |\n|---|---|---|---|")
     for name in by_seed[0]["a"]:
-        print(f"| {name} | " + " | ".join(f"{mean([seed[text][name] for seed in by_seed]):.4f}" for text in "abc") + " |")
+        print(
+            f"| {name} | " + " | ".join(f"{mean([seed[text][name] for seed in by_seed]):.4f}" for text in "abc") + " |"
+        )
 
 
 if __name__ == "__main__":

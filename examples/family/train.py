@@ -3,9 +3,10 @@
     python examples/family/data.py
     python examples/family/train.py --seed 0 --out examples/family/weights
 
-Same settings for every seed; one thread makes a run repeatable bit by bit on one kind of machine. A finished model is saved at once (bf16),
-and a model that is already in --out is not trained again.
+Same settings for every seed; one thread makes a run repeatable on one kind of machine. A finished model is saved at
+once (bf16), and a model that is already in --out is not trained again.
 """
+
 import argparse
 import json
 import math
@@ -13,22 +14,32 @@ import time
 from pathlib import Path
 
 import torch
+from data import UNIT_END
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data import UNIT_END
-
 VOCAB, CONTEXT, BATCH = 2048, 256, 8
 SIZES = {
-    "small": dict(hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=3),
-    "large": dict(hidden_size=160, intermediate_size=448, num_hidden_layers=3, num_attention_heads=5, num_key_value_heads=5),
+    "small": dict(
+        hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=3
+    ),
+    "large": dict(
+        hidden_size=160, intermediate_size=448, num_hidden_layers=3, num_attention_heads=5, num_key_value_heads=5
+    ),
 }
-MIX = {"a": 0.2, "b": 0.2, "c": 0.6}  # share of the windows in pre-training: c is the general text, the two styles are in it too
+MIX = {
+    "a": 0.2,
+    "b": 0.2,
+    "c": 0.6,
+}  # share of the windows in pre-training: c is the general text, the two styles are in it too
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised by five Newton-Schulz steps (K. Jordan, 2024), in float32: torch.optim.Muon works in bf16, slow on CPUs."""
+    """Momentum, orthogonalised by five Newton-Schulz steps (K. Jordan, 2024), in float32.
+
+    torch.optim.Muon does the same in bf16, which is slow on CPUs.
+    """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.1):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -55,17 +66,31 @@ def make_tokenizer(files: list[Path]) -> PreTrainedTokenizerFast:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>"]
-    bpe.train([str(f) for f in files], trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=special, show_progress=False,
-                                                           initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bpe.token_to_id("<s>"))])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-                                   model_max_length=2 * CONTEXT)
+    bpe.train(
+        [str(f) for f in files],
+        trainers.BpeTrainer(
+            vocab_size=VOCAB,
+            special_tokens=special,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bpe.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=2 * CONTEXT
+    )
 
 
 def encode(tokenizer, path: Path) -> torch.Tensor:
     """All units of a file in a row, each closed by eos. [tokens]"""
     units = path.read_text(encoding="utf-8").rstrip("\n").split(UNIT_END)
-    ids = [i for unit in units for i in tokenizer(unit, add_special_tokens=False, verbose=False).input_ids + [tokenizer.eos_token_id]]
+    ids = [
+        i
+        for unit in units
+        for i in tokenizer(unit, add_special_tokens=False, verbose=False).input_ids + [tokenizer.eos_token_id]
+    ]
     return torch.tensor(ids)
 
 
@@ -77,17 +102,22 @@ def windows(ids: torch.Tensor, bos: int) -> torch.Tensor:
 
 @torch.no_grad()
 def loss_of(model, rows: torch.Tensor) -> float:
-    losses = [cross_entropy(model(r[:, :-1], use_cache=False).logits.flatten(0, 1), r[:, 1:].flatten(), reduction="sum") for r in rows.split(16)]
+    losses = [
+        cross_entropy(model(r[:, :-1], use_cache=False).logits.flatten(0, 1), r[:, 1:].flatten(), reduction="sum")
+        for r in rows.split(16)
+    ]
     return sum(losses).item() / rows[:, 1:].numel()
 
 
 def train(model, texts: dict, mix: dict, bos: int, steps: int, lr: float, seed: int, name: str, muon: bool):
-    """Muon for the matrices (if asked), AdamW for the rest; linear warm-up over 5% of the steps, then cosine to zero."""
+    """Muon for the matrices (if asked), AdamW for the rest; linear warm-up for 5% of the steps, then cosine to 0."""
     rng = torch.Generator().manual_seed(seed)
     names, chances = list(mix), torch.tensor(list(mix.values()))
     matrices = [p for n, p in model.named_parameters() if muon and p.ndim == 2 and "embed" not in n]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    optimizers = [torch.optim.AdamW(others, lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)] + ([Muon(matrices, lr)] if muon else [])
+    optimizers = [torch.optim.AdamW(others, lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)] + (
+        [Muon(matrices, lr)] if muon else []
+    )
     warm = max(1, steps // 20)
     start = time.time()
     for step in range(steps):
@@ -123,7 +153,9 @@ def main():
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--tune-steps", type=int, default=100)
     parser.add_argument("--tune-lr", type=float, default=2e-3)
-    parser.add_argument("--tune-keep", type=float, default=0.5, help="share of the weights before fine-tuning in those that are saved")
+    parser.add_argument(
+        "--tune-keep", type=float, default=0.5, help="share of the weights before fine-tuning in those that are saved"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.use_deterministic_algorithms(True)
@@ -145,19 +177,37 @@ def main():
         model.to(torch.bfloat16).save_pretrained(args.out / name)
         tokenizer.save_pretrained(args.out / name)
         file = args.out / name / "tokenizer.json"  # without the indentation it is half as large
-        file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")), separators=(",", ":"), ensure_ascii=False), encoding="utf-8")
+        file.write_text(
+            json.dumps(json.loads(file.read_text(encoding="utf-8")), separators=(",", ":"), ensure_ascii=False),
+            encoding="utf-8",
+        )
 
     for name, size, steps in [("ref", "small", args.small_steps), ("base", "large", args.large_steps)]:
-        config = LlamaConfig(vocab_size=VOCAB, max_position_embeddings=2 * CONTEXT, tie_word_embeddings=True, rms_norm_eps=1e-5,
-                             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-                             pad_token_id=tokenizer.pad_token_id, **SIZES[size])
+        config = LlamaConfig(
+            vocab_size=VOCAB,
+            max_position_embeddings=2 * CONTEXT,
+            tie_word_embeddings=True,
+            rms_norm_eps=1e-5,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **SIZES[size],
+        )
         torch.manual_seed(args.seed)
         make(name, LlamaForCausalLM(config), keep=0.0, mix=MIX, steps=steps, lr=args.lr, seed=args.seed, muon=True)
     for name, parent in [("tuned", "ref"), ("large", "base")]:
         for style in "ab":
             start = LlamaForCausalLM.from_pretrained(args.out / parent, dtype=torch.float32)
-            make(f"{name}-{style}", start, keep=args.tune_keep, mix={style: 1.0}, steps=args.tune_steps, lr=args.tune_lr,
-                 seed=args.seed + 1000, muon=False)
+            make(
+                f"{name}-{style}",
+                start,
+                keep=args.tune_keep,
+                mix={style: 1.0},
+                steps=args.tune_steps,
+                lr=args.tune_lr,
+                seed=args.seed + 1000,
+                muon=False,
+            )
 
 
 if __name__ == "__main__":
