@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <limits>
+#include <optional>
 
 #include "simd.h"  // before semantics/: its templates find the vector overloads here
 
@@ -276,6 +277,29 @@ struct MassSum {
   int64_t total() const { return sum; }
 };
 #endif
+
+// four 64-bit lanes, for residuals
+typedef double v4d __attribute__((vector_size(32)));
+typedef float v4f __attribute__((vector_size(16)));
+typedef int32_t v4i __attribute__((vector_size(16)));
+typedef int64_t v4q __attribute__((vector_size(32)));
+typedef uint64_t v4u __attribute__((vector_size(32)));
+
+inline v4u widen_mass(const int32_t* q, const int32_t* n) {
+  return __builtin_convertvector(load_raw<v4i>(q), v4u) << 16 >> __builtin_convertvector(load_raw<v4i>(n), v4u);
+}
+inline v4d to_double(v4u x) {  // x < 2^52
+  return reinterpret_cast<v4d>(x | 0x4330000000000000u) - 0x1p52;
+}
+inline v4u to_integer(v4d x) {  // 0 <= x < 2^51, truncated
+  v4d r = (x + 0x1p52) - 0x1p52;
+  r -= reinterpret_cast<v4d>((r > x) & reinterpret_cast<v4q>(v4d{} + 1.0));
+  return reinterpret_cast<v4u>(r + 0x1p52) & 0xFFFFFFFFFFFFFu;
+}
+inline v4q truncate(v4d x) {  // 0 <= x < 2^63
+  v4u high = to_integer(x * 0x1p-32);
+  return reinterpret_cast<v4q>((high << 32) + to_integer(x - to_double(high) * 0x1p32));
+}
 
 // mass of the scores >= lowest of n (a multiple of W) scores
 inline int64_t mass_sum(const float* s, int n, float best, float c, float lowest) {
@@ -633,6 +657,19 @@ struct Row {
     }
   }
 
+  // significands and right shifts of a chunk's masses: mass = q 2^16 >> n
+  void mass_chunk(int c, int32_t* q, int32_t* n) const {
+    const float* s = scores + int64_t{c} * kChunkSize;
+    for (int i = 0; i < kChunkSize; i += W) {
+      vf x = load(s + i);
+      vi shift, significand = mass_parts(x, broadcast(best), broadcast(filters.c), shift);
+      significand &= x >= broadcast(lowest);
+      shift = select_min(16 - shift, 63);
+      memcpy(q + i, &significand, sizeof significand);
+      memcpy(n + i, &shift, sizeof shift);
+    }
+  }
+
   void know_mass() {
     kept_mass = filters.greedy ? int64_t{1} << kMassBits : mass_from(lowest, filters.c);
     mass_known = true;
@@ -889,39 +926,66 @@ struct Slot {
   }
   int64_t draft_total() const { return has_draft ? draft.kept_mass : int64_t{1} << kMassBits; }
 
+  // Residuals of a chunk: fn(place, four of them in units of 2^-58), 0 where less than one unit is left.
   template <class Fn>
-  void each_residual(double factor, const Fn& fn) const {
-    Residual residual(factor, target_total(), draft_total());
-    float floor = std::max(target.lowest, target.best + kLowestMass / target.filters.c);
-    if (target.filters.greedy) return fn(target_best, residual(target_mass(target_best), draft_mass(target_best)));
-    for (int c = 0; c < target.scorer.chunks; ++c) {
-      if (!(target.chunk_max[c] >= floor)) continue;
-      for (int64_t v = int64_t{c} * kChunkSize, end = v + kChunkSize; v < end; ++v)
-        if (target.scores[v] >= floor) fn(v, residual(target_mass(v), draft_mass(v)));
+  void residual_chunk(int chunk, const Residual& residual, const Fn& fn) const {
+    alignas(64) int32_t tq[kChunkSize], tn[kChunkSize], dq[kChunkSize] = {}, dn[kChunkSize] = {};
+    target.mass_chunk(chunk, tq, tn);
+    if (has_draft && !draft.filters.greedy) draft.mass_chunk(chunk, dq, dn);
+    else if (int64_t at = (has_draft ? draft_best : point) - int64_t{chunk} * kChunkSize; at >= 0 && at < kChunkSize)
+      dq[at] = 1 << 24;
+    for (int i = 0; i < kChunkSize; i += 4) {
+      v4d r = to_double(widen_mass(tq + i, tn + i)) * residual.a - to_double(widen_mass(dq + i, dn + i)) * residual.b;
+      fn(i, reinterpret_cast<v4d>(reinterpret_cast<v4q>(r) & (r >= 1.0)));
     }
   }
+  float floor() const { return std::max(target.lowest, target.best + kLowestMass / target.filters.c); }
+
   int64_t residual_sum(double factor) const {
+    Residual residual(factor, target_total(), draft_total());
+    if (target.filters.greedy) return static_cast<int64_t>(residual(target_mass(target_best), draft_mass(target_best)));
+    int64_t part[kMaxBlocks] = {};
+    target.each_block([&](int from, int to) {
+      v4q sum{};
+      for (int c = from; c < to; ++c)
+        if (target.chunk_max[c] >= floor())
+          residual_chunk(c, residual, [&](int, v4d r) { sum += truncate(r); });
+      part[from / kBlockChunks] = sum[0] + sum[1] + sum[2] + sum[3];
+    });
     int64_t sum = 0;
-    each_residual(factor, [&](int64_t, double r) { sum += static_cast<int64_t>(r); });
+    for (int64_t m : part) sum += m;
     return sum;
   }
+
   // a token of max(0, factor p - q), or -1 where nothing is left
   int64_t draw_residual(double factor, const Source& source) {
+    Residual residual(factor, target_total(), draft_total());
+    if (target.filters.greedy)
+      return residual(target_mass(target_best), draft_mass(target_best)) > 0 ? target_best : -1;
     int n = target.scorer.chunks;
-    float* r = target.sc.other.need(int64_t{n} * kChunkSize);
+    float* scores = target.sc.other.need(int64_t{n} * kChunkSize);
     float* best = target.sc.select.need(n);
-    std::fill(r, r + int64_t{n} * kChunkSize, -kInf);
-    std::fill(best, best + n, -kInf);
-    bool some = false;
-    each_residual(factor, [&](int64_t v, double x) {
-      if (!(x > 0)) return;
-      r[v] = log(static_cast<float>(x));
-      best[v / kChunkSize] = std::max(best[v / kChunkSize], r[v]);
-      some = true;
+    target.each_block([&](int from, int to) {
+      for (int c = from; c < to; ++c) {
+        float* out = scores + int64_t{c} * kChunkSize;
+        best[c] = -kInf;
+        if (!(target.chunk_max[c] >= floor())) continue;
+        residual_chunk(c, residual, [&](int i, v4d r) {
+          v4f x = __builtin_convertvector(r, v4f);
+          memcpy(out + i, &x, sizeof x);
+        });
+        vf most = broadcast(-kInf);
+        for (int i = 0; i < kChunkSize; i += W) {
+          vf x = load(out + i);
+          vf y = select(x > vf{}, log(maximum(x, broadcast(1.0f))), broadcast(-kInf));
+          store(out + i, y);
+          most = maximum(most, y);
+        }
+        best[c] = horizontal_max(most);
+      }
     });
-    if (!some) return -1;
     return race(n, best, -kInf, 1.0f, source, target.sc,
-                [&](int c, float*) { return r + int64_t{c} * kChunkSize; }).id;
+                [&](int c, float*) { return scores + int64_t{c} * kChunkSize; }).id;
   }
 };
 
@@ -964,31 +1028,25 @@ void verify(const VerifyCall& call) {
     } else {
       double ratio = 1, factor = 1;
       int64_t end = length;  // drafts up to the first invalid slot
+      std::optional<Slot> slot;
+      if (length > 0) slot.emplace(call, b, 0, threads, true);
+      if (slot && !slot->valid()) end = 0;
       for (int64_t i = 0; i < end; ++i) {
-        int64_t d = drafts[i], t, t_total, q, q_total;
-        {
-          Slot slot(call, b, i, threads, true);
-          if (!slot.valid()) {
-            end = i;
-            break;
-          }
-          t = inside(d) ? slot.target_mass(d) : 0, t_total = slot.target_total();
-          q = inside(d) ? slot.draft_mass(d) : 1, q_total = slot.draft_total();
-        }
-        ratio = block_ratio(ratio, t, t_total, q, q_total);
-        int64_t rest = 0;
+        int64_t d = drafts[i], rest = 0;
+        ratio = block_ratio(ratio, inside(d) ? slot->target_mass(d) : 0, slot->target_total(),
+                            inside(d) ? slot->draft_mass(d) : 1, slot->draft_total());
         if (i + 1 < length) {
-          Slot next(call, b, i + 1, threads, true);
-          if (next.valid())
-            rest = next.residual_sum(ratio);
+          slot.emplace(call, b, i + 1, threads, true);
+          if (slot->valid())
+            rest = slot->residual_sum(ratio);
           else
             end = i + 1;
         }
         if (block_passes(accept_uniform(at(i, kAccept, i)), ratio, rest, i + 1 == end)) accepted = i + 1, factor = ratio;
       }
       if (accepted < end) {
-        Slot slot(call, b, accepted, threads, true);
-        token = slot.draw_residual(factor, at(accepted, kResidual, accepted));
+        slot.emplace(call, b, accepted, threads, true);
+        token = slot->draw_residual(factor, at(accepted, kResidual, accepted));
         if (token < 0) token = plain(accepted);
       } else if (end == length) {
         token = plain(accepted);
