@@ -1,5 +1,7 @@
 """eft_kernels: emulated fine-tuning (arXiv 2310.12962) and other products of experts, fused down to the token."""
 
+# the subpackage first: importing it later would replace the function of that name
+from . import backends as _backends  # noqa: F401
 from .dispatch import backends
 from .ops import SampleOutput, VerifyOutput, logprobs, row_seeds, sample, token_logprobs, verify
 from .version import __version__

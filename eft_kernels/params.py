@@ -13,7 +13,7 @@ import torch
 from .weights import Weights
 
 # name: (dtype of the tensor form, smallest and largest value, what is allowed)
-TINY = 5e-324
+TINY = 2.0**-126  # a float32 that no mode flushes to 0
 SPECS = {
     "temperature": (torch.float32, 0, 1e30, "0 to 1e30 (below 1e-5 is greedy)"),
     "top_k": (torch.int64, 0, (1 << 63) - 1, "an integer >= 0 (0 is off)"),
@@ -53,12 +53,14 @@ def scalar_or_rows(name: str, value, rows: int, device: torch.device, check: boo
         integer = dtype is torch.int64
         if kind is bool or not isinstance(value, numbers.Real):
             raise ValueError(f"{name}: expected a number or a tensor [{rows}], got {type(value).__name__}")
-        if not low <= value <= high or (integer and int(value) != value):
+        if not low <= value <= high or (integer and value % 1):
             raise ValueError(f"{name}: got {value}, allowed is {words}")
         if not integer:
             return float(value)
         value = int(value)
         return value - (1 << 64) if value >= 1 << 63 else value
+    if value.is_complex():
+        raise ValueError(f"{name}: expected a real tensor, got {value.dtype}")
     if value.dim() == 0:
         value = value.reshape(1).expand(rows)
     if value.shape != (rows,):

@@ -27,6 +27,8 @@ class Weights:
             if values.dim() not in (1, 2):
                 raise ValueError(f"weights: expected a tensor [J] or [rows, J], got shape {list(values.shape)}")
             self.tensor = values.to(torch.float32)
+        elif not isinstance(values, Sequence) or isinstance(values, str):
+            raise ValueError(f"weights: expected J numbers, a tensor or Weights, got {type(values).__name__}")
         elif any(isinstance(v, torch.Tensor) and v.dim() > 0 for v in values):
             rows = [v for v in values if isinstance(v, torch.Tensor) and v.dim() > 0]
             n, device = rows[0].shape[0], rows[0].device

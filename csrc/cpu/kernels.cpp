@@ -996,7 +996,8 @@ void verify(const VerifyCall& call) {
     int64_t length = call.draft_lengths[b], accepted = 0, token = -1;
     int64_t* tokens = call.tokens + b * S;
     auto at = [&](int64_t i, uint32_t stream, int64_t slot) {
-      return source(call.seed[b], call.position[b] + i, stream, static_cast<uint32_t>(slot));
+      int64_t position = static_cast<int64_t>(static_cast<uint64_t>(call.position[b]) + static_cast<uint64_t>(i));
+      return source(call.seed[b], position, stream, static_cast<uint32_t>(slot));
     };
     auto inside = [&](int64_t v) { return v >= 0 && v < call.vocab_size; };
     auto plain = [&](int64_t i) {  // the target's own sample, -1 where the slot is invalid

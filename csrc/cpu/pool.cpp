@@ -1,6 +1,7 @@
 #include "pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 
 #include <atomic>
 #include <condition_variable>
@@ -24,12 +25,23 @@ struct Job {
   }
 };
 
+// spins for a while, then gives the core away: it may be the one that the work waits for
+struct Wait {
+  int spins = 0;
+  void operator()();
+};
+
 inline void pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
   asm volatile("yield");
 #endif
+}
+
+void Wait::operator()() {
+  if (++spins < 1000) pause();
+  else sched_yield();
 }
 
 struct Pool {
@@ -46,7 +58,7 @@ struct Pool {
   void loop(int index) {
     uint64_t seen = 0;
     for (;;) {
-      for (int spin = 0; epoch.load() == seen && spin < 4000; ++spin) pause();
+      for (int spin = 0; epoch.load() == seen && spin < 1000; ++spin) pause();
       if (epoch.load() == seen) {
         std::unique_lock<std::mutex> lock(sleep);
         sleeping.fetch_add(1);
@@ -71,9 +83,9 @@ struct Pool {
       wake.notify_all();
     }
     j.work();
-    while (j.done.load(std::memory_order_acquire) != j.n) pause();
+    for (Wait wait; j.done.load(std::memory_order_acquire) != j.n;) wait();
     job.store(nullptr);
-    while (inside.load()) pause();
+    for (Wait wait; inside.load();) wait();
   }
 };
 
