@@ -1,0 +1,199 @@
+// verify: coupled, token and block acceptance (semantics/accept.h) over the slots of a row.
+#pragma once
+#include <optional>
+
+#include "../semantics/accept.h"
+#include "row.h"
+
+namespace eft {
+namespace EFT_ISA {
+namespace {
+
+// A slot of verify: the target, and what the draft was drawn from (a model's row, or a point).
+struct Slot {
+  Row target, draft;
+  bool has_draft;
+  int64_t point, target_best, draft_best;  // argmax where greedy
+
+  Slot(const VerifyCall& call, int64_t b, int64_t i, int threads, bool with_draft)
+      : target(row_of(call, b, i, threads)),
+        draft(row_of(call, b, i, threads, std::max(0, call.draft))),
+        has_draft(with_draft && call.draft >= 0),
+        point(with_draft && i < call.slots - 1 ? call.draft_tokens[b * (call.slots - 1) + i] : -1) {
+    prepare(target, target_best);
+    if (has_draft) prepare(draft, draft_best);
+  }
+  static void prepare(Row& r, int64_t& argmax) {
+    r.score(true, false);
+    if (!r.valid) return;
+    r.filter(true);
+    r.know_mass();
+    argmax = r.filters.greedy ? r.draw({}).id : -1;
+  }
+  bool valid() const { return target.valid && (!has_draft || draft.valid); }
+
+  static int64_t mass_at(const Row& r, int64_t best, int64_t v) {
+    if (r.filters.greedy) return v == best ? int64_t{1} << kMassBits : 0;
+    return r.scores[v] >= r.lowest ? mass(r.scores[v], r.best, r.filters.c) : 0;
+  }
+  int64_t target_mass(int64_t v) const { return mass_at(target, target_best, v); }
+  int64_t target_total() const { return target.kept_mass; }
+  int64_t draft_mass(int64_t v) const {
+    return has_draft ? mass_at(draft, draft_best, v) : v == point ? int64_t{1} << kMassBits : 0;
+  }
+  int64_t draft_total() const { return has_draft ? draft.kept_mass : int64_t{1} << kMassBits; }
+
+  // Residuals of a chunk: fn(place, four of them in units of 2^-58), 0 where less than one unit is left.
+  template <class Fn>
+  void residual_chunk(int chunk, const Residual& residual, const Fn& fn) const {
+    alignas(64) int32_t tq[kChunkSize], tn[kChunkSize], dq[kChunkSize] = {}, dn[kChunkSize] = {};
+    target.mass_chunk(chunk, tq, tn);
+    if (has_draft && !draft.filters.greedy) draft.mass_chunk(chunk, dq, dn);
+    else if (int64_t at = (has_draft ? draft_best : point) - int64_t{chunk} * kChunkSize; at >= 0 && at < kChunkSize)
+      dq[at] = 1 << 24;
+    for (int i = 0; i < kChunkSize; i += 4) {
+      v4d r = to_double(widen_mass(tq + i, tn + i)) * residual.a - to_double(widen_mass(dq + i, dn + i)) * residual.b;
+      fn(i, reinterpret_cast<v4d>(reinterpret_cast<v4q>(r) & (r >= 1.0)));
+    }
+  }
+  float floor() const { return std::max(target.lowest, target.best + kLowestMass / target.filters.c); }
+
+  int64_t residual_sum(double factor) const {
+    Residual residual(factor, target_total(), draft_total());
+    if (target.filters.greedy) return static_cast<int64_t>(residual(target_mass(target_best), draft_mass(target_best)));
+    int64_t part[kMaxBlocks] = {};
+    target.each_block([&](int from, int to) {
+      v4q sum{};
+      for (int c = from; c < to; ++c)
+        if (target.chunk_max[c] >= floor())
+          residual_chunk(c, residual, [&](int, v4d r) { sum += truncate(r); });
+      part[from / kBlockChunks] = sum[0] + sum[1] + sum[2] + sum[3];
+    });
+    int64_t sum = 0;
+    for (int64_t m : part) sum += m;
+    return sum;
+  }
+
+  // a token of max(0, factor p - q), or -1 where nothing is left
+  int64_t draw_residual(double factor, const Source& source) {
+    Residual residual(factor, target_total(), draft_total());
+    if (target.filters.greedy)
+      return residual(target_mass(target_best), draft_mass(target_best)) > 0 ? target_best : -1;
+    int n = target.scorer.chunks;
+    float* scores = target.sc.other.need(int64_t{n} * kChunkSize);
+    float* best = target.sc.select.need(n);
+    target.each_block([&](int from, int to) {
+      for (int c = from; c < to; ++c) {
+        float* out = scores + int64_t{c} * kChunkSize;
+        best[c] = -kInf;
+        if (!(target.chunk_max[c] >= floor())) continue;
+        residual_chunk(c, residual, [&](int i, v4d r) {
+          v4f x = __builtin_convertvector(r, v4f);
+          memcpy(out + i, &x, sizeof x);
+        });
+        vf most = broadcast(-kInf);
+        for (int i = 0; i < kChunkSize; i += W) {
+          vf x = load(out + i);
+          vf y = select(x > vf{}, log(maximum(x, broadcast(1.0f))), broadcast(-kInf));
+          store(out + i, y);
+          most = maximum(most, y);
+        }
+        best[c] = horizontal_max(most);
+      }
+    });
+    return race(n, best, -kInf, 1.0f, source, target.sc,
+                [&](int c, float*) { return scores + int64_t{c} * kChunkSize; }).id;
+  }
+};
+
+void verify(const VerifyCall& call) {
+  each_row(call, [&](int64_t b, int threads) {
+    const int64_t S = call.slots;
+    const int64_t* drafts = call.draft_tokens + b * (S - 1);
+    int64_t length = call.draft_lengths[b], accepted = 0, token = -1;
+    int64_t* tokens = call.tokens + b * S;
+    auto at = [&](int64_t i, uint32_t stream, int64_t slot) {
+      int64_t position = static_cast<int64_t>(static_cast<uint64_t>(call.position[b]) + static_cast<uint64_t>(i));
+      return source(call.seed[b], position, stream, static_cast<uint32_t>(slot));
+    };
+    auto inside = [&](int64_t v) { return v >= 0 && v < call.vocab_size; };
+    auto plain = [&](int64_t i) {  // the target's own sample, -1 where the slot is invalid
+      Row r = row_of(call, b, i, threads);
+      r.score(r.filters.any(), false);
+      if (!r.valid) return int64_t{-1};
+      if (!r.filters.any()) return r.draw(at(i, kSample, 0)).id;
+      r.filter(false);
+      return (r.filters.top_p < 1 ? r.peel(at(i, kSample, 0)) : r.draw(at(i, kSample, 0))).id;
+    };
+    if (call.method == kCoupled) {
+      for (;; ++accepted) {
+        token = plain(accepted);
+        if (token < 0 || accepted >= length || token != drafts[accepted]) break;
+      }
+    } else if (call.method == kTokenwise) {
+      for (; accepted < length; ++accepted) {
+        Slot slot(call, b, accepted, threads, true);
+        int64_t d = drafts[accepted];
+        if (!slot.valid()) break;
+        if (inside(d) && accept_token(accept_uniform(at(accepted, kAccept, accepted)), slot.target_mass(d),
+                                      slot.target_total(), slot.draft_mass(d), slot.draft_total()))
+          continue;
+        token = slot.draw_residual(1.0, at(accepted, kResidual, accepted));
+        if (token < 0) token = plain(accepted);
+        break;
+      }
+      if (accepted == length) token = plain(accepted);
+    } else {
+      double ratio = 1, factor = 1;
+      int64_t end = length;  // drafts up to the first invalid slot
+      std::optional<Slot> slot;
+      if (length > 0) slot.emplace(call, b, 0, threads, true);
+      if (slot && !slot->valid()) end = 0;
+      for (int64_t i = 0; i < end; ++i) {
+        int64_t d = drafts[i], rest = 0;
+        ratio = block_ratio(ratio, inside(d) ? slot->target_mass(d) : 0, slot->target_total(),
+                            inside(d) ? slot->draft_mass(d) : 1, slot->draft_total());
+        if (i + 1 < length) {
+          slot.emplace(call, b, i + 1, threads, true);
+          if (slot->valid())
+            rest = slot->residual_sum(ratio);
+          else
+            end = i + 1;
+        }
+        if (block_passes(accept_uniform(at(i, kAccept, i)), ratio, rest, i + 1 == end)) accepted = i + 1, factor = ratio;
+      }
+      if (accepted < end) {
+        slot.emplace(call, b, accepted, threads, true);
+        token = slot->draw_residual(factor, at(accepted, kResidual, accepted));
+        if (token < 0) token = plain(accepted);
+      } else if (end == length) {
+        token = plain(accepted);
+      }
+    }
+    for (int64_t i = 0; i < S; ++i) tokens[i] = i < accepted ? drafts[i] : -1;
+    tokens[accepted] = token;
+    call.valid[b] = token >= 0;
+    call.emitted[b] = accepted + (token >= 0);
+    if (!call.logprobs) return;
+    for (int64_t i = 0; i < S; ++i) {
+      float lp = kNaN, raw = kNaN;
+      if (i < call.emitted[b]) {
+        Row r = row_of(call, b, i, threads);
+        r.score(true, false);
+        r.filter(true);
+        r.know_mass();
+        r.know_raw();
+        float s = r.scores[tokens[i]];
+        bool kept = s >= r.lowest && (!r.filters.greedy || s == r.best);
+        lp = kept ? r.processed_logprob(s) : -kInf;
+        raw = r.raw_logprob(s);
+      }
+      call.logprobs[b * S + i] = lp;
+      call.raw_logprobs[b * S + i] = raw;
+    }
+  });
+}
+
+}  // namespace
+}  // namespace EFT_ISA
+}  // namespace eft
