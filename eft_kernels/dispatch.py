@@ -58,7 +58,7 @@ def backends() -> dict[str, dict]:
 def _choose(name: str, device_type: str) -> ModuleType:
     names = [b.name for b in TABLE]
     if name == "auto":
-        name = os.environ.get("EFT_KERNELS_BACKEND", "auto")
+        name = os.environ.get("EFT_KERNELS_BACKEND") or "auto"
         if name not in (*names, "auto"):
             raise ValueError(f"EFT_KERNELS_BACKEND: got {name!r}, allowed are {', '.join(names)}")
     elif name not in names:

@@ -255,6 +255,8 @@ class Rows:
         """The smallest score that top-k, top-p and min-p keep, [R]; greedy rows keep the best."""
         best = s.amax(1)
         lowest = torch.full_like(best, NEG_INF)
+        if not bool(((self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)).any()):
+            return torch.where(self.greedy, best, lowest)
         k = self.top_k.clamp(max=self.vocab_size)
         kth = s.sort(1, descending=True).values.gather(1, (k - 1).clamp(min=0)[:, None])[:, 0]
         lowest = torch.where(k > 0, kth, lowest)
@@ -341,7 +343,9 @@ def logprobs(logits, p: Params):
         r = _rows(logits, p, part)
         s, ok = r.combine()
         processed = (r.temperature != 1) | (r.top_k > 0) | (r.top_p < 1) | (r.min_p > 0)
-        lp = torch.where(processed[:, None], r.log_softmax(s, True), r.log_softmax(s, False))
+        lp = r.log_softmax(s, False)
+        if bool(processed.any()):
+            lp = torch.where(processed[:, None], r.log_softmax(s, True), lp)
         out[part] = torch.where(ok[:, None], lp, float("nan"))
     return out
 
