@@ -139,6 +139,11 @@ def check_params(logits, weights, rows, vocab_size, *, temperature=1.0, top_k=0,
     def value(name, x):
         return scalar_or_rows(name, x, rows, device, check)
 
+    if type(temperature) is type(top_p) is type(min_p) is type(upscale_top_p) is float and upscale_top_p == 1 \
+            and type(top_k) is type(seed) is type(position) is int and 0 <= temperature <= 1e30 and TINY <= top_p <= 1 \
+            and 0 <= min_p <= 1 and 0 <= top_k < 1 << 63 and 0 <= position < 1 << 63 \
+            and -(1 << 63) <= seed < 1 << 63 and not needs_tuned:  # the usual scalars, at once
+        return Params(w, temperature, top_k, top_p, min_p, 1.0, seed, position, token_mask, vocab_size, tuned)
     upscale_top_p = value("upscale_top_p", upscale_top_p)
     if needs_tuned or isinstance(upscale_top_p, torch.Tensor) or upscale_top_p != 1.0:
         if not isinstance(tuned, int) or not 0 <= tuned < len(logits):

@@ -47,36 +47,47 @@ Winner race(int chunks, const float* chunk_max, float lowest, float temperature,
     store(g + c, noise.g);
     memcpy(place + c, &noise.place, sizeof noise.place);
   }
+  // Tokens that may win wait until there are enough to draw their own noise a vector at a time.
+  struct {
+    alignas(64) float s[2 * W], e[2 * W], g[2 * W];
+    alignas(64) uint32_t id[2 * W];
+    int count = 0;
+  } waiting;
+  auto draw = [&] {
+    for (int i = waiting.count; i < W; ++i) waiting.s[i] = -kInf, waiting.e[i] = waiting.g[i] = 1, waiting.id[i] = 0;
+    vu id = load_raw<vu>(waiting.id), which = id & 3u;
+    Words<vu> w = words(source, kToken, id >> 2);
+    vu odd = reinterpret_cast<vu>((which & 1u) != 0u), upper = reinterpret_cast<vu>((which & 2u) != 0u);
+    vu low = (w.r[0] & ~odd) | (w.r[1] & odd), high = (w.r[2] & ~odd) | (w.r[3] & odd);
+    vf x = load(waiting.s);
+    vf key = x + vt * token_gumbel(load(waiting.e), load(waiting.g), (low & ~upper) | (high & upper));
+    for (unsigned m = any_bits((key >= broadcast(winner.key)) & (x > broadcast(-kInf))); m; m &= m - 1) {
+      int i = __builtin_ctz(m);
+      winner.offer(key[i], waiting.s[i], waiting.id[i]);
+    }
+    waiting.count = std::max(0, waiting.count - W);
+    for (int i = 0; i < waiting.count; ++i) {
+      waiting.s[i] = waiting.s[W + i], waiting.e[i] = waiting.e[W + i], waiting.g[i] = waiting.g[W + i];
+      waiting.id[i] = waiting.id[W + i];
+    }
+  };
+  const vf vlow = broadcast(std::max(lowest, -std::numeric_limits<float>::max()));
   auto look = [&](int c) {
     const float* s = get(c, tmp);
     int k = place[c];
     int64_t first = int64_t{c} * kChunkSize;
     float most = temperature * g[c];
     if (s[k] >= lowest && s[k] > -kInf) winner.offer(s[k] + most, s[k], first + k);
-    vf vlow = broadcast(std::max(lowest, -std::numeric_limits<float>::max()));
-    for (int i = 0; i < kChunkSize; i += 4 * W) {
-      vi alive{};
-      vf need = broadcast(winner.key);
-      for (int j = 0; j < 4; ++j) {
-        vf x = load(s + i + j * W);
-        alive |= (x + broadcast(most) >= need) & (x >= vlow);
+    for (int i = 0; i < kChunkSize; i += W) {
+      vf x = load(s + i);
+      unsigned m = any_bits((x + broadcast(most) >= broadcast(winner.key)) & (x >= vlow));
+      for (; m; m &= m - 1) {
+        int t = i + __builtin_ctz(m), n = waiting.count;
+        if (t == k) continue;
+        waiting.s[n] = s[t], waiting.e[n] = e[c], waiting.g[n] = g[c], waiting.id[n] = static_cast<uint32_t>(first + t);
+        ++waiting.count;
       }
-      if (!any_bits(alive)) continue;
-      Words<vu> w = words(source, kToken, lane + static_cast<uint32_t>((first + i) / 4));
-      alignas(64) uint32_t word[4 * W];
-      for (int l = 0; l < W; ++l)
-        for (int j = 0; j < 4; ++j) word[4 * l + j] = w.r[j][l];
-      for (int j = 0; j < 4; ++j) {
-        vf x = load(s + i + j * W);
-        vi live = (x + broadcast(most) >= broadcast(winner.key)) & (x >= vlow);
-        if (!any_bits(live)) continue;
-        vf key = x + vt * token_gumbel(broadcast(e[c]), broadcast(g[c]), load_raw<vu>(word + j * W));
-        live &= key >= broadcast(winner.key);
-        for (unsigned m = any_bits(live); m; m &= m - 1) {
-          int t = i + j * W + __builtin_ctz(m);
-          if (t != k) winner.offer(key[t % W], s[t], first + t);
-        }
-      }
+      if (waiting.count >= W) draw();
     }
   };
   // the likeliest chunks first, so that the bound to beat is high when the others are passed over in order
@@ -84,20 +95,22 @@ Winner race(int chunks, const float* chunk_max, float lowest, float temperature,
     vf most = broadcast(-kInf);
     for (int c = 0; c < padded; c += W) most = maximum(most, load(bound + c));
     float m = horizontal_max(most);
-    if (!(m >= winner.key) || m == -kInf) return winner;
+    if (!(m >= winner.key) || m == -kInf) break;
     int c = 0;
     while (!any_bits(load(bound + c) == broadcast(m))) c += W;
     while (bound[c] != m) ++c;
     look(c);
     bound[c] = -kInf;
   }
+  if (waiting.count) draw();
   for (int c = 0; c < padded; c += W) {
     unsigned m = any_bits(load(bound + c) >= broadcast(winner.key));
     for (; m; m &= m - 1) {
       int i = c + __builtin_ctz(m);
-      if (bound[i] >= winner.key) look(i);
+      if (bound[i] >= winner.key && bound[i] > -kInf) look(i);
     }
   }
+  if (waiting.count) draw();
   return winner;
 }
 
