@@ -157,7 +157,7 @@ def shared_vocabulary(names: list[str], models, tokenizers, vocab_size: int | No
     """How many ids the models share; refused unless these mean the same wherever a tokenizer says what they mean."""
     from ..integrations import hf
 
-    widths = [hf._logits_width(m) for m in models]
+    widths = [hf.logits_width(m) for m in models]
     shortest = min(widths)
     if vocab_size is not None and vocab_size > shortest:
         raise Refused(f"--vocab-size: got {vocab_size}, allowed is up to {shortest}, the shortest model's vocabulary")
@@ -167,7 +167,7 @@ def shared_vocabulary(names: list[str], models, tokenizers, vocab_size: int | No
                       f"--vocab-size {shortest} if ids below it mean the same")
     known = [(n, t) for n, t in zip(names, tokenizers) if t is not None]
     try:
-        hf._check_tokenizers([t for _, t in known], [n for n, _ in known], vocab_size or shortest, vocab_size is None)
+        hf.check_tokenizers([t for _, t in known], [n for n, _ in known], vocab_size or shortest, vocab_size is None)
     except ValueError as error:
         raise Refused(first_line(error)) from None
     return vocab_size or shortest

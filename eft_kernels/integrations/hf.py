@@ -190,7 +190,7 @@ class CausalLM:
 
     def __init__(self, model, name: str, rollback: bool):
         self.model, self.name, self.takes = model, name, inspect.signature(model.forward).parameters
-        self.width = _logits_width(model)
+        self.width = logits_width(model)
         self.cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         if rollback:
             # a window's layer forgets what a rollback needs; a full layer is masked to the window by the model
@@ -330,12 +330,12 @@ def _check_inputs(models, names, input_ids, model_kwargs, vocab_size, tokenizers
     if positions is not None and (positions.shape[-1:] != usual.shape[1:] or bool((positions != usual).any())):
         raise ValueError("position_ids: allowed are those of the attention mask; leave it unset")
 
-    widths = {name: _logits_width(m) for m, name in zip(models, names)}
+    widths = {name: logits_width(m) for m, name in zip(models, names)}
     shortest = min(widths.values())
     if vocab_size is not None:
         _refuse_unless("vocab_size", vocab_size, _is_int(vocab_size) and 0 < vocab_size <= shortest, f"1 to {shortest}")
     if tokenizers is not None:
-        _check_tokenizers(tokenizers, names, shortest if vocab_size is None else vocab_size, vocab_size is None)
+        check_tokenizers(tokenizers, names, shortest if vocab_size is None else vocab_size, vocab_size is None)
     elif vocab_size is None and len(set(widths.values())) > 1:
         raise ValueError("vocab_size: the models' vocabularies differ in length (" +
                          ", ".join(f"{name} {w}" for name, w in widths.items()) +
@@ -345,12 +345,12 @@ def _check_inputs(models, names, input_ids, model_kwargs, vocab_size, tokenizers
     return left, shortest if vocab_size is None else vocab_size
 
 
-def _logits_width(model) -> int:
+def logits_width(model) -> int:
     head = model.get_output_embeddings()
     return getattr(head, "out_features", None) or model.config.get_text_config(decoder=True).vocab_size
 
 
-def _check_tokenizers(tokenizers, names, vocab_size: int, tails: bool) -> None:
+def check_tokenizers(tokenizers, names, vocab_size: int, tails: bool) -> None:
     """ids below vocab_size mean the same in all; with ``tails``, ids from there on are padding at most."""
     if not isinstance(tokenizers, (list, tuple)) or len(tokenizers) != len(names):
         raise ValueError(f"tokenizers: allowed is a list of {len(names)}: {', '.join(names)}")
