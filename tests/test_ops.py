@@ -1,0 +1,522 @@
+"""The operators and the public functions: registration, compilation, every bad argument, threads and processes."""
+
+import inspect
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import conftest
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+
+import eft_kernels as eft
+from eft_kernels import ops
+from eft_kernels.params import SPECS
+
+V, B, K = 40, 3, 2
+
+
+def models(*shape, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(*shape, generator=g).to(dtype) for _ in range(3)]
+
+
+def mask(*lead, V=V):
+    g = torch.Generator().manual_seed(1)
+    return torch.randint(-(1 << 31), 1 << 31, (*lead, (V + 31) // 32), generator=g).to(torch.int32)
+
+
+TENSORS = dict(temperature=torch.tensor([1.0, 0.0, 0.5]), top_k=torch.tensor([0, 5, 9]),
+               top_p=torch.tensor([1.0, 0.9, 0.5]), min_p=torch.tensor([0.0, 0.1, 0.0]),
+               upscale_top_p=torch.tensor([1.0, 0.9, 0.8]))
+NOISE = dict(seed=torch.tensor([1, 2, 3]), position=torch.tensor([0, 5, 1 << 40]))
+
+
+# --- registration --------------------------------------------------------------------------------------------------
+
+def op_arguments(name, backend):
+    """Several sets of arguments of ``torch.ops.eft_kernels.<name>``."""
+    seen, call = [], ops._call
+
+    def record(name, logits, p, *args, backend):
+        seen.append((logits, *ops._flatten(p), *args, backend))
+        return call(name, logits, p, *args, backend=backend)
+
+    ops._call = record
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            z, zz = models(B, V, dtype=dtype), models(B, K + 1, V, dtype=dtype)
+            for kwargs in ({}, dict(temperature=0.7, top_p=0.9), dict(TENSORS, token_mask=mask(B))):
+                kwargs = dict(kwargs, backend=backend)
+                if name == "sample":
+                    eft.sample(z, eft.upscale(), **NOISE, **kwargs)
+                    eft.sample(z, torch.ones(B, 3), seed=1, stream="draft", slot=2, logprobs=False, top_logprobs=4,
+                               diagnostics=True, **kwargs)
+                elif name == "verify":
+                    if "token_mask" in kwargs:
+                        kwargs["token_mask"] = mask(B, K + 1)
+                    drafts = torch.tensor([[1, 2], [3, 4], [5, 6]])
+                    eft.verify(zz, eft.upscale(), drafts, method="block", logprobs=True, **NOISE, **kwargs)
+                    eft.verify(zz, eft.upscale(), drafts, torch.tensor([2, 1, 0]), draft=None, seed=3, **kwargs)
+                elif name == "logprobs":
+                    eft.logprobs(z, eft.upscale(), **kwargs)
+                else:
+                    eft.token_logprobs(z, eft.upscale(), torch.tensor([[1, 2], [3, 4], [0, 39]]), **kwargs)
+    finally:
+        ops._call = call
+    assert len(seen) >= 6
+    return seen
+
+
+@pytest.mark.parametrize("name", sorted(ops.SCHEMAS))
+def test_opcheck(name, backend):
+    """Schema (no hidden mutation or aliasing), fake against real outputs, dispatch with dynamic shapes (not where an
+    output is padded with NaN: opcheck compares without equal_nan)."""
+    for args in op_arguments(name, backend):
+        padded = name == "verify" and args[-2]
+        torch.library.opcheck(getattr(torch.ops.eft_kernels, name).default, args, test_utils=(
+            "test_schema", "test_faketensor", *(() if padded else ("test_aot_dispatch_dynamic",))))
+
+
+def test_every_operator_is_registered():
+    for name in ops.SCHEMAS:
+        assert torch.Tag.pt2_compliant_tag in getattr(torch.ops.eft_kernels, name).default.tags
+    assert set(SPECS) == set(ops._PAIRS)
+
+
+def test_gradients_are_refused_or_absent():
+    """Sampling has no gradient: logits that require one are accepted, and nothing pretends to be differentiable."""
+    z = [x.requires_grad_() for x in models(B, V)]
+    with torch.no_grad():
+        assert bool(eft.sample(z, eft.upscale(), seed=1).valid.all())
+
+
+# --- torch.compile -------------------------------------------------------------------------------------------------
+
+def sample_tensors(z, seed, position, temperature, top_p):
+    out = eft.sample([x * 1.0 for x in z], eft.upscale(), seed=seed, position=position, temperature=temperature,
+                     top_p=top_p, top_logprobs=3, diagnostics=True)
+    return out.tokens + 0, out.logprobs, out.raw_logprobs, out.top_ids, out.top_logprobs, out.entropy, out.tv
+
+
+def sample_scalars(z, seed):
+    out = eft.sample(z, [1.0, 0.5, -0.5], seed=seed, position=4, temperature=0.8, top_k=5, top_p=0.9, min_p=0.01)
+    return out.tokens, out.valid, out.logprobs
+
+
+def verify_block(z, drafts, seed):
+    out = eft.verify(z, eft.upscale(1.5), drafts, method="block", seed=seed, position=7, top_p=0.9, logprobs=True)
+    return out.tokens, out.num_emitted, out.logprobs
+
+
+def score(z, ids):
+    return eft.logprobs(z, eft.upscale()), eft.token_logprobs(z, eft.upscale(), ids, temperature=0.5)
+
+
+@pytest.mark.parametrize("function, args", [
+    (sample_tensors, lambda: (models(B, V), *NOISE.values(), TENSORS["temperature"], TENSORS["top_p"])),
+    (sample_scalars, lambda: (models(B, V, dtype=torch.bfloat16), NOISE["seed"])),
+    (verify_block, lambda: (models(B, K + 1, V), torch.tensor([[1, 2], [3, 4], [5, 6]]), NOISE["seed"])),
+    (score, lambda: (models(B, V), torch.tensor([1, 2, 3]))),
+], ids=("sample", "sample scalars", "verify", "logprobs"))
+def test_compile_fullgraph(function, args):
+    """Traced whole by Dynamo and AOTAutograd, functionalised, equal to eager."""
+    torch._dynamo.reset()
+    args = args()
+    got = torch.compile(function, fullgraph=True, backend="aot_eager")(*args)
+    for x, y in zip(got, function(*args)):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+def test_compile_with_inductor():
+    """The default compiler calls the operator from the code that it writes; no kernel of its own is needed here."""
+    torch._dynamo.reset()
+    args = models(B, V, dtype=torch.bfloat16), NOISE["seed"]
+    for x, y in zip(torch.compile(sample_scalars, fullgraph=True)(*args), sample_scalars(*args)):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+def test_compile_with_other_batches():
+    """Dynamic shapes: one graph serves every batch."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda z, seed: eft.sample(z, eft.upscale(), seed=seed).tokens, fullgraph=True,
+                             backend="aot_eager", dynamic=True)
+    for rows in (2, 5, 9):
+        z, seed = models(rows, V), torch.arange(rows)
+        assert torch.equal(compiled(z, seed), eft.sample(z, eft.upscale(), seed=seed).tokens)
+
+
+# --- bad arguments -------------------------------------------------------------------------------------------------
+
+NAN, INF = float("nan"), float("inf")
+RANGES = [
+    ("temperature", (-0.1, NAN, INF, 1e31)), ("top_k", (-1, 1.5, NAN, INF)), ("top_p", (0.0, -0.5, 1.01, NAN, INF)),
+    ("min_p", (-0.01, 1.01, NAN)), ("upscale_top_p", (0.0, 1.5, NAN)), ("seed", (0.5, 1 << 64, -(1 << 63) - 1, NAN)),
+    ("position", (-1, 0.5, 1 << 64, INF)),
+]
+
+
+def sample(z=None, w=None, **kwargs):
+    return eft.sample(models(B, V) if z is None else z, eft.upscale() if w is None else w, **kwargs)
+
+
+def verify(z=None, w=None, drafts=None, lengths=None, **kwargs):
+    drafts = torch.zeros(B, K, dtype=torch.int64) if drafts is None else drafts
+    return eft.verify(models(B, K + 1, V) if z is None else z, eft.upscale() if w is None else w, drafts, lengths,
+                      **kwargs)
+
+
+def logprobs(z=None, w=None, **kwargs):
+    return eft.logprobs(models(B, V) if z is None else z, eft.upscale() if w is None else w, **kwargs)
+
+
+def token_logprobs(z=None, w=None, ids=None, **kwargs):
+    ids = torch.zeros(B, dtype=torch.int64) if ids is None else ids
+    return eft.token_logprobs(models(B, V) if z is None else z, eft.upscale() if w is None else w, ids, **kwargs)
+
+
+def refused(call, name, *words, **kwargs):
+    """ValueError that starts with the argument's name and says each of ``words``."""
+    with pytest.raises(ValueError) as error:
+        call(**kwargs)
+    text = str(error.value)
+    assert text.startswith(name), text
+    for word in words:
+        assert word in text, (word, text)
+
+
+@pytest.mark.parametrize("call", (sample, verify, logprobs, token_logprobs), ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name, values", RANGES, ids=[name for name, _ in RANGES])
+def test_values_out_of_range(name, values, call):
+    if name in ("seed", "position") and call in (logprobs, token_logprobs):
+        assert name not in inspect.signature(getattr(eft, call.__name__)).parameters
+        return
+    for value in values:
+        words = ("got", "allowed is")
+        refused(call, name, *words, **{name: value})
+        dtype = SPECS[name][0]
+        if not (dtype == torch.int64 and (value != int(value) if abs(value) < INF else True)) and abs(value) < 1 << 62:
+            refused(call, name, *words, **{name: torch.tensor([1, value, 1], dtype=dtype)})
+
+
+@pytest.mark.parametrize("call", (sample, verify), ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", sorted(SPECS))
+def test_parameters_of_wrong_shape_type_or_device(name, call):
+    dtype = SPECS[name][0]
+    one = torch.ones(B, dtype=dtype)
+    refused(call, name, "[3]", "[4]", **{name: torch.ones(B + 1, dtype=dtype)})
+    refused(call, name, "[3]", "[3, 1]", **{name: one[:, None]})
+    refused(call, name, "meta", "cpu", **{name: one.to("meta")})
+    refused(call, name, "number", "str", **{name: "1"})
+    refused(call, name, "number", "list", **{name: [1, 1, 1]})
+    refused(call, name, "number", "bool", **{name: True})
+    if dtype == torch.int64:
+        refused(call, name, "integer", "float32", **{name: torch.ones(B)})
+        refused(call, name, "integer", "bool", **{name: torch.ones(B, dtype=torch.bool)})
+
+
+def long(*values):
+    return torch.tensor(values)
+
+
+BAD = [
+    # what is called, the argument, what its message says, the call's arguments
+    (sample, "logits", ("list of 1 to 8", "Tensor"), dict(z=torch.zeros(B, V))),
+    (sample, "logits", ("list of 1 to 8", "0 tensors"), dict(z=[])),
+    (sample, "logits", ("list of 1 to 8", "9 tensors"), dict(z=[torch.zeros(B, V)] * 9, w=[1.0] * 8)),
+    (sample, "logits[1]", ("expected a tensor [B, V]", "str"), dict(z=[torch.zeros(B, V), "x"], w=[1.0, 1.0])),
+    (sample, "logits[0]", ("[B, V]", "got [40]"), dict(z=[torch.zeros(V)], w=[1.0])),
+    (sample, "logits[0]", ("[B, V]", "[3, 3, 40]"), dict(z=[torch.zeros(B, 3, V)], w=[1.0])),
+    (sample, "logits[1]", ("[2, 40]", "[3, 40]"), dict(z=[torch.zeros(B, V), torch.zeros(2, V)], w=[1.0, 1.0])),
+    (sample, "logits[0]", ("float32, float16 or bfloat16", "float64"), dict(z=[torch.zeros(B, V).double()], w=[1.0])),
+    (sample, "logits[1]", ("int64",), dict(z=[torch.zeros(B, V), torch.zeros(B, V).long()], w=[1.0, 1.0])),
+    (sample, "logits[1]", ("meta", "cpu"), dict(z=[torch.zeros(B, V), torch.zeros(B, V, device="meta")], w=[1.0, 1.0])),
+    (sample, "vocab_size", ("got 41", "1 to 40"), dict(vocab_size=41)),
+    (sample, "vocab_size", ("got 0", "1 to 40"), dict(vocab_size=0)),
+    (sample, "vocab_size", ("got 0", "shortest"), dict(z=[torch.zeros(B, 0)], w=[1.0])),
+    (sample, "vocab_size", ("got 2.5",), dict(vocab_size=2.5)),
+    (sample, "vocab_size", ("at most 4194304",), dict(z=[torch.zeros(1, (1 << 22) + 1).bfloat16()], w=[1.0])),
+    (sample, "weights", ("got 2 values for 3",), dict(w=[1.0, 1.0])),
+    (sample, "weights", ("1 to 8", "got 0"), dict(w=[])),
+    (sample, "weights", ("1 to 8", "got 9"), dict(w=[1.0] * 9)),
+    (sample, "weights", ("nan", "finite"), dict(w=[1.0, NAN, 1.0])),
+    (sample, "weights", ("inf", "finite"), dict(w=[1.0, -INF, 1.0])),
+    (sample, "weights", ("finite",), dict(w=torch.tensor([1.0, NAN, 1.0]))),
+    (sample, "weights", ("finite",), dict(w=torch.full((B, 3), INF))),
+    (sample, "weights", ("[3, 3]", "[2, 3]"), dict(w=torch.ones(2, 3))),
+    (sample, "weights", ("[J] or [rows, J]",), dict(w=torch.ones(B, 3, 1))),
+    (sample, "weights", ("meta", "cpu"), dict(w=torch.ones(3, device="meta"))),
+    (sample, "weights", ("share one length",), dict(w=[torch.ones(2), torch.ones(3), 1.0])),
+    (sample, "weights", ("numbers", "str"), dict(w=[1.0, "x", 1.0])),
+    (sample, "weights", (), dict(w=1.0)),
+    (sample, "token_mask", ("int32", "[3, 2]", "[3, 1]"), dict(token_mask=mask(B)[:, :1])),
+    (sample, "token_mask", ("int32", "int64"), dict(token_mask=mask(B).long())),
+    (sample, "token_mask", ("int32", "bool"), dict(token_mask=torch.ones(B, V, dtype=torch.bool))),
+    (sample, "token_mask", ("list",), dict(token_mask=[1])),
+    (sample, "token_mask", ("meta",), dict(token_mask=mask(B).to("meta"))),
+    (sample, "stream", ("'accept'", "sample, draft"), dict(stream="accept")),
+    (sample, "slot", ("-1", "2^24 - 1"), dict(slot=-1)),
+    (sample, "slot", ("16777216",), dict(slot=1 << 24)),
+    (sample, "slot", ("1.5",), dict(slot=1.5)),
+    (sample, "top_logprobs", ("-1", ">= 0"), dict(top_logprobs=-1)),
+    (sample, "tuned", ("got 3", "3 models"), dict(tuned=3, upscale_top_p=0.9)),
+    (sample, "tuned", ("got -1",), dict(tuned=-1, diagnostics=True)),
+    (sample, "tuned", (), dict(tuned="x", diagnostics=True)),
+    (sample, "backend", ("'gpu'", "auto, cpu, reference"), dict(backend="gpu")),
+    (verify, "logits[0]", ("[B, K+1, V]", "[3, 40]"), dict(z=models(B, V))),
+    (verify, "logits[0]", ("K >= 0", "0 slots"), dict(z=models(B, 0, V), drafts=torch.zeros(B, 0).long())),
+    (verify, "method", ("'typical'", "coupled, token, block"), dict(method="typical")),
+    (verify, "draft", ("got 3", "3 models"), dict(draft=3)),
+    (verify, "draft", ("got -1",), dict(draft=-1)),
+    (verify, "draft_tokens", ("int64", "[3, 2]", "[3, 3]"), dict(drafts=torch.zeros(B, 3).long())),
+    (verify, "draft_tokens", ("float32",), dict(drafts=torch.zeros(B, K))),
+    (verify, "draft_tokens", ("list",), dict(drafts=[[1, 2]] * 3)),
+    (verify, "draft_tokens", ("0 to 39",), dict(drafts=torch.full((B, K), V))),
+    (verify, "draft_tokens", ("0 to 39",), dict(drafts=torch.full((B, K), -1))),
+    (verify, "draft_tokens", ("0 to 9",), dict(drafts=torch.full((B, K), 10), vocab_size=10)),
+    (verify, "draft_tokens", ("meta",), dict(drafts=torch.zeros(B, K, device="meta").long())),
+    (verify, "draft_lengths", ("[3]", "[2]"), dict(lengths=long(1, 1))),
+    (verify, "draft_lengths", ("float32",), dict(lengths=torch.ones(B))),
+    (verify, "draft_lengths", ("0 to 2", "3"), dict(lengths=long(1, 3, 0))),
+    (verify, "draft_lengths", ("0 to 2", "-1"), dict(lengths=long(1, -1, 0))),
+    (verify, "token_mask", ("[3, 3, 2]", "[3, 2]"), dict(token_mask=mask(B))),
+    (token_logprobs, "ids", ("[3] or [3, n]", "[2]"), dict(ids=long(1, 2))),
+    (token_logprobs, "ids", ("[3] or [3, n]", "[3, 1, 1]"), dict(ids=torch.zeros(B, 1, 1).long())),
+    (token_logprobs, "ids", ("float32",), dict(ids=torch.zeros(B))),
+    (token_logprobs, "ids", ("list",), dict(ids=[1, 2, 3])),
+    (token_logprobs, "ids", ("0 to 39",), dict(ids=long(1, 2, 40))),
+    (token_logprobs, "ids", ("0 to 39",), dict(ids=long(1, -2, 0))),
+    (logprobs, "vocab_size", ("got 41",), dict(vocab_size=41)),
+    (logprobs, "backend", ("'x'",), dict(backend="x")),
+]
+
+
+@pytest.mark.parametrize("call, name, words, kwargs", BAD, ids=[f"{c.__name__}-{n}-{i}" for i, (c, n, *_) in
+                                                                enumerate(BAD)])
+def test_bad_arguments(call, name, words, kwargs):
+    refused(call, name, *words, **kwargs)
+
+
+def test_nothing_is_computed_before_the_check(monkeypatch):
+    from eft_kernels import dispatch
+
+    monkeypatch.setattr(dispatch, "choose", lambda *a: pytest.fail("a backend was asked"))
+    for call, name, words, kwargs in BAD:
+        if name != "backend":
+            refused(call, name, *words, **kwargs)
+
+
+def test_good_arguments_at_the_edges(backend):
+    """The ends of every range, empty batches, no drafts."""
+    for kwargs in (dict(temperature=0), dict(temperature=1e30), dict(temperature=1e-5), dict(top_k=0),
+                   dict(top_k=1 << 62), dict(top_p=1.2e-38), dict(top_p=1), dict(min_p=0), dict(min_p=1),
+                   dict(min_p=1e-45), dict(upscale_top_p=1.2e-38), dict(seed=(1 << 64) - 1), dict(seed=-(1 << 63)),
+                   dict(position=(1 << 63) - 1), dict(slot=(1 << 24) - 1), dict(top_logprobs=V + 5)):
+        out = sample(**dict(dict(seed=1), **kwargs), backend=backend)
+        assert bool(out.valid.all()) and int(out.tokens.min()) >= 0 and int(out.tokens.max()) < V, kwargs
+    empty = sample(z=models(0, V), backend=backend, top_logprobs=2, diagnostics=True)
+    assert [list(x.shape) for x in empty] == [[0], [0], [0], [0], [0, 2], [0, 2], [0], [0]]
+    assert list(logprobs(z=models(0, V), backend=backend).shape) == [0, V]
+    none = verify(z=models(B, 1, V), drafts=torch.zeros(B, 0).long(), backend=backend, seed=1)
+    want = sample(z=[z[:, 0] for z in models(B, 1, V)], seed=1, backend=backend)
+    assert torch.equal(none.tokens[:, 0], want.tokens) and none.num_emitted.tolist() == [1] * B
+    empty = verify(z=models(0, K + 1, V), drafts=torch.zeros(0, K).long(), backend=backend)
+    assert list(empty.tokens.shape) == [0, K + 1]
+
+
+def test_top_logprobs_beyond_the_vocabulary_are_padded(backend):
+    out = sample(z=[torch.tensor([[0.0, 1.0, -INF, 2.0]])], w=[1.0], top_logprobs=6, seed=0, backend=backend)
+    assert out.top_ids.tolist() == [[3, 1, 0, -1, -1, -1]]
+    assert out.top_logprobs[0, 3:].tolist() == [-INF] * 3
+
+
+SHAPES = st.lists(st.integers(0, 5), min_size=0, max_size=4)
+ANY_DTYPE = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32,
+                             torch.bool, torch.complex64])
+VALUES = st.one_of(st.none(), st.booleans(), st.integers(-(1 << 70), 1 << 70), st.floats(), st.text(max_size=2),
+                   st.tuples(SHAPES, ANY_DTYPE, st.integers(-3, 3)))
+ARGUMENTS = ("temperature", "top_k", "top_p", "min_p", "upscale_top_p", "seed", "position", "vocab_size", "token_mask",
+             "tuned", "weights", "draft_tokens", "draft_lengths", "ids", "logits")
+
+
+def tensor_of(value):
+    return torch.full(value[0], value[2]).to(value[1]) if isinstance(value, tuple) else value
+
+
+@hypothesis.settings(max_examples=300, deadline=None, derandomize=True, database=None,
+                     suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.given(st.sampled_from(sorted(ops.SCHEMAS)), st.sampled_from(ARGUMENTS), VALUES)
+def test_any_argument_works_or_is_named(name, argument, value):
+    """Whatever one argument is, the call works with the right shapes or raises ValueError that names it."""
+    value = tensor_of(value)
+    args = dict(logits=models(B, V) if name != "verify" else models(B, K + 1, V), weights=eft.upscale())
+    if name == "verify":
+        args["draft_tokens"] = torch.zeros(B, K, dtype=torch.int64)
+    if name == "token_logprobs":
+        args["ids"] = torch.zeros(B, dtype=torch.int64)
+    function = getattr(eft, name)
+    hypothesis.assume(argument in inspect.signature(function).parameters)
+    args[argument] = [value] * 3 if argument == "logits" and isinstance(value, torch.Tensor) else value
+    try:
+        out = function(**args)
+    except ValueError as error:
+        others = ("vocab_size", "weights", "draft", "ids") if argument == "logits" else ()
+        assert str(error).startswith((argument, *others)), error
+    else:
+        tokens = out.tokens if hasattr(out, "tokens") else out
+        assert tokens.shape[0] == B or argument == "logits"
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@hypothesis.given(st.data())
+def test_any_good_call_gives_a_token_that_may_be(data):
+    """Random models, shapes, types and parameters: tokens are in the processed support, on every backend alike."""
+    rows, J = data.draw(st.integers(0, 4)), data.draw(st.integers(1, 8))
+    vocab = data.draw(st.lists(st.integers(1, 600), min_size=J, max_size=J))
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    types = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
+    dtypes = data.draw(st.lists(types, min_size=J, max_size=J))
+    z = [torch.randn(rows, v, generator=g).to(d) for v, d in zip(vocab, dtypes)]
+    weights = data.draw(st.lists(st.floats(-2, 2, width=16), min_size=J, max_size=J))
+    kwargs = dict(temperature=data.draw(st.sampled_from([0.0, 0.3, 1.0, 2.0])), top_k=data.draw(st.integers(0, 700)),
+                  top_p=data.draw(st.floats(2.0**-7, 1, width=32)), min_p=data.draw(st.floats(0, 1, width=32)),
+                  upscale_top_p=data.draw(st.sampled_from([1.0, 0.5])), tuned=data.draw(st.integers(0, J - 1)))
+    outs = [eft.sample(z, weights, seed=torch.arange(rows), backend=b, **kwargs)
+            for b in conftest.BACKENDS]
+    lp = eft.logprobs(z, weights, **kwargs)
+    for out in outs:
+        assert torch.equal(out.tokens, outs[-1].tokens) and bool(out.valid.all())
+        if rows:
+            assert bool(torch.isfinite(lp.gather(1, out.tokens[:, None])).all())
+            assert float((lp.double().exp().sum(1) - 1).abs().max()) < 1e-5
+
+
+# --- backends, seeds ------------------------------------------------------------------------------------------------
+
+def run(code, **env):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, **env})
+
+
+def test_backend_from_the_environment():
+    code = ("import torch, eft_kernels as eft\nfrom eft_kernels import dispatch\n"
+            "try:\n print(dispatch.choose('auto', torch.device('cpu')).__name__)\n"
+            " eft.sample([torch.zeros(1, 4)], [1.0])\nexcept ValueError as e: print(e)")
+    assert run(code, EFT_KERNELS_BACKEND="reference").stdout.split() == ["eft_kernels.reference"]
+    assert "EFT_KERNELS_BACKEND: got 'fast', allowed are cpu, reference" in run(code, EFT_KERNELS_BACKEND="fast").stdout
+
+
+def test_backends_say_what_they_are():
+    """Also after one was loaded, which makes ``eft_kernels.backends`` a package too."""
+    eft.sample([torch.zeros(1, 4)], [1.0])
+    rows = eft.backends()
+    assert set(rows) == {"cpu", "reference"} and rows["reference"]["available"]
+    for row in rows.values():
+        assert row["reason"] and row["summary"] and row["devices"]
+
+
+def test_default_seed_follows_torch():
+    """None draws a seed per row from torch's generator: repeatable with manual_seed, different by call and by row."""
+    z = [torch.zeros(64, 1000)]
+    torch.manual_seed(5)
+    one, two = eft.sample(z, [1.0]).tokens, eft.sample(z, [1.0]).tokens
+    torch.manual_seed(5)
+    assert torch.equal(one, eft.sample(z, [1.0]).tokens)
+    assert not torch.equal(one, two) and len(one.unique()) > 40
+    zz, drafts = [torch.zeros(8, 2, 100)], torch.zeros(8, 1, dtype=torch.int64)
+    torch.manual_seed(6)
+    a = eft.verify(zz, [1.0], drafts, draft=0).tokens
+    torch.manual_seed(6)
+    assert torch.equal(a, eft.verify(zz, [1.0], drafts, draft=0).tokens)
+
+
+def test_row_seeds():
+    seeds = eft.row_seeds(7, 1000)
+    assert seeds.dtype == torch.int64 and int(seeds[0]) == 7 and len(seeds.unique()) == 1000
+    assert torch.equal(seeds[:10], eft.row_seeds(7, 10))
+    assert not set(eft.row_seeds(8, 1000)[1:].tolist()) & set(seeds[1:].tolist())
+
+
+def test_inputs_are_not_changed(backend):
+    z, zz = models(B, V, dtype=torch.bfloat16), models(B, K + 1, V)
+    kwargs = {**TENSORS, **NOISE, "token_mask": mask(B)}
+    before = [x.clone() for x in (*z, *zz, *kwargs.values())]
+    eft.sample(z, eft.upscale(), backend=backend, top_logprobs=3, diagnostics=True, **kwargs)
+    eft.logprobs(z, eft.upscale(), backend=backend, **TENSORS)
+    for method in ops.METHODS:
+        verify(z=zz, method=method, backend=backend, logprobs=True, **TENSORS, **NOISE)
+    assert all(torch.equal(a, b) for a, b in zip(before, (*z, *zz, *kwargs.values())))
+
+
+# --- threads and processes -----------------------------------------------------------------------------------------
+
+def test_the_interpreter_is_free_during_a_call(compiled):
+    """Another Python thread runs while a call of this one does; if the call held the lock it would do nothing."""
+    ticks, stop = [], threading.Event()
+    z = [torch.randn(2000, 32000).bfloat16()]
+
+    def tick():
+        while not stop.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0.001)
+
+    eft.logprobs([x[:10] for x in z], [1.0], backend=compiled, top_p=0.9)
+    other = threading.Thread(target=tick)
+    other.start()
+    start = time.perf_counter()
+    eft.logprobs(z, [1.0], backend=compiled, top_p=0.9)
+    end = time.perf_counter()
+    stop.set()
+    other.join()
+    during = [t for t in ticks if start + 0.1 * (end - start) < t < end - 0.1 * (end - start)]
+    assert len(during) >= min(20, (end - start) / 0.02), (len(during), end - start)
+
+
+def test_calls_from_several_python_threads(compiled):
+    """Concurrent calls share the thread pool and give what they give alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        z = models(3, 40000)
+        args = [dict(seed=i, top_p=0.9 if i % 2 else 1.0, backend=compiled, top_logprobs=2) for i in range(12)]
+        want = [eft.sample(z, eft.upscale(), **a) for a in args]
+        got = [None] * len(args)
+
+        def work(i):
+            torch.set_num_threads(2)
+            got[i] = [eft.sample(z, eft.upscale(), **args[i]) for _ in range(3)]
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(args))]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        for i, outs in enumerate(got):
+            for out in outs:
+                assert torch.equal(out.tokens, want[i].tokens) and torch.equal(out.logprobs, want[i].logprobs)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_fork_after_threads(compiled):
+    """A child of a process whose pool has workers has none itself, and makes its own."""
+    code = f"""
+import os, sys, torch, eft_kernels as eft
+torch.set_num_threads(2)
+z = [torch.randn(1, 60000, generator=torch.Generator().manual_seed(0))]
+run = lambda: eft.sample(z, [1.0], seed=3, top_p=0.9, backend={compiled!r})
+want = run()
+pid = os.fork()
+if pid == 0:
+    got = run()
+    os._exit(0 if torch.equal(got.tokens, want.tokens) and torch.equal(got.logprobs, want.logprobs) else 3)
+_, status = os.waitpid(pid, 0)
+again = run()
+sys.exit(os.waitstatus_to_exitcode(status) or int(not torch.equal(again.tokens, want.tokens)))
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
