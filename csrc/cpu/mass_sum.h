@@ -67,16 +67,21 @@ inline v4q truncate(v4d x) {  // 0 <= x < 2^63
   return reinterpret_cast<v4q>((high << 32) + to_integer(x - to_double(high) * 0x1p32));
 }
 
-// mass of the scores >= lowest of n (a multiple of W) scores
-inline int64_t mass_sum(const float* s, int n, float best, float c, float lowest) {
-  MassSum sum;
-  for (int i = 0; i < n; i += W) {
+// masses of a chunk's scores >= low, and of those >= above (above >= low)
+struct TwoMasses {
+  int64_t low = 0, above = 0;
+};
+template <bool Two>
+inline void add_masses(const float* s, float best, float c, float low, float above, TwoMasses& out) {
+  MassSum all, high;
+  for (int i = 0; i < kChunkSize; i += W) {
     vf x = load(s + i);
-    vi shift, keep = x >= broadcast(lowest);
-    vi q = mass_parts(x, broadcast(best), broadcast(c), shift);
-    sum.add(q & keep, shift);
+    vi shift, q = mass_parts(x, broadcast(best), broadcast(c), shift);
+    all.add(q & (x >= broadcast(low)), shift);
+    if (Two) high.add(q & (x >= broadcast(above)), shift);
   }
-  return sum.total();
+  out.low += all.total();
+  if (Two) out.above += high.total();
 }
 
 // sum of exp2((s - best) c) over a chunk: for log-probs, which no decision depends on

@@ -27,6 +27,7 @@ struct Row {
   float *chunk_max, *scores = nullptr;
   bool stored = false, valid = false;
   float best = -kInf, lowest = -kInf;
+  float lowest_of_k = -kInf;     // what top-k alone keeps
   int64_t total = 0, limit = 0;  // what top-p refers to: the mass after top-k, and the mass it keeps of it
   int64_t kept_mass = 0;         // of the scores >= lowest, when mass_known
   bool mass_known = false;
@@ -89,20 +90,28 @@ struct Row {
     return tmp;
   }
 
-  int64_t mass_from(float low, float c) const {
-    int64_t part[kMaxBlocks];
+  // masses of the scores >= low, and >= above where that is wanted; exponents of base 2 are (s - best) c
+  template <bool Two>
+  TwoMasses masses_from(float low, float above, float c) const {
+    TwoMasses part[kMaxBlocks], total;
     int blocks = (scorer.chunks + kBlockChunks - 1) / kBlockChunks;
     float floor = std::max(low, best + kLowestMass / c);
     each_block([&](int from, int to) {
-      int64_t m = 0;
-      for (int k = from; k < to; ++k)
-        if (chunk_max[k] >= floor) m += mass_sum(scores + int64_t{k} * kChunkSize, kChunkSize, best, c, low);
+      TwoMasses m;
+      for (int k = from; k < to; ++k) {
+        const float* s = scores + int64_t{k} * kChunkSize;
+        if (!(chunk_max[k] >= floor)) continue;
+        if (Two && chunk_max[k] >= above)
+          add_masses<true>(s, best, c, low, above, m);
+        else
+          add_masses<false>(s, best, c, low, above, m);
+      }
       part[from / kBlockChunks] = m;
     });
-    int64_t total = 0;
-    for (int b = 0; b < blocks; ++b) total += part[b];
+    for (int b = 0; b < blocks; ++b) total.low += part[b].low, total.above += part[b].above;
     return total;
   }
+  int64_t mass_from(float low, float c) const { return masses_from<false>(low, low, c).low; }
 
   // every score >= low (and > -inf) with its id
   int64_t gather(float low) {
@@ -155,8 +164,12 @@ struct Row {
     mass_known = false;
     if (f.greedy) return;
     if (f.top_k > 0) lowest = kth(f.top_k);
-    if (f.top_p < 1) limit = mass_limit(f.top_p, total = mass_from(lowest, f.c));
-    float tau = nucleus && f.top_p < 1 ? nucleus_score() : -kInf;
+    lowest_of_k = lowest;
+    float tau = -kInf;
+    if (nucleus && f.top_p < 1) {
+      limit = mass_limit(f.top_p, total = mass_from(lowest, f.c));
+      tau = nucleus_score();
+    }
     if (f.min_p > 0) lowest = std::max(lowest, best + f.temperature * log(std::max(f.min_p, 0x1p-126f)));
     lowest = std::max(lowest, tau);
   }
@@ -208,13 +221,21 @@ struct Row {
     return nucleus_of(x, count, limit - above);
   }
 
-  // With top-p and without its threshold: race, and where the winner lies outside the nucleus, so does everything of
-  // its score or less; race again above it. Exact, and 1 / top_p races on average.
+  // After filter(false) with top-p: race, and where the winner lies outside the nucleus, so does everything of its
+  // score or less; race again above it. Exact, and 1 / top_p races on average.
   Winner peel(const Source& source) {
-    for (;;) {
+    for (bool first = true;; first = false) {
       Winner w = draw(source);
       float above = std::nextafter(w.score, kInf);
-      if (mass_from(above, filters.c) < limit) return w;
+      int64_t mass;
+      if (first) {
+        TwoMasses m = masses_from<true>(lowest_of_k, above, filters.c);
+        limit = mass_limit(filters.top_p, total = m.low);
+        mass = m.above;
+      } else {
+        mass = mass_from(above, filters.c);
+      }
+      if (mass < limit) return w;
       lowest = above;
     }
   }
@@ -294,10 +315,10 @@ struct Row {
         z_max[c] = horizontal_max(m);
         top = std::max(top, z_max[c]);
       }
-      int64_t sum = 0;
-      for (int c = 0; c < n; ++c) sum += mass_sum(z + int64_t{c} * kChunkSize, kChunkSize, top, kLog2e, -kInf);
-      lse = top + log_total(sum);
-      return sum;
+      TwoMasses all;
+      for (int c = 0; c < n; ++c) add_masses<false>(z + int64_t{c} * kChunkSize, top, kLog2e, -kInf, -kInf, all);
+      lse = top + log_total(all.low);
+      return all.low;
     };
     for (int j = 0; j < scorer.models; ++j) {
       own(scorer.in[j]);
