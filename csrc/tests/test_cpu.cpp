@@ -103,7 +103,7 @@ const Shape kShapes[] = {
     {"split, bad", 2, 16385, 3, kF32, 1, 0, 0.9f, 0, 1, "bad", true},
 };
 
-// Inputs of one shape; `offset` elements before the first logit unalign it.
+// Inputs of one shape: rows are odd elements apart, so most start unaligned.
 struct Inputs {
   std::vector<Block<char>*> logits;
   Block<float> weights, temperature, top_p, min_p, upscale;
@@ -150,7 +150,8 @@ struct Inputs {
       call.model[j] = {block->data, stride * slots, stride, dtype};
     }
     for (int64_t b = 0; b < s.rows; ++b) {
-      for (int j = 0; j < s.models; ++j) weights.data[b * s.models + j] = j == 0 ? 1.0f : j % 2 ? 1.0f - 0.1f * b : -1.0f;
+      for (int j = 0; j < s.models; ++j)
+        weights.data[b * s.models + j] = j == 0 ? 1.0f : j % 2 ? 1.0f - 0.1f * b : -1.0f;
       if (s.rows > 2 && s.models > 2) weights.data[2 * s.models + 2] = 0.5f;
       temperature.data[b] = s.temperature, top_k.data[b] = s.top_k, top_p.data[b] = s.top_p, min_p.data[b] = s.min_p;
       upscale.data[b] = s.upscale_top_p, seed.data[b] = b * 7919 - 3, position.data[b] = b << 33;
@@ -204,7 +205,10 @@ void sample(const Kernels& k, const Call& call, int threads, int what, int64_t n
   static_cast<Call&>(c) = call;
   c.threads = threads, c.stream = 0, c.slot = 0, c.tokens = r.tokens.data, c.valid = r.valid.data;
   if (what >= 1) c.logprobs = r.lp.data, c.raw_logprobs = r.raw.data;
-  if (what == 2) c.top_n = n, c.top_ids = r.ids.data, c.top_logprobs = r.top.data, c.entropy = r.entropy.data, c.tv = r.tv.data;
+  if (what == 2) {
+    c.top_n = n, c.top_ids = r.ids.data, c.top_logprobs = r.top.data;
+    c.entropy = r.entropy.data, c.tv = r.tv.data;
+  }
   k.sample(c);
   ++calls;
 }
@@ -331,16 +335,16 @@ int main(int argc, char** argv) {
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
     all.push_back(&kernels_avx512());
 #endif
+  if (quick) all = {all.back()};  // races do not depend on the instruction set
   std::string names;
   for (const Kernels* k : all) names += std::string(" ") + k->isa;
-  if (quick) all = {all.back()};  // races do not depend on the instruction set
   int shapes = 0;
+  concurrent(*all.back());  // first: the pool's workers start while several callers ask for them
   for (const Shape& s : kShapes) {
     if (quick && !s.heavy) continue;
     run(s, all, quick);
     ++shapes;
   }
-  concurrent(*all.back());
-  printf("%d shapes, %d calls,%s: %d failures\n", shapes, calls, quick ? (" " + std::string(all[0]->isa)).c_str() : names.c_str(), failures);
+  printf("%d shapes, %d calls,%s: %d failures\n", shapes, calls, names.c_str(), failures);
   return failures != 0;
 }
