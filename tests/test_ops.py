@@ -457,18 +457,18 @@ def test_inputs_are_not_changed(backend):
 def test_the_interpreter_is_free_during_a_call(compiled):
     """Another Python thread runs while a call of this one does; if the call held the lock it would do nothing."""
     ticks, stop = [], threading.Event()
-    z = [torch.randn(2000, 32000).bfloat16()]
+    z = torch.randn(1, 32000, generator=torch.Generator().manual_seed(0)).bfloat16()
 
     def tick():
         while not stop.is_set():
             ticks.append(time.perf_counter())
             time.sleep(0.001)
 
-    eft.logprobs([x[:10] for x in z], [1.0], backend=compiled, top_p=0.9)
+    eft.sample([z], [1.0], seed=1, top_p=0.9, backend=compiled)
     other = threading.Thread(target=tick)
     other.start()
     start = time.perf_counter()
-    eft.logprobs(z, [1.0], backend=compiled, top_p=0.9)
+    eft.sample([z.expand(3000, -1)], [1.0], seed=1, top_p=0.9, backend=compiled)
     end = time.perf_counter()
     stop.set()
     other.join()
@@ -503,20 +503,25 @@ def test_calls_from_several_python_threads(compiled):
 
 
 def test_fork_after_threads(compiled):
-    """A child of a process whose pool has workers has none itself, and makes its own."""
+    """A child of a process whose pool has workers has none itself; also when another thread is inside a call."""
     code = f"""
-import os, sys, torch, eft_kernels as eft
+import os, sys, threading, torch, eft_kernels as eft
 torch.set_num_threads(2)
 z = [torch.randn(1, 60000, generator=torch.Generator().manual_seed(0))]
 run = lambda: eft.sample(z, [1.0], seed=3, top_p=0.9, backend={compiled!r})
 want = run()
-pid = os.fork()
-if pid == 0:
-    got = run()
-    os._exit(0 if torch.equal(got.tokens, want.tokens) and torch.equal(got.logprobs, want.logprobs) else 3)
-_, status = os.waitpid(pid, 0)
-again = run()
-sys.exit(os.waitstatus_to_exitcode(status) or int(not torch.equal(again.tokens, want.tokens)))
+other = threading.Thread(target=lambda: [run() for _ in range(300)])
+for i in range(6):
+    if i == 3:
+        other.start()
+    pid = os.fork()
+    if pid == 0:
+        got = run()
+        os._exit(0 if torch.equal(got.tokens, want.tokens) and torch.equal(got.logprobs, want.logprobs) else 3)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code or not torch.equal(run().tokens, want.tokens):
+        os._exit(code or 4)
+other.join()
 """
     done = run(code)
     assert done.returncode == 0, done.stderr
