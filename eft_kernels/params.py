@@ -139,6 +139,8 @@ def check_params(logits, weights, rows, vocab_size, *, temperature=1.0, top_k=0,
     def value(name, x):
         return scalar_or_rows(name, x, rows, device, check)
 
+    if type(tuned) is not int:
+        raise ValueError(f"tuned: got {tuned!r}, allowed is the index of one of the {len(logits)} models")
     if type(temperature) is type(top_p) is type(min_p) is type(upscale_top_p) is float and upscale_top_p == 1 \
             and type(top_k) is type(seed) is type(position) is int and 0 <= temperature <= 1e30 and TINY <= top_p <= 1 \
             and 0 <= min_p <= 1 and 0 <= top_k < 1 << 63 and 0 <= position < 1 << 63 \
@@ -146,7 +148,7 @@ def check_params(logits, weights, rows, vocab_size, *, temperature=1.0, top_k=0,
         return Params(w, temperature, top_k, top_p, min_p, 1.0, seed, position, token_mask, vocab_size, tuned)
     upscale_top_p = value("upscale_top_p", upscale_top_p)
     if needs_tuned or isinstance(upscale_top_p, torch.Tensor) or upscale_top_p != 1.0:
-        if not isinstance(tuned, int) or not 0 <= tuned < len(logits):
+        if not 0 <= tuned < len(logits):
             raise ValueError(f"tuned: got {tuned!r}, allowed is the index of one of the {len(logits)} models")
     return Params(w, value("temperature", temperature), value("top_k", top_k), value("top_p", top_p),
                   value("min_p", min_p), upscale_top_p, value("seed", seed), value("position", position), token_mask,
