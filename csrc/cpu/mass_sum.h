@@ -38,7 +38,7 @@ struct MassSum {
 struct MassSum {
   int64_t sum = 0;
   void add(vi q, vi shift) {
-    for (int i = 0; i < W; ++i) sum += int64_t{q[i]} << 16 >> std::min(63, 16 - shift[i]);
+    for (int i = 0; i < W; ++i) sum += mass_of(q[i], shift[i]);
   }
   int64_t total() const { return sum; }
 };

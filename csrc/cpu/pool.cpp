@@ -25,12 +25,6 @@ struct Job {
   }
 };
 
-// spins for a while, then gives the core away: it may be the one that the work waits for
-struct Wait {
-  int spins = 0;
-  void operator()();
-};
-
 inline void pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -39,10 +33,14 @@ inline void pause() {
 #endif
 }
 
-void Wait::operator()() {
-  if (++spins < 1000) pause();
-  else sched_yield();
-}
+// spins for a while, then gives the core away: it may be the one that the work waits for
+struct Wait {
+  int spins = 0;
+  void operator()() {
+    if (++spins < 1000) pause();
+    else sched_yield();
+  }
+};
 
 struct Pool {
   std::atomic<bool> busy{false};  // one job at a time

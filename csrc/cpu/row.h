@@ -184,7 +184,7 @@ struct Row {
     float low = std::min(best, std::max(lowest, best + static_cast<float>(exponent / c)));
     // masses by score, in bins; the nucleus ends in one of them
     float per_bin = (kBins - 1) / std::max(best - low, 1e-30f);
-    int64_t mass_of[kBins] = {};
+    int64_t bins[kBins] = {};
     for (int k = 0; k < scorer.chunks; ++k) {
       if (!(chunk_max[k] >= low)) continue;
       const float* s = scores + int64_t{k} * kChunkSize;
@@ -196,13 +196,13 @@ struct Row {
         vi bin = to_int((broadcast(best) - x) * broadcast(per_bin));
         for (; m; m &= m - 1) {
           int t = __builtin_ctz(m);
-          mass_of[std::min(bin[t], kBins - 1)] += int64_t{q[t]} << 16 >> std::min(63, 16 - shift[t]);
+          bins[std::min(bin[t], kBins - 1)] += mass_of(q[t], shift[t]);
         }
       }
     }
     int64_t above = 0;
     int bin = 0;
-    while (bin < kBins - 1 && above + mass_of[bin] < limit) above += mass_of[bin++];
+    while (bin < kBins - 1 && above + bins[bin] < limit) above += bins[bin++];
     int64_t count = 0;
     Candidate* x = sc.candidates.need(int64_t{scorer.chunks} * kChunkSize);
     for (int k = 0; k < scorer.chunks; ++k) {

@@ -8,7 +8,7 @@ namespace EFT_ISA {
 constexpr int kMassBits = 40;
 constexpr int kResidualBits = 58;
 
-// significand (24 bits) and shift of a mass: mass = shift >= 0 ? q << shift : q >> -shift
+// significand (24 bits) and shift of a mass; mass_of puts them together
 template <class F>
 EFT_HD IntOf<F> mass_parts(F s, F best, F c, IntOf<F>& shift) {
   F n;
@@ -17,10 +17,15 @@ EFT_HD IntOf<F> mass_parts(F s, F best, F c, IntOf<F>& shift) {
   return to_int(p * 0x1p24f);
 }
 
+EFT_HD int64_t mass_of(int32_t q, int32_t shift) {
+  int64_t wide = q;
+  return shift >= 0 ? wide << shift : wide >> (shift < -63 ? 63 : -shift);
+}
+
 EFT_HD int64_t mass(float s, float best, float c) {
   int32_t shift;
-  int64_t q = mass_parts(s, best, c, shift);
-  return shift >= 0 ? q << shift : q >> (shift < -63 ? 63 : -shift);
+  int32_t q = mass_parts(s, best, c, shift);
+  return mass_of(q, shift);
 }
 
 EFT_HD float log_total(int64_t total) { return log(static_cast<float>(total) * 0x1p-40f); }
