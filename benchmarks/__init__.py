@@ -1,0 +1,19 @@
+"""The room where speed is measured; `python -m benchmarks list` says what can be.
+
+Data flows one way: inputs, baselines -> registry -> run -> rows (JSON lines) -> report | compare.
+
+| file | holds |
+|---|---|
+| inputs.py | logits: peaked, flat, and those of the family in examples/ |
+| baselines.py | the implementations beside ours, a record each |
+| registry.py | operations with their variants, bytes and issue slots; suites of shapes |
+| device.py | what a row says of the device; cores, bandwidth, timers, launches, memory |
+| run.py | no number without a green gate; then interleaved timing, a row for each implementation |
+| generate.py | end to end: our generation against transformers' |
+| report.py, compare.py | rows as tables and plots; rows against rows. Neither measures |
+| gpu.sh, GPU_OWED.md | everything that a GPU is needed for |
+| results/, findings/ | rows by device; a page for each finding |
+
+To add an implementation: a record in baselines.py. A variant or an operation: a row of OPS in registry.py (and its
+call in the baselines that have it). A suite: a function in registry.py.
+"""
