@@ -1,0 +1,109 @@
+"""Two runs against each other: `python -m benchmarks compare A B [--check]`; files or folders of JSON lines.
+
+Rows match when op, variant, implementation, shape, dtype, logits, launch, threads and device are equal. A time is known
+to within its p20..p80 only. So the ratio B / A has an interval too, p20_B / p80_A to p80_B / p20_A, and a row is
+*faster* or *slower* only when 1 lies outside it, which is when the two p20..p80 do not overlap; else it is the *same*.
+
+A machine that is slower today is no regression. Where both runs timed the same baseline on the same shape, our time is
+therefore divided by that baseline's before it is compared (the two were interleaved, so whatever slowed one slowed the
+other), and the baseline's own p20..p80 widens the interval. Of several common baselines the least noisy one is taken.
+A row of fewer than 3 repetitions says nothing of its noise: it is *unclear*, and no baseline.
+
+Exit codes: 0; 1 with --check when a row of ours is slower; 2 when nothing is in common, or a file cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import NamedTuple
+
+from .report import OURS, Group, Shape, name_of, newest, read, timed, us
+
+ENOUGH = 3  # repetitions from which p20..p80 says something of the noise
+
+
+class Line(NamedTuple):
+    shape: Shape
+    implementation: str
+    before: float  # microseconds
+    after: float
+    baseline: str | None  # whose time both are divided by
+    ratio: float
+    low: float
+    high: float
+    verdict: str
+
+
+def interval(row: dict, base: dict | None) -> tuple[float, float, float]:
+    """A time, its least and its greatest; in units of ``base``'s time if there is one."""
+    if base is None:
+        return row["median_us"], row["p20_us"], row["p80_us"]
+    return (row["median_us"] / base["median_us"], row["p20_us"] / base["p80_us"], row["p80_us"] / base["p20_us"])
+
+
+def line(shape: Shape, name: str, before: Group, after: Group) -> Line:
+    def known(n):  # whether the noise of both rows was measured
+        return all(timed(g, n) and g[n]["repetitions"] >= ENOUGH for g in (before, after))
+
+    def noise(n):
+        return before[n]["p80_us"] / before[n]["p20_us"] * after[n]["p80_us"] / after[n]["p20_us"]
+
+    baseline = min((n for n in before if n not in OURS and known(n)), key=noise, default=None) if name in OURS else None
+    a, a20, a80 = interval(before[name], before.get(baseline))
+    b, b20, b80 = interval(after[name], after.get(baseline))
+    low, high = b20 / a80, b80 / a20
+    verdict = "unclear" if not known(name) else "faster" if high < 1 else "slower" if low > 1 else "same"
+    return Line(shape, name, before[name]["median_us"], after[name]["median_us"], baseline, b / a, low, high, verdict)
+
+
+def compare(before: list[dict], after: list[dict]) -> list[Line]:
+    """A line for every implementation and shape that both runs timed; ours first."""
+    old, new = newest(before), newest(after)
+    both = [(s, n) for s in old if s in new for n in old[s] if timed(old[s], n) and timed(new[s], n)]
+    return sorted((line(s, n, old[s], new[s]) for s, n in both), key=lambda x: x.implementation not in OURS)
+
+
+def cells(lines: list[Line]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table for people; a shape names what is not the same everywhere."""
+    fields = [f for f in Shape._fields[2:] if len({getattr(x.shape, f) for x in lines}) > 1]
+    signs = dict(models="J=", draft_tokens="K=", vocab="V=", batch="B=", threads="threads=")
+
+    def words(s):
+        return " ".join([s.op, s.variant, *(f"{signs.get(f, '')}{v}" for f in fields
+                                            if (v := getattr(s, f)) is not None)])
+
+    return (["shape", "implementation", "A", "B", "B / A", "noise", "relative to", "verdict"],
+            [[words(x.shape), name_of(x.implementation), us(x.before), us(x.after), f"{x.ratio:.2f}",
+              f"{x.low:.2f}..{x.high:.2f}", name_of(x.baseline) if x.baseline else "-", x.verdict] for x in lines])
+
+
+def slower(lines: list[Line]) -> list[Line]:
+    return [x for x in lines if x.implementation in OURS and x.verdict == "slower"]
+
+
+def summary(lines: list[Line]) -> str:
+    own = [x.verdict for x in lines if x.implementation in OURS]
+    return f"{len(own)} times of ours: " + ", ".join(f"{own.count(v)} {v}" for v in dict.fromkeys(own))
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(prog="python -m benchmarks compare", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("before", metavar="A")
+    p.add_argument("after", metavar="B")
+    p.add_argument("--check", action="store_true", help="exit code 1 when a row of ours is slower beyond the noise")
+    args = p.parse_args(argv)
+    try:
+        lines = compare(read(args.before), read(args.after))
+        if not lines:
+            raise ValueError(f"{args.before} and {args.after} have no measurement in common")
+    except (ValueError, OSError) as error:
+        print(f"python -m benchmarks compare: {error}", file=sys.stderr)
+        return 2
+    header, rows = cells(lines)
+    widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
+    for r in [header, *rows]:
+        print("  ".join(c.rjust(w) if i > 1 else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths))).rstrip())
+    print(summary(lines))
+    return int(args.check and bool(slower(lines)))
