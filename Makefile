@@ -32,7 +32,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 
 HAVE_TORCH := import torch; v = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])); assert v >= (2, 11)
 
-.PHONY: help demo test lint wheel sanitize build clean
+.PHONY: help demo test bench report lint wheel sanitize build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -42,6 +42,14 @@ demo: $(BUILT) ## what base, tuned and emulated models write, how well, how fast
 
 test: $(BUILT) ## every test this machine can run
 	@$(RUN) $(PY) -m pytest $(PYTEST_ARGS)
+
+bench: $(BUILT) ## measure this CPU (12 minutes; a clean tree), into benchmarks/results/<device>
+	@$(RUN) $(PY) -m benchmarks run --suite cpu --json build/rows.jsonl
+	@$(RUN) $(PY) -m benchmarks add build/rows.jsonl
+	@$(RUN) $(PY) -m benchmarks report
+
+report: $(READY) ## tables and plots of benchmarks/results, from the rows there
+	@$(RUN) $(PY) -m benchmarks report
 
 build: $(BUILT) ## environment and C++ extension only
 
@@ -76,7 +84,7 @@ $(VENV)/.eft-ready: pyproject.toml
 	@$(PY) -W ignore -c 'import torch; print("torch==" + torch.__version__)' > $(VENV)/constraints.txt
 	@echo "setup: $$(cat $(VENV)/constraints.txt); installing the other requirements"
 	@$(PIP) install -c $(VENV)/constraints.txt 'setuptools>=77'
-	@EFT_KERNELS_CPU=0 EFT_KERNELS_CUDA=0 $(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e '.[hf,test]'
+	@EFT_KERNELS_CPU=0 EFT_KERNELS_CUDA=0 $(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e '.[hf,test,bench]'
 	@touch $@
 
 # The extension, in place. Without a compiler there is nothing to stamp, and the next call looks again.

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import sysconfig
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 # instruction set: flags; the same source once each, chosen at run time
@@ -79,6 +79,8 @@ reason = skip_reason()
 if reason:
     print(f"eft_kernels: NOT built: the CPU extension ({reason}); the package will run on PyTorch alone, slowly")
 setup(
+    packages=[*find_packages(include=["eft_kernels*"]), "eft_kernels._benchmarks"],
+    package_dir={"eft_kernels._benchmarks": "benchmarks"},
     ext_modules=[] if reason else [Extension("eft_kernels._cpu", sources=[], py_limited_api=True, optional=True)],
     cmdclass={"build_ext": Build},
     options={} if reason else {"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -16,7 +16,7 @@ import pytest
 import eft_kernels as eft
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile", "csrc", "eft_kernels"]
+SOURCES = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile", "csrc", "eft_kernels", "benchmarks"]
 needs_setuptools = pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="needs setuptools")
 
 
@@ -33,7 +33,8 @@ def tree(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tree")
     for name in SOURCES:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.o"))
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.o",
+                                                                                      "results"))
         else:
             shutil.copy(ROOT / name, folder / name)
     return folder
@@ -62,7 +63,8 @@ def test_wheel_without_a_compiler(tree, tmp_path):
         entry.read_string(z.read(f"{info}/entry_points.txt").decode())
     assert not [n for n in names if n.endswith((".so", ".cpp", ".h")) or n.startswith(("tests", "benchmarks"))]
     assert {n for n in names if not n.startswith(info)} == {
-        p.relative_to(tree).as_posix() for p in (tree / "eft_kernels").rglob("*.py")}
+        *(p.relative_to(tree).as_posix() for p in (tree / "eft_kernels").rglob("*.py")),
+        *(f"eft_kernels/_benchmarks/{p.name}" for p in (tree / "benchmarks").glob("*.py"))}
     assert any(n.startswith(info) and n.endswith("LICENSE") for n in names)
     assert metadata["Requires-Python"] == ">=3.10" and metadata["Name"] == "eft-kernels"
     requires = metadata.get_all("Requires-Dist")
@@ -88,7 +90,7 @@ def test_source_distribution_is_complete(tree, tmp_path):
     (path,) = tmp_path.glob("*.zip")
     with zipfile.ZipFile(path) as z:
         names = {n.split("/", 1)[1] for n in z.namelist()}
-    needed = {p.relative_to(tree).as_posix() for folder in ("csrc", "eft_kernels") for p in (tree / folder).rglob("*")
+    needed = {p.relative_to(tree).as_posix() for folder in ("csrc", "eft_kernels", "benchmarks") for p in (tree / folder).rglob("*")
               if p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")}
     assert needed and needed <= names, needed - names
     assert {"LICENSE", "README.md", "pyproject.toml", "setup.py"} <= names
