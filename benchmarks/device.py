@@ -26,6 +26,10 @@ SOURCES = (":(glob)eft_kernels/**/*.py", "csrc", ":(glob)benchmarks/*.py", "setu
 SCHEMA = 1
 
 
+class Unavailable(Exception):
+    """What this machine or this installation does not have; the message says why."""
+
+
 # --- what a row says of where it was measured ----------------------------------------------------------------------
 
 def git(*args: str) -> str | None:
@@ -151,7 +155,7 @@ def pinned(threads: int | None):
         yield
         return
     if threads > len(cores()):
-        raise ValueError(f"threads: got {threads}, allowed is 1 to {len(cores())}, the cores of this process")
+        raise Unavailable(f"threads: got {threads}, allowed is 1 to {len(cores())}, the cores of this process")
     before = torch.get_num_threads()
     tasks = [int(t) for t in os.listdir("/proc/self/task")] if hasattr(os, "sched_setaffinity") else []
     was, mine = {}, cores()
