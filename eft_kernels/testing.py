@@ -108,11 +108,14 @@ CASES = [
 
 
 def make(case: Case, seed: int = 0, slots: int | None = None, device="cpu"):
-    """(logits, weights, kwargs): [rows, V] logits, or [rows, slots, V] with ``slots``."""
+    """(logits, weights, kwargs), the same on every device: [rows, V] logits, or [rows, slots, V] with ``slots``."""
     g = torch.Generator().manual_seed(seed * 1000 + sum(map(ord, case.name)))
     weights = case.weights(case.rows) if callable(case.weights) else case.weights
     weights = upscale() if weights is None else weights
-    models = len(weights) if not isinstance(weights, torch.Tensor) else weights.shape[-1]
+    weights = weights if isinstance(weights, Weights) else Weights(weights)
+    if weights.tensor is not None:
+        weights = Weights(weights.tensor.to(device))
+    models = len(weights)
     vocab = case.vocab * models if len(case.vocab) == 1 else case.vocab
     dtypes = case.dtypes * models if len(case.dtypes) == 1 else case.dtypes
     lead = (case.rows,) if slots is None else (case.rows, slots)
@@ -126,17 +129,18 @@ def make(case: Case, seed: int = 0, slots: int | None = None, device="cpu"):
             z = z.round()
         if case.special == "neg_inf":
             z = torch.where(torch.rand(z.shape, generator=g) < 0.2, float("-inf"), z)
+        z = z.to(dtype).to(device)  # before its layout is made: a move would undo that
         if case.special == "transposed":
             z = z.transpose(-1, -2).contiguous().transpose(-1, -2)
         if case.special == "strided":
-            wide = torch.full((*lead, v + 37), float("nan"))
+            wide = torch.full((*lead, v + 37), float("nan"), dtype=dtype, device=device)
             wide[..., :v] = z
-            z = wide.to(dtype)[..., :v]
+            z = wide[..., :v]
         if case.special == "offset":
-            flat = torch.empty(z.numel() + 3, dtype=dtype)
-            flat[3:] = z.flatten().to(dtype)
+            flat = torch.empty(z.numel() + 3, dtype=dtype, device=device)
+            flat[3:] = z.flatten()
             z = flat[3:].view(z.shape)
-        logits.append(z.to(dtype).to(device))
+        logits.append(z)
     if case.special == "nan in model 1":
         logits[1][..., ::3] = float("nan")
     if case.special == "bad":
@@ -172,12 +176,13 @@ def _equal(name: str, got, want, case: str):
     assert torch.equal(got.cpu(), want.cpu()), f"{case}: {name}: got {got.tolist()}, the reference has {want.tolist()}"
 
 
-def check_sample(case: Case, backend: str, seed: int = 0, **extra):
-    """`sample` on ``backend`` against the reference, with everything it can return."""
+def check_sample(case: Case, backend: str, seed: int = 0, device="cpu", **extra):
+    """`sample` on ``backend`` and ``device`` against the reference on the CPU, with everything it can return."""
     logits, weights, kwargs = make(case, seed)
     models = len(logits)
     extra = dict(top_logprobs=5, diagnostics=models > 1) if not extra else extra
-    got = ops.sample(logits, weights, backend=backend, **kwargs, **extra)
+    z, w, there = make(case, seed, device=device)
+    got = ops.sample(z, w, backend=backend, **there, **extra)
     want = ops.sample(logits, weights, backend="reference", **kwargs, **extra)
     _equal("tokens", got.tokens, want.tokens, case.name)
     _equal("valid", got.valid, want.valid, case.name)
@@ -206,21 +211,22 @@ def draft_tokens(logits, kwargs, method: str, draft: int | None, slots: int):
     return torch.stack(tokens, 1) if tokens else torch.empty(logits[0].shape[0], 0, dtype=torch.int64)
 
 
-def check_verify(case: Case, backend: str, method: str, draft: int | None = 1, seed: int = 0):
-    """`verify` on ``backend`` against the reference, with ragged draft lengths."""
+def check_verify(case: Case, backend: str, method: str, draft: int | None = 1, seed: int = 0, device="cpu"):
+    """`verify` on ``backend`` and ``device`` against the reference on the CPU, with ragged draft lengths."""
     slots = case.slots
-    logits, weights, kwargs = make(case, seed, slots)
-    for name in ("stream", "slot"):
-        kwargs.pop(name, None)
-    if isinstance(kwargs["position"], torch.Tensor):
-        kwargs["position"] = kwargs["position"].clamp(max=(1 << 63) - 20)
+    (logits, weights, kwargs), (z, w, there) = (make(case, seed, slots, d) for d in ("cpu", device))
+    for options in (kwargs, there):
+        for name in ("stream", "slot"):
+            options.pop(name, None)
+        if isinstance(options["position"], torch.Tensor):
+            options["position"] = options["position"].clamp(max=(1 << 63) - 20)
     draft = draft if draft is None else min(draft, len(logits) - 1)
     drafts = draft_tokens(logits, kwargs, method, draft, slots)
     lengths = (torch.arange(case.rows) * 3 + seed) % slots
     lengths[: case.rows // 2] = slots - 1
-    args = dict(method=method, draft=draft, logprobs=True, **kwargs)
-    got = ops.verify(logits, weights, drafts, lengths, backend=backend, **args)
-    want = ops.verify(logits, weights, drafts, lengths, backend="reference", **args)
+    args = dict(method=method, draft=draft, logprobs=True)
+    got = ops.verify(z, w, drafts.to(device), lengths.to(device), backend=backend, **args, **there)
+    want = ops.verify(logits, weights, drafts, lengths, backend="reference", **args, **kwargs)
     name = f"{case.name}, {method}, draft {draft}"
     _equal("num_emitted", got.num_emitted, want.num_emitted, name)
     _equal("tokens", got.tokens, want.tokens, name)
@@ -230,14 +236,15 @@ def check_verify(case: Case, backend: str, method: str, draft: int | None = 1, s
     return got
 
 
-def check_logprobs(case: Case, backend: str, seed: int = 0):
-    """`logprobs` and `token_logprobs` on ``backend`` against the reference."""
-    logits, weights, kwargs = make(case, seed)
-    for name in ("seed", "position", "stream", "slot"):
-        kwargs.pop(name, None)
+def check_logprobs(case: Case, backend: str, seed: int = 0, device="cpu"):
+    """`logprobs` and `token_logprobs` on ``backend`` and ``device`` against the reference on the CPU."""
+    (logits, weights, kwargs), (z, w, there) = (make(case, seed, device=d) for d in ("cpu", device))
+    for options in (kwargs, there):
+        for name in ("seed", "position", "stream", "slot"):
+            options.pop(name, None)
     want = ops.logprobs(logits, weights, backend="reference", **kwargs)
-    _close("logprobs", ops.logprobs(logits, weights, backend=backend, **kwargs), want, case.name)
+    _close("logprobs", ops.logprobs(z, w, backend=backend, **there), want, case.name)
     ids = torch.randint(0, want.shape[1], (case.rows, 5), generator=torch.Generator().manual_seed(seed))
-    got = ops.token_logprobs(logits, weights, ids, backend=backend, **kwargs)
+    got = ops.token_logprobs(z, w, ids.to(device), backend=backend, **there)
     _close("token_logprobs", got, want.gather(1, ids), case.name)
     return got
