@@ -44,8 +44,8 @@ test: $(BUILT) ## every test this machine can run
 	@$(RUN) $(PY) -m pytest $(PYTEST_ARGS)
 
 bench: $(BUILT) ## measure this CPU (12 minutes; a clean tree), into benchmarks/results/<device>
-	@$(RUN) $(PY) -m benchmarks run --suite cpu --json build/rows.jsonl
-	@$(RUN) $(PY) -m benchmarks add build/rows.jsonl
+	@rows=build/cpu-$$(date +%Y%m%d-%H%M%S).jsonl; \
+	  $(RUN) $(PY) -m benchmarks run --suite cpu --json $$rows && $(RUN) $(PY) -m benchmarks add $$rows
 	@$(RUN) $(PY) -m benchmarks report
 
 report: $(READY) ## tables and plots of benchmarks/results, from the rows there

@@ -211,36 +211,41 @@ def goals(shapes: dict[Shape, Group], kind: str) -> list[list[str]]:
 
 # --- tables --------------------------------------------------------------------------------------------------------
 
-def table(header: list[str], lines: list[list], left: int = 0) -> list[str]:
-    """Markdown; the first ``left`` columns left aligned, and none in which every cell is "-"."""
-    lines = [[str(c).replace("|", "\\|") for c in line] for line in lines]
+def dense(header: list[str], lines: list[list]) -> tuple[list[str], list[list[str]]]:
+    """Without the columns in which every cell is "-"."""
     keep = [i for i in range(len(header)) if any(line[i] != "-" for line in lines)]
-    return ["| " + " | ".join(line[i] for i in keep) + " |" for line in
-            [header, [":--" if i < left else "--:" for i in range(len(header))], *lines]] + [""]
+    return [header[i] for i in keep], [[str(line[i]) for i in keep] for line in lines]
 
 
-def hoist(shapes: list[Shape]) -> tuple[str, list[str]]:
+def table(header: list[str], lines: list[list[str]], left: int = 0) -> list[str]:
+    """Markdown; the first ``left`` columns left aligned."""
+    escaped = [[c.replace("|", "\\|") for c in line] for line in lines]
+    return ["| " + " | ".join(line) + " |" for line in
+            [header, [":--" if i < left else "--:" for i in range(len(header))], *escaped]] + [""]
+
+
+WORDS = dict(op="{}", variant="{}", launch="launch {}", threads="threads {}", models="J = {}", dtype="{}",
+             logits="{} logits", draft_tokens="K = {}", vocab="V = {}")
+HEADS = dict(models="J", draft_tokens="K", vocab="V", batch="B")
+
+
+def hoist(shapes: list[Shape], skip: tuple[str, ...]) -> tuple[str, list[str]]:
     """What all shapes share, in words, and the fields that need a column."""
-    words = dict(launch="launch {}", threads="threads {}", models="J = {}", dtype="{}", logits="{} logits",
-                 draft_tokens="K = {}", vocab="V = {}")
     columns, shared = [], []
-    for field in words:
+    for field in (f for f in WORDS if f not in skip):
         values = {getattr(s, field) for s in shapes}
         if len(values) > 1:
             columns.append(field)
         elif (value := values.pop()) is not None and not (field == "launch" and shapes[0].threads):
-            shared.append(words[field].format(value))
+            shared.append(WORDS[field].format(value))
     return ", ".join(shared), [*columns, "batch"]
 
 
-HEADS = dict(models="J", draft_tokens="K", vocab="V", batch="B")
-
-
-def op_table(shapes: dict[Shape, Group]) -> list[str]:
-    """Our times and every other implementation's, of one op and variant."""
+def cells(shapes: dict[Shape, Group], skip: tuple[str, ...] = ()) -> tuple[str, list[str], list[list[str]]]:
+    """Our times beside every other implementation's: what all shapes share, header, lines."""
     others = [n for n in dict.fromkeys([*STYLE, *(n for g in shapes.values() for n in g)])
               if n not in OURS and any(timed(g, n) for g in shapes.values())]
-    shared, columns = hoist(list(shapes))
+    shared, columns = hoist(list(shapes), skip)
     lines = []
     for s, g in shapes.items():
         own = timed(g, "eft") or {}
@@ -258,14 +263,18 @@ def op_table(shapes: dict[Shape, Group]) -> list[str]:
                       f"{us(own['p20_us'])}..{us(own['p80_us'])}" if own else "-", us(own.get("floor_us")),
                       "-" if share is None else percent(share), "-" if over is None else f"{over:.2f}",
                       *map(cell, others), own.get("launches") or "-", size(own.get("peak_memory"))])
-    header = [*(HEADS.get(c, c) for c in columns), "**ours**", "p20..p80", "floor", "of floor", "/ combine + max",
+    header = [*(HEADS.get(c, c) for c in columns), "ours", "p20..p80", "floor", "of floor", "/ combine + max",
               *map(name_of, others), "launches", "peak memory"]
-    return [shared + ".", "", *table(header, lines)]
+    return shared, *dense(header, lines)
+
+
+def op_table(shapes: dict[Shape, Group]) -> list[str]:
+    shared, header, lines = cells(shapes, skip=("op", "variant"))
+    return [shared + ".", "", *table(["**ours**" if h == "ours" else h for h in header], lines)]
 
 
 def generate_table(shapes: dict[Shape, Group]) -> list[str]:
-    shared, columns = hoist(list(shapes))
-    columns = [c for c in columns if c != "draft_tokens"]
+    shared, columns = hoist(list(shapes), ("op", "variant", "draft_tokens"))
     gains, lines = speculation(shapes), []
     for s, g in shapes.items():
         for name, row in g.items():
@@ -276,8 +285,20 @@ def generate_table(shapes: dict[Shape, Group]) -> list[str]:
                               us(row["median_us"]), f"{us(row['p20_us'])}..{us(row['p80_us'])}",
                               "-" if speed is None else f"{speed:.4g}", "-" if share is None else percent(share),
                               times(gains[s]) if name == "eft" and s in gains else "-"])
-    return [shared + ".", "", *table(["implementation", "method", "K", *(HEADS.get(c, c) for c in columns),
-                                      "wall clock", "p20..p80", "tokens/s", "accepted", "over plain"], lines, left=2)]
+    header = ["implementation", "method", "K", *(HEADS.get(c, c) for c in columns), "wall clock", "p20..p80",
+              "tokens/s", "accepted", "over plain"]
+    return [shared + ".", "", *table(*dense(header, lines), left=2)]
+
+
+def untimed(shapes: dict[Shape, Group]) -> list[str]:
+    """Each implementation that was absent or disagreed: where, and why."""
+    missing: dict[tuple, list[str]] = {}
+    for s, g in shapes.items():
+        for name, row in g.items():
+            if row["status"] != "measured":
+                missing.setdefault((name_of(name), row["status"], row["why"]), []).append(f"{s.op} {s.variant}")
+    return [f"{name}, {status} ({', '.join(dict.fromkeys(where))}): {why}"
+            for (name, status, why), where in sorted(missing.items(), key=str)]
 
 
 def environments(rows: list[dict]) -> list[str]:
@@ -312,15 +333,8 @@ def markdown(rows: list[dict], figures: list[tuple[str, str]]) -> str:
         if part:
             out += [f"## {op}{variant and ', '}{variant}", "",
                     *(generate_table(part) if op == "generate" else op_table(part))]
-    missing: dict[tuple, list[str]] = {}
-    for s, g in shapes.items():
-        for name, row in g.items():
-            if row["status"] != "measured":
-                missing.setdefault((name_of(name), row["status"], row["why"]), []).append(f"{s.op} {s.variant}")
-    if missing:
-        out += ["## Not timed", ""]
-        out += [f"- {name}, {status} ({', '.join(dict.fromkeys(where))}): {why}"
-                for (name, status, why), where in sorted(missing.items(), key=str)] + [""]
+    if lines := untimed(shapes):
+        out += ["## Not timed", "", *(f"- {line}" for line in lines), ""]
     return "\n".join([*out, "## Runs", "", *environments(rows)])
 
 
