@@ -1,0 +1,160 @@
+"""python -m benchmarks {list, run, add, report, compare}
+
+Exit codes: 0 it worked, 1 our own tokens are wrong (nothing was timed), 2 bad input or refused, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from . import compare, inputs, registry, report, run
+from .baselines import BASELINES
+from .registry import OPS, OURS, SUITES, Shape
+from .run import Refused
+
+MIN_VOCAB = 1000
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise Refused(f"{message}; see {self.prog} --help")
+
+
+def at_least(low: int):
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"got {text!r}, allowed is an integer from {low} on")
+        return int(text)
+    return number
+
+
+def parser(prog: str) -> Parser:
+    root = Parser(prog=prog, description="Time, traffic, launches and memory of every operation, beside others'.")
+    commands = root.add_subparsers(dest="command", required=True, metavar="command", parser_class=Parser)
+    commands.add_parser("list", help="suites, operations, implementations (and why one is absent)")
+    p = commands.add_parser("run", help="measure; nothing is timed before the tokens are right")
+    add_options(p)
+    p = commands.add_parser("add", help="copy saved rows into results/<device>, if they are some commit's")
+    p.add_argument("file", type=Path)
+    commands.add_parser("report", help="tables and plots of results", add_help=False)
+    commands.add_parser("compare", help="rows against rows", add_help=False)
+    return root
+
+
+def add_options(p: argparse.ArgumentParser) -> None:
+    """What `run` takes. Each factor given stands in place of the suite's own values of it."""
+    def several(name, text, **kwargs):
+        p.add_argument(name, action="extend", nargs="+", help=text, **kwargs)
+
+    p.add_argument("--suite", choices=SUITES, help="default: quick, or with --op or --variant those at B = 1 and 8")
+    several("--op", "operations", choices=OPS)
+    several("--variant", "variants", choices=list(dict.fromkeys(v for op in OPS.values() for v in op)))
+    several("--batch", "rows", type=at_least(1), metavar="B")
+    several("--vocab", f"vocabulary, {MIN_VOCAB} and more", type=at_least(MIN_VOCAB), metavar="V")
+    several("--models", "models", type=int, choices=inputs.WEIGHTS)
+    several("--dtype", "of the logits", choices=registry.DTYPES)
+    several("--logits", "their kind", choices=inputs.KINDS)
+    several("--draft-tokens", "of verify", type=at_least(1), metavar="K")
+    several("--threads", "pinned CPU threads", type=at_least(1), metavar="N")
+    p.add_argument("--device", choices=registry.DEVICES, help="instead of the suite's")
+    p.add_argument("--against", action="extend", nargs="*", choices=[b.name for b in BASELINES], metavar="NAME",
+                   help=f"of {', '.join(b.name for b in BASELINES)} (default: the suite's choice)")
+    p.add_argument("--rounds", type=at_least(1), metavar="N", help="instead of the suite's")
+    p.add_argument("--json", metavar="FILE", help="save the rows; refused where the sources are not the commit's")
+    p.add_argument("--list", action="store_true", help="print the shapes and measure nothing")
+
+
+def select(args) -> list[Shape]:
+    """The shapes that the options of `run` ask for."""
+    if args.suite is None and (args.op or args.variant):
+        shapes = registry.around((1, 8), against=registry.PEERS)
+    else:
+        shapes = SUITES[args.suite or "quick"]()
+    shapes = [s for s in shapes if s.op in (args.op or OPS) and s.variant in (args.variant or OPS[s.op])]
+    device = {}
+    if args.device:
+        device = dict(device=[args.device], launch=["graph" if args.device == "cuda" else "eager"],
+                      threads=[None] if args.device == "cuda" else [1])
+    factors = {name: getattr(args, name) for name in ("batch", "vocab", "models", "dtype", "logits", "draft_tokens")}
+    shapes = registry.replaced(shapes, **factors, **device)
+    if args.threads:
+        shapes = registry.replaced([s for s in shapes if s.device == "cpu"], threads=args.threads)
+    if args.draft_tokens:
+        shapes = [s for s in shapes if s.op == "verify"]
+    if args.rounds:
+        shapes = [s._replace(rounds=args.rounds) for s in shapes]
+    shapes = [s for s in shapes if s.models > 1 or s.op != "verify" and s.variant != "upscale_filter"]  # a tuned model
+    if not shapes:
+        raise Refused("no shape is all of that; python -m benchmarks list says what there is")
+    return shapes
+
+
+def show(rows: list[dict]) -> None:
+    shapes = report.newest(rows)
+    for op, variant in dict.fromkeys((s.op, s.variant) for s in shapes):
+        part = {s: group for s, group in shapes.items() if (s.op, s.variant) == (op, variant)}
+        print(f"\n{op}, {variant}: " + "\n".join(report.op_table(part)))
+    for line in dict.fromkeys(f"{r['implementation']}: {r['status']}: {r['why']}" for r in rows if r["why"]):
+        print(line)
+
+
+def measure(args, command: str) -> int:
+    shapes = select(args)
+    if args.list:
+        print("\n".join(s.label() for s in shapes))
+        return 0
+    if any(s.device == "cuda" for s in shapes) and not torch.cuda.is_available():
+        raise Refused("no CUDA device is here; --suite cpu or quick measures the CPU")
+    if args.json:
+        run.refuse_dirty()
+        if not os.access(Path(args.json).resolve().parent, os.W_OK):
+            raise Refused(f"--json {args.json}: its folder is not there or cannot be written")
+    rows = run.run(shapes, args.against, command, run.on_stderr)
+    show(rows)
+    if args.json:
+        run.write_rows(rows, args.json)
+    else:
+        print("not saved (--json FILE saves the rows)")
+    return 0
+
+
+def catalogue() -> str:
+    lines = ["suites:"] + [f"  {name:16} {len(suite())} shapes" for name, suite in SUITES.items()]
+    lines += ["operations:"] + [f"  {op:16} {', '.join(variants)}" for op, variants in OPS.items()]
+    lines += ["implementations:"]
+    for b in [*OURS, *BASELINES]:
+        why = b.absent()
+        lines += [f"  {b.name:16} {b.summary} ({', '.join(b.devices)})" + (f"; absent: {why}" if why else "")]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None, prog: str = "python -m benchmarks") -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if argv[:1] in (["report"], ["compare"]):
+            return dict(report=report, compare=compare)[argv[0]].main(argv[1:])
+        args = parser(prog).parse_args(argv)
+        if args.command == "list":
+            print(catalogue())
+            return 0
+        if args.command == "add":
+            print(run.add(args.file))
+            return 0
+        return measure(args, " ".join([prog, *argv]))
+    except run.WrongTokens as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 1
+    except (Refused, OSError) as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
