@@ -72,7 +72,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
 def select(args) -> list[Shape]:
     """The shapes that the options of `run` ask for."""
     if args.suite is None and (args.op or args.variant):
-        shapes = registry.around((1, 8), against=registry.PEERS)
+        shapes = registry.variants((1, 8), against=registry.PEERS)
     else:
         shapes = SUITES[args.suite or "quick"]()
     shapes = [s for s in shapes if s.op in (args.op or OPS) and s.variant in (args.variant or OPS[s.op])]

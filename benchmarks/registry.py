@@ -157,15 +157,18 @@ PEERS = ("eager", "lean")  # where compiling for each shape would cost more than
 VOCABS = (32000, 128256, 151936, 256000)
 
 
-def around(batches, **fixed) -> list[Shape]:
-    """One factor at a time around bf16, J = 3, V = 128256, peaked."""
+def variants(batches, **fixed) -> list[Shape]:
+    """Every operation and variant at bf16, J = 3, V = 128256, peaked."""
     S = functools.partial(Shape, **fixed)
-    both = ("plain", "top_p")
     out = [S("sample", v, b) for v in OPS["sample"] for b in batches]
     out += [S("verify", v, b, draft_tokens=4) for v in OPS["verify"] for b in batches]
-    out += [S(op, "plain", b) for op in ("logprobs", "token_logprobs") for b in batches]
-    S = functools.partial(S, against=PEERS, rounds=7)
-    out += [S("verify", v, b, draft_tokens=k) for v in OPS["verify"] for k in (1, 8) for b in batches]
+    return out + [S(op, "plain", b) for op in ("logprobs", "token_logprobs") for b in batches]
+
+
+def factors(batches, **fixed) -> list[Shape]:
+    """The other factors, one at a time."""
+    S, both = functools.partial(Shape, against=PEERS, rounds=7, **fixed), ("plain", "top_p")
+    out = [S("verify", v, b, draft_tokens=k) for v in OPS["verify"] for k in (1, 8) for b in batches]
     out += [S("sample", "plain", b, models=j) for j in (1, 4) for b in batches]
     out += [S("sample", v, b, dtype=d) for d in ("float16", "float32") for v in both for b in batches]
     out += [S("sample", v, b, logits="flat") for v in both for b in batches]
@@ -188,14 +191,15 @@ def quick() -> list[Shape]:
 
 def cpu() -> list[Shape]:
     centre = [Shape("sample", v, b, threads=t) for t in (1, 2) for b in (1, 8, 64) for v in ("plain", "top_p")]
-    return unique([*centre, *around((1, 8)), *grid((1, 8, 64))])
+    return unique([*centre, *variants((1, 8)), *factors((1, 8)), *grid((1, 8, 64))])
 
 
 def gpu() -> list[Shape]:
     batches, S = (1, 8, 64, 256, 512), dict(threads=None, device="cuda")
     centre = [Shape("sample", v, b, launch=how, **S) for how in ("graph", "eager") for b in batches
               for v in ("plain", "top_p")]
-    return unique([*centre, *around((1, 64), launch="graph", **S), *grid(batches, launch="graph", **S)])
+    S["launch"] = "graph"
+    return unique([*centre, *variants((1, 64), **S), *factors((1, 64), **S), *grid(batches, **S)])
 
 
 def everything() -> list[Shape]:
@@ -206,7 +210,7 @@ SUITES = {"quick": quick, "cpu": cpu, "gpu": gpu, "all": everything}
 
 
 def replaced(shapes: list[Shape], **values: list) -> list[Shape]:
-    """The shapes with every combination of the values given in place of their own."""
+    """The shapes with every combination of the values given in place of their own, where there is such a shape."""
     given = {name: v for name, v in values.items() if v}
     out = []
     for s in shapes:
@@ -217,4 +221,4 @@ def replaced(shapes: list[Shape], **values: list) -> list[Shape]:
             if new.get("logits") == "family":
                 new.setdefault("vocab", inputs.FAMILY_VOCAB)
             out.append(s._replace(**new))
-    return unique(out)
+    return unique([s for s in out if s.logits != "family" or s.vocab == inputs.FAMILY_VOCAB])
