@@ -10,7 +10,8 @@ Data flows one way: inputs, baselines -> registry -> run -> rows (JSON lines) ->
 | device.py | what a row says of the device; cores, bandwidth, timers, launches, memory |
 | run.py | no number without a green gate; then interleaved timing, a row for each implementation |
 | generate.py | end to end: our generation against transformers' |
-| report.py, compare.py | rows as tables and plots; rows against rows. Neither measures |
+| report.py, plots.py | rows as tables, goals met or missed, plots; measures nothing |
+| compare.py | rows against rows: faster, slower, or noise; measures nothing |
 | gpu.sh, GPU_OWED.md | everything that a GPU is needed for |
 | results/, findings/ | rows by device; a page for each finding |
 

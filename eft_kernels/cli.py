@@ -81,13 +81,21 @@ def parser() -> Parser:
     p.add_argument("--threads", type=positive, default=1, metavar="N",
                    help="default 1: more do not help models this small")
 
-    p = command("bench", "time of one sampling step on this CPU against PyTorch")
-    p.add_argument("--threads", type=positive, action="append", metavar="N",
-                   help="CPU threads (repeat it; default: all)")
-    p.add_argument("--batch", type=positive, action="append", metavar="B", help="rows (repeat it; default 1, 8, 64)")
-    p.add_argument("--vocab", type=positive, default=128256, metavar="V", help="default 128256")
-    p.add_argument("--rounds", type=positive, default=15, metavar="N", help="timed rounds (default 15)")
-    p.add_argument("--json", metavar="FILE", help="also write the rows there, one JSON object a line")
+    p = command("bench", "time of our operations here, beside PyTorch and others",
+                "Times our operations beside other implementations, interleaved, and only after the tokens are right. "
+                "What is given stands in place of the suite's own values. An unknown name lists what there is.")
+    p.add_argument("--suite", metavar="NAME", help="quick (default, about a minute), cpu, gpu or all")
+    for name, kind, metavar, text in [("op", str, "NAME", "operation"), ("batch", positive, "B", "rows"),
+                                      ("vocab", positive, "V", "vocabulary"), ("threads", positive, "N", "CPU threads"),
+                                      ("against", str, "NAME", "implementation to measure beside ours")]:
+        p.add_argument(f"--{name}", type=kind, action="append", metavar=metavar, help=f"{text} (repeat it for several)")
+    p.add_argument("--rounds", type=positive, metavar="N", help="timed rounds")
+    p.add_argument("--json", metavar="FILE", help="write the rows there, one JSON object a line; refused where the "
+                                                  "sources are not the commit's")
+    group = p.add_argument_group("one run against another (files or folders of such rows)")
+    group.add_argument("--compare", nargs=2, metavar=("A", "B"), help="ratios B / A, and whether they are noise")
+    group.add_argument("--check", nargs="+", metavar=("A", "B"),
+                       help="the same, and exit code 1 when ours is slower in B (without B: measured now)")
 
     p = command("doctor", "what is installed, which backends are here and why another is not")
     p.add_argument("--json", action="store_true")

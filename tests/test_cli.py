@@ -299,49 +299,84 @@ def test_demo_scores_agree_with_score(family, capsys):
     assert flat == (chapter * 3)[:512]
 
 
-def test_bench(capsys, tmp_path):
-    path = tmp_path / "rows"
-    assert main(["bench", "--batch", "2", "--vocab", "2000", "--rounds", "3", "--threads", "1", "--json",
-                 str(path)]) == 0
+SMALL = ["--vocab", "2000", "--threads", "1", "--against", "lean"]
+
+
+def test_bench_table(capsys):
+    assert main(["bench", "--batch", "2", "--rounds", "3", *SMALL]) == 0
     out, err = capsys.readouterr()
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert {(r["contender"], r["top_p"]) for r in rows} == {
-        (c, p) for c in ("sample", "sample+lp", "floor", "eager", "lean") for p in (1.0, 0.9)}
+    header, *table = out.splitlines()
+    assert header.split()[:3] == ["variant", "B", "ours"] and "lean PyTorch" in header and "eager" not in header
+    assert [line.split()[:2] for line in table[:3]] == [["plain", "2"], ["top_p", "2"], ["with_logprobs", "2"]]
+    assert all(line.endswith("x)") for line in table[:3]) and "V = 2000" in out and "GB/s" in out
+    assert err.splitlines()[0].startswith("[0/3] sample plain B=2 V=2000") and err.splitlines()[-1] == "[3/3] done"
+
+
+@pytest.fixture(scope="module")
+def bench_rows(tmp_path_factory):
+    """What `bench --json` writes, run from elsewhere by a copy of the checkout without git."""
+    folder = tmp_path_factory.mktemp("copy")
+    root = os.path.dirname(os.path.dirname(eft.__file__))
+    for name in ("eft_kernels", "benchmarks"):
+        shutil.copytree(os.path.join(root, name), folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    path = folder / "rows.jsonl"
+    p = program("bench", "--op", "sample", "--batch", "1", "--rounds", "5", *SMALL, "--json", str(path), cwd=folder,
+                env={**os.environ, "PYTHONPATH": str(folder)})
+    out, err = p.communicate(timeout=300)
+    assert p.returncode == 0 and out, err
+    return path
+
+
+def test_bench_json(bench_rows):
+    rows = [json.loads(line) for line in bench_rows.read_text().splitlines()]
+    assert {r["implementation"] for r in rows} == {"eft", "combine_max", "lean"}
     for r in rows:
-        assert 0 < r["p20_us"] <= r["median_us"] <= r["p80_us"]
-        assert r["threads"] == 1 and r["batch"] == 2 and r["vocab"] == 2000 and r["command"] and r["torch"]
-    assert out.count("x)") == 4 and "sample / floor" in out and "top_p=0.9" in err
+        assert r["schema"] == 1 and r["threads"] == 1 and r["batch"] == 1 and r["vocab"] == 2000
+        assert r["command"].startswith("eft-kernels bench --op sample") and r["commit"] is None is r["dirty"]
+        assert r["status"] != "measured" or 0 < r["p20_us"] <= r["median_us"] <= r["p80_us"]
+
+
+def test_bench_compare_and_check(bench_rows, tmp_path, capsys):
+    """`--check A` measures A's shapes again; A's times of ours are a hundred times too short, or too long."""
+    rows = [json.loads(line) for line in bench_rows.read_text().splitlines()]
+
+    def altered(name, **factors):
+        path, times = tmp_path / name, ("median_us", "p20_us", "p80_us")
+        kept = [r for r in rows if r["variant"] in factors and r["implementation"] != "combine_max"]
+        by = [factors[r["variant"]] if r["implementation"] == "eft" else 1 for r in kept]
+        path.write_text("".join(json.dumps(r | {t: r[t] * x for t in times}) + "\n" for r, x in zip(kept, by)))
+        return str(path)
+
+    short, long = altered("short", plain=0.01, top_p=100), altered("long", plain=100)
+    assert main(["bench", "--check", short, "--rounds", "3"]) == 1
+    out, err = capsys.readouterr()
+    own = {line.split()[1]: line.split()[-1] for line in out.splitlines() if "eft-kernels" in line}
+    assert own == {"plain": "slower", "top_p": "faster"} and "2 times of ours: 1 slower, 1 faster" in out
+    assert err.startswith("[0/2] ")
+    assert main(["bench", "--check", long, "--rounds", "3"]) == 0
+    assert main(["bench", "--check", short, str(bench_rows)]) == 1
+    assert main(["bench", "--compare", short, str(bench_rows)]) == 0
+    capsys.readouterr()
+    empty = tmp_path / "empty"
+    empty.write_text("")
+    assert main(["bench", "--compare", str(bench_rows), str(empty)]) == 2
+    assert "no measurement in common" in capsys.readouterr().err
+    assert main(["bench", "--check", str(empty)]) == 2
+    assert "no measurement of ours on this device" in capsys.readouterr().err
 
 
 def test_bench_refuses_wrong_tokens(monkeypatch, capsys):
     """The gate: a sampler that is one token off is not timed."""
-    from eft_kernels import _bench
-
     sample = eft.sample
 
     def off_by_one(*args, backend="auto", **kwargs):
         out = sample(*args, backend=backend, **kwargs)
         return out if backend == "reference" else out._replace(tokens=out.tokens ^ 1)
 
-    monkeypatch.setattr(_bench.eft, "sample", off_by_one)
+    monkeypatch.setattr(eft, "sample", off_by_one)
     assert main(["bench", "--batch", "1", "--vocab", "1000", "--rounds", "1"]) == 1
-    assert "wrong tokens" in capsys.readouterr().err
-
-
-def test_bench_baselines_sample_the_same_distribution():
-    """What `eft.sample` is timed against draws from the same distribution (frequencies of 40,000 draws)."""
-    from eft_kernels import _bench
-
-    torch.manual_seed(0)
-    small = [z[:, :6].float() * 0.3 for z in _bench.make_logits(1, 1000, 3)]
-    for top_p in (1.0, 0.8):
-        want = eft.logprobs(small, _bench.WEIGHTS, top_p=top_p).exp()[0]
-        assert top_p == 1 or (want == 0).any()
-        many = [z.expand(40000, 6).contiguous() for z in small]
-        for draw in (_bench.eager, _bench.lean):
-            seen = torch.bincount(draw(many, top_p), minlength=6) / 40000
-            error = (want * (1 - want) / 40000).sqrt()
-            assert ((seen - want).abs() < 5 * error + 1e-6).all(), (draw.__name__, top_p, seen, want)
+    out, err = capsys.readouterr()
+    assert out == "" and "nothing is timed" in err
 
 
 def test_doctor(capsys):
@@ -422,6 +457,18 @@ BAD = {
     "no held-out text": (["demo", "--family", "{family}/weights", "--heldout", "{zoo}"], "no file a.txt"),
     "bench vocabulary": (["bench", "--vocab", "10"], "--vocab: got 10"),
     "bench threads": (["bench", "--threads", "0"], "--threads: got '0'"),
+    "bench cores": (["bench", "--threads", "10000"], "--threads: got 10000, allowed is 1 to "),
+    "bench suite": (["bench", "--suite", "slow"], "--suite: got 'slow', allowed is quick, cpu, gpu, all"),
+    "bench op": (["bench", "--op", "fry"], "--op: got 'fry', allowed is sample, verify"),
+    "bench baseline": (["bench", "--against", "magic"], "--against: got 'magic', allowed is eager"),
+    "bench op of a suite": (["bench", "--suite", "quick", "--op", "verify"], "no shape is all of that"),
+    "bench json": (["bench", "--json", "{zoo}"], "--json"),
+    "bench no file": (["bench", "--compare", "{zoo}/none", "{zoo}/none"], "No such file"),
+    "bench no rows": (["bench", "--check", "{zoo}/bad1"], "bad1:1: not a row"),
+    "bench three files": (["bench", "--check", "a", "b", "c"], "got 3 files, allowed is A or A B"),
+    "bench both": (["bench", "--check", "a", "--compare", "a", "b"], "pass one of --compare and --check"),
+    "bench files and shapes": (["bench", "--check", "a", "--batch", "1"], "--batch: the files of"),
+    "bench files and rounds": (["bench", "--compare", "a", "b", "--rounds", "1"], "nothing is measured"),
 }
 
 

@@ -73,7 +73,10 @@ class Progress:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
     def step(self, label: str | None = None) -> None:
-        self.done, self.label = self.done + 1, label or self.label
+        self.at(self.done + 1, label)
+
+    def at(self, done: int, label: str | None = None) -> None:
+        self.done, self.label = done, label or self.label
         self._show()
 
     def _show(self) -> None:
