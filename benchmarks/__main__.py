@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from . import compare, inputs, registry, report, run
+from . import compare, generate, inputs, registry, report, run
 from .baselines import BASELINES
-from .registry import OPS, OURS, SUITES, Shape
+from .registry import GENERATIONS, OPS, OURS, SUITES, Shape
 from .run import Refused
 
 MIN_VOCAB = 1000
@@ -51,7 +51,8 @@ def add_options(p: argparse.ArgumentParser) -> None:
     def several(name, text, **kwargs):
         p.add_argument(name, action="extend", nargs="+", help=text, **kwargs)
 
-    p.add_argument("--suite", choices=SUITES, help="default: quick, or with --op or --variant those at B = 1 and 8")
+    p.add_argument("--suite", choices=sorted({*SUITES, *GENERATIONS}),
+                   help="default: quick, or with --op or --variant those at B = 1 and 8")
     several("--op", "operations", choices=OPS)
     several("--variant", "variants", choices=list(dict.fromkeys(v for op in OPS.values() for v in op)))
     several("--batch", "rows", type=at_least(1), metavar="B")
@@ -59,7 +60,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
     several("--models", "models", type=int, choices=inputs.WEIGHTS)
     several("--dtype", "of the logits", choices=registry.DTYPES)
     several("--logits", "their kind", choices=inputs.KINDS)
-    several("--draft-tokens", "of verify", type=at_least(1), metavar="K")
+    several("--draft-tokens", "of verify and generate", type=at_least(1), metavar="K")
     several("--threads", "pinned CPU threads", type=at_least(1), metavar="N")
     p.add_argument("--device", choices=registry.DEVICES, help="instead of the suite's")
     p.add_argument("--against", action="extend", nargs="*", choices=[b.name for b in BASELINES], metavar="NAME",
@@ -94,8 +95,28 @@ def select(args) -> list[Shape]:
     return shapes
 
 
+def generations(args) -> dict | None:
+    """What `generate.measure` is asked for; None where the suite has no generations, or an option picks its shapes."""
+    names = ("op", "variant", "vocab", "models", "dtype", "logits", "against")
+    given, own = [f"--{name}" for name in names if getattr(args, name) is not None], args.suite == "generate"
+    if own and given:
+        raise Refused(f"--suite generate: there is no choice of {', '.join(given)}")
+    if args.suite not in GENERATIONS or given or not own and (args.batch or args.draft_tokens or args.device):
+        return None
+    drafts, rounds = GENERATIONS[args.suite]
+    gpu = [None] if torch.cuda.is_available() else []
+    threads = dict(cpu=[1], generate=gpu or [1], all=[1, *gpu])[args.suite]
+    if args.device:
+        threads = [1] if args.device == "cpu" else [None]
+    return dict(threads=args.threads or threads, batches=args.batch or [1, 8], drafts=args.draft_tokens or drafts,
+                rounds=args.rounds or rounds)
+
+
 def show(rows: list[dict]) -> None:
     shapes = report.newest(rows)
+    if whole := {s: group for s, group in shapes.items() if s.op == "generate"}:
+        print("\ngenerate: " + "\n".join(report.generate_table(whole)))
+        shapes = {s: group for s, group in shapes.items() if s not in whole}
     for op, variant in dict.fromkeys((s.op, s.variant) for s in shapes):
         part = {s: group for s, group in shapes.items() if (s.op, s.variant) == (op, variant)}
         print(f"\n{op}, {variant}: " + "\n".join(report.op_table(part)))
@@ -104,17 +125,22 @@ def show(rows: list[dict]) -> None:
 
 
 def measure(args, command: str) -> int:
-    shapes = select(args)
+    whole = generations(args)
+    shapes = [] if args.suite == "generate" else select(args)
     if args.list:
-        print("\n".join(s.label() for s in shapes))
+        print("\n".join([s.label() for s in shapes] + [f"generate {whole}"] * bool(whole)))
         return 0
-    if any(s.device == "cuda" for s in shapes) and not torch.cuda.is_available():
+    cuda = any(s.device == "cuda" for s in shapes) or whole and None in whole["threads"]
+    if cuda and not torch.cuda.is_available():
         raise Refused("no CUDA device is here; --suite cpu or quick measures the CPU")
     if args.json:
         run.refuse_dirty()
         if not os.access(Path(args.json).resolve().parent, os.W_OK):
             raise Refused(f"--json {args.json}: its folder is not there or cannot be written")
-    rows = run.run(shapes, args.against, command, run.on_stderr)
+    rows = run.run(shapes, args.against, command, run.on_stderr) if shapes else []
+    if whole:
+        run_id = dict(run=rows[0]["run"]) if rows else {}
+        rows += [row | run_id for row in generate.measure(**whole, tell=run.on_stderr, command=command)]
     show(rows)
     if args.json:
         run.write_rows(rows, args.json)
@@ -124,7 +150,8 @@ def measure(args, command: str) -> int:
 
 
 def catalogue() -> str:
-    lines = ["suites:"] + [f"  {name:16} {len(suite())} shapes" for name, suite in SUITES.items()]
+    lines = ["suites:"] + [f"  {name:16} {len(suite())} shapes" + (", whole generations" if name in GENERATIONS else "")
+                          for name, suite in SUITES.items()] + ["  generate         whole generations"]
     lines += ["operations:"] + [f"  {op:16} {', '.join(variants)}" for op, variants in OPS.items()]
     lines += ["implementations:"]
     for b in [*OURS, *BASELINES]:

@@ -207,6 +207,8 @@ def everything() -> list[Shape]:
 
 
 SUITES = {"quick": quick, "cpu": cpu, "gpu": gpu, "all": everything}
+# suites of which whole generations (generate.py) are a part, or all: numbers of drafts, rounds
+GENERATIONS = {"generate": (tuple(range(1, 9)), 5), "cpu": ((2, 4), 3), "all": ((2, 4), 3)}
 
 
 def replaced(shapes: list[Shape], **values: list) -> list[Shape]:
