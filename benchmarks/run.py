@@ -227,8 +227,8 @@ def run(shapes: list[Shape], against: list[str] | None = None, command: str = ""
         if s.device not in about:
             about[s.device] = device.environment(command, s.device)
             about[s.device]["run"] = next(iter(about.values()))["run"]
-        beside = [b for b in BASELINES if (s.device in b.devices and b.name in (s.against or (b.name,))
-                                           if against is None else b.name in against)]
+        names = [b.name for b in BASELINES if s.device in b.devices] if s.against is None else s.against
+        beside = [b for b in BASELINES if b.name in (names if against is None else against)]
         rows += measure(s, beside, checked, rates, about[s.device])
     tell(len(shapes), len(shapes), "done")
     return rows
