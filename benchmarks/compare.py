@@ -5,8 +5,10 @@ to within its p20..p80 only. So the ratio B / A has an interval too, p20_B / p80
 *faster* or *slower* only when 1 lies outside it, which is when the two p20..p80 do not overlap; else it is the *same*.
 
 A machine that is slower today is no regression. Where both runs timed the same baseline on the same shape, our time is
-therefore divided by that baseline's before it is compared (the two were interleaved, so whatever slowed one slowed the
-other), and the baseline's own p20..p80 widens the interval. Of several common baselines the least noisy one is taken.
+therefore also compared in units of that baseline's (the two were interleaved, so what slowed one slowed the other), and
+the baseline's own p20..p80 widens the interval. Of several common baselines the least noisy one is taken; the table
+shows this ratio. Ours is faster or slower only when it is so in both senses: in microseconds, or else a baseline that
+was disturbed in one run would make a regression of ours; and in the baseline's time, or else a slower machine would.
 A row of fewer than 3 repetitions says nothing of its noise: it is *unclear*, and no baseline.
 
 Exit codes: 0; 1 with --check when a row of ours is slower; 2 when nothing is in common, or a file cannot be read.
@@ -35,11 +37,16 @@ class Line(NamedTuple):
     verdict: str
 
 
-def interval(row: dict, base: dict | None) -> tuple[float, float, float]:
-    """A time, its least and its greatest; in units of ``base``'s time if there is one."""
-    if base is None:
-        return row["median_us"], row["p20_us"], row["p80_us"]
-    return (row["median_us"] / base["median_us"], row["p20_us"] / base["p80_us"], row["p80_us"] / base["p20_us"])
+ONE = dict(median_us=1.0, p20_us=1.0, p80_us=1.0)
+
+
+def ratio(a: dict, b: dict, base_a: dict | None = None, base_b: dict | None = None) -> tuple[float, float, float]:
+    """b's time / a's, the least and the greatest that it may be; in units of the baselines' times if there are any."""
+    def divide(x, y):
+        return x[0] / y[0], x[1] / y[2], x[2] / y[1]
+
+    a, base_a, b, base_b = ([row[k] for k in ONE] for row in (a, base_a or ONE, b, base_b or ONE))
+    return divide(divide(b, base_b), divide(a, base_a))
 
 
 def line(shape: Shape, name: str, before: Group, after: Group) -> Line:
@@ -50,11 +57,11 @@ def line(shape: Shape, name: str, before: Group, after: Group) -> Line:
         return before[n]["p80_us"] / before[n]["p20_us"] * after[n]["p80_us"] / after[n]["p20_us"]
 
     baseline = min((n for n in before if n not in OURS and known(n)), key=noise, default=None) if name in OURS else None
-    a, a20, a80 = interval(before[name], before.get(baseline))
-    b, b20, b80 = interval(after[name], after.get(baseline))
-    low, high = b20 / a80, b80 / a20
-    verdict = "unclear" if not known(name) else "faster" if high < 1 else "slower" if low > 1 else "same"
-    return Line(shape, name, before[name]["median_us"], after[name]["median_us"], baseline, b / a, low, high, verdict)
+    alone, relative = ratio(before[name], after[name]), ratio(before[name], after[name], before.get(baseline),
+                                                              after.get(baseline))
+    verdict = "unclear" if not known(name) else "faster" if max(alone[2], relative[2]) < 1 else \
+        "slower" if min(alone[1], relative[1]) > 1 else "same"
+    return Line(shape, name, before[name]["median_us"], after[name]["median_us"], baseline, *relative, verdict)
 
 
 def compare(before: list[dict], after: list[dict]) -> list[Line]:
