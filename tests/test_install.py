@@ -16,7 +16,8 @@ import pytest
 import eft_kernels as eft
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile", "csrc", "eft_kernels", "benchmarks"]
+SOURCES = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile", "csrc", "eft_kernels",
+           "benchmarks"]
 needs_setuptools = pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="needs setuptools")
 
 
@@ -90,8 +91,8 @@ def test_source_distribution_is_complete(tree, tmp_path):
     (path,) = tmp_path.glob("*.zip")
     with zipfile.ZipFile(path) as z:
         names = {n.split("/", 1)[1] for n in z.namelist()}
-    needed = {p.relative_to(tree).as_posix() for folder in ("csrc", "eft_kernels", "benchmarks") for p in (tree / folder).rglob("*")
-              if p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")}
+    needed = {p.relative_to(tree).as_posix() for folder in ("csrc", "eft_kernels", "benchmarks")
+              for p in (tree / folder).rglob("*") if p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")}
     assert needed and needed <= names, needed - names
     assert {"LICENSE", "README.md", "pyproject.toml", "setup.py"} <= names
 
