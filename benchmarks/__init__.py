@@ -12,7 +12,7 @@ Data flows one way: inputs, baselines -> registry -> run -> rows (JSON lines) ->
 | generate.py | end to end: our generation against transformers' |
 | report.py, plots.py | rows as tables, goals met or missed, plots; measures nothing |
 | compare.py | rows against rows: faster, slower, or noise; measures nothing |
-| gpu.sh, GPU_OWED.md | everything that a GPU is needed for |
+| gpu.sh, sanitize.py, GPU_OWED.md | everything that a GPU is needed for |
 | results/, findings/ | rows by device; a page for each finding |
 
 To add an implementation: a record in baselines.py. A variant or an operation: a row of OPS in registry.py (and its

@@ -112,3 +112,12 @@ def test_command(capsys):
         assert "drafts" not in run("--suite", "cpu", "--list", *option)[1]
     if not torch.cuda.is_available():
         assert run("--suite", "generate", "--device", "cuda")[0] == 2
+
+
+def test_sanitize_runs_its_cases_through_the_backends_of_a_device(capsys):
+    from benchmarks import sanitize
+
+    assert {*sanitize.NAMES} <= {case.name for case in sanitize.CASES}
+    calls = len(sanitize.NAMES) * 7 * len(sanitize.backends("cpu"))
+    assert sanitize.main("cpu") == calls and f"{calls} calls on cpu" in capsys.readouterr().out
+    assert sanitize.main("xpu") == 0 and "no backend but the reference" in capsys.readouterr().out
