@@ -26,15 +26,16 @@ rm -f "$out"/{rows,generate}.jsonl
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 if git ls-files --error-unmatch benchmarks/gpu.sh >/dev/null 2>&1; then
   EFT_KERNELS_COMMIT=$(git rev-parse HEAD)
+  export EFT_KERNELS_COMMIT
 fi
-export EFT_KERNELS_COMMIT=${EFT_KERNELS_COMMIT:-}
 
 line() { printf '%-12s %-28s %4s s\n' "$@" | tee -a "$log"; }
 skip() { line "$1" "skipped: $2" 0; }
 
 # step NAME SECONDS COMMAND...
 step() {
-  local name=$1 limit=$2 start=$SECONDS left=$((deadline - SECONDS)) rc=0 result=ok
+  local name=$1 limit=$2 start=$SECONDS left=$((deadline - SECONDS)) rc=0 result=ok before
+  before=$(wc -l <"$log")
   shift 2
   printf '\n== %s: %s\n' "$name" "$*" >>"$log"
   limit=$((left < limit ? left : limit))
@@ -50,7 +51,7 @@ step() {
   esac
   if ((rc)); then
     failures=$((failures + 1))
-    tail -n 20 "$log" | sed 's/^/    /'
+    tail -n +$((before + 1)) "$log" | tail -n 20 | sed 's/^/    /'
   fi
   line "$name" "$result" $((SECONDS - start))
 }
@@ -94,7 +95,7 @@ for tool in memcheck racecheck initcheck; do
 done
 
 if ((${#gpu[@]})); then
-  step generate 90 "$python" -m benchmarks run --suite generate --draft-tokens 4 --rounds 3 --json "$out/generate.jsonl"
+  step generate 120 "$python" -m benchmarks run --suite generate --draft-tokens 4 --rounds 3 --json "$out/generate.jsonl"
 else
   skip generate "$why"
 fi
