@@ -1,9 +1,8 @@
 // sample, verify and logprobs on CPUs. Compiled once per instruction set (setup.py), chosen at run time
 // (bindings/cpu_module.cpp).
 //
-// Unfiltered sampling reads each logit once: one pass combines the models chunk by chunk and keeps every chunk's best
-// score; the race then looks only into the few chunks that can still win. Filters need the scores again and keep them
-// in a float32 buffer of one row per thread.
+// One pass over a row combines the models and keeps the best score of every 32 tokens; whatever follows (race, filters,
+// masses) computes the scores of the few groups that matter again, from cache.
 #include "kernels.h"
 
 #include "row.h"
@@ -13,55 +12,61 @@ namespace eft {
 namespace EFT_ISA {
 namespace {
 
-void diagnose(Row& r, float& entropy, float& tv) {
-  int n = r.scorer.chunks, vocab = r.scorer.vocab;
-  // log p = s - best - log raw_sum; own log-softmax of the tuned model over the tokens not excluded
-  double h = 0, distance = 0, tuned_sum = 0, log_raw = std::log(r.raw_sum);
-  float top = -kInf;
-  alignas(64) float z[kChunkSize];
-  auto tuned = [&](int c) {
-    int count = std::min(kChunkSize, vocab - c * kChunkSize);
-    widen(r.scorer.tuned, int64_t{c} * kChunkSize, count, z);
-    const float* s = r.scores + int64_t{c} * kChunkSize;
-    for (int i = 0; i < kChunkSize; ++i)
-      if (i >= count || s[i] == -kInf) z[i] = -kInf;
+// entropy of the emulated distribution and its total variation from the tuned model's (over the tokens not excluded)
+void diagnose(const Row& r, float& entropy, float& tv) {
+  const int n = r.scorer.chunks, vocab = r.scorer.vocab;
+  alignas(64) float s[kChunkSize], z[kChunkSize];
+  auto both = [&](int c) {
+    std::fill(z, z + kChunkSize, -kInf);
+    widen(r.scorer.tuned, int64_t{c} * kChunkSize, std::min(kChunkSize, vocab - c * kChunkSize), z);
+    r.chunk(c, s);
+    for (int i = 0; i < kChunkSize; i += W)
+      store(z + i, select(load(s + i) == broadcast(-kInf), broadcast(-kInf), load(z + i)));
   };
+  ExpSum tuned;
+  float top = -kInf;
+  vi bad{};  // NaN or +inf: a tuned model of weight 0 may hold them
   for (int c = 0; c < n; ++c) {
-    tuned(c);
-    for (float x : z) top = std::max(top, x);
+    both(c);
+    vf m = broadcast(-kInf);
+    for (int i = 0; i < kChunkSize; i += W) m = maximum(m, load(z + i)), bad |= ~(load(z + i) < broadcast(kInf));
+    tuned.add(z, kChunkSize, top = std::max(top, horizontal_max(m)), kLog2e);
   }
+  const float log_raw = static_cast<float>(std::log(r.raw_sum));
+  const float log_tuned = static_cast<float>(std::log(tuned.total(top, kLog2e)));
+  auto exponential_of = [](vf x) {  // e^x, x <= 0
+    vf k, p = exp2_parts(x * broadcast(kLog2e), k);
+    return select(x > broadcast(-87.0f), from_bits(bits(p) + (to_int(k) << 23)), vf{});
+  };
+  double h = 0, distance = 0;
   for (int c = 0; c < n; ++c) {
-    tuned(c);
-    if (top > -kInf) tuned_sum += exp_sum(z, top, kLog2e);
-  }
-  double log_tuned = std::log(tuned_sum);
-  for (int c = 0; c < n; ++c) {
-    tuned(c);
-    const float* s = r.scores + int64_t{c} * kChunkSize;
-    for (int i = 0; i < kChunkSize; ++i) {
-      if (s[i] == -kInf) continue;
-      double lp = s[i] - r.best - log_raw, p = std::exp(lp), q = std::exp(z[i] - top - log_tuned);
-      h -= p > 0 ? p * lp : 0;
-      distance += std::fabs(p - q);
+    both(c);
+    vf vh{}, vd{};
+    for (int i = 0; i < kChunkSize; i += W) {
+      vf lp = (load(s + i) - broadcast(r.best)) - broadcast(log_raw), lq = (load(z + i) - broadcast(top)) - broadcast(log_tuned);
+      vf p = exponential_of(lp), d = p - exponential_of(lq);
+      vh -= select(p > vf{}, p * lp, vf{});
+      vd += maximum(d, -d);
     }
+    for (int i = 0; i < W; ++i) h += vh[i], distance += vd[i];
   }
   entropy = static_cast<float>(h);
-  tv = static_cast<float>(0.5 * distance);
+  tv = any_bits(bad) ? kNaN : static_cast<float>(0.5 * distance);
 }
 
 void sample(const SampleCall& call) {
   each_row(call, [&](int64_t b, int threads) {
     Row r = row_of(call, b, 0, threads);
-    bool filtered = r.filters.any(), more = call.top_n > 0 || call.entropy, lse = call.logprobs && !filtered && !more;
-    r.score(filtered || more, lse);
+    const Filters& f = r.filters;
+    const bool filtered = f.any();
+    r.score(call.logprobs || call.top_n > 0 || call.entropy, call.logprobs && !filtered && !f.greedy && f.temperature != 1);
     call.valid[b] = r.valid;
     Winner w;
     if (r.valid) {
       Source noise = source(call.seed[b], call.position[b], call.stream, call.slot);
-      if (filtered) r.filter(call.logprobs);
-      w = filtered && !call.logprobs && r.filters.top_p < 1 ? r.peel(noise) : r.draw(noise);
-      if ((call.logprobs && filtered) || more) r.know_raw();
-      if (call.logprobs && (filtered || more)) r.know_mass();
+      r.filter(call.logprobs);
+      w = f.top_p < 1 && !f.greedy && !call.logprobs ? r.peel(noise) : r.draw(noise);
+      if (call.logprobs && filtered) r.know_mass();
     }
     call.tokens[b] = w.id;
     if (call.logprobs) {
@@ -72,7 +77,7 @@ void sample(const SampleCall& call) {
       int64_t count = 0;
       Candidate* x = r.sc.candidates.need(0);
       if (r.valid) {
-        count = r.gather(r.kth(std::min<int64_t>(call.top_n, call.vocab_size)));
+        count = r.gather<false>(r.kth(std::min<int64_t>(call.top_n, call.vocab_size)), kInf);
         x = r.sc.candidates.need(0);
         std::sort(x, x + count, [](const Candidate& a, const Candidate& c) { return a.s > c.s || (a.s == c.s && a.id < c.id); });
       }
@@ -92,31 +97,21 @@ void logprobs(const LogprobsCall& call) {
   each_row(call, [&](int64_t b, int threads) {
     Row r = row_of(call, b, 0, threads);
     const Filters& f = r.filters;
-    bool filtered = f.any(), processed = filtered || f.temperature != 1;
-    bool keep = filtered || f.greedy || !call.ids;
-    r.score(keep, !keep);
-    int64_t width = call.ids ? call.n_ids : call.vocab_size;
+    const bool filtered = f.any(), processed = !f.greedy && (filtered || f.temperature != 1);
+    r.score(!processed && !f.greedy, processed && !filtered);
+    const int64_t width = call.ids ? call.n_ids : call.vocab_size;
     float* out = call.out + b * width;
     if (!r.valid) return std::fill(out, out + width, kNaN);
-    int64_t argmax = -1;
-    if (f.greedy) {
-      argmax = r.draw({}).id;
-    } else if (keep) {
-      r.filter(true);
-      if (processed) r.know_mass();
-      if (!processed) r.know_raw();
-    }
-    auto lp = [&](int64_t v, float s) {
-      if (f.greedy) return v == argmax ? 0.0f : -kInf;
-      if (!(s >= r.lowest)) return -kInf;
-      return processed ? r.processed_logprob(s) : r.raw_logprob(s);
-    };
+    r.filter(true);
+    if (filtered) r.know_mass();
+    const int64_t argmax = f.greedy ? r.draw({}).id : -1;
     if (call.ids) {
-      alignas(64) float tmp[kChunkSize];
       for (int64_t i = 0; i < width; ++i) {
         int64_t v = call.ids[b * width + i];
-        bool in = v >= 0 && v < call.vocab_size;
-        out[i] = in ? lp(v, r.chunk(static_cast<int>(v / kChunkSize), tmp)[v % kChunkSize]) : kNaN;
+        out[i] = kNaN;
+        if (v < 0 || v >= call.vocab_size) continue;
+        float s = r.score_of(v);
+        out[i] = f.greedy ? (v == argmax ? 0 : -kInf) : !(s >= r.lowest) ? -kInf : processed ? r.processed_logprob(s) : r.raw_logprob(s);
       }
       return;
     }
@@ -125,20 +120,16 @@ void logprobs(const LogprobsCall& call) {
       out[argmax] = 0;
       return;
     }
-    float scale = processed ? f.inverse : 1.0f;
-    float shift = processed ? log_total(r.kept_mass) : static_cast<float>(std::log(r.raw_sum));
-    r.each_block([&](int from, int to) {
+    const float shift = -(processed ? r.processed_logprob(r.best) : r.raw_logprob(r.best)), scale = processed ? f.inverse : 1;
+    r.each_block([&](int, int from, int to) {
+      alignas(64) float s[kChunkSize];
       for (int c = from; c < to; ++c) {
-        int n = std::min(kChunkSize, call.vocab_size - c * kChunkSize), i = 0;
-        const float* s = r.scores + int64_t{c} * kChunkSize;
-        float* o = out + int64_t{c} * kChunkSize;
-        alignas(64) float tmp[kChunkSize];
-        for (; i < kChunkSize; i += W) {
-          vf x = load(s + i);
-          vf y = (x - broadcast(r.best)) * broadcast(scale) - broadcast(shift);
-          store(tmp + i, select(x >= broadcast(r.lowest), y, broadcast(-kInf)));
+        r.chunk(c, s);
+        for (int i = 0; i < kChunkSize; i += W) {
+          vf x = load(s + i), y = (x - broadcast(r.best)) * broadcast(scale) - broadcast(shift);
+          store(s + i, select(x >= broadcast(r.lowest), y, broadcast(-kInf)));
         }
-        memcpy(o, tmp, n * sizeof(float));
+        memcpy(out + int64_t{c} * kChunkSize, s, std::min(kChunkSize, call.vocab_size - c * kChunkSize) * sizeof(float));
       }
     });
   });

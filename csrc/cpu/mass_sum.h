@@ -1,5 +1,7 @@
 // Sums of masses and of exponentials over scores.
 #pragma once
+#include <cmath>
+
 #include "score.h"
 
 namespace eft {
@@ -67,34 +69,69 @@ inline v4q truncate(v4d x) {  // 0 <= x < 2^63
   return reinterpret_cast<v4q>((high << 32) + to_integer(x - to_double(high) * 0x1p32));
 }
 
-// masses of a chunk's scores >= low, and of those >= above (above >= low)
-struct TwoMasses {
-  int64_t low = 0, above = 0;
+// Masses of scores at and above N rising thresholds.
+template <int N>
+struct Masses {
+  int64_t of[N] = {};
+  void operator+=(const Masses& other) {
+    for (int t = 0; t < N; ++t) of[t] += other.of[t];
+  }
 };
-template <bool Two>
-inline void add_masses(const float* s, float best, float c, float low, float above, TwoMasses& out) {
-  MassSum all, high;
-  for (int i = 0; i < kChunkSize; i += W) {
-    vf x = load(s + i);
-    vi shift, q = mass_parts(x, broadcast(best), broadcast(c), shift);
-    all.add(q & (x >= broadcast(low)), shift);
-    if (Two) high.add(q & (x >= broadcast(above)), shift);
-  }
-  out.low += all.total();
-  if (Two) out.above += high.total();
-}
 
-// sum of exp2((s - best) c) over a chunk: for log-probs, which no decision depends on
-inline double exp_sum(const float* s, float best, float c) {
-  vf acc{}, vc = broadcast(c), vb = broadcast(best);
-  for (int i = 0; i < kChunkSize; i += W) {
-    vf n, p = exp2_parts((load(s + i) - vb) * vc, n);
-    acc += from_bits(bits(p) + (to_int(n) << 23));
+template <int N>
+struct MassCounter {
+  vf low[N], best, c;
+  MassSum sum[N];
+  MassCounter(const float* thresholds, float b, float scale) : best(broadcast(b)), c(broadcast(scale)) {
+    for (int t = 0; t < N; ++t) low[t] = broadcast(thresholds[t]);
   }
-  double sum = 0;
-  for (int i = 0; i < W; ++i) sum += acc[i];
-  return sum;
-}
+  // a group whose best score reaches the first `reached` thresholds
+  template <int Reached>
+  void add(const float* s) {
+    for (int i = 0; i < kGroup; i += W) {
+      vf x = load(s + i);
+      vi shift, q = mass_parts(x, best, c, shift);
+      for (int t = 0; t < Reached; ++t) sum[t].add(q & (x >= low[t]), shift);
+    }
+  }
+  Masses<N> total() const {
+    Masses<N> m;
+    for (int t = 0; t < N; ++t) m.of[t] = sum[t].total();
+    return m;
+  }
+};
+
+// Sum of exp2((s - reference) c), the reference being the best score so far: for log-probs, which no decision depends on.
+struct ExpSum {
+  float reference = -kInf;
+  vf sum{};
+  void add(const float* s, int n, float best, float c) {
+    if (best > reference) {
+      vf n, p = exp2_parts(broadcast((reference - best) * c), n);
+      sum = sum * (reference > -kInf ? from_bits(bits(p) + (to_int(n) << 23)) : vf{});
+      reference = best;
+    }
+    if (reference == -kInf) return;
+    vf vc = broadcast(c), vr = broadcast(reference);
+    for (int i = 0; i < n; i += W) {
+      vf x = maximum((load(s + i) - vr) * vc, broadcast(-126.0f));
+      vf k = (x + broadcast(12582912.0f)) - broadcast(12582912.0f), f = x - k;
+      vf p = fused(f, broadcast(1.3264726e-3f), broadcast(9.6715130e-3f));  // 2^f, within 1e-7
+      p = fused(p, f, broadcast(5.5507336e-2f));
+      p = fused(p, f, broadcast(2.4022242e-1f));
+      p = fused(p, f, broadcast(6.9314700e-1f));
+      p = fused(p, f, broadcast(1.0f));
+      sum += from_bits(bits(p) + (to_int(k) << 23));
+    }
+  }
+  // with the exponents relative to `best`
+  double total(float best, float c) const {
+    if (reference == -kInf) return 0;
+    double out = 0;
+    for (int i = 0; i < W; ++i) out += sum[i];
+    return out * std::exp2((double{reference} - best) * c);
+  }
+};
 
 }  // namespace
 }  // namespace EFT_ISA

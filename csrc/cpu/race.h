@@ -14,21 +14,23 @@ struct Winner {
   }
 };
 
-// argmax of s_v + T g_v over chunks whose best scores are chunk_max; get(c, tmp) gives a chunk's scores. Lowest id on
-// ties; scores below `lowest` do not run.
-template <class Get>
-Winner race(int chunks, const float* chunk_max, float lowest, float temperature, const Source& source, Scratch& sc,
-            const Get& get) {
-  alignas(64) float tmp[kChunkSize];
+// argmax of s_v + T g_v, lowest id on ties; scores below `lowest` do not run. group_max: the best scores of each chunk's
+// 8 groups; visit(c, which, fn) calls fn(g, scores) for the groups of chunk c whose bits are set in `which`.
+template <class Visit>
+Winner race(int chunks, const float* group_max, float lowest, float temperature, const Source& source, Scratch& sc,
+            const Visit& visit) {
   Winner winner;
+  lowest = std::max(lowest, -std::numeric_limits<float>::max());
   if (temperature == 0) {
-    int best = 0;
-    for (int c = 1; c < chunks; ++c)
-      if (chunk_max[c] > chunk_max[best]) best = c;
-    const float* s = get(best, tmp);
-    int i = 0;
-    while (!(s[i] == chunk_max[best])) ++i;
-    winner.offer(s[i], s[i], int64_t{best} * kChunkSize + i);
+    float best = -kInf;
+    for (int i = 0; i < chunks * kGroups; ++i) best = std::max(best, group_max[i]);
+    for (int c = 0; c < chunks && winner.id < 0; ++c)
+      if (unsigned which = which_of_8(group_max + c * kGroups, lowest, 0, best))
+        visit(c, which & -which, [&](int g, const float* s) {
+          int i = 0;
+          while (!(s[i] == best)) ++i;
+          winner.offer(best, best, int64_t{c} * kChunkSize + g * kGroup + i);
+        });
     return winner;
   }
   int padded = (chunks + W - 1) / W * W;
@@ -40,7 +42,7 @@ Winner race(int chunks, const float* chunk_max, float lowest, float temperature,
   for (int c = 0; c < padded; c += W) {
     ChunkNoise<vf> noise = chunk_noise<vf>(source, lane + static_cast<uint32_t>(c));
     vf most = broadcast(-kInf);
-    memcpy(&most, chunk_max + c, std::min(W, chunks - c) * sizeof(float));
+    for (int i = 0; i < W && c + i < chunks; ++i) most[i] = max_of_8(group_max + (c + i) * kGroups);
     most = select(most >= broadcast(lowest), most, broadcast(-kInf));
     store(bound + c, most + vt * noise.g);
     store(e + c, noise.e);
@@ -71,24 +73,25 @@ Winner race(int chunks, const float* chunk_max, float lowest, float temperature,
       waiting.id[i] = waiting.id[W + i];
     }
   };
-  const vf vlow = broadcast(std::max(lowest, -std::numeric_limits<float>::max()));
   auto look = [&](int c) {
-    const float* s = get(c, tmp);
-    int k = place[c];
-    int64_t first = int64_t{c} * kChunkSize;
-    float most = temperature * g[c];
-    if (s[k] >= lowest && s[k] > -kInf) winner.offer(s[k] + most, s[k], first + k);
-    for (int i = 0; i < kChunkSize; i += W) {
-      vf x = load(s + i);
-      unsigned m = any_bits((x + broadcast(most) >= broadcast(winner.key)) & (x >= vlow));
-      for (; m; m &= m - 1) {
-        int t = i + __builtin_ctz(m), n = waiting.count;
-        if (t == k) continue;
-        waiting.s[n] = s[t], waiting.e[n] = e[c], waiting.g[n] = g[c], waiting.id[n] = static_cast<uint32_t>(first + t);
-        ++waiting.count;
+    const int k = place[c];
+    const float most = temperature * g[c];
+    visit(c, which_of_8(group_max + c * kGroups, lowest, most, winner.key), [&](int group, const float* s) {
+      const int64_t first = int64_t{c} * kChunkSize + group * kGroup;
+      const int at = k - group * kGroup;
+      if (at >= 0 && at < kGroup && s[at] >= lowest) winner.offer(s[at] + most, s[at], first + at);
+      for (int i = 0; i < kGroup; i += W) {
+        vf x = load(s + i);
+        unsigned m = any_bits((x + broadcast(most) >= broadcast(winner.key)) & (x >= broadcast(lowest)));
+        for (; m; m &= m - 1) {
+          int t = i + __builtin_ctz(m), n = waiting.count;
+          if (t == at) continue;
+          waiting.s[n] = s[t], waiting.e[n] = e[c], waiting.g[n] = g[c], waiting.id[n] = static_cast<uint32_t>(first + t);
+          ++waiting.count;
+        }
+        if (waiting.count >= W) draw();
       }
-      if (waiting.count >= W) draw();
-    }
+    });
   };
   // the likeliest chunks first, so that the bound to beat is high when the others are passed over in order
   for (int first = 0; first < kLikeliest; ++first) {

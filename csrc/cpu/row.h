@@ -1,5 +1,7 @@
 // One (row, slot): score, filter, draw, log-probs.
 #pragma once
+#include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "mass_sum.h"
@@ -18,231 +20,257 @@ struct Filters {
   bool any() const { return !greedy && (top_k > 0 || top_p < 1 || min_p > 0); }
 };
 
-// One (row, slot) through score, filter, race. Scores are kept (stored) only where something needs them again.
+// One (row, slot) through score, filter, race. Scores are computed again where they are needed again: only the groups
+// that can matter are. (Stored: where they are not a plain combination.)
 struct Row {
   Scorer scorer;
   Filters filters;
   Scratch& sc;
   int threads;
-  float *chunk_max, *scores = nullptr;
-  bool stored = false, valid = false;
+  float* group_max = nullptr;
+  uint8_t* odd = nullptr;         // per chunk: scores come from Scorer::careful
+  const float* stored = nullptr;  // scores, or null
+  bool valid = false;
   float best = -kInf, lowest = -kInf;
   float lowest_of_k = -kInf;     // what top-k alone keeps
   int64_t total = 0, limit = 0;  // what top-p refers to: the mass after top-k, and the mass it keeps of it
-  int64_t kept_mass = 0;         // of the scores >= lowest, when mass_known
-  bool mass_known = false;
-  double raw_sum = 0, sum = 0;  // sum exp(s - best), sum exp((s - best) / T)
+  int64_t kept_mass = 0;         // of the scores >= lowest
+  double raw_sum = 0, sum = 0;   // sum exp(s - best), sum exp((s - best) / T), where score() was asked for them
 
   explicit Row(Scratch& s, int t) : sc(s), threads(t) {}
 
+  int blocks() const { return (scorer.chunks + kBlockChunks - 1) / kBlockChunks; }
+
+  // fn(block, first chunk, chunk after the last)
   template <class Fn>
   void each_block(const Fn& fn) const {
-    int n = scorer.chunks, blocks = (n + kBlockChunks - 1) / kBlockChunks;
-    auto body = [&](int64_t b) { fn(static_cast<int>(b) * kBlockChunks, std::min(n, (static_cast<int>(b) + 1) * kBlockChunks)); };
-    if (threads > 1 && scorer.vocab >= kSplitTokens) return parallel_for(threads, blocks, body);
-    for (int b = 0; b < blocks; ++b) body(b);
+    auto body = [&](int64_t b) {
+      int i = static_cast<int>(b);
+      fn(i, i * kBlockChunks, std::min(scorer.chunks, (i + 1) * kBlockChunks));
+    };
+    if (threads > 1 && scorer.vocab >= kSplitTokens) return parallel_for(threads, blocks(), body);
+    for (int b = 0; b < blocks(); ++b) body(b);
   }
 
-  // combine everything; lse: also the sums for log-probs of an unfiltered row
-  void score(bool keep, bool lse) {
+  // combine everything; want_raw, want_sum: also raw_sum, sum
+  void score(bool want_raw, bool want_sum) {
     if (scorer.upscaled) prepare_upscaled();
-    int n = scorer.chunks;
-    chunk_max = sc.chunk_max.need(n);
-    stored = keep;
-    if (keep) scores = sc.scores.need(int64_t{n} * kChunkSize);
-    double* sums = lse ? sc.sums.need(2 * int64_t{n}) : nullptr;
-    bool two = filters.temperature != 1 && !filters.greedy;
-    int blocks = (n + kBlockChunks - 1) / kBlockChunks;
-    uint8_t bad_block[kMaxBlocks];
-    each_block([&](int from, int to) {
+    const int n = scorer.chunks;
+    group_max = sc.group_max.need(int64_t{n} * kGroups);
+    odd = sc.odd.need(n);
+    float* keep = nullptr;
+    if (scorer.upscaled) stored = keep = sc.scores.need(int64_t{n} * kChunkSize);
+    struct Part {
+      float best = -kInf;
       bool ok = true;
+      ExpSum raw, sum;
+    };
+    Part* parts = sc.parts<Part>(blocks());
+    each_block([&](int block, int from, int to) {
       alignas(64) float tmp[kChunkSize];
+      Part part;
       for (int c = from; c < to; ++c) {
-        float* out = keep ? scores + int64_t{c} * kChunkSize : tmp;
-        ok &= keep || lse ? scorer.chunk(c, out, chunk_max[c]) : scorer.chunk_best(c, chunk_max[c]);
-        if (lse) {
-          bool some = chunk_max[c] > -kInf;
-          sums[2 * c] = some ? exp_sum(out, chunk_max[c], kLog2e) : 0;
-          sums[2 * c + 1] = some && two ? exp_sum(out, chunk_max[c], filters.c) : sums[2 * c];
-        }
+        float* out = keep ? keep + int64_t{c} * kChunkSize : want_raw || want_sum ? tmp : nullptr;
+        part.ok &= scorer.chunk(c, group_max + c * kGroups, out, odd[c]);
+        part.best = std::max(part.best, max_of_8(group_max + c * kGroups));
+        if (want_raw) part.raw.add(out, kChunkSize, part.best, kLog2e);
+        if (want_sum) part.sum.add(out, kChunkSize, part.best, filters.c);
       }
-      bad_block[from / kBlockChunks] = !ok;
+      parts[block] = part;
     });
     best = -kInf;
-    for (int c = 0; c < n; ++c) best = std::max(best, chunk_max[c]);
-    valid = best > -kInf;
-    for (int b = 0; b < blocks; ++b) valid &= !bad_block[b];
-    if (lse && valid) {
-      raw_sum = sum = 0;
-      for (int c = 0; c < n; ++c) {
-        if (chunk_max[c] == -kInf) continue;
-        double x = static_cast<double>(chunk_max[c]) - best;
-        raw_sum += sums[2 * c] * std::exp(x);
-        sum += sums[2 * c + 1] * std::exp(two ? x * filters.inverse : x);
-      }
+    valid = true;
+    for (int b = 0; b < blocks(); ++b) best = std::max(best, parts[b].best), valid &= parts[b].ok;
+    valid &= best > -kInf;
+    if (!valid) return;
+    raw_sum = sum = 0;
+    for (int b = 0; b < blocks(); ++b) {
+      if (want_raw) raw_sum += parts[b].raw.total(best, kLog2e);
+      if (want_sum) sum += parts[b].sum.total(best, filters.c);
+    }
+    if (!want_sum) sum = raw_sum;  // temperature 1
+  }
+
+  // fn(g, 32 scores) for the groups of chunk c whose bits are set in `which`
+  template <class Fn>
+  void visit(int c, unsigned which, const Fn& fn) const {
+    if (!which) return;
+    alignas(64) float tmp[kChunkSize], unused[kGroups];
+    const float* s = stored ? stored + int64_t{c} * kChunkSize : nullptr;
+    if (!s && odd[c]) scorer.careful(c, tmp, unused), s = tmp;
+    for (; which; which &= which - 1) {
+      int g = __builtin_ctz(which);
+      if (!s) scorer.group(c, g, tmp);
+      fn(g, s ? s + g * kGroup : tmp);
     }
   }
+  unsigned reaching(int c, float low) const { return which_of_8(group_max + c * kGroups, low, 0, -kInf); }
 
-  const float* chunk(int c, float* tmp) const {
-    if (stored) return scores + int64_t{c} * kChunkSize;
-    float m;
-    scorer.chunk(c, tmp, m);
-    return tmp;
+  // a chunk's 256 scores
+  void chunk(int c, float* out) const {
+    visit(c, 0xFF, [&](int g, const float* s) { memcpy(out + g * kGroup, s, kGroup * sizeof(float)); });
+  }
+  float score_of(int64_t v) const {
+    float out = 0;
+    int c = static_cast<int>(v / kChunkSize), at = static_cast<int>(v % kChunkSize);
+    visit(c, 1u << at / kGroup, [&](int, const float* s) { out = s[at % kGroup]; });
+    return out;
   }
 
-  // masses of the scores >= low, and >= above where that is wanted; exponents of base 2 are (s - best) c
-  template <bool Two>
-  TwoMasses masses_from(float low, float above, float c) const {
-    TwoMasses part[kMaxBlocks], total;
-    int blocks = (scorer.chunks + kBlockChunks - 1) / kBlockChunks;
-    float floor = std::max(low, best + kLowestMass / c);
-    each_block([&](int from, int to) {
-      TwoMasses m;
-      for (int k = from; k < to; ++k) {
-        const float* s = scores + int64_t{k} * kChunkSize;
-        if (!(chunk_max[k] >= floor)) continue;
-        if (Two && chunk_max[k] >= above)
-          add_masses<true>(s, best, c, low, above, m);
-        else
-          add_masses<false>(s, best, c, low, above, m);
-      }
-      part[from / kBlockChunks] = m;
+  // Masses of the scores at and above each of N rising thresholds (exponents of base 2 are (s - best) c), counting only
+  // groups whose best score reaches `floor`.
+  template <int N>
+  Masses<N> masses(const std::array<float, N>& low, float floor, float c) const {
+    Masses<N>* parts = sc.parts<Masses<N>>(blocks());
+    floor = std::max(floor, best + kLowestMass / c);
+    each_block([&](int block, int from, int to) {
+      MassCounter<N> counter(low.data(), best, c);
+      for (int k = from; k < to; ++k)
+        visit(k, reaching(k, floor), [&](int g, const float* s) {
+          if (N > 1 && group_max[k * kGroups + g] >= low[1])
+            counter.template add<N>(s);
+          else
+            counter.template add<1>(s);
+        });
+      parts[block] = counter.total();
     });
-    for (int b = 0; b < blocks; ++b) total.low += part[b].low, total.above += part[b].above;
+    Masses<N> total;
+    for (int b = 0; b < blocks(); ++b) total += parts[b];
     return total;
   }
-  int64_t mass_from(float low, float c) const { return masses_from<false>(low, low, c).low; }
+  int64_t mass_from(float low, float c) const { return masses<1>({low}, low, c).of[0]; }
 
-  // every score >= low (and > -inf) with its id
-  int64_t gather(float low) {
+  // every score >= low (and > -inf), below `high`, with its id and, where wanted, its mass
+  template <bool WithMass>
+  int64_t gather(float low, float high) {
     low = std::max(low, -std::numeric_limits<float>::max());
     int64_t count = 0, room = 0;
-    for (int k = 0; k < scorer.chunks; ++k) room += chunk_max[k] >= low ? kChunkSize : 0;
+    for (int c = 0; c < scorer.chunks; ++c) room += __builtin_popcount(reaching(c, low)) * kGroup;
     Candidate* out = sc.candidates.need(room);
-    for (int k = 0; k < scorer.chunks; ++k) {
-      if (!(chunk_max[k] >= low)) continue;
-      const float* s = scores + int64_t{k} * kChunkSize;
-      for (int i = 0; i < kChunkSize; i += W)
-        for (unsigned m = any_bits(load(s + i) >= broadcast(low)); m; m &= m - 1) {
-          int t = i + __builtin_ctz(m);
-          out[count++] = {s[t], k * kChunkSize + t, 0};
+    for (int c = 0; c < scorer.chunks; ++c)
+      visit(c, reaching(c, low), [&](int g, const float* s) {
+        for (int i = 0; i < kGroup; i += W) {
+          vf x = load(s + i);
+          for (unsigned m = any_bits((x >= broadcast(low)) & (x < broadcast(high))); m; m &= m - 1) {
+            int t = i + __builtin_ctz(m);
+            out[count++] = {s[t], c * kChunkSize + g * kGroup + t, WithMass ? mass(s[t], best, filters.c) : 0};
+          }
         }
-    }
+      });
     return count;
   }
 
-  // the k-th largest score: a lower bound from maxima of disjoint groups, then the few scores above it
+  // the k-th largest score: a lower bound from the best of disjoint chunks or groups, then the scores that reach it
   float kth(int64_t k) {
     if (k >= scorer.vocab) return -kInf;
-    int n = scorer.chunks;
+    const int n = scorer.chunks;
+    float* x = sc.select.need(int64_t{n} * kGroups);
     float bound = -kInf;
     if (k <= n) {
-      float* x = sc.select.need(n);
-      std::copy(chunk_max, chunk_max + n, x);
+      for (int c = 0; c < n; ++c) x[c] = max_of_8(group_max + c * kGroups);
       bound = kth_largest(x, n, k);
-    } else if (k <= int64_t{n} * W) {
-      float* x = sc.select.need(int64_t{n} * W);
-      for (int c = 0; c < n; ++c) {
-        vf m = load(scores + int64_t{c} * kChunkSize);
-        for (int i = W; i < kChunkSize; i += W) m = maximum(m, load(scores + int64_t{c} * kChunkSize + i));
-        store(x + int64_t{c} * W, m);
-      }
-      bound = kth_largest(x, int64_t{n} * W, k);
+    } else if (k <= int64_t{n} * kGroups) {
+      std::copy(group_max, group_max + n * kGroups, x);
+      bound = kth_largest(x, int64_t{n} * kGroups, k);
     }
-    int64_t count = gather(bound);
+    int64_t count = gather<false>(bound, kInf);
     const Candidate* all = sc.candidates.need(0);
-    float* x = sc.select.need(count);
+    x = sc.select.need(count);
     for (int64_t i = 0; i < count; ++i) x[i] = all[i].s;
     return kth_largest(x, count, k);
   }
 
-  // `lowest`: the smallest score that top-k, min-p and (nucleus) top-p keep; needs stored scores. The mass that top-p
-  // refers to is what top-k leaves.
+  // `lowest`: the smallest score that top-k, min-p and (nucleus) top-p keep. The mass that top-p refers to is what top-k
+  // leaves.
   void filter(bool nucleus) {
     const Filters& f = filters;
     lowest = -kInf;
-    mass_known = false;
     if (f.greedy) return;
     if (f.top_k > 0) lowest = kth(f.top_k);
     lowest_of_k = lowest;
-    float tau = -kInf;
-    if (nucleus && f.top_p < 1) {
-      limit = mass_limit(f.top_p, total = mass_from(lowest, f.c));
-      tau = nucleus_score();
-    }
+    float tau = nucleus && f.top_p < 1 ? nucleus_score(f.top_p) : -kInf;
     if (f.min_p > 0) lowest = std::max(lowest, best + f.temperature * log(std::max(f.min_p, 0x1p-126f)));
     lowest = std::max(lowest, tau);
   }
 
-  // the smallest score of which the mass strictly above is below `limit`
-  float nucleus_score() {
-    constexpr int kBins = 512;
+  // A guess: scores that this share of the mass reaches, rising, from the best scores of groups alone.
+  template <size_t N>
+  std::array<float, N> depths(const std::array<double, N>& shares) const {
+    constexpr int kBins = 84;  // half bits
+    double bins[kBins] = {}, all = 0, weight = 1;
+    const float scale = 2 * filters.c;
+    for (int i = 0; i < scorer.chunks * kGroups; ++i) {
+      float depth = (best - group_max[i]) * scale;
+      if (depth < kBins) bins[static_cast<int>(depth)] += 1;
+    }
+    for (double& bin : bins) all += bin *= weight, weight *= 0.70710678118654752;
+    std::array<float, N> out;
+    for (size_t i = 0; i < N; ++i) {
+      double sum = 0;
+      int b = 0;
+      while (b < kBins && sum < shares[i] * all) sum += bins[b++];
+      out[i] = best - static_cast<float>(b) / scale;
+    }
+    return out;
+  }
+
+  // The smallest score of which the mass strictly above is below p of the mass of all scores >= lowest: thresholds that
+  // close in on it, then a selection among the few scores between them. Sets `total` and `limit`.
+  float nucleus_score(float p) {
     const float c = filters.c;
-    // a token of mass <= cut has at least `limit` above it, whatever the order
-    int64_t cut = std::max<int64_t>((total - limit) / scorer.vocab, 1);
-    double exponent = std::log2(static_cast<double>(cut)) - kMassBits - 0.01;
-    float low = std::min(best, std::max(lowest, best + static_cast<float>(exponent / c)));
-    // masses by score, in bins; the nucleus ends in one of them
-    float per_bin = (kBins - 1) / std::max(best - low, 1e-30f);
-    int64_t bins[kBins] = {};
-    for (int k = 0; k < scorer.chunks; ++k) {
-      if (!(chunk_max[k] >= low)) continue;
-      const float* s = scores + int64_t{k} * kChunkSize;
-      for (int i = 0; i < kChunkSize; i += W) {
-        vf x = load(s + i);
-        unsigned m = any_bits(x >= broadcast(low));
-        if (!m) continue;
-        vi shift, q = mass_parts(x, broadcast(best), broadcast(c), shift);
-        vi bin = to_int((broadcast(best) - x) * broadcast(per_bin));
-        for (; m; m &= m - 1) {
-          int t = __builtin_ctz(m);
-          bins[std::min(bin[t], kBins - 1)] += mass_of(q[t], shift[t]);
+    auto guess = depths<3>({1 - 0.3 * (1 - p), p, 0.7 * p});
+    float low = lowest, high = kInf;
+    std::array<float, 4> at{low, std::max(low, guess[0]), std::max(low, guess[1]), std::max(low, guess[2])};
+    Masses<4> m = masses<4>(at, low, c);
+    limit = mass_limit(p, total = m.of[0]);
+    int64_t above = 0;  // the mass from `high` on
+    for (int round = 0;; ++round) {
+      for (int i = 0; i < 4; ++i) {
+        if (m.of[i] >= limit) {
+          low = std::max(low, at[i]);
+        } else {
+          high = at[i], above = m.of[i];
+          break;
         }
       }
+      int groups = 0;
+      for (int k = 0; k < scorer.chunks; ++k) groups += __builtin_popcount(reaching(k, low));
+      float first = std::max(low, best + kLowestMass / c), step = (std::min(high, best) - first) * 0.25f;
+      if (groups <= 512 || round == 3 || !(first + step > first)) break;
+      at = {first, first + step, first + 2 * step, first + 3 * step};
+      m = masses<4>(at, first, c);
     }
-    int64_t above = 0;
-    int bin = 0;
-    while (bin < kBins - 1 && above + bins[bin] < limit) above += bins[bin++];
-    int64_t count = 0;
-    Candidate* x = sc.candidates.need(int64_t{scorer.chunks} * kChunkSize);
-    for (int k = 0; k < scorer.chunks; ++k) {
-      if (!(chunk_max[k] >= low)) continue;
-      const float* s = scores + int64_t{k} * kChunkSize;
-      for (int i = 0; i < kChunkSize; i += W) {
-        vf v = load(s + i);
-        vi at = to_int((broadcast(best) - v) * broadcast(per_bin));
-        at = select_min(at, kBins - 1);
-        for (unsigned m = any_bits((v >= broadcast(low)) & (at == bin)); m; m &= m - 1) {
-          float y = s[i + __builtin_ctz(m)];
-          x[count++] = {y, 0, mass(y, best, c)};
-        }
-      }
-    }
-    return nucleus_of(x, count, limit - above);
+    int64_t count = gather<true>(low, high);
+    return nucleus_of(sc.candidates.need(0), count, limit - above);
   }
 
   // After filter(false) with top-p: race, and where the winner lies outside the nucleus, so does everything of its
-  // score or less; race again above it. Exact, and 1 / top_p races on average.
+  // score or less; race again above it. Exact, and 1 / top_p races on average. Most winners are inside whatever the
+  // many unlikely tokens weigh, and then those are not looked at.
   Winner peel(const Source& source) {
-    for (bool first = true;; first = false) {
+    const float c = filters.c;
+    total = 0;
+    for (;;) {
       Winner w = draw(source);
       float above = std::nextafter(w.score, kInf);
-      int64_t mass;
-      if (first) {
-        TwoMasses m = masses_from<true>(lowest_of_k, above, filters.c);
-        limit = mass_limit(filters.top_p, total = m.low);
-        mass = m.above;
-      } else {
-        mass = mass_from(above, filters.c);
+      if (!total) {
+        float floor = std::max(lowest_of_k, std::min(above, depths<1>({0.98})[0]));
+        Masses<2> m = masses<2>({lowest_of_k, above}, floor, c);
+        if (m.of[1] < mass_limit(filters.top_p, m.of[0])) return w;
+        total = mass_from(lowest_of_k, c);
+        limit = mass_limit(filters.top_p, total);
+        if (m.of[1] < limit) return w;
+      } else if (mass_from(above, c) < limit) {
+        return w;
       }
-      if (mass < limit) return w;
       lowest = above;
     }
   }
 
   // significands and right shifts of a chunk's masses: mass = q 2^16 >> n
   void mass_chunk(int c, int32_t* q, int32_t* n) const {
-    const float* s = scores + int64_t{c} * kChunkSize;
+    alignas(64) float s[kChunkSize];
+    chunk(c, s);
     for (int i = 0; i < kChunkSize; i += W) {
       vf x = load(s + i);
       vi shift, significand = mass_parts(x, broadcast(best), broadcast(filters.c), shift);
@@ -253,87 +281,67 @@ struct Row {
     }
   }
 
-  void know_mass() {
-    kept_mass = filters.greedy ? int64_t{1} << kMassBits : mass_from(lowest, filters.c);
-    mass_known = true;
-  }
+  void know_mass() { kept_mass = filters.greedy ? int64_t{1} << kMassBits : mass_from(lowest, filters.c); }
 
   Winner draw(const Source& source) {
-    return race(scorer.chunks, chunk_max, lowest, filters.temperature, source, sc,
-                [this](int c, float* tmp) { return chunk(c, tmp); });
+    return race(scorer.chunks, group_max, lowest, filters.temperature, source, sc,
+                [this](int c, unsigned which, const auto& fn) { visit(c, which, fn); });
   }
 
+  // kept_mass where filters are on, else sum
   float processed_logprob(float s) const {
     if (filters.greedy) return 0;
     float x = (s - best) * filters.inverse;
-    return mass_known ? x - log_total(kept_mass) : x - static_cast<float>(std::log(sum));
+    return kept_mass ? x - log_total(kept_mass) : x - static_cast<float>(std::log(sum));
   }
   float raw_logprob(float s) const { return (s - best) - static_cast<float>(std::log(raw_sum)); }
-
-  // raw_sum from stored scores
-  void know_raw() {
-    int n = scorer.chunks;
-    double* sums = sc.sums.need(2 * int64_t{n});
-    each_block([&](int from, int to) {
-      for (int c = from; c < to; ++c)
-        sums[c] = chunk_max[c] > -kInf ? exp_sum(scores + int64_t{c} * kChunkSize, chunk_max[c], kLog2e) : 0;
-    });
-    raw_sum = 0;
-    for (int c = 0; c < n; ++c)
-      if (sums[c] > 0) raw_sum += sums[c] * std::exp(static_cast<double>(chunk_max[c]) - best);
-  }
 
   // Thresholds and constants of the up-scaling filter: every model's log-sum-exp and the tuned nucleus, over the tokens
   // that are not excluded. Reads the logits again; then scores come from Scorer::careful.
   void prepare_upscaled() {
-    int n = scorer.chunks, vocab = scorer.vocab;
+    const int n = scorer.chunks;
     scorer.nucleus = -kInf;
     scorer.shift = 0;
-    bool ok = true;
     float* s = sc.scores.need(int64_t{n} * kChunkSize);
     float* z = sc.other.need(int64_t{n} * kChunkSize);
-    float* z_max = sc.chunk_max.need(n);
-    float any = -kInf;
-    for (int c = 0; c < n; ++c) {
-      float m;
-      ok &= scorer.careful(c, s + int64_t{c} * kChunkSize, m);
-      any = std::max(any, m);
-    }
-    if (!ok || any == -kInf) return;  // invalid, and score() will say so
-    float shift = 0, lse = 0, top = 0, c = kLog2e;
-    auto own = [&](const Input& in) {  // log-sum-exp of one model; leaves its logits in z, its best in top
-      top = -kInf;
-      for (int c = 0; c < n; ++c) {
-        float* out = z + int64_t{c} * kChunkSize;
-        widen(in, int64_t{c} * kChunkSize, std::min(kChunkSize, vocab - c * kChunkSize), out);
-        vf m = broadcast(-kInf);
-        for (int i = 0; i < kChunkSize; i += W) {
-          vf x = select(load(s + int64_t{c} * kChunkSize + i) == broadcast(-kInf), broadcast(-kInf), load(out + i));
-          store(out + i, x);
-          m = maximum(m, x);
+    group_max = sc.group_max.need(int64_t{n} * kGroups);
+    uint8_t* ok = sc.odd.need(n);
+    each_block([&](int, int from, int to) {
+      for (int c = from; c < to; ++c) ok[c] = scorer.careful(c, s + int64_t{c} * kChunkSize, group_max + c * kGroups);
+    });
+    // invalid, and score() will say so
+    if (std::count(ok, ok + n, 0) || !(*std::max_element(group_max, group_max + n * kGroups) > -kInf)) return;
+    auto own = [&](const Input& in) {  // one model's logits as the scores of this row
+      each_block([&](int, int from, int to) {
+        for (int c = from; c < to; ++c) {
+          const float* on = s + int64_t{c} * kChunkSize;
+          float* out = z + int64_t{c} * kChunkSize;
+          widen(in, int64_t{c} * kChunkSize, std::min(kChunkSize, scorer.vocab - c * kChunkSize), out);
+          vf m[kGroups];
+          for (vf& x : m) x = broadcast(-kInf);
+          for (int i = 0; i < kChunkSize; i += W) {
+            vf x = select(load(on + i) == broadcast(-kInf), broadcast(-kInf), load(out + i));
+            store(out + i, x);
+            m[i / kGroup] = maximum(m[i / kGroup], x);
+          }
+          max_of_8(m, group_max + c * kGroups);
         }
-        z_max[c] = horizontal_max(m);
-        top = std::max(top, z_max[c]);
-      }
-      TwoMasses all;
-      for (int c = 0; c < n; ++c) add_masses<false>(z + int64_t{c} * kChunkSize, top, kLog2e, -kInf, -kInf, all);
-      lse = top + log_total(all.low);
-      return all.low;
+      });
+      stored = z;
+      best = *std::max_element(group_max, group_max + n * kGroups);
+      return best + log_total(mass_from(-kInf, kLog2e));
     };
+    float shift = 0, own_c = kLog2e;
     for (int j = 0; j < scorer.models; ++j) {
-      own(scorer.in[j]);
-      shift = j ? shift + scorer.in[j].w * lse : scorer.in[j].w * lse;
+      float part = scorer.in[j].w * own(scorer.in[j]);
+      shift = j ? shift + part : part;
     }
-    total = own(scorer.tuned);
-    limit = mass_limit(upscale_top_p, total);
-    scores = z;  // where nucleus_score() looks
-    chunk_max = z_max;
-    best = top;
-    std::swap(filters.c, c);
-    scorer.nucleus = nucleus_score();
-    std::swap(filters.c, c);
+    scorer.tuned_lse = own(scorer.tuned);
+    std::swap(filters.c, own_c);
+    lowest = -kInf;
+    scorer.nucleus = nucleus_score(upscale_top_p);
+    std::swap(filters.c, own_c);
     scorer.shift = shift;
-    scorer.tuned_lse = lse;
   }
   float upscale_top_p = 1;
 };

@@ -1,4 +1,6 @@
-// Scores: a weighted sum of models' logits, chunk by chunk (256 tokens), with exclusions and the up-scaling filter.
+// Scores: a weighted sum of models' logits, with exclusions and the up-scaling filter. The first pass over a row keeps
+// the best score of every group of 32 tokens (a cache line of 16-bit logits); whoever needs scores again asks for the
+// groups that matter, and they are computed anew.
 #pragma once
 #include <algorithm>
 #include <cstdlib>
@@ -17,10 +19,12 @@ namespace {
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kGreedy = 1e-5f;
+constexpr int kGroup = 32, kGroups = kChunkSize / kGroup;
 constexpr int kBlockChunks = 16;             // chunks a thread takes at a time within a row
 constexpr int kMaxBlocks = (1 << 22) / kChunkSize / kBlockChunks;  // params.py: MAX_VOCAB
 constexpr int64_t kSplitTokens = 1 << 14;    // rows shorter than this stay on one thread
 constexpr int kLikeliest = 8;                // chunks that run first in a race
+constexpr int kAhead = 1024;                 // bytes a first pass asks memory for ahead of itself
 constexpr float kLowestMass = -41.0f;        // base-2 exponents below this have mass 0
 
 template <class T>
@@ -49,12 +53,17 @@ struct Candidate {
 };
 
 struct Scratch {
-  Buffer<float> scores, chunk_max, lane_max, other;
+  Buffer<float> scores, group_max, other, other_max;
   Buffer<float> bound, chunk_e, chunk_g;
   Buffer<uint32_t> place;
-  Buffer<double> sums;
+  Buffer<uint8_t> odd;
   Buffer<Candidate> candidates;
   Buffer<float> select;
+  Buffer<char> part;
+  template <class T>
+  T* parts(int n) {
+    return reinterpret_cast<T*>(part.need(n * sizeof(T)));
+  }
 };
 
 struct Input {
@@ -87,56 +96,118 @@ inline void widen(const Input& in, int64_t first, int n, float* out) {
   widen<f16>(p, n, out);
 }
 
-// A whole chunk of J models of one type, every value finite: false (and nothing to rely on) where one is not.
-template <class T, int J, bool Store>
-bool combine_chunk(const Input* in, int64_t first, float* out, float& best) {
+// Weighted sums of 2 W tokens: in order, or (bf16, cheaper) the even ones and the odd ones. Unit: weights 1, ..., 1, -1
+// (one model: 1), whose products are exact and left out.
+template <class T, int J, bool Unit, bool Ordered>
+inline void combine(const T* const* z, const vf* w, int i, vf& a, vf& b) {
+  for (int j = 0; j < J; ++j) {
+    vf x, y;
+    if (Ordered)
+      load_pair(z[j] + i, x, y);
+    else
+      load_even_odd(z[j] + i, x, y);
+    if (!Unit) x = w[j] * x, y = w[j] * y;
+    bool minus = Unit && J > 1 && j == J - 1;
+    a = j == 0 ? x : minus ? a - x : a + x;
+    b = j == 0 ? y : minus ? b - y : b + y;
+  }
+}
+
+// Both return false (and nothing to rely on) where a value is not finite.
+struct Combine {
+  // a chunk's 8 groups: their best scores, and all 256 scores in any order where `out` is not null
+  bool (*chunk)(const Input*, int models, int64_t first, float* group_max, float* out);
+  // a group's 32 scores in order
+  bool (*group)(const Input*, int models, int64_t first, float* out);
+};
+
+template <class T, int J, bool Unit, bool Keep>
+bool chunk_scores(const Input* in, int64_t first, float* group_max, float* out) {
   const T* z[J];
-  for (int j = 0; j < J; ++j) z[j] = reinterpret_cast<const T*>(in[j].data) + first;
-  vf w[J];
-  for (int j = 0; j < J; ++j) w[j] = broadcast(in[j].w);
-  vf m0 = broadcast(-kInf), m1 = m0, bad0 = vf{}, bad1 = vf{};
-  for (int i = 0; i < kChunkSize; i += 2 * W) {
-    vf a{}, b{};
-    for (int j = 0; j < J; ++j) {
-      vf x, y;
-      if (Store)
-        load_pair(z[j] + i, x, y);
-      else
-        load_even_odd(z[j] + i, x, y);  // in any order: only the best is wanted
-      a = j ? a + w[j] * x : w[j] * x;
-      b = j ? b + w[j] * y : w[j] * y;
-    }
-    m0 = maximum(m0, a);
-    m1 = maximum(m1, b);
-    bad0 = fma_zero(a, bad0);  // NaN from infinities and NaN
-    bad1 = fma_zero(b, bad1);
-    if (Store) {
-      store(out + i, a);
-      store(out + i + W, b);
+  vf w[J], m[kGroups], bad0{}, bad1{};
+  for (int j = 0; j < J; ++j) z[j] = reinterpret_cast<const T*>(in[j].data) + first, w[j] = broadcast(in[j].w);
+  for (int g = 0; g < kGroups; ++g) {
+    for (int j = 0; j < J; ++j)
+      for (int line = 0; line < kGroup * static_cast<int>(sizeof(T)); line += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(z[j] + g * kGroup) + kAhead + line);
+    for (int i = g * kGroup; i < (g + 1) * kGroup; i += 2 * W) {
+      vf a, b;
+      combine<T, J, Unit, false>(z, w, i, a, b);
+      m[g] = i == g * kGroup ? maximum(a, b) : maximum(m[g], maximum(a, b));
+      bad0 = fused(a, vf{}, bad0);  // NaN from infinities and NaN
+      bad1 = fused(b, vf{}, bad1);
+      if (Keep) store(out + i, a), store(out + i + W, b);
     }
   }
-  best = horizontal_max(maximum(m0, m1));
-  bad0 = bad0 + bad1;
-  return !any_bits(bad0 != vf{});
+  max_of_8(m, group_max);
+  return !any_bits(bad0 + bad1 != vf{});
 }
 
-using CombineChunk = bool (*)(const Input*, int64_t, float*, float&);
+template <class T, int J, bool Unit>
+struct Same {
+  static bool chunk(const Input* in, int, int64_t first, float* group_max, float* out) {
+    return out ? chunk_scores<T, J, Unit, true>(in, first, group_max, out)
+               : chunk_scores<T, J, Unit, false>(in, first, group_max, out);
+  }
+  static bool group(const Input* in, int, int64_t first, float* out) {
+    const T* z[J];
+    vf w[J], bad{};
+    for (int j = 0; j < J; ++j) z[j] = reinterpret_cast<const T*>(in[j].data) + first, w[j] = broadcast(in[j].w);
+    for (int i = 0; i < kGroup; i += 2 * W) {
+      vf a, b;
+      combine<T, J, Unit, true>(z, w, i, a, b);
+      bad = fused(a, vf{}, fused(b, vf{}, bad));
+      store(out + i, a), store(out + i + W, b);
+    }
+    return !any_bits(bad != vf{});
+  }
+};
 
-template <class T, bool Store>
-CombineChunk combine_for(int models) {
+// any number of models of any types
+struct Mixed {
+  static bool group(const Input* in, int models, int64_t first, float* out) {
+    alignas(64) float z[kGroup];
+    vf bad{};
+    for (int j = 0; j < models; ++j) {
+      widen(in[j], first, kGroup, z);
+      for (int i = 0; i < kGroup; i += W) {
+        vf x = broadcast(in[j].w) * load(z + i);
+        store(out + i, j ? load(out + i) + x : x);
+      }
+    }
+    for (int i = 0; i < kGroup; i += W) bad = fused(load(out + i), vf{}, bad);
+    return !any_bits(bad != vf{});
+  }
+  static bool chunk(const Input* in, int models, int64_t first, float* group_max, float* out) {
+    alignas(64) float own[kChunkSize];
+    bool finite = true;
+    if (!out) out = own;
+    vf m[kGroups];
+    for (int g = 0; g < kGroups; ++g) {
+      float* s = out + g * kGroup;
+      finite &= group(in, models, first + g * kGroup, s);
+      m[g] = load(s);
+      for (int i = W; i < kGroup; i += W) m[g] = maximum(m[g], load(s + i));
+    }
+    max_of_8(m, group_max);
+    return finite;
+  }
+};
+
+template <class T, int J>
+Combine same(bool unit) {
+  if (unit) return {Same<T, J, true>::chunk, Same<T, J, true>::group};
+  return {Same<T, J, false>::chunk, Same<T, J, false>::group};
+}
+template <class T>
+Combine same(int models, bool unit) {
   switch (models) {
-    case 1: return combine_chunk<T, 1, Store>;
-    case 2: return combine_chunk<T, 2, Store>;
-    case 3: return combine_chunk<T, 3, Store>;
-    case 4: return combine_chunk<T, 4, Store>;
-    default: return nullptr;
+    case 1: return same<T, 1>(unit);
+    case 2: return same<T, 2>(unit);
+    case 3: return same<T, 3>(unit);
+    case 4: return same<T, 4>(unit);
+    default: return {Mixed::chunk, Mixed::group};
   }
-}
-
-template <bool Store>
-CombineChunk combine_for(int dtype, int models) {
-  if (dtype == kF32) return combine_for<float, Store>(models);
-  return dtype == kBF16 ? combine_for<bf16, Store>(models) : combine_for<f16, Store>(models);
 }
 
 // The scores of one (row, slot): a weighted sum of models, exclusions, the up-scaling filter.
@@ -148,32 +219,65 @@ struct Scorer {
   int vocab = 0, chunks = 0;
   bool upscaled = false;
   float nucleus = 0, shift = 0, tuned_lse = 0;  // of the up-scaling filter, once known
-  CombineChunk fast = nullptr, fast_store = nullptr;
+  Combine fast{Mixed::chunk, Mixed::group};
 
   void finish() {
     chunks = (vocab + kChunkSize - 1) / kChunkSize;
-    if (mask || models == 0 || upscaled) return;
-    for (int j = 1; j < models; ++j)
-      if (in[j].dtype != in[0].dtype) return;
-    fast = combine_for<false>(in[0].dtype, models);
-    fast_store = combine_for<true>(in[0].dtype, models);
+    bool unit = models > 0, alike = models > 0;
+    for (int j = 0; j < models; ++j) {
+      alike &= in[j].dtype == in[0].dtype;
+      unit &= in[j].w == (j > 0 && j == models - 1 ? -1.0f : 1.0f);
+    }
+    if (!alike) return;
+    if (in[0].dtype == kF32) fast = same<float>(models, unit);
+    else if (in[0].dtype == kBF16) fast = same<bf16>(models, unit);
+    else fast = same<f16>(models, unit);
   }
 
-  bool whole(int c) const { return (c + 1) * kChunkSize <= vocab; }
+  // the usual case: whole chunks, finite values, no up-scaling filter
+  bool usual(int c) const { return models > 0 && !upscaled && (c + 1) * kChunkSize <= vocab; }
 
-  // chunk c into out[256], -inf where excluded; the best score; false where the row is invalid
-  bool chunk(int c, float* out, float& best) const {
-    if (fast && whole(c) && fast_store(in, int64_t{c} * kChunkSize, out, best)) return true;
-    return careful(c, out, best);
+  // The best scores of a chunk's groups (and its scores in any order, -inf where excluded, where `out` is not null).
+  // `odd`: the chunk needs careful(); false where the row is invalid.
+  bool chunk(int c, float* group_max, float* out, uint8_t& odd) const {
+    odd = false;
+    if (usual(c) && (mask ? masked(c, group_max, out) : fast.chunk(in, models, int64_t{c} * kChunkSize, group_max, out)))
+      return true;
+    odd = true;
+    alignas(64) float own[kChunkSize];
+    return careful(c, out ? out : own, group_max);
   }
 
-  bool chunk_best(int c, float& best) const {
-    if (fast && whole(c) && fast(in, int64_t{c} * kChunkSize, nullptr, best)) return true;
-    float out[kChunkSize];
-    return careful(c, out, best);
+  bool masked(int c, float* group_max, float* out) const {
+    alignas(64) float own[kGroup];
+    bool finite = true;
+    for (int g = 0; g < kGroups; ++g) {
+      float* s = out ? out + g * kGroup : own;
+      vf m = broadcast(-kInf);
+      if (mask[c * kGroups + g])
+        finite &= group(c, g, s);
+      else if (out)
+        std::fill(s, s + kGroup, -kInf);
+      if (mask[c * kGroups + g])
+        for (int i = 0; i < kGroup; i += W) m = maximum(m, load(s + i));
+      group_max[g] = horizontal_max(m);
+    }
+    return finite;
   }
 
-  bool careful(int c, float* out, float& best) const {
+  // a group of a chunk that is not odd, into out[32]; false where a value is not finite
+  bool group(int c, int g, float* out) const {
+    bool finite = fast.group(in, models, int64_t{c} * kChunkSize + g * kGroup, out);
+    if (mask) {
+      vi word = vi{} + static_cast<int32_t>(mask[c * kGroups + g]), lane{};
+      for (int i = 0; i < W; ++i) lane[i] = i;
+      for (int i = 0; i < kGroup; i += W)
+        store(out + i, select((word & (vi{} + 1) << (lane + i)) != 0, load(out + i), broadcast(-kInf)));
+    }
+    return finite;
+  }
+
+  bool careful(int c, float* out, float* group_max) const {
     int64_t first = int64_t{c} * kChunkSize;
     int n = std::min<int64_t>(kChunkSize, vocab - first);
     alignas(64) float z[kChunkSize];
@@ -204,7 +308,8 @@ struct Scorer {
       }
     }
     if (upscaled) look(tuned);
-    vf m = broadcast(-kInf);
+    vf m[kGroups];
+    for (vf& x : m) x = broadcast(-kInf);
     vi any_bad{};
     for (int i = 0; i < kChunkSize; i += W) {
       vf s = load(out + i);
@@ -217,9 +322,9 @@ struct Scorer {
       }
       s = select(ex | (load(out + i) == broadcast(-kInf)), broadcast(-kInf), s);
       store(out + i, s);
-      m = maximum(m, s);
+      m[i / kGroup] = maximum(m[i / kGroup], s);
     }
-    best = horizontal_max(m);
+    max_of_8(m, group_max);
     return !any_bits(any_bad);
   }
 };

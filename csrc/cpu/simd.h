@@ -41,7 +41,7 @@ inline vf broadcast(float x) { return vf{} + x; }
 inline vf minimum(vf a, vf b) { return reinterpret_cast<vf>(_mm512_min_ps(reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a))); }
 inline vf maximum(vf a, vf b) { return reinterpret_cast<vf>(_mm512_max_ps(reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a))); }
 inline unsigned any_bits(vi c) { return _mm512_movepi32_mask(reinterpret_cast<__m512i>(c)); }
-inline vf fma_zero(vf a, vf acc) { return reinterpret_cast<vf>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), _mm512_setzero_ps(), reinterpret_cast<__m512>(acc))); }
+inline vf fused(vf a, vf b, vf c) { return reinterpret_cast<vf>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c))); }
 inline void mul_hi_lo(vu a, uint32_t m, vu& hi, vu& lo) {
   __m512i x = reinterpret_cast<__m512i>(a), k = _mm512_set1_epi64(m);
   __m512i even = _mm512_mul_epu32(x, k), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), k);
@@ -52,7 +52,7 @@ inline void mul_hi_lo(vu a, uint32_t m, vu& hi, vu& lo) {
 inline vf minimum(vf a, vf b) { return reinterpret_cast<vf>(_mm256_min_ps(reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(a))); }
 inline vf maximum(vf a, vf b) { return reinterpret_cast<vf>(_mm256_max_ps(reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(a))); }
 inline unsigned any_bits(vi c) { return _mm256_movemask_ps(reinterpret_cast<__m256>(c)); }
-inline vf fma_zero(vf a, vf acc) { return reinterpret_cast<vf>(_mm256_fmadd_ps(reinterpret_cast<__m256>(a), _mm256_setzero_ps(), reinterpret_cast<__m256>(acc))); }
+inline vf fused(vf a, vf b, vf c) { return reinterpret_cast<vf>(_mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c))); }
 inline void mul_hi_lo(vu a, uint32_t m, vu& hi, vu& lo) {
   __m256i x = reinterpret_cast<__m256i>(a), k = _mm256_set1_epi64x(m);
   __m256i even = _mm256_mul_epu32(x, k), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), k);
@@ -67,7 +67,7 @@ inline unsigned any_bits(vi c) {
   for (int i = 0; i < W; ++i) m |= (c[i] ? 1u : 0u) << i;
   return m;
 }
-inline vf fma_zero(vf a, vf acc) { return a * 0.0f + acc; }
+inline vf fused(vf a, vf b, vf c) { return a * b + c; }
 inline void mul_hi_lo(vu a, uint32_t m, vu& hi, vu& lo) {
   for (int i = 0; i < W; ++i) {
     uint32_t h, l;
@@ -83,6 +83,52 @@ inline float horizontal_max(vf v) {
   for (int i = 1; i < W; ++i) m = v[i] > m ? v[i] : m;
   return m;
 }
+
+// Each of 8 vectors' largest element, and which of 8 floats x have x >= low and x + add >= key.
+#if defined(__AVX2__)
+inline __m256 fold(vf x) {
+#if defined(__AVX512F__)
+  __m512 v = reinterpret_cast<__m512>(x);
+  return _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+#else
+  return reinterpret_cast<__m256>(x);
+#endif
+}
+inline void max_of_8(const vf* m, float* out) {
+  auto pair = [](__m256 a, __m256 b) { return _mm256_max_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); };
+  auto four = [&](const vf* x) {
+    __m256d a = _mm256_castps_pd(pair(fold(x[0]), fold(x[1]))), b = _mm256_castps_pd(pair(fold(x[2]), fold(x[3])));
+    return _mm256_max_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+  };
+  __m256 a = four(m), b = four(m + 4);
+  _mm256_storeu_ps(out, _mm256_max_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31)));
+}
+inline float max_of_8(const float* x) {
+  __m256 v = _mm256_loadu_ps(x);
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
+inline unsigned which_of_8(const float* x, float low, float add, float key) {
+  __m256 v = _mm256_loadu_ps(x), sum = _mm256_add_ps(v, _mm256_set1_ps(add));
+  return _mm256_movemask_ps(_mm256_and_ps(_mm256_cmp_ps(v, _mm256_set1_ps(low), _CMP_GE_OQ),
+                                          _mm256_cmp_ps(sum, _mm256_set1_ps(key), _CMP_GE_OQ)));
+}
+#else
+inline void max_of_8(const vf* m, float* out) {
+  for (int i = 0; i < 8; ++i) out[i] = horizontal_max(m[i]);
+}
+inline float max_of_8(const float* x) {
+  float m = x[0];
+  for (int i = 1; i < 8; ++i) m = x[i] > m ? x[i] : m;
+  return m;
+}
+inline unsigned which_of_8(const float* x, float low, float add, float key) {
+  unsigned bits = 0;
+  for (int i = 0; i < 8; ++i) bits |= static_cast<unsigned>((x[i] >= low) & (x[i] + add >= key)) << i;
+  return bits;
+}
+#endif
 
 struct bf16 {
   uint16_t u;

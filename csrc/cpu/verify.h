@@ -24,7 +24,7 @@ struct Slot {
     if (has_draft) prepare(draft, draft_best);
   }
   static void prepare(Row& r, int64_t& argmax) {
-    r.score(true, false);
+    r.score(false, false);
     if (!r.valid) return;
     r.filter(true);
     r.know_mass();
@@ -34,7 +34,8 @@ struct Slot {
 
   static int64_t mass_at(const Row& r, int64_t best, int64_t v) {
     if (r.filters.greedy) return v == best ? int64_t{1} << kMassBits : 0;
-    return r.scores[v] >= r.lowest ? mass(r.scores[v], r.best, r.filters.c) : 0;
+    float s = r.score_of(v);
+    return s >= r.lowest ? mass(s, r.best, r.filters.c) : 0;
   }
   int64_t target_mass(int64_t v) const { return mass_at(target, target_best, v); }
   int64_t target_total() const { return target.kept_mass; }
@@ -62,12 +63,12 @@ struct Slot {
     Residual residual(factor, target_total(), draft_total());
     if (target.filters.greedy) return static_cast<int64_t>(residual(target_mass(target_best), draft_mass(target_best)));
     int64_t part[kMaxBlocks] = {};
-    target.each_block([&](int from, int to) {
+    target.each_block([&](int block, int from, int to) {
       v4q sum{};
       for (int c = from; c < to; ++c)
-        if (target.chunk_max[c] >= floor())
+        if (target.reaching(c, floor()))
           residual_chunk(c, residual, [&](int, v4d r) { sum += truncate(r); });
-      part[from / kBlockChunks] = sum[0] + sum[1] + sum[2] + sum[3];
+      part[block] = sum[0] + sum[1] + sum[2] + sum[3];
     });
     int64_t sum = 0;
     for (int64_t m : part) sum += m;
@@ -81,28 +82,33 @@ struct Slot {
       return residual(target_mass(target_best), draft_mass(target_best)) > 0 ? target_best : -1;
     int n = target.scorer.chunks;
     float* scores = target.sc.other.need(int64_t{n} * kChunkSize);
-    float* best = target.sc.select.need(n);
-    target.each_block([&](int from, int to) {
+    float* best = target.sc.other_max.need(int64_t{n} * kGroups);
+    target.each_block([&](int, int from, int to) {
       for (int c = from; c < to; ++c) {
         float* out = scores + int64_t{c} * kChunkSize;
-        best[c] = -kInf;
-        if (!(target.chunk_max[c] >= floor())) continue;
-        residual_chunk(c, residual, [&](int i, v4d r) {
-          v4f x = __builtin_convertvector(r, v4f);
-          memcpy(out + i, &x, sizeof x);
-        });
-        vf most = broadcast(-kInf);
-        for (int i = 0; i < kChunkSize; i += W) {
-          vf x = load(out + i);
-          vf y = select(x > vf{}, log(maximum(x, broadcast(1.0f))), broadcast(-kInf));
-          store(out + i, y);
-          most = maximum(most, y);
+        vf most[kGroups];
+        for (vf& m : most) m = broadcast(-kInf);
+        if (target.reaching(c, floor())) {
+          residual_chunk(c, residual, [&](int i, v4d r) {
+            v4f x = __builtin_convertvector(r, v4f);
+            memcpy(out + i, &x, sizeof x);
+          });
+          for (int i = 0; i < kChunkSize; i += W) {
+            vf x = load(out + i);
+            vf y = select(x > vf{}, log(maximum(x, broadcast(1.0f))), broadcast(-kInf));
+            store(out + i, y);
+            most[i / kGroup] = maximum(most[i / kGroup], y);
+          }
         }
-        best[c] = horizontal_max(most);
+        max_of_8(most, best + c * kGroups);
       }
     });
-    return race(n, best, -kInf, 1.0f, source, target.sc,
-                [&](int c, float*) { return scores + int64_t{c} * kChunkSize; }).id;
+    return race(n, best, -kInf, 1.0f, source, target.sc, [&](int c, unsigned which, const auto& fn) {
+             for (; which; which &= which - 1) {
+               int g = __builtin_ctz(which);
+               fn(g, scores + int64_t{c} * kChunkSize + g * kGroup);
+             }
+           }).id;
   }
 };
 
@@ -119,7 +125,7 @@ void verify(const VerifyCall& call) {
     auto inside = [&](int64_t v) { return v >= 0 && v < call.vocab_size; };
     auto plain = [&](int64_t i) {  // the target's own sample, -1 where the slot is invalid
       Row r = row_of(call, b, i, threads);
-      r.score(r.filters.any(), false);
+      r.score(false, false);
       if (!r.valid) return int64_t{-1};
       if (!r.filters.any()) return r.draw(at(i, kSample, 0)).id;
       r.filter(false);
@@ -182,8 +188,7 @@ void verify(const VerifyCall& call) {
         r.score(true, false);
         r.filter(true);
         r.know_mass();
-        r.know_raw();
-        float s = r.scores[tokens[i]];
+        float s = r.score_of(tokens[i]);
         bool kept = s >= r.lowest && (!r.filters.greedy || s == r.best);
         lp = kept ? r.processed_logprob(s) : -kInf;
         raw = r.raw_logprob(s);
