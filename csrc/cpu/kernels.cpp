@@ -30,7 +30,7 @@ void diagnose(const Row& r, float& entropy, float& tv) {
     both(c);
     vf m = broadcast(-kInf);
     for (int i = 0; i < kChunkSize; i += W) m = maximum(m, load(z + i)), bad |= ~(load(z + i) < broadcast(kInf));
-    tuned.add(z, kChunkSize, top = std::max(top, horizontal_max(m)), kLog2e);
+    tuned.add(z, top = std::max(top, horizontal_max(m)), kLog2e);
   }
   const float log_raw = static_cast<float>(std::log(r.raw_sum));
   const float log_tuned = static_cast<float>(std::log(tuned.total(top, kLog2e)));
@@ -59,7 +59,9 @@ void sample(const SampleCall& call) {
     Row r = row_of(call, b, 0, threads);
     const Filters& f = r.filters;
     const bool filtered = f.any();
-    r.score(call.logprobs || call.top_n > 0 || call.entropy, call.logprobs && !filtered && !f.greedy && f.temperature != 1);
+    // with filters the sum helps to find the nucleus of all tokens
+    const bool sum = call.logprobs && !f.greedy && f.temperature != 1 && (!filtered || (f.top_p < 1 && f.top_k == 0));
+    r.score(call.logprobs || call.top_n > 0 || call.entropy, sum);
     call.valid[b] = r.valid;
     Winner w;
     if (r.valid) {

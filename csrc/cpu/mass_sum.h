@@ -69,12 +69,12 @@ inline v4q truncate(v4d x) {  // 0 <= x < 2^63
   return reinterpret_cast<v4q>((high << 32) + to_integer(x - to_double(high) * 0x1p32));
 }
 
-// Masses of scores at and above N rising thresholds.
+// Masses and numbers of the scores at and above N rising thresholds.
 template <int N>
 struct Masses {
-  int64_t of[N] = {};
+  int64_t of[N] = {}, count[N] = {};
   void operator+=(const Masses& other) {
-    for (int t = 0; t < N; ++t) of[t] += other.of[t];
+    for (int t = 0; t < N; ++t) of[t] += other.of[t], count[t] += other.count[t];
   }
 };
 
@@ -82,47 +82,56 @@ template <int N>
 struct MassCounter {
   vf low[N], best, c;
   MassSum sum[N];
+  int64_t count[N] = {};
   MassCounter(const float* thresholds, float b, float scale) : best(broadcast(b)), c(broadcast(scale)) {
     for (int t = 0; t < N; ++t) low[t] = broadcast(thresholds[t]);
   }
-  // a group whose best score reaches the first `reached` thresholds
-  template <int Reached>
   void add(const float* s) {
     for (int i = 0; i < kGroup; i += W) {
       vf x = load(s + i);
       vi shift, q = mass_parts(x, best, c, shift);
-      for (int t = 0; t < Reached; ++t) sum[t].add(q & (x >= low[t]), shift);
+      for (int t = 0; t < N; ++t) {
+        sum[t].add(q & (x >= low[t]), shift);
+        if (N > 1) count[t] += __builtin_popcount(any_bits(x >= low[t]));
+      }
     }
   }
   Masses<N> total() const {
     Masses<N> m;
-    for (int t = 0; t < N; ++t) m.of[t] = sum[t].total();
+    for (int t = 0; t < N; ++t) m.of[t] = sum[t].total(), m.count[t] = count[t];
     return m;
   }
 };
 
-// Sum of exp2((s - reference) c), the reference being the best score so far: for log-probs, which no decision depends on.
+// Sum of exp2((s - reference) c), the reference being the best score so far. Within kExpError of the exact sum: the
+// polynomial's 1e-7, 32 float32 additions, and the rounding of exponents that matter (V <= 2^22 bounds them by ~22).
+constexpr double kExpError = 1e-5;
+
 struct ExpSum {
+  typedef double vd __attribute__((vector_size(8 * W)));
   float reference = -kInf;
-  vf sum{};
-  void add(const float* s, int n, float best, float c) {
+  vd sum{};
+  // a chunk's 256 scores; best: the best score so far, these included
+  void add(const float* s, float best, float c) {
     if (best > reference) {
-      vf n, p = exp2_parts(broadcast((reference - best) * c), n);
-      sum = sum * (reference > -kInf ? from_bits(bits(p) + (to_int(n) << 23)) : vf{});
+      sum *= std::exp2((double{reference} - best) * c);  // nothing is there yet where it was -inf
       reference = best;
     }
     if (reference == -kInf) return;
-    vf vc = broadcast(c), vr = broadcast(reference);
-    for (int i = 0; i < n; i += W) {
+    const vf vc = broadcast(c), vr = broadcast(reference), magic = broadcast(12582912.0f);
+    vf part{};
+#pragma GCC unroll 4
+    for (int i = 0; i < kChunkSize; i += W) {
       vf x = maximum((load(s + i) - vr) * vc, broadcast(-126.0f));
-      vf k = (x + broadcast(12582912.0f)) - broadcast(12582912.0f), f = x - k;
-      vf p = fused(f, broadcast(1.3264726e-3f), broadcast(9.6715130e-3f));  // 2^f, within 1e-7
+      vf k = x + magic, f = x - (k - magic);  // the low bits of k hold the nearest integer
+      vf p = fused(f, broadcast(1.3264726e-3f), broadcast(9.6715130e-3f));
       p = fused(p, f, broadcast(5.5507336e-2f));
       p = fused(p, f, broadcast(2.4022242e-1f));
       p = fused(p, f, broadcast(6.9314700e-1f));
       p = fused(p, f, broadcast(1.0f));
-      sum += from_bits(bits(p) + (to_int(k) << 23));
+      part += from_bits(bits(p) + (bits(k) << 23));
     }
+    sum += __builtin_convertvector(part, vd);
   }
   // with the exponents relative to `best`
   double total(float best, float c) const {

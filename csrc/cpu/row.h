@@ -33,9 +33,8 @@ struct Row {
   bool valid = false;
   float best = -kInf, lowest = -kInf;
   float lowest_of_k = -kInf;     // what top-k alone keeps
-  int64_t total = 0, limit = 0;  // what top-p refers to: the mass after top-k, and the mass it keeps of it
   int64_t kept_mass = 0;         // of the scores >= lowest
-  double raw_sum = 0, sum = 0;   // sum exp(s - best), sum exp((s - best) / T), where score() was asked for them
+  double raw_sum = 0, sum = 0;   // sum exp(s - best), sum exp((s - best) / T): 0 where score() was not asked for them
 
   explicit Row(Scratch& s, int t) : sc(s), threads(t) {}
 
@@ -73,8 +72,8 @@ struct Row {
         float* out = keep ? keep + int64_t{c} * kChunkSize : want_raw || want_sum ? tmp : nullptr;
         part.ok &= scorer.chunk(c, group_max + c * kGroups, out, odd[c]);
         part.best = std::max(part.best, max_of_8(group_max + c * kGroups));
-        if (want_raw) part.raw.add(out, kChunkSize, part.best, kLog2e);
-        if (want_sum) part.sum.add(out, kChunkSize, part.best, filters.c);
+        if (want_raw) part.raw.add(out, part.best, kLog2e);
+        if (want_sum) part.sum.add(out, part.best, filters.c);
       }
       parts[block] = part;
     });
@@ -88,7 +87,7 @@ struct Row {
       if (want_raw) raw_sum += parts[b].raw.total(best, kLog2e);
       if (want_sum) sum += parts[b].sum.total(best, filters.c);
     }
-    if (!want_sum) sum = raw_sum;  // temperature 1
+    if (want_raw && filters.temperature == 1) sum = raw_sum;
   }
 
   // fn(g, 32 scores) for the groups of chunk c whose bits are set in `which`
@@ -117,8 +116,8 @@ struct Row {
     return out;
   }
 
-  // Masses of the scores at and above each of N rising thresholds (exponents of base 2 are (s - best) c), counting only
-  // groups whose best score reaches `floor`.
+  // Masses of the scores at and above each of N rising thresholds (exponents of base 2 are (s - best) c), of groups whose
+  // best score reaches `floor`.
   template <int N>
   Masses<N> masses(const std::array<float, N>& low, float floor, float c) const {
     Masses<N>* parts = sc.parts<Masses<N>>(blocks());
@@ -126,19 +125,16 @@ struct Row {
     each_block([&](int block, int from, int to) {
       MassCounter<N> counter(low.data(), best, c);
       for (int k = from; k < to; ++k)
-        visit(k, reaching(k, floor), [&](int g, const float* s) {
-          if (N > 1 && group_max[k * kGroups + g] >= low[1])
-            counter.template add<N>(s);
-          else
-            counter.template add<1>(s);
-        });
+        visit(k, reaching(k, floor), [&](int, const float* s) { counter.add(s); });
       parts[block] = counter.total();
     });
     Masses<N> total;
     for (int b = 0; b < blocks(); ++b) total += parts[b];
     return total;
   }
-  int64_t mass_from(float low, float c) const { return masses<1>({low}, low, c).of[0]; }
+  int64_t mass_from(float low, float c, float floor = -kInf) const {
+    return masses<1>({low}, std::max(low, floor), c).of[0];
+  }
 
   // every score >= low (and > -inf), below `high`, with its id and, where wanted, its mass
   template <bool WithMass>
@@ -188,82 +184,101 @@ struct Row {
     if (f.greedy) return;
     if (f.top_k > 0) lowest = kth(f.top_k);
     lowest_of_k = lowest;
-    float tau = nucleus && f.top_p < 1 ? nucleus_score(f.top_p) : -kInf;
+    float tau = nucleus && f.top_p < 1 ? nucleus_score(f.top_p, f.top_k > 0 ? 0 : sum) : -kInf;
     if (f.min_p > 0) lowest = std::max(lowest, best + f.temperature * log(std::max(f.min_p, 0x1p-126f)));
     lowest = std::max(lowest, tau);
   }
 
-  // A guess: scores that this share of the mass reaches, rising, from the best scores of groups alone.
-  template <size_t N>
-  std::array<float, N> depths(const std::array<double, N>& shares) const {
-    constexpr int kBins = 84;  // half bits
-    double bins[kBins] = {}, all = 0, weight = 1;
-    const float scale = 2 * filters.c;
-    for (int i = 0; i < scorer.chunks * kGroups; ++i) {
-      float depth = (best - group_max[i]) * scale;
-      if (depth < kBins) bins[static_cast<int>(depth)] += 1;
-    }
-    for (double& bin : bins) all += bin *= weight, weight *= 0.70710678118654752;
-    std::array<float, N> out;
-    for (size_t i = 0; i < N; ++i) {
+  // How the mass lies, guessed from the best scores of groups alone.
+  struct Depths {
+    static constexpr int kBins = 84;  // half bits below the best score
+    double bins[kBins], all = 0;      // masses in units of the best token's
+    float best, scale;
+    // the score above which this share of the mass lies
+    float at(double share) const {
       double sum = 0;
       int b = 0;
-      while (b < kBins && sum < shares[i] * all) sum += bins[b++];
-      out[i] = best - static_cast<float>(b) / scale;
+      while (b < kBins && sum < share * all) sum += bins[b++];
+      return best - static_cast<float>(b) / scale;
     }
-    return out;
+  };
+  Depths depths() const {
+    Depths d;
+    d.best = best, d.scale = 2 * filters.c;
+    int groups[Depths::kBins + 1] = {};
+    for (int i = 0; i < scorer.chunks * kGroups; i += kGroups) {
+      int bin[kGroups];
+      for (int g = 0; g < kGroups; ++g)
+        bin[g] = static_cast<int>(std::min((best - group_max[i + g]) * d.scale, float{Depths::kBins}));
+      for (int b : bin) ++groups[b];
+    }
+    double weight = 1;
+    for (int b = 0; b < Depths::kBins; ++b) d.all += d.bins[b] = groups[b] * weight, weight *= 0.70710678118654752;
+    return d;
   }
 
   // The smallest score of which the mass strictly above is below p of the mass of all scores >= lowest: thresholds that
-  // close in on it, then a selection among the few scores between them. Sets `total` and `limit`.
-  float nucleus_score(float p) {
-    const float c = filters.c;
-    auto guess = depths<3>({1 - 0.3 * (1 - p), p, 0.7 * p});
+  // close in on it, then a selection among the few scores between them. `about`: that mass within kExpError where it is
+  // known (else 0); it decides nearly always, and where it does not, all masses are summed.
+  float nucleus_score(float p, double about) {
+    const float c = filters.c, bottom = best + kLowestMass / c;
+    int64_t least, most;  // limits
+    if (about > 0) {
+      least = mass_limit(p, static_cast<int64_t>(about * (1 - kExpError) * 0x1p40));
+      most = mass_limit(p, static_cast<int64_t>(about * (1 + kExpError) * 0x1p40) + 1);
+    } else {
+      least = most = mass_limit(p, mass_from(lowest, c));
+    }
     float low = lowest, high = kInf;
-    std::array<float, 4> at{low, std::max(low, guess[0]), std::max(low, guess[1]), std::max(low, guess[2])};
-    Masses<4> m = masses<4>(at, low, c);
-    limit = mass_limit(p, total = m.of[0]);
-    int64_t above = 0;  // the mass from `high` on
+    float reach = 1 / c;
+    int64_t above = 0, count_high = 0;  // mass and number of the scores from `high` on
+    const Depths guess = depths();
+    std::array<float, 3> at;
+    for (int i = 0; i < 3; ++i) at[i] = std::max(low, guess.at(p + (1 - i) * 0.15 * (1 - p)));
     for (int round = 0;; ++round) {
-      for (int i = 0; i < 4; ++i) {
-        if (m.of[i] >= limit) {
-          low = std::max(low, at[i]);
-        } else {
-          high = at[i], above = m.of[i];
-          break;
-        }
+      Masses<3> m = masses<3>(at, at[0], c);
+      int64_t count_low = int64_t{1} << 40;
+      for (int i = 0; i < 3; ++i) {
+        if (m.of[i] >= most) low = at[i], count_low = m.count[i];
+        if (m.of[i] < least && at[i] < high) high = at[i], above = m.of[i], count_high = m.count[i];
       }
-      int groups = 0;
-      for (int k = 0; k < scorer.chunks; ++k) groups += __builtin_popcount(reaching(k, low));
-      float first = std::max(low, best + kLowestMass / c), step = (std::min(high, best) - first) * 0.25f;
-      if (groups <= 512 || round == 3 || !(first + step > first)) break;
-      at = {first, first + step, first + 2 * step, first + 3 * step};
-      m = masses<4>(at, first, c);
+      float first = std::max(low, bottom), step = (std::min(high, best) - first) * 0.25f;
+      if (count_low - count_high <= 1024 || round == 4 || !(first + step > first)) break;
+      at = {first + step, first + 2 * step, first + 3 * step};
+      if (low == lowest && high < kInf && high - first > 16 * reach) {  // nothing below it is known: look near it first
+        at = {high - 6 * reach, high - 2.5f * reach, high - reach};
+        reach *= 4;
+      }
     }
     int64_t count = gather<true>(low, high);
-    return nucleus_of(sc.candidates.need(0), count, limit - above);
+    Candidate* x = sc.candidates.need(0);
+    float tau = nucleus_of(x, count, most - above);
+    if (least == most || nucleus_of(x, count, least - above) == tau) return tau;
+    return nucleus_of(x, count, mass_limit(p, mass_from(lowest, c)) - above);
   }
 
   // After filter(false) with top-p: race, and where the winner lies outside the nucleus, so does everything of its
-  // score or less; race again above it. Exact, and 1 / top_p races on average. Most winners are inside whatever the
-  // many unlikely tokens weigh, and then those are not looked at.
+  // score or less; race again above it. Exact, and 1 / top_p races on average. A winner is known to be inside as soon as
+  // enough mass is known, and then the many unlikely tokens are not looked at.
   Winner peel(const Source& source) {
-    const float c = filters.c;
-    total = 0;
+    const float c = filters.c, p = filters.top_p;
+    int64_t limit = 0;
     for (;;) {
       Winner w = draw(source);
-      float above = std::nextafter(w.score, kInf);
-      if (!total) {
-        float floor = std::max(lowest_of_k, std::min(above, depths<1>({0.98})[0]));
-        Masses<2> m = masses<2>({lowest_of_k, above}, floor, c);
-        if (m.of[1] < mass_limit(filters.top_p, m.of[0])) return w;
-        total = mass_from(lowest_of_k, c);
-        limit = mass_limit(filters.top_p, total);
-        if (m.of[1] < limit) return w;
-      } else if (mass_from(above, c) < limit) {
+      const float over = std::nextafter(w.score, kInf);
+      if (!limit) {
+        Masses<2> m = masses<2>({lowest_of_k, over}, over, c);
+        const int64_t above = m.of[1];
+        if (above < mass_limit(p, m.of[0])) return w;
+        const Depths guess = depths();
+        const double share = 1.05 * 0x1p-40 * static_cast<double>(above) / (p * guess.all) + 0.02;
+        if (share < 1 && above < mass_limit(p, mass_from(lowest_of_k, c, guess.at(share)))) return w;
+        limit = mass_limit(p, mass_from(lowest_of_k, c));
+        if (above < limit) return w;
+      } else if (mass_from(over, c) < limit) {
         return w;
       }
-      lowest = above;
+      lowest = over;
     }
   }
 
@@ -339,7 +354,7 @@ struct Row {
     scorer.tuned_lse = own(scorer.tuned);
     std::swap(filters.c, own_c);
     lowest = -kInf;
-    scorer.nucleus = nucleus_score(upscale_top_p);
+    scorer.nucleus = nucleus_score(upscale_top_p, 0);
     std::swap(filters.c, own_c);
     scorer.shift = shift;
   }

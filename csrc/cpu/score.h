@@ -127,17 +127,21 @@ bool chunk_scores(const Input* in, int64_t first, float* group_max, float* out) 
   vf w[J], m[kGroups], bad0{}, bad1{};
   for (int j = 0; j < J; ++j) z[j] = reinterpret_cast<const T*>(in[j].data) + first, w[j] = broadcast(in[j].w);
   for (int g = 0; g < kGroups; ++g) {
-    for (int j = 0; j < J; ++j)
-      for (int line = 0; line < kGroup * static_cast<int>(sizeof(T)); line += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(z[j] + g * kGroup) + kAhead + line);
-    for (int i = g * kGroup; i < (g + 1) * kGroup; i += 2 * W) {
+    vf best[2] = {broadcast(-kInf), broadcast(-kInf)};
+#pragma GCC unroll 8
+    for (int k = 0; k < kGroup; k += 2 * W) {
+      const int i = g * kGroup + k;
+      for (int j = 0; j < J; ++j)
+        if (k * sizeof(T) % 64 == 0) __builtin_prefetch(reinterpret_cast<const char*>(z[j] + i) + kAhead);
       vf a, b;
       combine<T, J, Unit, false>(z, w, i, a, b);
-      m[g] = i == g * kGroup ? maximum(a, b) : maximum(m[g], maximum(a, b));
+      best[0] = k ? maximum(best[0], a) : a;
+      best[1] = k ? maximum(best[1], b) : b;
       bad0 = fused(a, vf{}, bad0);  // NaN from infinities and NaN
       bad1 = fused(b, vf{}, bad1);
       if (Keep) store(out + i, a), store(out + i + W, b);
     }
+    m[g] = maximum(best[0], best[1]);
   }
   max_of_8(m, group_max);
   return !any_bits(bad0 + bad1 != vf{});
