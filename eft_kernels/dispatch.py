@@ -85,3 +85,12 @@ def _choose(name: str, device_type: str) -> ModuleType:
 def choose(name: str, device: torch.device) -> ModuleType:
     """The module that runs ``name`` ("auto" or a backend) for tensors on ``device``; ValueError says why it cannot."""
     return _choose(name, device.type)
+
+
+@cache
+def shortcut(function: str, name: str):
+    """What the backend for CPU tensors offers to call before arguments are checked (backends/cpu.py), or None."""
+    try:
+        return getattr(_choose(name, "cpu"), function, None)
+    except ValueError:
+        return None  # choose() will say why

@@ -70,13 +70,22 @@ def _implementation(name: str):
     return run
 
 
+def _plain() -> bool:
+    """Nothing listens to the dispatcher (which costs more than a small kernel)."""
+    return not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack() and \
+        torch._C._functorch.peek_interpreter_stack() is None
+
+
 def _call(name: str, logits, p: Params, *args, backend: str):
-    """The operator; without the dispatcher (which costs more than a small kernel) where nothing listens to it."""
-    if not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack() and \
-            torch._C._functorch.peek_interpreter_stack() is None and \
-            all(type(z) is torch.Tensor or type(z) is torch.nn.Parameter for z in logits):
+    """The operator; without the dispatcher where nothing listens to it."""
+    if _plain() and all(type(z) is torch.Tensor or type(z) is torch.nn.Parameter for z in logits):
         return getattr(dispatch.choose(backend, logits[0].device), name)(logits, p, *args)
     return getattr(torch.ops.eft_kernels, name)(logits, *_flatten(p), *args, backend)
+
+
+def _values(weights):
+    weights = weights if type(weights) is Weights else Weights(weights)
+    return weights.tensor if weights.values is None else weights.values
 
 
 def _fake_sample(logits, *args):
@@ -186,6 +195,12 @@ def sample(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
     Returns: `SampleOutput`. A row with NaN, +inf, or nothing left gives token -1 and valid False, that row alone.
     Raises: ValueError naming the argument, before anything is computed.
     """
+    if seed is not None and _plain() and (shortcut := dispatch.shortcut("try_sample", backend)):
+        out = shortcut(logits, _values(weights), temperature, top_k, top_p, min_p, upscale_top_p, seed, position,
+                       token_mask, vocab_size, tuned, 0 if stream == "sample" else 1 if stream == "draft" else None,
+                       slot, logprobs, top_logprobs, diagnostics)
+        if out is not None:
+            return SampleOutput(*out)
     logits, vocab_size = check_logits(logits, 2, vocab_size)
     rows, device = logits[0].shape[0], logits[0].device
     if stream not in STREAM_NAMES:
@@ -226,6 +241,12 @@ def verify(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
 
     Returns: `VerifyOutput`. Raises: ValueError naming the argument, before anything is computed.
     """
+    if seed is not None and _plain() and method in METHODS and (shortcut := dispatch.shortcut("try_verify", backend)):
+        out = shortcut(logits, _values(weights), temperature, top_k, top_p, min_p, upscale_top_p, seed, position,
+                       token_mask, vocab_size, tuned, draft_tokens, draft_lengths, METHODS.index(method),
+                       -1 if draft is None else draft, logprobs)
+        if out is not None:
+            return VerifyOutput(*out)
     logits, vocab_size = check_logits(logits, 3, vocab_size)
     rows, slots = logits[0].shape[:2]
     device = logits[0].device

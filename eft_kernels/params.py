@@ -101,7 +101,7 @@ def check_logits(logits, dims: int, vocab_size: int | None) -> tuple[list[torch.
         raise ValueError(f"vocab_size: got {vocab_size}, allowed is 1 to {shortest} (the shortest model's logits)")
     if vocab_size > MAX_VOCAB:
         raise ValueError(f"vocab_size: got {vocab_size}, allowed is at most {MAX_VOCAB}")
-    return out, vocab_size
+    return out, int(vocab_size)
 
 
 def check_params(logits, weights, rows, vocab_size, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import eft_kernels as eft
-from eft_kernels import ops
+from eft_kernels import dispatch, ops
 from eft_kernels.params import SPECS
 
 V, B, K = 40, 3, 2
@@ -40,13 +40,13 @@ NOISE = dict(seed=torch.tensor([1, 2, 3]), position=torch.tensor([0, 5, 1 << 40]
 
 def op_arguments(name, backend):
     """Several sets of arguments of ``torch.ops.eft_kernels.<name>``."""
-    seen, call = [], ops._call
+    seen, call, shortcut = [], ops._call, dispatch.shortcut
 
     def record(name, logits, p, *args, backend):
         seen.append((logits, *ops._flatten(p), *args, backend))
         return call(name, logits, p, *args, backend=backend)
 
-    ops._call = record
+    ops._call, dispatch.shortcut = record, lambda *args: None
     try:
         for dtype in (torch.float32, torch.bfloat16):
             z, zz = models(B, V, dtype=dtype), models(B, K + 1, V, dtype=dtype)
@@ -67,9 +67,40 @@ def op_arguments(name, backend):
                 else:
                     eft.token_logprobs(z, eft.upscale(), torch.tensor([[1, 2], [3, 4], [0, 39]]), **kwargs)
     finally:
-        ops._call = call
+        ops._call, dispatch.shortcut = call, shortcut
     assert len(seen) >= 6
     return seen
+
+
+@pytest.mark.skipif(not eft.backends()["cpu"]["available"], reason="the C++ extension is not built")
+def test_shortcut_takes_the_usual_and_agrees(monkeypatch):
+    """The usual calls go past the checks in Python, give the same, and nothing unusual passes."""
+    z, zz, drafts = models(B, V), models(B, K + 1, V), torch.tensor([[1, 2], [3, 4], [5, 6]])
+    seen = []
+
+    def both(function, *args, **kwargs):
+        monkeypatch.setattr(ops, "_call", lambda *args, **kwargs: pytest.fail("the shortcut did not take it"))
+        quick = function(*args, **kwargs)
+        monkeypatch.undo()
+        monkeypatch.setattr(dispatch, "shortcut", lambda *args: None)
+        slow = function(*args, **kwargs)
+        monkeypatch.undo()
+        for name, x, y in zip(quick._fields, quick, slow):
+            assert (x is None) == (y is None), name
+            if x is not None:
+                torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+        seen.append(quick)
+
+    for kwargs in (dict(seed=1), dict(seed=-1, position=7, temperature=1, top_p=1), dict(TENSORS, **NOISE),
+                   dict(seed=2, top_logprobs=3, diagnostics=True), dict(seed=3, token_mask=mask(B), vocab_size=33 + 7),
+                   dict(seed=4, stream="draft", slot=2, logprobs=False)):
+        both(eft.sample, z, eft.upscale(), **kwargs)
+        both(eft.sample, tuple(z), torch.ones(B, 3), **kwargs)
+    for kwargs in (dict(draft_lengths=torch.tensor([2, 0, 1])), dict(method="coupled", draft=None, logprobs=True)):
+        both(eft.verify, zz, eft.upscale(), drafts, seed=5, **kwargs)
+    both(eft.sample, [torch.nn.Parameter(x) for x in z], eft.upscale(), seed=1)
+    both(eft.sample, [x.requires_grad_() for x in z], eft.upscale(), seed=1)
+    assert torch.equal(seen[0].tokens, seen[-1].tokens)
 
 
 @pytest.mark.parametrize("name", sorted(ops.SCHEMAS))

@@ -46,7 +46,8 @@ struct SampleCall : Call {
 };
 
 struct VerifyCall : Call {
-  const int64_t *draft_tokens, *draft_lengths;
+  const int64_t* draft_tokens;
+  PerRow<int64_t> draft_lengths;
   int method, draft;  // draft: a model, or -1
   int64_t* tokens;
   int64_t* emitted;

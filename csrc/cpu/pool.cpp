@@ -9,6 +9,9 @@
 #include <thread>
 
 namespace eft {
+
+std::atomic<int64_t> scratch_bytes{0};
+
 namespace {
 
 struct Job {

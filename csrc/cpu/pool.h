@@ -1,8 +1,11 @@
 // A small thread pool: blocks of one job are taken from a shared counter, the caller works too.
 #pragma once
+#include <atomic>
 #include <cstdint>
 
 namespace eft {
+
+extern std::atomic<int64_t> scratch_bytes;  // what all threads' buffers hold (score.h)
 
 // Runs body(context, i) for i in [0, n) on up to `threads` threads; returns when all are done. A nested or concurrent
 // call runs on its own thread alone.

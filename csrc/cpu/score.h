@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "kernels.h"
+#include "pool.h"
 #include "simd.h"  // before semantics/: its templates find the vector overloads here
 
 #include "../semantics/mass.h"
@@ -30,18 +31,24 @@ constexpr float kLowestMass = -41.0f;        // base-2 exponents below this have
 template <class T>
 class Buffer {
  public:
-  ~Buffer() { free(data_); }
+  ~Buffer() { release(); }
   T* need(int64_t n) {
     if (n > size_) {
-      free(data_);
+      release();
       size_ = n + n / 4;
-      data_ = static_cast<T*>(aligned_alloc(64, (size_ * sizeof(T) + 63) / 64 * 64));
+      data_ = static_cast<T*>(aligned_alloc(64, bytes()));
       if (!data_) abort();
+      scratch_bytes += bytes();
     }
     return data_;
   }
 
  private:
+  int64_t bytes() const { return (size_ * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64; }
+  void release() {
+    if (data_) scratch_bytes -= bytes();
+    free(data_);
+  }
   T* data_ = nullptr;
   int64_t size_ = 0;
 };

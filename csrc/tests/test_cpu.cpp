@@ -216,7 +216,7 @@ void sample(const Kernels& k, const Call& call, int threads, int what, int64_t n
 void verify(const Kernels& k, const Inputs& in, int threads, int method, int draft, VerifyResult& r) {
   VerifyCall c{};
   static_cast<Call&>(c) = in.call;
-  c.threads = threads, c.draft_tokens = in.drafts.data, c.draft_lengths = in.lengths.data, c.method = method;
+  c.threads = threads, c.draft_tokens = in.drafts.data, c.draft_lengths = {in.lengths.data, 0}, c.method = method;
   c.draft = draft, c.tokens = r.tokens.data, c.emitted = r.emitted.data, c.valid = r.valid.data;
   c.logprobs = r.lp.data, c.raw_logprobs = r.raw.data;
   k.verify(c);
