@@ -140,17 +140,23 @@ def heat_plot(shapes: dict[Shape, Group], names: list[str]) -> Figure:
 def speculation_plot(shapes: dict[Shape, Group]) -> Figure:
     """Acceptance and wall clock relative to plain decoding, against K."""
     gains = speculation(shapes)
+    others = {n: found for n in STYLE if n not in OURS and (found := speculation(shapes, n))}
     first, ks = next(iter(gains)), sorted({s.draft_tokens for s in gains})
     fig, axes = canvas(3.9, f"{first.op}: what speculation brings, B = {first.batch}, {config(first)}",
                        about(first, "vocab", "models", "dtype"), 2)
-    fig.subplots_adjust(left=0.07, right=0.9, top=0.76, bottom=0.14, wspace=0.52)
+    fig.subplots_adjust(left=0.065, right=0.87, top=0.76, bottom=0.14, wspace=0.5)
+    top = 1.12 * max(1.0, *gains.values(), *(y for found in others.values() for y in found.values()))
     panels = [("accepted drafts", lambda s: timed(shapes[s], "eft")["acceptance"], percent),
               ("speed over plain decoding (wall clock)", gains.get, lambda y: f"{y:g}x")]
     for i, (ax, (title, value, form)) in enumerate(zip(axes, panels)):
-        ax.set_ylim(0, 1.12 * max(1.0, *gains.values()) if i else 1.02)
+        ax.set_ylim(0, top if i else 1.02)
         ends = [(ks[-1], 1.0, "plain", GREY)] if i else []
         if i:
             ax.axhline(1, color=GREY, lw=1.4, ls=DASHED)
+            for name, found in others.items():  # one without drafts is a level line
+                points = [(k, y) for s, y in found.items() for k in ([s.draft_tokens] if s.draft_tokens else ks)]
+                ax.plot(*zip(*points), color=STYLE[name][1], lw=1.6)
+                ends.append((*points[-1], name_of(name), STYLE[name][1]))
         for method, (colour, marker) in METHODS.items():
             points = [(s.draft_tokens, y) for s in gains if s.variant == method and (y := value(s)) is not None]
             if points:

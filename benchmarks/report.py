@@ -29,7 +29,7 @@ STYLE = {  # implementation: name, colour (Okabe and Ito's, and two of Tol's: co
     "vllm": ("vLLM", "#882255"),
     "sglang": ("SGLang", "#999933"),
     "assisted": ("HF assisted", "#D55E00"),
-    "stateless": ("no cache", "#009E73"),
+    "stateless": ("HF processor", "#009E73"),
 }
 
 
@@ -181,12 +181,12 @@ GOALS = [
 ]
 
 
-def speculation(shapes: dict[Shape, Group]) -> dict[Shape, float]:
-    """Wall clock of plain decoding over that of each speculative shape."""
-    rows = {s: row for s, g in shapes.items() if s.op == "generate" and (row := timed(g, "eft"))}
-    plain = {s._replace(variant="", draft_tokens=None): r["median_us"] for s, r in rows.items() if s.variant == "plain"}
-    keys = {s: s._replace(variant="", draft_tokens=None) for s in rows}
-    return {s: plain[k] / rows[s]["median_us"] for s, k in keys.items() if s.variant != "plain" and k in plain}
+def speculation(shapes: dict[Shape, Group], name: str = "eft") -> dict[Shape, float]:
+    """Our wall clock of plain decoding over that of ``name``, for everything but our own plain decoding."""
+    keys = {s: s._replace(variant="", draft_tokens=None) for s in shapes if s.op == "generate"}
+    plain = {keys[s]: r["median_us"] for s in keys if s.variant == "plain" and (r := timed(shapes[s], "eft"))}
+    return {s: plain[k] / row["median_us"] for s, k in keys.items() if k in plain and (row := timed(shapes[s], name))
+            and (name, s.variant) != ("eft", "plain")}
 
 
 def goals(shapes: dict[Shape, Group], kind: str) -> list[list[str]]:
@@ -273,21 +273,26 @@ def op_table(shapes: dict[Shape, Group]) -> list[str]:
     return [shared + ".", "", *table(["**ours**" if h == "ours" else h for h in header], lines)]
 
 
-def generate_table(shapes: dict[Shape, Group]) -> list[str]:
+def generate_cells(shapes: dict[Shape, Group]) -> tuple[str, list[str], list[list[str]]]:
     shared, columns = hoist(list(shapes), ("op", "variant", "draft_tokens"))
-    gains, lines = speculation(shapes), []
-    for s, g in shapes.items():
-        for name, row in g.items():
-            if row["status"] == "measured":
+    gains, lines = {name: speculation(shapes, name) for g in shapes.values() for name in g}, []
+    for name in dict.fromkeys([*STYLE, *gains]):
+        for s, g in shapes.items():
+            if row := timed(g, name):
                 share, speed = row["acceptance"], row["tokens_per_s"]
                 lines.append([name_of(name), s.variant, s.draft_tokens or "-",
                               *("-" if getattr(s, c) is None else getattr(s, c) for c in columns),
                               us(row["median_us"]), f"{us(row['p20_us'])}..{us(row['p80_us'])}",
                               "-" if speed is None else f"{speed:.4g}", "-" if share is None else percent(share),
-                              times(gains[s]) if name == "eft" and s in gains else "-"])
+                              times(gains[name][s]) if s in gains[name] else "-"])
     header = ["implementation", "method", "K", *(HEADS.get(c, c) for c in columns), "wall clock", "p20..p80",
               "tokens/s", "accepted", "over plain"]
-    return [shared + ".", "", *table(*dense(header, lines), left=2)]
+    return shared, *dense(header, lines)
+
+
+def generate_table(shapes: dict[Shape, Group]) -> list[str]:
+    shared, header, lines = generate_cells(shapes)
+    return [shared + ".", "", *table(header, lines, left=2)]
 
 
 def untimed(shapes: dict[Shape, Group]) -> list[str]:

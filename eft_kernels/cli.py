@@ -84,7 +84,7 @@ def parser() -> Parser:
     p = command("bench", "time of our operations here, beside PyTorch and others",
                 "Times our operations beside other implementations, interleaved, and only after the tokens are right. "
                 "What is given stands in place of the suite's own values. An unknown name lists what there is.")
-    p.add_argument("--suite", metavar="NAME", help="quick (default, about a minute), cpu, gpu or all")
+    p.add_argument("--suite", metavar="NAME", help="quick (default, about a minute), cpu, gpu, generate or all")
     for name, kind, metavar, text in [("op", str, "NAME", "operation"), ("batch", positive, "B", "rows"),
                                       ("vocab", positive, "V", "vocabulary"), ("threads", positive, "N", "CPU threads"),
                                       ("against", str, "NAME", "implementation to measure beside ours")]:
@@ -95,7 +95,8 @@ def parser() -> Parser:
     group = p.add_argument_group("one run against another (files or folders of such rows)")
     group.add_argument("--compare", nargs=2, metavar=("A", "B"), help="ratios B / A, and whether they are noise")
     group.add_argument("--check", nargs="+", metavar=("A", "B"),
-                       help="the same, and exit code 1 when ours is slower in B (without B: measured now)")
+                       help="the same, and exit code 1 when ours is slower in B (without B: A's shapes are measured now, "
+                            "but no whole generations)")
 
     p = command("doctor", "what is installed, which backends are here and why another is not")
     p.add_argument("--json", action="store_true")

@@ -458,7 +458,10 @@ BAD = {
     "bench vocabulary": (["bench", "--vocab", "10"], "--vocab: got 10"),
     "bench threads": (["bench", "--threads", "0"], "--threads: got '0'"),
     "bench cores": (["bench", "--threads", "10000"], "--threads: got 10000, allowed is 1 to "),
-    "bench suite": (["bench", "--suite", "slow"], "--suite: got 'slow', allowed is quick, cpu, gpu, all"),
+    "bench suite": (["bench", "--suite", "slow"], "--suite: got 'slow', allowed is quick, cpu, gpu, all, generate"),
+    **({} if torch.cuda.is_available() else {
+        "bench without a GPU": (["bench", "--suite", "gpu"], "--suite gpu: no CUDA device is here")}),
+    "bench generations of ops": (["bench", "--suite", "generate", "--op", "sample"], "there is no choice of --op"),
     "bench op": (["bench", "--op", "fry"], "--op: got 'fry', allowed is sample, verify"),
     "bench baseline": (["bench", "--against", "magic"], "--against: got 'magic', allowed is eager"),
     "bench op of a suite": (["bench", "--suite", "quick", "--op", "verify"], "no shape is all of that"),

@@ -68,6 +68,8 @@ def suite(kind="cpu"):
             faster = 1 + (gain - 1) * (k / 4) ** 0.5 * (1 if k < 8 else 0.6)
             rows.append(row(variant=m, us=2e6 / faster, draft_tokens=k, acceptance=share ** (k ** 0.4),
                             tokens_per_s=128 * faster, **text))
+    rows += [row("assisted", variant="token", us=5e6, draft_tokens=k, tokens_per_s=51.2, **text) for k in (1, 2, 4, 8)]
+    rows.append(row("stateless", variant="plain", us=4e6, tokens_per_s=64.0, **text))
     rows.append(missing("absent", "no module named sglang", implementation="sglang", kind=kind))
     rows.append(missing("disagrees", "p = 1e-9 | draws token 7", implementation="vllm", variant="min_p", kind=kind))
     return rows
@@ -130,6 +132,8 @@ def test_tables_hold_the_rows(rendered):
     assert [c["K"] for c in section(page, "verify, token")] == ["1", "4", "8"]
     block = next(c for c in section(page, "generate") if (c["method"], c["K"]) == ("block", "4"))
     assert block["over plain"] == "1.70x" and block["accepted"] == "72%"
+    others = {(c["implementation"], c["over plain"]) for c in section(page, "generate")}
+    assert others >= {("eft-kernels", "-"), ("HF assisted", "0.40x"), ("HF processor", "0.50x")}
     assert "- SGLang, absent (sample plain): no module named sglang" in page
     assert "- vLLM, disagrees (sample min_p): p = 1e-9 | draws token 7" in page
     assert "commit 0123456789ab, run r1: AMD EPYC, 2 cores, avx2" in page

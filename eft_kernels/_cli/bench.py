@@ -42,10 +42,10 @@ def run(args) -> int:
     if files and len(files) == 2 and (args.json or args.rounds):
         raise Refused("--json, --rounds: nothing is measured where two files are compared")
     if not files:
-        print_rows(measure(chosen(args), args))
+        print_rows(measure(*chosen(args), args))
         return 0
     compare, before = load("compare"), read(files[0])
-    after = read(files[1]) if len(files) == 2 else measure(same_as(before, files[0], args.rounds), args)
+    after = read(files[1]) if len(files) == 2 else measure(same_as(before, files[0], args.rounds), None, args)
     lines = compare.compare(before, after)
     if not lines:
         raise Refused(f"{' and '.join(files)}: no measurement in common")
@@ -62,10 +62,11 @@ def read(path: str) -> list[dict]:
         raise Refused(str(error)) from None
 
 
-def chosen(args) -> list:
-    """The shapes that the options ask for."""
+def chosen(args) -> tuple[list, dict | None]:
+    """The shapes and the whole generations that the options ask for."""
     main, registry, device = load("__main__"), load("registry"), load("device")
-    allowed = dict(suite=registry.SUITES, op=registry.OPS, against=[b.name for b in load("baselines").BASELINES])
+    allowed = dict(suite=dict.fromkeys([*registry.SUITES, *main.GENERATIONS]), op=registry.OPS,
+                   against=[b.name for b in load("baselines").BASELINES])
     for name, names in allowed.items():
         value = getattr(args, name) or []
         for one in [value] if isinstance(value, str) else value:
@@ -78,14 +79,19 @@ def chosen(args) -> list:
         if threads > len(device.cores()):
             raise Refused(f"--threads: got {threads}, allowed is 1 to {len(device.cores())}, the cores of this process")
     rest = dict.fromkeys(("variant", "models", "dtype", "logits", "draft_tokens", "device"))
+    options = argparse.Namespace(**rest, rounds=args.rounds, **{n: getattr(args, n) for n in CHOICES})
     try:
-        return main.select(argparse.Namespace(**rest, rounds=args.rounds, **{n: getattr(args, n) for n in CHOICES}))
+        shapes = [] if args.suite == "generate" else main.select(options)
+        generations = main.generations(options)
     except load("run").Refused as error:
         raise Refused(str(error)) from None
+    if device.default_kind() == "cpu" and any(s.device == "cuda" for s in shapes):
+        raise Refused(f"--suite {args.suite}: no CUDA device is here; quick and cpu measure the CPU")
+    return shapes, generations
 
 
 def same_as(rows: list[dict], path: str, rounds: int | None) -> list:
-    """What ``rows`` measured of our operators on a device like this one, against the same baselines."""
+    """What ``rows`` measured of our operators on a device like this one, against the same baselines; no generations."""
     registry, report, device = load("registry"), load("report"), load("device")
     here = {kind: device.environment("", kind)["device"] for kind in {"cpu", device.default_kind()}}
     shapes = []
@@ -100,7 +106,7 @@ def same_as(rows: list[dict], path: str, rounds: int | None) -> list:
     return shapes
 
 
-def measure(shapes: list, args) -> list[dict]:
+def measure(shapes: list, generations: dict | None, args) -> list[dict]:
     runs, saved = load("run"), args.json and Path(args.json)
     command = " ".join(["eft-kernels", *sys.argv[1:]])
     try:
@@ -108,9 +114,13 @@ def measure(shapes: list, args) -> list[dict]:
             runs.refuse_dirty()
             if not os.access(saved.resolve().parent, os.W_OK) or saved.is_dir():
                 raise Refused(f"--json {saved}: cannot write it")
-        with Progress("measuring", len(shapes)) as progress:
+        with Progress("measuring", len(shapes) or 1) as progress:
             tell = (lambda done, total, label: progress.at(done, label)) if progress.on else runs.on_stderr
-            rows = runs.run(shapes, getattr(args, "against", None), command, tell)
+            rows = runs.run(shapes, args.against, command, tell)
+            if generations:
+                more = load("generate").measure(**generations, command=command, tell=runs.on_stderr if not progress.on
+                                                else lambda done, total, label: progress.at(progress.total, label))
+                rows += [row | {"run": (rows or more)[0]["run"]} for row in more]
         if saved:
             runs.write_rows(rows, saved)
         return rows
@@ -124,15 +134,20 @@ def measure(shapes: list, args) -> list[dict]:
 def print_rows(rows: list[dict]) -> None:
     report, r = load("report"), rows[0]
     shapes = report.newest(rows)
-    shared, header, lines = report.cells(shapes)
-    keep = [i for i, name in enumerate(header) if name not in WIDE]
-    print(table([header[i] for i in keep], [[line[i] for i in keep] for line in lines]))
+    for cells, part in ((report.cells, {s: g for s, g in shapes.items() if s.op != "generate"}),
+                        (report.generate_cells, {s: g for s, g in shapes.items() if s.op == "generate"})):
+        if part:
+            shared, header, lines = cells(part)
+            keep = [i for i, name in enumerate(header) if name not in WIDE]
+            print(table([header[i] for i in keep], [[line[i] for i in keep] for line in lines]))
+            print("  " + paint(shared, DIM))
     rates = dict.fromkeys(f"{x['bandwidth_gbs']:.3g} GB/s" for x in rows if x["bandwidth_gbs"])
-    about = [shared, r["device"], f"backend {r['backend']}", *rates, f"eft-kernels {r['eft_kernels']}",
+    about = [r["device"], f"backend {r['backend']}", *rates, f"eft-kernels {r['eft_kernels']}",
              f"torch {r['torch']}", f"commit {r['commit'][:12]}{' with changes' if r['dirty'] else ''}"
              if r["commit"] else "installed package"]
     print("  " + paint(", ".join(about), DIM))
-    print("  of floor: what reading the logits once takes at that bandwidth, over our time; combine + max: the same\n"
-          "  kernel without noise and filters; in brackets how many times our time an implementation takes")
+    if rates:
+        print("  of floor: what reading the logits once takes at that bandwidth, over our time; combine + max: the same\n"
+              "  kernel without noise and filters; in brackets how many times our time an implementation takes")
     for line in report.untimed(shapes):
         print(f"  {line}")
