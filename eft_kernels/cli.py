@@ -95,8 +95,8 @@ def parser() -> Parser:
     group = p.add_argument_group("one run against another (files or folders of such rows)")
     group.add_argument("--compare", nargs=2, metavar=("A", "B"), help="ratios B / A, and whether they are noise")
     group.add_argument("--check", nargs="+", metavar=("A", "B"),
-                       help="the same, and exit code 1 when ours is slower in B (without B: A's shapes are measured now, "
-                            "but no whole generations)")
+                       help="the same, and exit code 1 when ours is slower in B (without B: A's shapes are measured "
+                            "now, but no whole generations)")
 
     p = command("doctor", "what is installed, which backends are here and why another is not")
     p.add_argument("--json", action="store_true")

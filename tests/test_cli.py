@@ -491,7 +491,7 @@ def test_bad_input_is_one_line_and_code_2(case, zoo, family, bad_files, capsys, 
     argv, expected = BAD[case]
     own = {a for a in argv if a.startswith("--")}
     argv = [y for a in argv for y in (models(zoo) if a == "{models}" else [a])]
-    if "generate" in argv and not own & {"--prompt", "--batch-file"}:
+    if "generate" in argv[:1] and not own & {"--prompt", "--batch-file"}:
         argv += ["--prompt", "go"]
     if "--ref" in own and "{models}" in BAD[case][0]:  # the case's own --ref replaces the good one
         at = argv.index("--ref")

@@ -20,12 +20,15 @@ WIDE = ("floor", "launches", "peak memory")  # left to the report
 
 
 def load(name: str):
-    """A module of the benchmarks."""
-    if PACKAGE not in sys.modules and importlib.util.find_spec(PACKAGE) is None:
-        init = Path(__file__).resolve().parents[2] / "benchmarks" / "__init__.py"
-        if not init.is_file():
-            raise Refused(f"the benchmarks are not here: neither {PACKAGE} nor {init}; install eft-kernels again")
-        spec = importlib.util.spec_from_file_location(PACKAGE, init, submodule_search_locations=[str(init.parent)])
+    """A module of the benchmarks that belong to this very package: an editable install may know those of another."""
+    if PACKAGE not in sys.modules:
+        here = Path(__file__).resolve().parents[1]
+        places = [here / "_benchmarks", here.parent / "benchmarks"]
+        place = next((p for p in places if (p / "__init__.py").is_file()), None)
+        if place is None:
+            raise Refused(f"the benchmarks are not here: neither {places[0]} nor {places[1]}; install eft-kernels again")
+        spec = importlib.util.spec_from_file_location(PACKAGE, place / "__init__.py",
+                                                      submodule_search_locations=[str(place)])
         sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[PACKAGE])
     return importlib.import_module(f"{PACKAGE}.{name}")
@@ -147,7 +150,7 @@ def print_rows(rows: list[dict]) -> None:
              if r["commit"] else "installed package"]
     print("  " + paint(", ".join(about), DIM))
     if rates:
-        print("  of floor: what reading the logits once takes at that bandwidth, over our time; combine + max: the same\n"
-              "  kernel without noise and filters; in brackets how many times our time an implementation takes")
+        print("  of floor: what reading the logits once takes at that bandwidth, over our time; combine + max: the\n"
+              "  same kernel without noise and filters; in brackets how many times our time an implementation takes")
     for line in report.untimed(shapes):
         print(f"  {line}")
