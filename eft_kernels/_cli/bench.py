@@ -26,7 +26,7 @@ def load(name: str):
         places = [here / "_benchmarks", here.parent / "benchmarks"]
         place = next((p for p in places if (p / "__init__.py").is_file()), None)
         if place is None:
-            raise Refused(f"the benchmarks are not here: neither {places[0]} nor {places[1]}; install eft-kernels again")
+            raise Refused(f"no benchmarks: neither {places[0]} nor {places[1]} is here; install eft-kernels again")
         spec = importlib.util.spec_from_file_location(PACKAGE, place / "__init__.py",
                                                       submodule_search_locations=[str(place)])
         sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)
