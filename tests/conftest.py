@@ -65,3 +65,5 @@ def poison(monkeypatch):
         module = dispatch.load(name)
         if getattr(module, "torch", None) is torch:
             monkeypatch.setattr(module, "torch", Poisoned(torch))
+        if hasattr(module, "_cpu"):  # makes its outputs itself
+            module._cpu.set_poison(True)

@@ -175,6 +175,11 @@ struct Reader {
   void needs_tuned(const Call& c, bool needed) { need(!needed || (c.tuned >= 0 && c.tuned < c.models)); }
 };
 
+bool poison = false;  // outputs hold a mark until they are written: set_poison()
+void mark(int64_t* x, int64_t n) { std::fill(x, x + n, -77); }
+void mark(float* x, int64_t n) { std::fill(x, x + n, NAN); }
+void mark(bool* x, int64_t n) { std::fill(x, x + n, true); }
+
 void set_error(void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); }
 
 // The tensors that a call returns: made before it, given to a tuple after it.
@@ -202,6 +207,11 @@ class Outputs {
       data = static_cast<char*>(managed->tensor.data) + managed->tensor.byte_offset;
       failed_ = api->object_from_managed(managed, reinterpret_cast<void**>(&o)) != 0;
       if (failed_) return nullptr;
+      if (poison) {
+        int64_t elements = 1;
+        for (int64_t size : shape) elements *= size;
+        mark(static_cast<T*>(data), elements);
+      }
     } else {
       o = Py_None;
       Py_IncRef(o);
@@ -336,6 +346,12 @@ PyObject* attach(PyObject*, PyObject* const* args, Py_ssize_t n) {
   Py_RETURN_NONE;
 }
 
+// set_poison(bool): for tests
+PyObject* set_poison(PyObject*, PyObject* on) {
+  poison = on == Py_True;
+  Py_RETURN_NONE;
+}
+
 PyObject* scratch(PyObject*, PyObject*) { return PyLong_FromLongLong(scratch_bytes.load()); }
 
 // set_isa(name or None): the instruction set to use; returns its name, or raises ValueError where it is not here
@@ -372,6 +388,7 @@ PyMethodDef methods[] = {{"sample", EFT_FAST(sample), nullptr},
                          {"logprobs", EFT_FAST(logprobs), nullptr},
                          {"attach", EFT_FAST(attach), nullptr},
                          {"scratch_bytes", scratch, METH_NOARGS, nullptr},
+                         {"set_poison", set_poison, METH_O, nullptr},
                          {"set_isa", set_isa, METH_O, nullptr},
                          {"philox", EFT_FAST(philox), nullptr},
                          {nullptr, nullptr, 0, nullptr}};

@@ -20,16 +20,20 @@ struct Filters {
   bool any() const { return !greedy && (top_k > 0 || top_p < 1 || min_p > 0); }
 };
 
-// One (row, slot) through score, filter, race. Scores are computed again where they are needed again: only the groups
-// that can matter are. (Stored: where they are not a plain combination.)
+Scratch& scratch(int which) {  // 0: a row, 1: its draft, 2: one model of it
+  static thread_local Scratch all[3];
+  return all[which];
+}
+
+// One (row, slot) through score, filter, race. No score is kept: where scores are needed again, those of the groups that
+// can matter are computed again.
 struct Row {
   Scorer scorer;
-  Filters filters;
+  Filters filters{};
   Scratch& sc;
   int threads;
   float* group_max = nullptr;
   uint8_t* odd = nullptr;         // per chunk: scores come from Scorer::careful
-  const float* stored = nullptr;  // scores, or null
   bool valid = false;
   float best = -kInf, lowest = -kInf;
   float lowest_of_k = -kInf;     // what top-k alone keeps
@@ -51,14 +55,14 @@ struct Row {
     for (int b = 0; b < blocks(); ++b) body(b);
   }
 
-  // combine everything; want_raw, want_sum: also raw_sum, sum
+  // the first pass; want_raw, want_sum: also raw_sum, sum
   void score(bool want_raw, bool want_sum) {
     if (scorer.upscaled) prepare_upscaled();
-    const int n = scorer.chunks;
-    group_max = sc.group_max.need(int64_t{n} * kGroups);
-    odd = sc.odd.need(n);
-    float* keep = nullptr;
-    if (scorer.upscaled) stored = keep = sc.scores.need(int64_t{n} * kChunkSize);
+    combine(want_raw, want_sum);
+  }
+  void combine(bool want_raw, bool want_sum) {
+    group_max = sc.group_max.need(int64_t{scorer.chunks} * kGroups);
+    odd = sc.odd.need(scorer.chunks);
     struct Part {
       float best = -kInf;
       bool ok = true;
@@ -69,7 +73,7 @@ struct Row {
       alignas(64) float tmp[kChunkSize];
       Part part;
       for (int c = from; c < to; ++c) {
-        float* out = keep ? keep + int64_t{c} * kChunkSize : want_raw || want_sum ? tmp : nullptr;
+        float* out = want_raw || want_sum ? tmp : nullptr;
         part.ok &= scorer.chunk(c, group_max + c * kGroups, out, odd[c]);
         part.best = std::max(part.best, max_of_8(group_max + c * kGroups));
         if (want_raw) part.raw.add(out, part.best, kLog2e);
@@ -95,12 +99,11 @@ struct Row {
   void visit(int c, unsigned which, const Fn& fn) const {
     if (!which) return;
     alignas(64) float tmp[kChunkSize], unused[kGroups];
-    const float* s = stored ? stored + int64_t{c} * kChunkSize : nullptr;
-    if (!s && odd[c]) scorer.careful(c, tmp, unused), s = tmp;
+    if (odd[c]) scorer.careful(c, tmp, unused);
     for (; which; which &= which - 1) {
       int g = __builtin_ctz(which);
-      if (!s) scorer.group(c, g, tmp);
-      fn(g, s ? s + g * kGroup : tmp);
+      if (!odd[c]) scorer.group(c, g, tmp);
+      fn(g, odd[c] ? tmp + g * kGroup : tmp);
     }
   }
   unsigned reaching(int c, float low) const { return which_of_8(group_max + c * kGroups, low, 0, -kInf); }
@@ -132,6 +135,23 @@ struct Row {
     for (int b = 0; b < blocks(); ++b) total += parts[b];
     return total;
   }
+  // sum exp2((s - best) c), within kExpError
+  double about(float c) const {
+    ExpSum* parts = sc.parts<ExpSum>(blocks());
+    each_block([&](int block, int from, int to) {
+      alignas(64) float s[kChunkSize], unused[kGroups];
+      uint8_t is_odd;
+      ExpSum sum;
+      for (int k = from; k < to; ++k) {
+        scorer.chunk(k, unused, s, is_odd);
+        sum.add(s, best, c);
+      }
+      parts[block] = sum;
+    });
+    double sum = 0;
+    for (int b = 0; b < blocks(); ++b) sum += parts[b].total(best, c);
+    return sum;
+  }
   int64_t mass_from(float low, float c, float floor = -kInf) const {
     return masses<1>({low}, std::max(low, floor), c).of[0];
   }
@@ -155,6 +175,19 @@ struct Row {
       });
     return count;
   }
+
+  // what the mass above a token is compared with: the limit lies between these
+  struct Limits {
+    int64_t least, most;
+    explicit Limits(int64_t limit) : least(limit), most(limit) {}
+    static Limits of(float p, double about) {
+      Limits l(mass_limit(p, static_cast<int64_t>(about * (1 - kExpError) * 0x1p40)));
+      l.most = mass_limit(p, static_cast<int64_t>(about * (1 + kExpError) * 0x1p40) + 1);
+      return l;
+    }
+    bool decide(int64_t above) const { return above < least || above >= most; }
+  };
+  Limits exact_limits(float p) const { return Limits(mass_limit(p, mass_from(lowest, filters.c))); }
 
   // the k-th largest score: a lower bound from the best of disjoint chunks or groups, then the scores that reach it
   float kth(int64_t k) {
@@ -184,7 +217,9 @@ struct Row {
     if (f.greedy) return;
     if (f.top_k > 0) lowest = kth(f.top_k);
     lowest_of_k = lowest;
-    float tau = nucleus && f.top_p < 1 ? nucleus_score(f.top_p, f.top_k > 0 ? 0 : sum) : -kInf;
+    float tau = -kInf;
+    if (nucleus && f.top_p < 1)
+      tau = nucleus_score(f.top_p, f.top_k == 0 && sum > 0 ? Limits::of(f.top_p, sum) : exact_limits(f.top_p));
     if (f.min_p > 0) lowest = std::max(lowest, best + f.temperature * log(std::max(f.min_p, 0x1p-126f)));
     lowest = std::max(lowest, tau);
   }
@@ -218,17 +253,11 @@ struct Row {
   }
 
   // The smallest score of which the mass strictly above is below p of the mass of all scores >= lowest: thresholds that
-  // close in on it, then a selection among the few scores between them. `about`: that mass within kExpError where it is
-  // known (else 0); it decides nearly always, and where it does not, all masses are summed.
-  float nucleus_score(float p, double about) {
+  // close in on it, then a selection among the few scores between them. Limits that are apart decide nearly always;
+  // where they do not, all masses are summed.
+  float nucleus_score(float p, Limits limits) {
     const float c = filters.c, bottom = best + kLowestMass / c;
-    int64_t least, most;  // limits
-    if (about > 0) {
-      least = mass_limit(p, static_cast<int64_t>(about * (1 - kExpError) * 0x1p40));
-      most = mass_limit(p, static_cast<int64_t>(about * (1 + kExpError) * 0x1p40) + 1);
-    } else {
-      least = most = mass_limit(p, mass_from(lowest, c));
-    }
+    const auto [least, most] = limits;
     float low = lowest, high = kInf;
     float reach = 1 / c;
     int64_t above = 0, count_high = 0;  // mass and number of the scores from `high` on
@@ -262,31 +291,28 @@ struct Row {
   // enough mass is known, and then the many unlikely tokens are not looked at.
   Winner peel(const Source& source) {
     const float c = filters.c, p = filters.top_p;
-    int64_t limit = 0;
-    for (;;) {
+    Limits limits(0);
+    for (bool first = true;; first = false) {
       Winner w = draw(source);
       const float over = std::nextafter(w.score, kInf);
-      if (!limit) {
-        Masses<2> m = masses<2>({lowest_of_k, over}, over, c);
-        const int64_t above = m.of[1];
+      Masses<2> m = masses<2>({lowest_of_k, over}, over, c);
+      const int64_t above = m.of[1];
+      if (first) {
         if (above < mass_limit(p, m.of[0])) return w;
         const Depths guess = depths();
         const double share = 1.05 * 0x1p-40 * static_cast<double>(above) / (p * guess.all) + 0.02;
         if (share < 1 && above < mass_limit(p, mass_from(lowest_of_k, c, guess.at(share)))) return w;
-        limit = mass_limit(p, mass_from(lowest_of_k, c));
-        if (above < limit) return w;
-      } else if (mass_from(over, c) < limit) {
-        return w;
+        limits = filters.top_k > 0 ? Limits(mass_limit(p, mass_from(lowest_of_k, c))) : Limits::of(p, about(c));
       }
+      if (!limits.decide(above)) limits = Limits(mass_limit(p, mass_from(lowest_of_k, c)));
+      if (above < limits.least) return w;
       lowest = over;
     }
   }
 
-  // significands and right shifts of a chunk's masses: mass = q 2^16 >> n
-  void mass_chunk(int c, int32_t* q, int32_t* n) const {
-    alignas(64) float s[kChunkSize];
-    chunk(c, s);
-    for (int i = 0; i < kChunkSize; i += W) {
+  // significands and right shifts of a group's masses: mass = q 2^16 >> n
+  void mass_group(const float* s, int32_t* q, int32_t* n) const {
+    for (int i = 0; i < kGroup; i += W) {
       vf x = load(s + i);
       vi shift, significand = mass_parts(x, broadcast(best), broadcast(filters.c), shift);
       significand &= x >= broadcast(lowest);
@@ -311,60 +337,44 @@ struct Row {
   }
   float raw_logprob(float s) const { return (s - best) - static_cast<float>(std::log(raw_sum)); }
 
-  // Thresholds and constants of the up-scaling filter: every model's log-sum-exp and the tuned nucleus, over the tokens
-  // that are not excluded. Reads the logits again; then scores come from Scorer::careful.
+  // The up-scaling filter's constants: every model's log-sum-exp and the tuned nucleus, over the tokens not excluded.
   void prepare_upscaled() {
-    const int n = scorer.chunks;
     scorer.nucleus = -kInf;
     scorer.shift = 0;
-    float* s = sc.scores.need(int64_t{n} * kChunkSize);
-    float* z = sc.other.need(int64_t{n} * kChunkSize);
-    group_max = sc.group_max.need(int64_t{n} * kGroups);
-    uint8_t* ok = sc.odd.need(n);
-    each_block([&](int, int from, int to) {
-      for (int c = from; c < to; ++c) ok[c] = scorer.careful(c, s + int64_t{c} * kChunkSize, group_max + c * kGroups);
-    });
-    // invalid, and score() will say so
-    if (std::count(ok, ok + n, 0) || !(*std::max_element(group_max, group_max + n * kGroups) > -kInf)) return;
-    auto own = [&](const Input& in) {  // one model's logits as the scores of this row
-      each_block([&](int, int from, int to) {
-        for (int c = from; c < to; ++c) {
-          const float* on = s + int64_t{c} * kChunkSize;
-          float* out = z + int64_t{c} * kChunkSize;
-          widen(in, int64_t{c} * kChunkSize, std::min(kChunkSize, scorer.vocab - c * kChunkSize), out);
-          vf m[kGroups];
-          for (vf& x : m) x = broadcast(-kInf);
-          for (int i = 0; i < kChunkSize; i += W) {
-            vf x = select(load(on + i) == broadcast(-kInf), broadcast(-kInf), load(out + i));
-            store(out + i, x);
-            m[i / kGroup] = maximum(m[i / kGroup], x);
-          }
-          max_of_8(m, group_max + c * kGroups);
-        }
-      });
-      stored = z;
-      best = *std::max_element(group_max, group_max + n * kGroups);
-      return best + log_total(mass_from(-kInf, kLog2e));
+    combine(false, false);
+    if (!valid) return;
+    auto alone = [&](const Input& in) {
+      Row one(scratch(2), threads);
+      one.scorer.vocab = scorer.vocab;
+      one.scorer.mask = scorer.mask;
+      one.scorer.outer = &scorer;
+      one.scorer.outer_odd = odd;
+      one.scorer.in[one.scorer.models++] = {in.data, in.dtype, 1.0f};
+      one.scorer.finish();
+      one.filters.c = kLog2e;
+      one.combine(false, false);
+      return one;
     };
-    float shift = 0, own_c = kLog2e;
+    auto log_sum_exp = [](const Row& r, int64_t total) { return r.best + log_total(total); };
+    Row tuned = alone(scorer.tuned);
+    const int64_t total = tuned.mass_from(-kInf, kLog2e);
+    const float lse = log_sum_exp(tuned, total);
+    const float nucleus = tuned.nucleus_score(upscale_top_p, Limits(mass_limit(upscale_top_p, total)));
+    float shift = 0;
     for (int j = 0; j < scorer.models; ++j) {
-      float part = scorer.in[j].w * own(scorer.in[j]);
-      shift = j ? shift + part : part;
+      float own = lse;
+      if (scorer.in[j].data != scorer.tuned.data) {
+        const Row r = alone(scorer.in[j]);
+        own = log_sum_exp(r, r.mass_from(-kInf, kLog2e));
+      }
+      shift = j ? shift + scorer.in[j].w * own : scorer.in[j].w * own;
     }
-    scorer.tuned_lse = own(scorer.tuned);
-    std::swap(filters.c, own_c);
-    lowest = -kInf;
-    scorer.nucleus = nucleus_score(upscale_top_p, 0);
-    std::swap(filters.c, own_c);
+    scorer.tuned_lse = lse;
+    scorer.nucleus = nucleus;
     scorer.shift = shift;
   }
   float upscale_top_p = 1;
 };
-
-Scratch& scratch(int which = 0) {
-  static thread_local Scratch all[2];
-  return all[which];
-}
 
 Filters filters_of(const Call& call, int64_t row) {
   Filters f;

@@ -60,7 +60,7 @@ struct Candidate {
 };
 
 struct Scratch {
-  Buffer<float> scores, group_max, other, other_max;
+  Buffer<float> group_max, other;
   Buffer<float> bound, chunk_e, chunk_g;
   Buffer<uint32_t> place;
   Buffer<uint8_t> odd;
@@ -230,8 +230,14 @@ struct Scorer {
   int vocab = 0, chunks = 0;
   bool upscaled = false;
   float nucleus = 0, shift = 0, tuned_lse = 0;  // of the up-scaling filter, once known
-  Combine fast{Mixed::chunk, Mixed::group};
+  const Scorer* outer = nullptr;                // what it excludes is excluded, too ...
+  const uint8_t* outer_odd = nullptr;           // ... in its odd chunks
+  Combine fast{Mixed::chunk, Mixed::group}, fast_tuned = fast;
 
+  static Combine same_type(int dtype, int models, bool unit) {
+    if (dtype == kF32) return same<float>(models, unit);
+    return dtype == kBF16 ? same<bf16>(models, unit) : same<f16>(models, unit);
+  }
   void finish() {
     chunks = (vocab + kChunkSize - 1) / kChunkSize;
     bool unit = models > 0, alike = models > 0;
@@ -239,46 +245,52 @@ struct Scorer {
       alike &= in[j].dtype == in[0].dtype;
       unit &= in[j].w == (j > 0 && j == models - 1 ? -1.0f : 1.0f);
     }
-    if (!alike) return;
-    if (in[0].dtype == kF32) fast = same<float>(models, unit);
-    else if (in[0].dtype == kBF16) fast = same<bf16>(models, unit);
-    else fast = same<f16>(models, unit);
+    if (alike) fast = same_type(in[0].dtype, models, unit);
+    fast_tuned = same_type(tuned.dtype, 1, true);
   }
 
-  // the usual case: whole chunks, finite values, no up-scaling filter
-  bool usual(int c) const { return models > 0 && !upscaled && (c + 1) * kChunkSize <= vocab; }
-
   // The best scores of a chunk's groups (and its scores in any order, -inf where excluded, where `out` is not null).
-  // `odd`: the chunk needs careful(); false where the row is invalid.
+  // `odd`: the chunk needs careful(), for it ends early or holds a value that is not finite. False where the row is
+  // invalid.
   bool chunk(int c, float* group_max, float* out, uint8_t& odd) const {
-    odd = false;
-    if (usual(c) && (mask ? masked(c, group_max, out) : fast.chunk(in, models, int64_t{c} * kChunkSize, group_max, out)))
-      return true;
-    odd = true;
+    const bool whole = models > 0 && (c + 1) * kChunkSize <= vocab && !(outer && outer_odd[c]);
+    odd = !(whole && (mask || upscaled ? by_group(c, group_max, out)
+                                       : fast.chunk(in, models, int64_t{c} * kChunkSize, group_max, out)));
+    if (!odd) return true;
     alignas(64) float own[kChunkSize];
     return careful(c, out ? out : own, group_max);
   }
 
-  bool masked(int c, float* group_max, float* out) const {
+  bool by_group(int c, float* group_max, float* out) const {
     alignas(64) float own[kGroup];
     bool finite = true;
+    vf m[kGroups];
     for (int g = 0; g < kGroups; ++g) {
+      m[g] = broadcast(-kInf);
       float* s = out ? out + g * kGroup : own;
-      vf m = broadcast(-kInf);
-      if (mask[c * kGroups + g])
+      if (!mask || mask[c * kGroups + g]) {
         finite &= group(c, g, s);
-      else if (out)
+        for (int i = 0; i < kGroup; i += W) m[g] = maximum(m[g], load(s + i));
+      } else if (out) {
         std::fill(s, s + kGroup, -kInf);
-      if (mask[c * kGroups + g])
-        for (int i = 0; i < kGroup; i += W) m = maximum(m, load(s + i));
-      group_max[g] = horizontal_max(m);
+      }
     }
+    max_of_8(m, group_max);
     return finite;
   }
 
   // a group of a chunk that is not odd, into out[32]; false where a value is not finite
   bool group(int c, int g, float* out) const {
-    bool finite = fast.group(in, models, int64_t{c} * kChunkSize + g * kGroup, out);
+    const int64_t first = int64_t{c} * kChunkSize + g * kGroup;
+    bool finite = fast.group(in, models, first, out);
+    if (upscaled) {
+      alignas(64) float t[kGroup];
+      finite &= fast_tuned.group(&tuned, 1, first, t);
+      for (int i = 0; i < kGroup; i += W) {
+        vf x = load(t + i);
+        store(out + i, select(x >= broadcast(nucleus), load(out + i) - broadcast(shift), x - broadcast(tuned_lse)));
+      }
+    }
     if (mask) {
       vi word = vi{} + static_cast<int32_t>(mask[c * kGroups + g]), lane{};
       for (int i = 0; i < W; ++i) lane[i] = i;
@@ -288,7 +300,9 @@ struct Scorer {
     return finite;
   }
 
+  // any chunk, its 256 scores into `out`
   bool careful(int c, float* out, float* group_max) const {
+    if (outer) return inner(c, out, group_max);
     int64_t first = int64_t{c} * kChunkSize;
     int n = std::min<int64_t>(kChunkSize, vocab - first);
     alignas(64) float z[kChunkSize];
@@ -337,6 +351,23 @@ struct Scorer {
     }
     max_of_8(m, group_max);
     return !any_bits(any_bad);
+  }
+
+  // one model's logits where `outer` excludes nothing
+  bool inner(int c, float* out, float* group_max) const {
+    alignas(64) float s[kChunkSize];
+    const bool ok = outer->careful(c, s, group_max);
+    std::fill(out, out + kChunkSize, 0.0f);
+    widen(in[0], int64_t{c} * kChunkSize, std::min(kChunkSize, vocab - c * kChunkSize), out);
+    vf m[kGroups];
+    for (vf& x : m) x = broadcast(-kInf);
+    for (int i = 0; i < kChunkSize; i += W) {
+      vf x = select(load(s + i) == broadcast(-kInf), broadcast(-kInf), load(out + i));
+      store(out + i, x);
+      m[i / kGroup] = maximum(m[i / kGroup], x);
+    }
+    max_of_8(m, group_max);
+    return ok;
   }
 };
 

@@ -24,11 +24,11 @@ struct Slot {
     if (has_draft) prepare(draft, draft_best);
   }
   static void prepare(Row& r, int64_t& argmax) {
-    r.score(false, false);
+    const Filters& f = r.filters;
+    r.score(false, !f.greedy && f.top_k == 0 && (f.top_p < 1 || !f.any()));  // the sum often spares the masses
     if (!r.valid) return;
     r.filter(true);
-    r.know_mass();
-    argmax = r.filters.greedy ? r.draw({}).id : -1;
+    argmax = f.greedy ? r.draw({}).id : -1;
   }
   bool valid() const { return target.valid && (!has_draft || draft.valid); }
 
@@ -38,36 +38,71 @@ struct Slot {
     return s >= r.lowest ? mass(s, r.best, r.filters.c) : 0;
   }
   int64_t target_mass(int64_t v) const { return mass_at(target, target_best, v); }
-  int64_t target_total() const { return target.kept_mass; }
   int64_t draft_mass(int64_t v) const {
     return has_draft ? mass_at(draft, draft_best, v) : v == point ? int64_t{1} << kMassBits : 0;
   }
-  int64_t draft_total() const { return has_draft ? draft.kept_mass : int64_t{1} << kMassBits; }
+  int64_t target_total() {
+    if (!target.kept_mass) target.know_mass();
+    return target.kept_mass;
+  }
+  int64_t draft_total() {
+    if (!has_draft) return int64_t{1} << kMassBits;
+    if (!draft.kept_mass) draft.know_mass();
+    return draft.kept_mass;
+  }
+  // a total, or a bound on it (sign: 1 above, -1 below) where that is all there is so far
+  static int64_t bound(const Row& r, int sign) {
+    if (r.kept_mass || r.filters.any() || !(r.sum > 0)) return r.kept_mass;
+    return static_cast<int64_t>(r.sum * (1 + sign * kExpError) * 0x1p40) + (sign > 0);
+  }
+  int64_t target_bound(int sign) {
+    int64_t b = bound(target, sign);
+    return b ? b : target_total();
+  }
+  int64_t draft_bound(int sign) {
+    int64_t b = has_draft ? bound(draft, sign) : 0;
+    return b ? b : draft_total();
+  }
 
-  // Residuals of a chunk: fn(place, four of them in units of 2^-58), 0 where less than one unit is left.
+  bool accepts(double u, int64_t v) {
+    const int64_t t = target_mass(v), d = draft_mass(v);
+    if (accept_token(u, t, target_bound(1), d, draft_bound(-1))) return true;
+    if (!accept_token(u, t, target_bound(-1), d, draft_bound(1))) return false;
+    return accept_token(u, t, target_total(), d, draft_total());
+  }
+  double next_ratio(double ratio, int64_t v) {
+    const int64_t t = target_mass(v), d = draft_mass(v);
+    if (block_ratio(ratio, t, target_bound(1), d, draft_bound(-1)) == 1) return 1;
+    return block_ratio(ratio, t, target_total(), d, draft_total());
+  }
+
+  // A group's residuals, from its target scores: fn(place, four of them in units of 2^-58), 0 where less than one unit
+  // is left.
   template <class Fn>
-  void residual_chunk(int chunk, const Residual& residual, const Fn& fn) const {
-    alignas(64) int32_t tq[kChunkSize], tn[kChunkSize], dq[kChunkSize] = {}, dn[kChunkSize] = {};
-    target.mass_chunk(chunk, tq, tn);
-    if (has_draft && !draft.filters.greedy) draft.mass_chunk(chunk, dq, dn);
-    else if (int64_t at = (has_draft ? draft_best : point) - int64_t{chunk} * kChunkSize; at >= 0 && at < kChunkSize)
+  void residual_group(int c, int g, const float* s, const Residual& residual, const Fn& fn) const {
+    alignas(64) int32_t tq[kGroup], tn[kGroup], dq[kGroup] = {}, dn[kGroup] = {};
+    target.mass_group(s, tq, tn);
+    if (has_draft && !draft.filters.greedy)
+      draft.visit(c, 1u << g, [&](int, const float* z) { draft.mass_group(z, dq, dn); });
+    else if (int64_t at = (has_draft ? draft_best : point) - int64_t{c} * kChunkSize - g * kGroup; at >= 0 && at < kGroup)
       dq[at] = 1 << 24;
-    for (int i = 0; i < kChunkSize; i += 4) {
+    for (int i = 0; i < kGroup; i += 4) {
       v4d r = to_double(widen_mass(tq + i, tn + i)) * residual.a - to_double(widen_mass(dq + i, dn + i)) * residual.b;
       fn(i, reinterpret_cast<v4d>(reinterpret_cast<v4q>(r) & (r >= 1.0)));
     }
   }
   float floor() const { return std::max(target.lowest, target.best + kLowestMass / target.filters.c); }
 
-  int64_t residual_sum(double factor) const {
+  int64_t residual_sum(double factor) {
     Residual residual(factor, target_total(), draft_total());
     if (target.filters.greedy) return static_cast<int64_t>(residual(target_mass(target_best), draft_mass(target_best)));
     int64_t part[kMaxBlocks] = {};
     target.each_block([&](int block, int from, int to) {
       v4q sum{};
       for (int c = from; c < to; ++c)
-        if (target.reaching(c, floor()))
-          residual_chunk(c, residual, [&](int, v4d r) { sum += truncate(r); });
+        target.visit(c, target.reaching(c, floor()), [&](int g, const float* s) {
+          residual_group(c, g, s, residual, [&](int, v4d r) { sum += truncate(r); });
+        });
       part[block] = sum[0] + sum[1] + sum[2] + sum[3];
     });
     int64_t sum = 0;
@@ -75,39 +110,32 @@ struct Slot {
     return sum;
   }
 
-  // a token of max(0, factor p - q), or -1 where nothing is left
+  // A token of max(0, factor p - q), or -1 where nothing is left. No group's residuals are above factor p of its best
+  // score, so that the race computes those of few groups.
   int64_t draw_residual(double factor, const Source& source) {
     Residual residual(factor, target_total(), draft_total());
     if (target.filters.greedy)
       return residual(target_mass(target_best), draft_mass(target_best)) > 0 ? target_best : -1;
-    int n = target.scorer.chunks;
-    float* scores = target.sc.other.need(int64_t{n} * kChunkSize);
-    float* best = target.sc.other_max.need(int64_t{n} * kGroups);
-    target.each_block([&](int, int from, int to) {
-      for (int c = from; c < to; ++c) {
-        float* out = scores + int64_t{c} * kChunkSize;
-        vf most[kGroups];
-        for (vf& m : most) m = broadcast(-kInf);
-        if (target.reaching(c, floor())) {
-          residual_chunk(c, residual, [&](int i, v4d r) {
-            v4f x = __builtin_convertvector(r, v4f);
-            memcpy(out + i, &x, sizeof x);
-          });
-          for (int i = 0; i < kChunkSize; i += W) {
-            vf x = load(out + i);
-            vf y = select(x > vf{}, log(maximum(x, broadcast(1.0f))), broadcast(-kInf));
-            store(out + i, y);
-            most[i / kGroup] = maximum(most[i / kGroup], y);
-          }
-        }
-        max_of_8(most, best + c * kGroups);
-      }
-    });
-    return race(n, best, -kInf, 1.0f, source, target.sc, [&](int c, unsigned which, const auto& fn) {
-             for (; which; which &= which - 1) {
-               int g = __builtin_ctz(which);
-               fn(g, scores + int64_t{c} * kChunkSize + g * kGroup);
-             }
+    const int groups = target.scorer.chunks * kGroups;
+    float* bound = target.sc.other.need(groups);
+    const float top = static_cast<float>(std::log(residual.a) + kMassBits * std::log(2.0)) + 1e-3f;  // > every rounding
+    for (int i = 0; i < groups; ++i) {
+      const float s = target.group_max[i];
+      bound[i] = s >= floor() ? (s - target.best) * target.filters.inverse + top : -kInf;
+    }
+    return race(target.scorer.chunks, bound, -kInf, 1.0f, source, target.sc, [&](int c, unsigned which, const auto& fn) {
+             target.visit(c, which, [&](int g, const float* s) {
+               alignas(64) float score[kGroup];
+               residual_group(c, g, s, residual, [&](int i, v4d r) {
+                 v4f x = __builtin_convertvector(r, v4f);
+                 memcpy(score + i, &x, sizeof x);
+               });
+               for (int i = 0; i < kGroup; i += W) {
+                 vf x = load(score + i);
+                 store(score + i, select(x > vf{}, log(maximum(x, broadcast(1.0f))), broadcast(-kInf)));
+               }
+               fn(g, score);
+             });
            }).id;
   }
 };
@@ -141,9 +169,7 @@ void verify(const VerifyCall& call) {
         Slot slot(call, b, accepted, threads, true);
         int64_t d = drafts[accepted];
         if (!slot.valid()) break;
-        if (inside(d) && accept_token(accept_uniform(at(accepted, kAccept, accepted)), slot.target_mass(d),
-                                      slot.target_total(), slot.draft_mass(d), slot.draft_total()))
-          continue;
+        if (inside(d) && slot.accepts(accept_uniform(at(accepted, kAccept, accepted)), d)) continue;
         token = slot.draw_residual(1.0, at(accepted, kResidual, accepted));
         if (token < 0) token = plain(accepted);
         break;
@@ -156,17 +182,17 @@ void verify(const VerifyCall& call) {
       if (length > 0) slot.emplace(call, b, 0, threads, true);
       if (slot && !slot->valid()) end = 0;
       for (int64_t i = 0; i < end; ++i) {
+        const double u = accept_uniform(at(i, kAccept, i));
         int64_t d = drafts[i], rest = 0;
-        ratio = block_ratio(ratio, inside(d) ? slot->target_mass(d) : 0, slot->target_total(),
-                            inside(d) ? slot->draft_mass(d) : 1, slot->draft_total());
+        ratio = inside(d) ? slot->next_ratio(ratio, d) : 0;
         if (i + 1 < length) {
           slot.emplace(call, b, i + 1, threads, true);
-          if (slot->valid())
-            rest = slot->residual_sum(ratio);
-          else
+          if (!slot->valid())
             end = i + 1;
+          else if (ratio < 1 || u > 0.999999)  // else any rest passes
+            rest = slot->residual_sum(ratio);
         }
-        if (block_passes(accept_uniform(at(i, kAccept, i)), ratio, rest, i + 1 == end)) accepted = i + 1, factor = ratio;
+        if (block_passes(u, ratio, rest, i + 1 == end)) accepted = i + 1, factor = ratio;
       }
       if (accepted < end) {
         slot.emplace(call, b, accepted, threads, true);

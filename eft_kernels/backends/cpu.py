@@ -49,7 +49,8 @@ def _run(function, logits, p: Params, *args):
 
 
 def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logprobs: int, diagnostics: bool):
-    return _run(_cpu.sample, logits, p, _STREAM[stream], int(slot), bool(logprobs), int(top_logprobs), bool(diagnostics))
+    return _run(_cpu.sample, logits, p, _STREAM[stream], int(slot), bool(logprobs), int(top_logprobs),
+                bool(diagnostics))
 
 
 def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, logprobs: bool):
