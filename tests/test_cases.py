@@ -244,3 +244,22 @@ def test_a_wrong_backend_is_seen(monkeypatch, compiled):
         monkeypatch.setattr(module, "sample", wrong)
         with pytest.raises(AssertionError, match="tokens"):
             check_sample(case, compiled)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_nucleus_that_ends_where_only_exact_masses_tell(temperature, compiled):
+    """Nearly equal tokens, many unlikely ones, and p after exactly k tokens: the last bits of the total decide whether
+    one more is kept."""
+    rows, head, tail = 600, 300, 5000
+    scores = torch.cat([torch.arange(head) * 1e-7, torch.full((tail,), -8.0)])
+    scores = scores[torch.randperm(head + tail, generator=torch.Generator().manual_seed(1))]
+    logits = [scores.expand(rows, -1).contiguous()]
+    total = (scores.double() / temperature).exp().sum()
+    top_p = ((torch.arange(rows) % head + 1) / total).float()
+    args = dict(temperature=temperature, top_p=top_p, seed=torch.arange(rows) * 31 + 5)
+    for logprobs in (True, False):
+        got = eft.sample(logits, [1.0], logprobs=logprobs, backend=compiled, **args)
+        want = eft.sample(logits, [1.0], logprobs=logprobs, backend="reference", **args)
+        assert torch.equal(got.tokens, want.tokens)
+        if logprobs:
+            torch.testing.assert_close(got.logprobs, want.logprobs, rtol=0, atol=1e-5)
