@@ -189,7 +189,7 @@ void verify(const VerifyCall& call) {
           slot.emplace(call, b, i + 1, threads, true);
           if (!slot->valid())
             end = i + 1;
-          else if (ratio < 1 || u > 0.999999)  // else any rest passes
+          else if (u <= ratio * 1.000001 && (ratio < 1 || u > 0.999999))  // else none passes (rest <= ratio), or any does
             rest = slot->residual_sum(ratio);
         }
         if (block_passes(u, ratio, rest, i + 1 == end)) accepted = i + 1, factor = ratio;
