@@ -72,12 +72,12 @@ struct Row {
     each_block([&](int block, int from, int to) {
       alignas(64) float tmp[kChunkSize];
       Part part;
+      if (!want_raw && !want_sum) part.ok = scorer.first_pass(from, to, group_max, odd);
       for (int c = from; c < to; ++c) {
-        float* out = want_raw || want_sum ? tmp : nullptr;
-        part.ok &= scorer.chunk(c, group_max + c * kGroups, out, odd[c]);
+        if (want_raw || want_sum) part.ok &= scorer.chunk(c, group_max + c * kGroups, odd[c], tmp);
         part.best = std::max(part.best, max_of_8(group_max + c * kGroups));
-        if (want_raw) part.raw.add(out, part.best, kLog2e);
-        if (want_sum) part.sum.add(out, part.best, filters.c);
+        if (want_raw) part.raw.add(tmp, part.best, kLog2e);
+        if (want_sum) part.sum.add(tmp, part.best, filters.c);
       }
       parts[block] = part;
     });
@@ -143,7 +143,7 @@ struct Row {
       uint8_t is_odd;
       ExpSum sum;
       for (int k = from; k < to; ++k) {
-        scorer.chunk(k, unused, s, is_odd);
+        scorer.chunk(k, unused, is_odd, s);
         sum.add(s, best, c);
       }
       parts[block] = sum;

@@ -25,7 +25,6 @@ constexpr int kBlockChunks = 16;             // chunks a thread takes at a time 
 constexpr int kMaxBlocks = (1 << 22) / kChunkSize / kBlockChunks;  // params.py: MAX_VOCAB
 constexpr int64_t kSplitTokens = 1 << 14;    // rows shorter than this stay on one thread
 constexpr int kLikeliest = 8;                // chunks that run first in a race
-constexpr int kAhead = 1024;                 // bytes a first pass asks memory for ahead of itself
 constexpr float kLowestMass = -41.0f;        // base-2 exponents below this have mass 0
 
 template <class T>
@@ -120,45 +119,49 @@ inline void combine(const T* const* z, const vf* w, int i, vf& a, vf& b) {
   }
 }
 
-// Both return false (and nothing to rely on) where a value is not finite.
 struct Combine {
-  // a chunk's 8 groups: their best scores, and all 256 scores in any order where `out` is not null
-  bool (*chunk)(const Input*, int models, int64_t first, float* group_max, float* out);
-  // a group's 32 scores in order
+  // n chunks from token `first` on: the best scores of each one's 8 groups, odd[i] = 1 (and nothing to rely on) where a
+  // value is not finite; and, of one chunk, all 256 scores in any order where `out` is not null
+  void (*chunks)(const Input*, int models, int64_t first, int n, float* group_max, uint8_t* odd, float* out);
+  // a group's 32 scores in order; false (and nothing to rely on) where a value is not finite
   bool (*group)(const Input*, int models, int64_t first, float* out);
 };
 
 template <class T, int J, bool Unit, bool Keep>
-bool chunk_scores(const Input* in, int64_t first, float* group_max, float* out) {
+void chunk_scores(const Input* in, int64_t first, int n, float* group_max, uint8_t* odd, float* out) {
   const T* z[J];
-  vf w[J], m[kGroups], bad0{}, bad1{};
+  vf w[J];
   for (int j = 0; j < J; ++j) z[j] = reinterpret_cast<const T*>(in[j].data) + first, w[j] = broadcast(in[j].w);
-  for (int g = 0; g < kGroups; ++g) {
-    vf best[2] = {broadcast(-kInf), broadcast(-kInf)};
+  for (int c = 0; c < n; ++c) {
+    vf m[kGroups], bad0{}, bad1{};
+    for (int g = 0; g < kGroups; ++g) {
+      vf best[2] = {broadcast(-kInf), broadcast(-kInf)};
 #pragma GCC unroll 8
-    for (int k = 0; k < kGroup; k += 2 * W) {
-      const int i = g * kGroup + k;
-      for (int j = 0; j < J; ++j)
-        if (k * sizeof(T) % 64 == 0) __builtin_prefetch(reinterpret_cast<const char*>(z[j] + i) + kAhead);
-      vf a, b;
-      combine<T, J, Unit, false>(z, w, i, a, b);
-      best[0] = k ? maximum(best[0], a) : a;
-      best[1] = k ? maximum(best[1], b) : b;
-      bad0 = fused(a, vf{}, bad0);  // NaN from infinities and NaN
-      bad1 = fused(b, vf{}, bad1);
-      if (Keep) store(out + i, a), store(out + i + W, b);
+      for (int i = 0; i < kGroup; i += 2 * W) {
+        vf a, b;
+        combine<T, J, Unit, false>(z, w, i, a, b);
+        best[0] = i ? maximum(best[0], a) : a;
+        best[1] = i ? maximum(best[1], b) : b;
+        bad0 = fused(a, vf{}, bad0);  // NaN from infinities and NaN
+        bad1 = fused(b, vf{}, bad1);
+        if (Keep) store(out + i, a), store(out + i + W, b);
+      }
+      m[g] = maximum(best[0], best[1]);
+      for (int j = 0; j < J; ++j) z[j] += kGroup;
+      if (Keep) out += kGroup;
     }
-    m[g] = maximum(best[0], best[1]);
+    max_of_8(m, group_max + c * kGroups);
+    odd[c] = any_bits(bad0 + bad1 != vf{}) != 0;
   }
-  max_of_8(m, group_max);
-  return !any_bits(bad0 + bad1 != vf{});
 }
 
 template <class T, int J, bool Unit>
 struct Same {
-  static bool chunk(const Input* in, int, int64_t first, float* group_max, float* out) {
-    return out ? chunk_scores<T, J, Unit, true>(in, first, group_max, out)
-               : chunk_scores<T, J, Unit, false>(in, first, group_max, out);
+  static void chunks(const Input* in, int, int64_t first, int n, float* group_max, uint8_t* odd, float* out) {
+    if (out)
+      chunk_scores<T, J, Unit, true>(in, first, 1, group_max, odd, out);
+    else
+      chunk_scores<T, J, Unit, false>(in, first, n, group_max, odd, out);
   }
   static bool group(const Input* in, int, int64_t first, float* out) {
     const T* z[J];
@@ -189,26 +192,28 @@ struct Mixed {
     for (int i = 0; i < kGroup; i += W) bad = fused(load(out + i), vf{}, bad);
     return !any_bits(bad != vf{});
   }
-  static bool chunk(const Input* in, int models, int64_t first, float* group_max, float* out) {
+  static void chunks(const Input* in, int models, int64_t first, int n, float* group_max, uint8_t* odd, float* out) {
     alignas(64) float own[kChunkSize];
-    bool finite = true;
     if (!out) out = own;
-    vf m[kGroups];
-    for (int g = 0; g < kGroups; ++g) {
-      float* s = out + g * kGroup;
-      finite &= group(in, models, first + g * kGroup, s);
-      m[g] = load(s);
-      for (int i = W; i < kGroup; i += W) m[g] = maximum(m[g], load(s + i));
+    for (int c = 0; c < n; ++c) {
+      bool finite = true;
+      vf m[kGroups];
+      for (int g = 0; g < kGroups; ++g) {
+        float* s = out + g * kGroup;
+        finite &= group(in, models, first + c * kChunkSize + g * kGroup, s);
+        m[g] = load(s);
+        for (int i = W; i < kGroup; i += W) m[g] = maximum(m[g], load(s + i));
+      }
+      max_of_8(m, group_max + c * kGroups);
+      odd[c] = !finite;
     }
-    max_of_8(m, group_max);
-    return finite;
   }
 };
 
 template <class T, int J>
 Combine same(bool unit) {
-  if (unit) return {Same<T, J, true>::chunk, Same<T, J, true>::group};
-  return {Same<T, J, false>::chunk, Same<T, J, false>::group};
+  if (unit) return {Same<T, J, true>::chunks, Same<T, J, true>::group};
+  return {Same<T, J, false>::chunks, Same<T, J, false>::group};
 }
 template <class T>
 Combine same(int models, bool unit) {
@@ -217,7 +222,7 @@ Combine same(int models, bool unit) {
     case 2: return same<T, 2>(unit);
     case 3: return same<T, 3>(unit);
     case 4: return same<T, 4>(unit);
-    default: return {Mixed::chunk, Mixed::group};
+    default: return {Mixed::chunks, Mixed::group};
   }
 }
 
@@ -232,7 +237,7 @@ struct Scorer {
   float nucleus = 0, shift = 0, tuned_lse = 0;  // of the up-scaling filter, once known
   const Scorer* outer = nullptr;                // what it excludes is excluded, too ...
   const uint8_t* outer_odd = nullptr;           // ... in its odd chunks
-  Combine fast{Mixed::chunk, Mixed::group}, fast_tuned = fast;
+  Combine fast{Mixed::chunks, Mixed::group}, fast_tuned = fast;
 
   static Combine same_type(int dtype, int models, bool unit) {
     if (dtype == kF32) return same<float>(models, unit);
@@ -249,13 +254,27 @@ struct Scorer {
     fast_tuned = same_type(tuned.dtype, 1, true);
   }
 
-  // The best scores of a chunk's groups (and its scores in any order, -inf where excluded, where `out` is not null).
-  // `odd`: the chunk needs careful(), for it ends early or holds a value that is not finite. False where the row is
-  // invalid.
-  bool chunk(int c, float* group_max, float* out, uint8_t& odd) const {
-    const bool whole = models > 0 && (c + 1) * kChunkSize <= vocab && !(outer && outer_odd[c]);
-    odd = !(whole && (mask || upscaled ? by_group(c, group_max, out)
-                                       : fast.chunk(in, models, int64_t{c} * kChunkSize, group_max, out)));
+  // Chunks [from, to): the best scores of their groups; odd[c]: the chunk needs careful(), for it ends early or holds a
+  // value that is not finite. False where the row is invalid.
+  bool first_pass(int from, int to, float* group_max, uint8_t* odd) const {
+    const bool plain = models > 0 && !mask && !upscaled && !outer;
+    const int whole = plain ? std::max(from, std::min(to, vocab / kChunkSize)) : from;
+    if (plain) fast.chunks(in, models, int64_t{from} * kChunkSize, whole - from, group_max + from * kGroups, odd + from, nullptr);
+    bool ok = true;
+    for (int c = from; c < to; ++c)
+      if (c >= whole || odd[c]) ok &= chunk(c, group_max + c * kGroups, odd[c], nullptr);
+    return ok;
+  }
+
+  // the same of one chunk, and its scores in any order, -inf where excluded, where `out` is not null
+  bool chunk(int c, float* group_max, uint8_t& odd, float* out) const {
+    odd = models == 0 || (c + 1) * kChunkSize > vocab || (outer && outer_odd[c]);
+    if (!odd) {
+      if (mask || upscaled)
+        odd = !by_group(c, group_max, out);
+      else
+        fast.chunks(in, models, int64_t{c} * kChunkSize, 1, group_max, &odd, out);
+    }
     if (!odd) return true;
     alignas(64) float own[kChunkSize];
     return careful(c, out ? out : own, group_max);
