@@ -137,14 +137,20 @@ def measure(args, command: str) -> int:
         run.refuse_dirty()
         if not os.access(Path(args.json).resolve().parent, os.W_OK):
             raise Refused(f"--json {args.json}: its folder is not there or cannot be written")
-    rows = run.run(shapes, args.against, command, run.on_stderr) if shapes else []
+        run.write_rows([], args.json)
+
+    def keep(new):  # at once: what stops a long run loses no row that was measured
+        if args.json:
+            run.write_rows(new, args.json, "a")
+
+    rows = run.run(shapes, args.against, command, run.on_stderr, keep) if shapes else []
     if whole:
         run_id = dict(run=rows[0]["run"]) if rows else {}
-        rows += [row | run_id for row in generate.measure(**whole, tell=run.on_stderr, command=command)]
+        written = [row | run_id for row in generate.measure(**whole, tell=run.on_stderr, command=command)]
+        keep(written)
+        rows += written
     show(rows)
-    if args.json:
-        run.write_rows(rows, args.json)
-    else:
+    if not args.json:
         print("not saved (--json FILE saves the rows)")
     return 0
 
