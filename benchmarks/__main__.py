@@ -137,7 +137,7 @@ def measure(args, command: str) -> int:
         run.refuse_dirty()
         if not os.access(Path(args.json).resolve().parent, os.W_OK):
             raise Refused(f"--json {args.json}: its folder is not there or cannot be written")
-        run.write_rows([], args.json)
+        Path(args.json).unlink(missing_ok=True)
 
     def keep(new):  # at once: what stops a long run loses no row that was measured
         if args.json:

@@ -257,7 +257,8 @@ def test_what_a_machine_lacks_is_absent(quick_rates):
 
 
 def test_interleave():
-    """The order rotates; a slow implementation sits out rounds, but never has fewer than 3."""
+    """The order rotates, a quick implementation's turn starts warm, and a slow one sits out rounds, but never has fewer
+    than 3."""
     said = []
 
     def timer(name, seconds):
@@ -267,7 +268,7 @@ def test_interleave():
         return measure
     times = run.interleave(dict(a=timer("a", 1e-3), b=timer("b", 1e-4), slow=timer("slow", 0.9)), 10)
     assert {n: len(t) for n, t in times.items()} == dict(a=10, b=10, slow=3)
-    assert said[3:9] == [("a", 2), ("b", 20), ("slow", 1), ("b", 20), ("a", 2), ("a", 2)]
+    assert said[3:12] == [("a", 1), ("a", 5), ("b", 1), ("b", 50), ("slow", 1), ("b", 1), ("b", 50), ("a", 1), ("a", 5)]
 
 
 # --- the device ----------------------------------------------------------------------------------------------------
