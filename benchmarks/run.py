@@ -6,6 +6,7 @@ noise of their own: chi-squared of their draws from a small problem against the 
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import statistics
@@ -141,7 +142,7 @@ def inputs_for(s: Shape) -> list[tuple]:
 
 def interleave(timers: dict, rounds: int) -> dict[str, list[float]]:
     """Seconds a call of each warm timer, a value a round: the order rotates, and slow ones sit out some rounds. A turn
-    of a quick one starts with a call that does not count: its first finds the caches full of what ran before."""
+    of a quick one starts with calls that do not count: they find the caches full of what ran before."""
     inner, plays, times = {}, {}, {name: [] for name in timers}
     for name, measure in timers.items():
         took = measure(1)
@@ -152,7 +153,7 @@ def interleave(timers: dict, rounds: int) -> dict[str, list[float]]:
         for name in order[i % len(order) :] + order[: i % len(order)]:
             if i * plays[name] % rounds < plays[name]:
                 if inner[name] > 1:
-                    timers[name](1)
+                    timers[name](min(inner[name], 16))
                 times[name].append(timers[name](inner[name]))
     return times
 
@@ -202,6 +203,7 @@ def measure(s: Shape, beside: list[Baseline], checked: dict, rates: dict, about:
                     row.update(status="absent", why=first_line(error))
             nbytes, slots = registry.nbytes(s), registry.slots(s)
             bandwidth, copy = rates[s.device, s.threads]
+            gc.disable()  # as timeit does
             for name, times in interleave(timers, s.rounds).items():
                 p20, _, _, p80 = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
                 median, row = statistics.median(times) * 1e6, rows[name]
@@ -217,6 +219,8 @@ def measure(s: Shape, beside: list[Baseline], checked: dict, rates: dict, about:
     except device.Unavailable as error:
         for row in rows.values():
             row.update(status="absent", why=str(error))
+    finally:
+        gc.enable()
     return list(rows.values())
 
 

@@ -268,7 +268,7 @@ def test_interleave():
         return measure
     times = run.interleave(dict(a=timer("a", 1e-3), b=timer("b", 1e-4), slow=timer("slow", 0.9)), 10)
     assert {n: len(t) for n, t in times.items()} == dict(a=10, b=10, slow=3)
-    assert said[3:12] == [("a", 1), ("a", 5), ("b", 1), ("b", 50), ("slow", 1), ("b", 1), ("b", 50), ("a", 1), ("a", 5)]
+    assert said[3:12] == [("a", 5), ("a", 5), ("b", 16), ("b", 50), ("slow", 1), ("b", 16), ("b", 50), ("a", 5), ("a", 5)]
 
 
 # --- the device ----------------------------------------------------------------------------------------------------
