@@ -144,7 +144,7 @@ def speculation_plot(shapes: dict[Shape, Group]) -> Figure:
     first, ks = next(iter(gains)), sorted({s.draft_tokens for s in gains})
     fig, axes = canvas(3.9, f"{first.op}: what speculation brings, B = {first.batch}, {config(first)}",
                        about(first, "vocab", "models", "dtype"), 2)
-    fig.subplots_adjust(left=0.065, right=0.87, top=0.76, bottom=0.14, wspace=0.5)
+    fig.subplots_adjust(left=0.065, right=0.855, top=0.76, bottom=0.14, wspace=0.5)
     top = 1.12 * max(1.0, *gains.values(), *(y for found in others.values() for y in found.values()))
     panels = [("accepted drafts", lambda s: timed(shapes[s], "eft")["acceptance"], percent),
               ("speed over plain decoding (wall clock)", gains.get, lambda y: f"{y:g}x")]
