@@ -116,8 +116,11 @@ shapes = report.newest(report.read(sys.argv[1]))
 centre = {s: g for s, g in shapes.items() if report.CENTRE.items() <= s._asdict().items() and s.op == "sample"
           and s.variant in ("plain", "top_p")}
 written = {s: g for s, g in shapes.items() if s.op == "generate"}
-_, header, lines = report.cells(centre) if centre else ("", [], [])
-print("\n" + "\n".join(report.generate_table(written) if written else report.table(header, lines, left=1)))
+if written:
+    print("\n" + "\n".join(report.generate_table(written)))
+elif centre:
+    _, header, lines = report.cells(centre)
+    print("\n" + "\n".join(report.table(header, lines, left=1)))
 EOF
   fi
 done
