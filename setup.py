@@ -3,6 +3,7 @@
 EFT_KERNELS_CPU=0 skips the C++ extension. Neither torch nor ninja is needed: the extension has no torch header.
 """
 
+import glob
 import os
 import platform
 import shlex
@@ -71,7 +72,7 @@ def newer(target: str, source: str) -> bool:
     """Whether ``target`` must be made again: it is older than its source or any header."""
     if not os.path.exists(target):
         return True
-    headers = [os.path.join(d, f) for d in ("csrc/cpu", "csrc/semantics", "csrc/bindings") for f in os.listdir(d) if f.endswith(".h")]
+    headers = glob.glob("csrc/*/*.h")
     return any(os.path.getmtime(f) > os.path.getmtime(target) for f in (source, "setup.py", *headers))
 
 
