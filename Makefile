@@ -43,7 +43,7 @@ demo: $(BUILT) ## what base, tuned and emulated models write, how well, how fast
 test: $(BUILT) ## every test this machine can run
 	@$(RUN) $(PY) -m pytest $(PYTEST_ARGS)
 
-bench: $(BUILT) ## measure this CPU (12 minutes; a clean tree), into benchmarks/results/<device>
+bench: $(BUILT) ## measure this CPU (7 minutes; a clean tree), into benchmarks/results/<device>
 	@rows=build/cpu-$$(date +%Y%m%d-%H%M%S).jsonl; \
 	  $(RUN) $(PY) -m benchmarks run --suite cpu --json $$rows && $(RUN) $(PY) -m benchmarks add $$rows
 	@$(RUN) $(PY) -m benchmarks report

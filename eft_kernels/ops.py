@@ -243,8 +243,8 @@ def verify(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
     """
     if seed is not None and _plain() and method in METHODS and (shortcut := dispatch.shortcut("try_verify", backend)):
         out = shortcut(logits, _values(weights), temperature, top_k, top_p, min_p, upscale_top_p, seed, position,
-                       token_mask, vocab_size, tuned, draft_tokens, draft_lengths, METHODS.index(method),
-                       -1 if draft is None else draft, logprobs)
+                       token_mask, vocab_size, tuned, draft_tokens, draft_lengths, METHODS.index(method), draft,
+                       logprobs)
         if out is not None:
             return VerifyOutput(*out)
     logits, vocab_size = check_logits(logits, 3, vocab_size)

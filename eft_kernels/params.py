@@ -142,14 +142,10 @@ def check_params(logits, weights, rows, vocab_size, *, temperature=1.0, top_k=0,
 
     if type(tuned) is not int:
         raise ValueError(f"tuned: got {tuned!r}, allowed is the index of one of the {len(logits)} models")
-    seed, position = value("seed", seed), value("position", position)
-    if type(temperature) is type(top_p) is type(min_p) is type(upscale_top_p) is float and type(top_k) is int \
-            and 0 <= temperature <= 1e30 and 0 <= top_k < 1 << 63 and TINY <= top_p <= 1 and 0 <= min_p <= 1 \
-            and upscale_top_p == 1 and not needs_tuned:  # the usual scalars, at once
-        return Params(w, temperature, top_k, top_p, min_p, 1.0, seed, position, token_mask, vocab_size, tuned)
     upscale_top_p = value("upscale_top_p", upscale_top_p)
     if needs_tuned or isinstance(upscale_top_p, torch.Tensor) or upscale_top_p != 1.0:
         if not 0 <= tuned < len(logits):
             raise ValueError(f"tuned: got {tuned!r}, allowed is the index of one of the {len(logits)} models")
     return Params(w, value("temperature", temperature), value("top_k", top_k), value("top_p", top_p),
-                  value("min_p", min_p), upscale_top_p, seed, position, token_mask, vocab_size, tuned)
+                  value("min_p", min_p), upscale_top_p, value("seed", seed), value("position", position), token_mask,
+                  vocab_size, tuned)

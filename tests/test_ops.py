@@ -211,13 +211,16 @@ def token_logprobs(z=None, w=None, ids=None, **kwargs):
 
 
 def refused(call, name, *words, **kwargs):
-    """ValueError that starts with the argument's name and says each of ``words``."""
-    with pytest.raises(ValueError) as error:
-        call(**kwargs)
-    text = str(error.value)
-    assert text.startswith(name), text
-    for word in words:
-        assert word in text, (word, text)
+    """ValueError that starts with the argument's name and says each of ``words``; also where a seed is given, and so a
+    backend may look before the checks in Python do."""
+    seeds = [{}, dict(seed=1)] if call in (sample, verify) and "seed" not in kwargs else [{}]
+    for seed in seeds:
+        with pytest.raises(ValueError) as error:
+            call(**kwargs, **seed)
+        text = str(error.value)
+        assert text.startswith(name), text
+        for word in words:
+            assert word in text, (word, text)
 
 
 @pytest.mark.parametrize("call", (sample, verify, logprobs, token_logprobs), ids=lambda f: f.__name__)

@@ -286,7 +286,9 @@ PyObject* verify(PyObject*, PyObject* const* args, Py_ssize_t n) {
     c.draft_lengths = {r.tensor<int64_t>(r.next(), kInt64, {B}), 0};
   }
   c.method = static_cast<int>(r.integer(0, 2));
-  c.draft = static_cast<int>(r.integer(-1, c.models - 1));
+  c.draft = -1;
+  if (r.i < n && args[r.i] == Py_None) ++r.i;
+  else c.draft = static_cast<int>(r.integer(0, c.models - 1));
   const bool logprobs = r.boolean();
   if (!r.unusual && r.strict)
     for (int64_t b = 0; b < B; ++b) {
@@ -316,8 +318,6 @@ PyObject* logprobs(PyObject*, PyObject* const* args, Py_ssize_t n) {
     dlpack::Tensor t;
     if (r.view(ids, t) && r.need(t.ndim == 2)) c.ids = r.tensor<int64_t>(ids, kInt64, {c.rows, c.n_ids = t.shape[1]});
   }
-  if (!r.unusual && r.strict && c.ids)
-    for (int64_t k = 0; k < c.rows * c.n_ids; ++k) r.need(c.ids[k] >= 0 && c.ids[k] < c.vocab_size);
   if (r.unusual || r.i != n) Py_RETURN_NONE;
   Outputs out;
   c.out = out.make<float>(true, kFloat32, {c.rows, c.n_ids});

@@ -104,8 +104,9 @@ struct MassCounter {
 };
 
 // Sum of exp2((s - reference) c), the reference being the best score so far. Within kExpError of the exact sum: the
-// polynomial's 1e-7, 32 float32 additions, and the rounding of exponents that matter (V <= 2^22 bounds them by ~22).
-constexpr double kExpError = 1e-5;
+// polynomial's 1e-7, up to 64 float32 additions, the rounding of exponents that matter (V <= 2^22 bounds them by ~22), and
+// masses' being truncated (V 2^-40), each less than 5e-6.
+constexpr double kExpError = 2e-5;
 
 struct ExpSum {
   typedef double vd __attribute__((vector_size(8 * W)));

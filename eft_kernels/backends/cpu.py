@@ -54,7 +54,8 @@ def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logpro
 
 
 def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, logprobs: bool):
-    return _run(_cpu.verify, logits, p, draft_tokens, draft_lengths, _METHOD[method], int(draft), bool(logprobs))
+    return _run(_cpu.verify, logits, p, draft_tokens, draft_lengths, _METHOD[method], None if draft < 0 else int(draft),
+                bool(logprobs))
 
 
 def logprobs(logits, p: Params):
