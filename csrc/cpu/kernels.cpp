@@ -67,7 +67,7 @@ void sample(const SampleCall& call) {
     if (r.valid) {
       Source noise = source(call.seed[b], call.position[b], call.stream, call.slot);
       r.filter(call.logprobs);
-      w = f.top_p < 1 && !f.greedy && !call.logprobs ? r.peel(noise) : r.draw(noise);
+      w = call.logprobs ? r.draw(noise) : r.pick(noise);
       if (call.logprobs && filtered) r.know_mass();
     }
     call.tokens[b] = w.id;

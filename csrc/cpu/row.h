@@ -329,6 +329,9 @@ struct Row {
                 [this](int c, unsigned which, const auto& fn) { visit(c, which, fn); });
   }
 
+  // the sample, after filter(false)
+  Winner pick(const Source& source) { return filters.top_p < 1 && !filters.greedy ? peel(source) : draw(source); }
+
   // kept_mass where filters are on, else sum
   float processed_logprob(float s) const {
     if (filters.greedy) return 0;

@@ -155,9 +155,8 @@ void verify(const VerifyCall& call) {
       Row r = row_of(call, b, i, threads);
       r.score(false, false);
       if (!r.valid) return int64_t{-1};
-      if (!r.filters.any()) return r.draw(at(i, kSample, 0)).id;
       r.filter(false);
-      return (r.filters.top_p < 1 ? r.peel(at(i, kSample, 0)) : r.draw(at(i, kSample, 0))).id;
+      return r.pick(at(i, kSample, 0)).id;
     };
     if (call.method == kCoupled) {
       for (;; ++accepted) {
