@@ -1,0 +1,326 @@
+"""Thresholds of top-k, top-p, min-p and of the up-scaling filter, and what follows from them.
+
+Two launches: `stats_kernel` reads each logit once and leaves every chunk's maximum and sum; `row_kernel`, a program a
+row, finds the threshold among the few tokens that can matter (those of chunks whose maximum is high enough, read again
+from L2), then samples there. Bytes: J V itemsize a row, 8 V / 256 for the chunks, and what is looked into again.
+
+Masses are exact integers. The one sum over the whole row, the total of top-p, is first taken in float32 with an error
+below ``slack``; only where that leaves the last token in doubt is the row summed exactly.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .race import race_kept, sums, total
+from .rows import Kept, combine, kept_scores, knobs_of, own_scores, raw_scores, row_of, tokens_of, value
+from .semantics import (
+    BAD,
+    INF,
+    LOG2E,
+    MASS_ONE,
+    NAN,
+    NEG_INF,
+    NONE,
+    log,
+    log_total,
+    mass,
+    mass_limit,
+    ordered,
+    pack,
+    packed_token,
+    unordered,
+)
+
+HUGE = tl.constexpr(1 << 62)
+NOWHERE = tl.constexpr(1 << 22)  # a chunk beyond every vocabulary
+
+
+class State(NamedTuple):
+    """What later kernels need of every row, pointers [rows]; total only where exact masses are asked for."""
+
+    best: object  # float32, the largest score
+    floor: object  # float32, the smallest score kept
+    lse: object  # float32, log of the sum of exp(s - best)
+    log_kept: object  # float32, the same of what is kept, at temperature
+    total: object  # int64 mass of what is kept, or 0: not filtered, `mass_kernel` adds it up
+    greedy: object  # int64, the token of a greedy row
+    valid: object  # bool
+
+
+@triton.jit
+def stats_kernel(m, up, sampling, top, sum, sum_c, chunks, SPLITS: tl.constexpr, TILES: tl.constexpr,
+                 TC: tl.constexpr):
+    """Grid (rows * SPLITS): maxima (+inf: a bad row) and sums of every chunk, [rows, chunks]."""
+    r = (tl.program_id(0) // SPLITS).to(tl.int64)
+    row = row_of(m, up, r)
+    c = knobs_of(sampling, r // m.slots, r % m.slots).c
+    first = (tl.program_id(0) % SPLITS) * (TILES * TC)
+    for t in range(TILES):
+        chunk = first + t * TC + tl.arange(0, TC)
+        s, bad = combine(m, up, row, tokens_of(chunk))
+        high = tl.max(s, 1)
+        at, there = r * chunks + chunk, chunk < chunks
+        tl.store(top + at, tl.max(tl.where(bad, INF, s), 1), mask=there)
+        if sum is not None:
+            tl.store(sum + at, sums(s, high, LOG2E), mask=there)
+        if sum_c is not None:
+            tl.store(sum_c + at, sums(s, high, c), mask=there)
+
+
+# --- searching -----------------------------------------------------------------------------------------------------
+
+@triton.jit
+def gather(scores: tl.constexpr, context, top, chunk, low, found, buffer, TC: tl.constexpr,
+           PACKED: tl.constexpr = False):
+    """All ``scores`` >= low of chunks [N] with maxima ``top`` into ``buffer``; their number. found: [N] scratch.
+
+    PACKED: with their tokens, as int64.
+    """
+    take = (top >= low) & (top > NEG_INF)
+    number = tl.sum(take.to(tl.int32), 0)
+    tl.store(found + tl.cumsum(take.to(tl.int32), 0) - 1, chunk, mask=take)
+    tl.debug_barrier()
+    count = 0
+    for i in range(0, number, TC):
+        lane = i + tl.arange(0, TC)
+        c = tl.load(found + lane, mask=lane < number, other=NOWHERE)
+        token = tl.reshape(tokens_of(c), [TC * 256])
+        s = scores(context, token)
+        take = (s >= low) & (s > NEG_INF)
+        x = s
+        if PACKED:
+            x = pack(s, token)
+        tl.store(buffer + count + tl.cumsum(take.to(tl.int32), 0) - 1, x, mask=take)
+        count += tl.sum(take.to(tl.int32), 0)
+    tl.debug_barrier()
+    return count
+
+
+@triton.jit
+def kth(buffer, count, k, low, high, N: tl.constexpr):
+    """The k-th largest of ``buffer``; it lies in [low, high]."""
+    low, high = ordered(low).to(tl.int64), ordered(high).to(tl.int64)
+    while low < high:
+        middle = low + ((high - low + 1) >> 1)
+        n = tl.zeros([N], tl.int32)
+        for i in range(0, count, N):
+            lane = i + tl.arange(0, N)
+            x = ordered(tl.load(buffer + lane, mask=lane < count, other=NEG_INF)).to(tl.int64)
+            n += ((x >= middle) & (lane < count)).to(tl.int32)
+        enough = tl.sum(n, 0) >= k
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    return unordered(low.to(tl.int32))
+
+
+@triton.jit
+def nucleus(buffer, count, low, best, c, limit, N: tl.constexpr):
+    """The smallest score in [low, best] with a mass of ``buffer`` above it below ``limit``; that mass, and the mass
+    above what lies below (HUGE: not looked at)."""
+    low, high = ordered(low).to(tl.int64), ordered(best).to(tl.int64)
+    above, below = tl.cast(0, tl.int64), tl.cast(HUGE, tl.int64)
+    while low < high:
+        middle = low + ((high - low) >> 1)
+        a = mass_over(buffer, count, middle, best, c, N)
+        inside = a < limit
+        above = tl.where(inside, a, above)
+        below = tl.where(inside, below, a)
+        high = tl.where(inside, middle, high)
+        low = tl.where(inside, low, middle + 1)
+    return unordered(high.to(tl.int32)), above, below
+
+
+@triton.jit
+def mass_over(buffer, count, bound, best, c, N: tl.constexpr):
+    """The exact mass of the scores in ``buffer`` whose order is over ``bound``."""
+    a = tl.zeros([N], tl.int64)
+    for i in range(0, count, N):
+        lane = i + tl.arange(0, N)
+        x = tl.load(buffer + lane, mask=lane < count, other=NEG_INF)
+        a += tl.where((ordered(x).to(tl.int64) > bound) & (lane < count), mass(x, best, c), 0)
+    return tl.sum(a, 0)
+
+
+@triton.jit
+def mass_of_row(context, best, c, chunks, TC: tl.constexpr):
+    """The exact mass of the whole row."""
+    a = tl.zeros([TC, 256], tl.int64)
+    for i in range(0, chunks, TC):
+        s = kept_scores(context, tokens_of(i + tl.arange(0, TC)))
+        a += tl.where(s > NEG_INF, mass(s, best, c), 0)
+    return tl.sum(tl.sum(a, 1), 0)
+
+
+@triton.jit
+def cutoff(best, p, share, temperature, V):
+    """A score too low for the nucleus of mass p, where all of the row is at least ``share`` times the best's mass:
+    the V tokens at or below it hold less than 1 - p together."""
+    low = best + temperature * (log(tl.maximum((1.0 - p) * share / V, 1e-30)) - 1e-3)
+    return low - tl.abs(low) * 1e-6
+
+
+@triton.jit
+def threshold(m, up, row, q, best, top, tops, approximate, chunk, chunks, found, buffer, slack, TC: tl.constexpr,
+              N: tl.constexpr):
+    """The smallest score kept by top-k, top-p and min-p, and the exact mass kept (0: nothing is filtered)."""
+    floor = tl.cast(NEG_INF, tl.float32)
+    mass_kept = tl.cast(0, tl.int64)
+    use_k = (q.top_k > 0) & (q.top_k < m.V)
+    use_p = q.top_p < 1.0
+    if use_k | use_p | (q.min_p > 0.0):
+        context = Kept(m, up, row, floor)
+        least = tl.cast(NEG_INF, tl.float32)
+        if q.min_p > 0.0:
+            least = best + q.temperature * log(tl.maximum(q.min_p, 1.1754943508222875e-38))
+        low = least
+        if use_k:
+            low = tl.cast(NEG_INF, tl.float32)
+            if q.top_k <= chunks:  # no lower than the k-th largest maximum
+                low = kth(tops, chunks, q.top_k, low, best, N)
+        elif use_p:
+            low = cutoff(best, q.top_p, approximate * (1.0 - slack), q.temperature, m.V.to(tl.float32))
+        count = gather(kept_scores, context, top, chunk, low, found, buffer, TC)
+        floor = low
+        if use_k:
+            floor = kth(buffer, count, q.top_k, low, best, N)
+        if use_p:
+            if use_k:
+                all_mass = mass_over(buffer, count, ordered(floor).to(tl.int64) - 1, best, q.c, N)
+                floor, above, below = nucleus(buffer, count, floor, best, q.c, mass_limit(q.top_p, all_mass), N)
+            else:
+                units = (approximate * MASS_ONE).to(tl.float64)
+                error = units * slack + m.V
+                floor, above, below = nucleus(buffer, count, low, best, q.c, mass_limit(q.top_p, units), N)
+                if (above >= mass_limit(q.top_p, units - error)) | (below < mass_limit(q.top_p, units + error)):
+                    all_mass = mass_of_row(context, best, q.c, chunks, TC)
+                    floor, above, below = nucleus(buffer, count, low, best, q.c, mass_limit(q.top_p, all_mass), N)
+        floor = tl.maximum(floor, least)
+        mass_kept = mass_over(buffer, count, ordered(floor).to(tl.int64) - 1, best, q.c, N)
+    return floor, mass_kept
+
+
+@triton.jit(do_not_specialize=["domain"])
+def row_kernel(m, up, sampling, domain, top, sum, sum_c, found, buffer, slack, state, tokens, valid, logprobs, raw,
+               chunks, CP: tl.constexpr, TC: tl.constexpr, N: tl.constexpr, FILTERED: tl.constexpr):
+    """Grid (rows): thresholds from `stats_kernel`'s maxima and sums [rows, chunks]; CP is the power of two >= chunks.
+
+    Writes ``state`` where it is asked for, and samples where ``tokens`` is. Scratch: found int32 [rows, chunks],
+    buffer float32 [rows, V].
+    """
+    r = tl.program_id(0).to(tl.int64)
+    row = row_of(m, up, r)
+    q = knobs_of(sampling, r // m.slots, r % m.slots)
+    chunk = tl.arange(0, CP)
+    here = chunk < chunks
+    tops = top + r * chunks
+    high = tl.load(tops + chunk, mask=here, other=NEG_INF)
+    best = tl.max(high, 0)
+    ok = (best < INF) & (best > NEG_INF)
+    high = tl.where(ok, high, NEG_INF)
+    best = tl.where(ok, best, 0.0)
+    lse, approximate = 0.0, 1.0
+    if sum is not None:
+        lse = log(tl.maximum(total(high, tl.load(sum + r * chunks + chunk, mask=here, other=0.0), best, LOG2E), 1.0))
+    if sum_c is not None:
+        parts = tl.load(sum_c + r * chunks + chunk, mask=here, other=0.0)
+        approximate = tl.maximum(total(high, parts, best, q.c), 1.0)
+    floor = tl.cast(NEG_INF, tl.float32)
+    mass_kept = tl.cast(0, tl.int64)
+    log_kept = log(tl.cast(approximate, tl.float32))
+    if FILTERED:
+        if ok & ~q.greedy:
+            floor, mass_kept = threshold(m, up, row, q, best, high, tops, approximate, chunk, chunks,
+                                         found + r * chunks, buffer + r * m.V, slack, TC, N)
+            if mass_kept > 0:
+                log_kept = log_total(mass_kept)
+    if q.greedy:
+        floor, log_kept, mass_kept = best, 0.0, tl.cast(1 << 40, tl.int64)
+    token = tl.cast(-1, tl.int64)
+    if (tokens is not None) or q.greedy:
+        winner, score = race_kept(m, up, row, high, chunk, floor, q, tl.cast(domain, tl.uint32))
+        token = tl.where(winner > NONE, packed_token(winner), -1).to(tl.int64)
+        if tokens is not None:
+            tl.store(tokens + r, token)
+            tl.store(valid + r, ok)
+        if logprobs is not None:
+            nan = tl.where(ok, 0.0, NAN)
+            tl.store(raw + r, (score - best) - lse + nan)
+            tl.store(logprobs + r, tl.where(q.greedy, 0.0, (score - best) * q.inverse - log_kept) + nan)
+    if state is not None:
+        tl.store(state.best + r, best)
+        tl.store(state.floor + r, floor)
+        tl.store(state.lse + r, lse)
+        tl.store(state.log_kept + r, log_kept)
+        tl.store(state.total + r, mass_kept)
+        tl.store(state.greedy + r, token)
+        tl.store(state.valid + r, ok)
+
+
+# --- up-scaling filter ---------------------------------------------------------------------------------------------
+
+@triton.jit
+def own_stats_kernel(m, up, top, rows, chunks, SPLITS: tl.constexpr, TILES: tl.constexpr, TC: tl.constexpr):
+    """Grid (rows * SPLITS): every model's own maximum of every chunk, over the tokens not excluded, [J, rows, chunks]."""
+    r = (tl.program_id(0) // SPLITS).to(tl.int64)
+    row = row_of(m, up, r)
+    if row.on:
+        for t in range(TILES):
+            chunk = (tl.program_id(0) % SPLITS) * (TILES * TC) + t * TC + tl.arange(0, TC)
+            s, _, _ = raw_scores(m, up, row, tokens_of(chunk))
+            for j in tl.static_range(len(m.z)):
+                z = tl.load(row.z[j] + tokens_of(chunk), mask=s > NEG_INF, other=NEG_INF).to(tl.float32)
+                tl.store(top + (j * rows + r) * chunks + chunk, tl.max(z, 1), mask=chunk < chunks)
+
+
+@triton.jit
+def own_best(top, at, chunks, CP: tl.constexpr):
+    """The largest of the maxima of one model and row, 0 where there is none, and they themselves."""
+    chunk = tl.arange(0, CP)
+    high = tl.load(top + at * chunks + chunk, mask=chunk < chunks, other=NEG_INF)
+    best = tl.max(high, 0)
+    return tl.where((best > NEG_INF) & (best < INF), best, 0.0), high
+
+
+@triton.jit
+def own_mass_kernel(m, up, top, totals, rows, chunks, SPLITS: tl.constexpr, TILES: tl.constexpr, TC: tl.constexpr,
+                    CP: tl.constexpr):
+    """Grid (rows * SPLITS): adds every model's exact mass to totals int64 [J, rows], which starts at 0."""
+    r = (tl.program_id(0) // SPLITS).to(tl.int64)
+    row = row_of(m, up, r)
+    if row.on:
+        for j in tl.static_range(len(m.z)):
+            best, _ = own_best(top, j * rows + r, chunks, CP)
+            a = tl.zeros([TC, 256], tl.int64)
+            for t in range(TILES):
+                token = tokens_of((tl.program_id(0) % SPLITS) * (TILES * TC) + t * TC + tl.arange(0, TC))
+                s, _, _ = raw_scores(m, up, row, token)
+                z = tl.load(row.z[j] + token, mask=s > NEG_INF, other=NEG_INF).to(tl.float32)
+                a += tl.where(z > NEG_INF, mass(z, best, LOG2E), 0)
+            tl.atomic_add(totals + j * rows + r, tl.sum(tl.sum(a, 1), 0), sem="relaxed")
+
+
+@triton.jit
+def own_row_kernel(m, up, top, totals, found, buffer, rows, chunks, CP: tl.constexpr, TC: tl.constexpr,
+                   N: tl.constexpr):
+    """Grid (rows): `Up` from the masses: what to take off inside and outside, and the tuned model's own nucleus."""
+    r = tl.program_id(0).to(tl.int64)
+    row = row_of(m, up, r)
+    if row.on:
+        inside = tl.cast(0.0, tl.float32)
+        for j in tl.static_range(len(m.z)):
+            best, _ = own_best(top, j * rows + r, chunks, CP)
+            lse = best + log_total(tl.maximum(tl.load(totals + j * rows + r), 1))
+            inside = tl.where(row.w[j] != 0, inside + row.w[j] * lse, inside)
+        all_mass = tl.maximum(tl.load(totals + up.tuned * rows + r), 1)
+        best, high = own_best(top, up.tuned * rows + r, chunks, CP)
+        p = value(up.on, up.on_value, r // m.slots, tl.float32)
+        share = all_mass.to(tl.float32) * 9.0949e-13  # a little below 2^-40
+        low = cutoff(best, p, share, 1.0, m.V.to(tl.float32))
+        count = gather(own_scores, Kept(m, up, row, 0.0), high, tl.arange(0, CP), low, found + r * chunks,
+                       buffer + r * m.V, TC)
+        tau, _, _ = nucleus(buffer + r * m.V, count, low, best, tl.cast(LOG2E, tl.float32), mass_limit(p, all_mass), N)
+        tl.store(up.tau + r, tau)
+        tl.store(up.inside + r, inside)
+        tl.store(up.outside + r, best + log_total(all_mass))

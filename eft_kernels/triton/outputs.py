@@ -1,0 +1,141 @@
+"""Log-probs, the most likely tokens, entropy and total variation, from the state that `row_kernel` leaves.
+
+Bytes: `logprobs_kernel` reads each logit once more (from L2 where it fits) and writes 4 V; `ids_kernel` reads one token
+of each model for each id.
+"""
+
+import triton
+import triton.language as tl
+
+from .filter import gather, kth
+from .rows import Kept, combine, kept_scores, knobs_of, row_of, tokens_of
+from .semantics import CHUNK, INF, LOG2E, NAN, NEG_INF, NONE, log, pack, packed_key, packed_token
+
+
+@triton.jit
+def processed_logprobs(s, token, state, r, q):
+    """After temperature and filters."""
+    lp = (s - tl.load(state.best + r)) * q.inverse - tl.load(state.log_kept + r)
+    lp = tl.where((s >= tl.load(state.floor + r)) & (s > NEG_INF), lp, NEG_INF)
+    return tl.where(q.greedy, tl.where(token == tl.load(state.greedy + r), 0.0, NEG_INF), lp)
+
+
+@triton.jit
+def raw_logprobs(s, state, r):
+    """Of the emulated distribution."""
+    return (s - tl.load(state.best + r)) - tl.load(state.lse + r)
+
+
+@triton.jit
+def changes(q):
+    """Whether temperature or filters make the processed distribution another one."""
+    return (q.temperature != 1.0) | (q.top_k > 0) | (q.top_p < 1.0) | (q.min_p > 0.0)
+
+
+@triton.jit
+def logprobs_kernel(m, up, sampling, state, out, SPLITS: tl.constexpr, TILES: tl.constexpr, TC: tl.constexpr):
+    """Grid (rows * SPLITS): out float32 [rows, V]."""
+    r = (tl.program_id(0) // SPLITS).to(tl.int64)
+    row = row_of(m, up, r)
+    q = knobs_of(sampling, r // m.slots, r % m.slots)
+    nan = tl.where(tl.load(state.valid + r), 0.0, NAN)
+    other = changes(q)
+    for t in range(TILES):
+        token = tokens_of((tl.program_id(0) % SPLITS) * (TILES * TC) + t * TC + tl.arange(0, TC))
+        s, _ = combine(m, up, row, token)
+        lp = raw_logprobs(s, state, r)
+        if other:
+            lp = processed_logprobs(s, token, state, r, q)
+        tl.store(out + r * m.V + token, lp + nan, mask=token < m.V)
+
+
+@triton.jit
+def ids_kernel(m, up, sampling, state, ids, number, emitted, logprobs, raw, N: tl.constexpr):
+    """Grid (rows): log-probs of ids [rows, number] into ``logprobs``.
+
+    With ``raw`` (`verify`: one id a row, -1 where there is none) both kinds; else the processed one where it is
+    another.
+    """
+    r = tl.program_id(0).to(tl.int64)
+    row = row_of(m, up, r)
+    q = knobs_of(sampling, r // m.slots, r % m.slots)
+    nan = tl.where(tl.load(state.valid + r), 0.0, NAN)
+    for i in range(0, number, N):
+        at = i + tl.arange(0, N)
+        token = tl.load(ids + r * number + at, mask=at < number, other=0)
+        there = token >= 0
+        if emitted is not None:
+            there = there & (r % m.slots + at * 0 < tl.load(emitted + r // m.slots))
+        token = tl.where(there, token, 0).to(tl.int32)
+        s, _ = combine(m, up, row, token)
+        full = raw_logprobs(s, state, r)
+        lp = processed_logprobs(s, token, state, r, q)
+        if raw is not None:
+            tl.store(raw + r * number + at, tl.where(there, full + nan, NAN), mask=at < number)
+        else:
+            lp = tl.where(changes(q), lp, full)
+        tl.store(logprobs + r * number + at, tl.where(there, lp + nan, NAN), mask=at < number)
+
+
+@triton.jit
+def top_kernel(m, up, top, found, buffer, state, ids, logprobs, n, chunks, CP: tl.constexpr, TC: tl.constexpr,
+               N: tl.constexpr):
+    """Grid (rows): the n most likely tokens, ids and logprobs [rows, n]; -1 and -inf where there are fewer.
+
+    Scratch: found int32 [rows, chunks], buffer int64 [rows, V].
+    """
+    r = tl.program_id(0).to(tl.int64)
+    row = row_of(m, up, r)
+    chunk = tl.arange(0, CP)
+    high = tl.load(top + r * chunks + chunk, mask=chunk < chunks, other=NEG_INF)
+    ok = tl.load(state.valid + r)
+    high = tl.where(ok, high, NEG_INF)
+    low = tl.cast(NEG_INF, tl.float32)
+    if ok & (n <= chunks):  # no lower than the n-th largest maximum
+        low = kth(top + r * chunks, chunks, n, low, tl.load(state.best + r), N)
+    keys = buffer + r * m.V
+    count = gather(kept_scores, Kept(m, up, row, low), high, chunk, low, found + r * chunks, keys, TC, True)
+    last = tl.cast(0x7FFFFFFFFFFFFFFF, tl.int64)
+    for i in range(0, n):
+        best = tl.full([N], NONE, tl.int64)
+        for j in range(0, count, N):
+            lane = j + tl.arange(0, N)
+            key = tl.load(keys + lane, mask=lane < count, other=NONE)
+            best = tl.maximum(best, tl.where(key < last, key, NONE))
+        last = tl.max(best, 0)
+        there = last > NONE
+        tl.store(ids + r * n + i, tl.where(there, packed_token(last), -1).to(tl.int64))
+        tl.store(logprobs + r * n + i, tl.where(there, raw_logprobs(packed_key(last), state, r), NEG_INF))
+
+
+@triton.jit
+def diagnostics_kernel(m, up, state, z, stride, entropy, tv, chunks, TC: tl.constexpr):
+    """Grid (rows): entropy of the emulated distribution, and its total variation to the tuned model's own (logits z)
+    over the tokens not excluded."""
+    r = tl.program_id(0).to(tl.int64)
+    row = row_of(m, up, r)
+    z = z + r * stride
+    best, sum = tl.full([TC, CHUNK], NEG_INF, tl.float32), tl.zeros([TC, CHUNK], tl.float32)
+    for t in range(0, chunks, TC):
+        token = tokens_of(t + tl.arange(0, TC))
+        s, _ = combine(m, up, row, token)
+        x = tl.load(z + token, mask=s > NEG_INF, other=NEG_INF).to(tl.float32)
+        higher = tl.maximum(best, x)
+        shift = tl.where((higher > NEG_INF) & (higher < INF), higher, 0.0)
+        sum = sum * tl.exp2((best - shift) * LOG2E) + tl.exp2((x - shift) * LOG2E)
+        best = higher
+    high = tl.max(tl.max(best, 1), 0)
+    high = tl.where((high > NEG_INF) & (high < INF), high, 0.0)
+    own = high + log(tl.maximum(tl.sum(tl.sum(sum * tl.exp2((best - high) * LOG2E), 1), 0), 1e-30))
+    h, d = tl.zeros([TC, CHUNK], tl.float32), tl.zeros([TC, CHUNK], tl.float32)
+    for t in range(0, chunks, TC):
+        token = tokens_of(t + tl.arange(0, TC))
+        s, _ = combine(m, up, row, token)
+        lp = raw_logprobs(s, state, r)
+        p = tl.exp2(lp * LOG2E)
+        x = tl.load(z + token, mask=s > NEG_INF, other=NEG_INF).to(tl.float32)
+        h += tl.where(p > 0.0, p * lp, 0.0)
+        d += tl.abs(p - tl.exp2((x - own) * LOG2E))
+    nan = tl.where(tl.load(state.valid + r), 0.0, NAN)
+    tl.store(entropy + r, nan - tl.sum(tl.sum(h, 1), 0))
+    tl.store(tv + r, 0.5 * tl.sum(tl.sum(d, 1), 0) + nan)

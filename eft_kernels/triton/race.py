@@ -1,0 +1,177 @@
+"""Sampling without filters, in one launch: combine, race, reduce.
+
+Bytes: every logit once, plus the chunks that the race looks into again (from L2). A program owns ``TILES * TC`` chunks
+of one row. With few rows it owns one tile and draws the noise of every token from registers (`DIRECT`): shortest
+latency. With many it streams its tiles, keeping each chunk's maximum, then draws inside the few chunks whose bound
+``max s + T g_chunk`` beats the best so far. The last program of a row to arrive merges the row's partial results; the
+key order is total, so neither split nor tile can change a token.
+"""
+
+import triton
+import triton.language as tl
+
+from .rows import Kept, combine, kept_scores, knobs_of, row_of, tokens_of
+from .semantics import (
+    BAD,
+    CHUNK,
+    INF,
+    LOG2E,
+    NAN,
+    NEG_INF,
+    NONE,
+    chunk_noise,
+    log,
+    pack,
+    packed_key,
+    packed_token,
+    token_gumbel,
+    token_words,
+)
+
+
+@triton.jit
+def noisy(s, temperature, seed, position, domain, chunk, e, place):
+    """Packed keys [256] of one chunk's scores; e and place are its chunk noise."""
+    lane = tl.arange(0, CHUNK)
+    g = tl.where(lane == place, -log(e), token_gumbel(e, token_words(seed, position, domain, chunk, CHUNK)))
+    return tl.where(s > NEG_INF, pack(s + temperature * g, chunk * CHUNK + lane), NONE)
+
+
+@triton.jit
+def race(scores: tl.constexpr, context, bound, e, place, chunk, temperature, seed, position, domain):
+    """The best (packed key, score) over chunks [N] with noise (e, place): ``scores(context, tokens)`` + T g.
+
+    ``bound`` [N] is at least the best key of each chunk, -inf where there is none.
+    """
+    best, score = tl.cast(NONE, tl.int64), tl.cast(NEG_INF, tl.float32)
+    high = tl.max(bound, 0)
+    c = tl.min(tl.where(bound == high, chunk, 0x7FFFFFFF), 0)
+    while (high > NEG_INF) & ((high > packed_key(best)) | (c <= packed_token(best) // CHUNK)):
+        s = scores(context, c * CHUNK + tl.arange(0, CHUNK))
+        here = chunk == c
+        key = noisy(s, temperature, seed, position, domain, c, tl.sum(tl.where(here, e, 0.0), 0),
+                    tl.sum(tl.where(here, place, 0), 0))
+        found = tl.max(key, 0)
+        score = tl.where(found > best, tl.max(tl.where(key == found, s, NEG_INF), 0), score)
+        best = tl.maximum(best, found)
+        bound = tl.where(here, NEG_INF, bound)
+        high = tl.max(bound, 0)
+        c = tl.min(tl.where(bound == high, chunk, 0x7FFFFFFF), 0)
+    return best, score
+
+
+@triton.jit
+def race_kept(m, up, row, top, chunk, floor, q, domain):
+    """`race` over the emulated scores >= floor of chunks whose maxima are ``top`` [N]."""
+    e, place = chunk_noise(q.seed, q.position, domain, chunk)
+    bound = tl.where(top >= floor, top + q.temperature * -log(e), NEG_INF)
+    return race(kept_scores, Kept(m, up, row, floor), bound, e, place, chunk, q.temperature, q.seed, q.position, domain)
+
+
+@triton.jit
+def sums(s, top, c):
+    """Sum of exp2((s - top) c) of each chunk: s [N, 256], top [N]."""
+    x = (s - tl.where(top > NEG_INF, top, 0.0)[:, None]) * c
+    return tl.sum(tl.where(s > NEG_INF, tl.exp2(x), 0.0), 1)
+
+
+@triton.jit
+def total(top, sum, best, c):
+    """Sum of exp2((s - best) c) of the whole row from its parts."""
+    return tl.sum(tl.where(top > NEG_INF, sum * tl.exp2((top - best) * c), 0.0), 0)
+
+
+@triton.jit
+def finish(r, tokens, valid, logprobs, raw, best, score, top, sum, sum_c, q, PROCESSED: tl.constexpr):
+    """Writes a row's outputs from its winner and its parts [N]: maxima and sums."""
+    ok = (best != NONE) & (best != BAD)
+    tl.store(tokens + r, tl.where(ok, packed_token(best), -1).to(tl.int64))
+    tl.store(valid + r, ok)
+    if logprobs is not None:
+        high = tl.max(top, 0)
+        nan = tl.where(ok, 0.0, NAN)
+        full = (score - high) - log(tl.where(ok, total(top, sum, high, LOG2E), 1.0))
+        tl.store(raw + r, full + nan)
+        if PROCESSED:
+            mass = total(top, sum_c, high, q.c)
+            full = tl.where(q.greedy, 0.0, (score - high) * q.inverse - log(tl.where(ok & ~q.greedy, mass, 1.0)))
+        tl.store(logprobs + r, full + nan)
+
+
+@triton.jit(do_not_specialize=["domain"])
+def sample_kernel(m, up, sampling, domain, tokens, valid, logprobs, raw, arrived, part_key, part, SPLITS: tl.constexpr,
+                  PARTS: tl.constexpr, TILES: tl.constexpr, TC: tl.constexpr, DIRECT: tl.constexpr,
+                  PROCESSED: tl.constexpr):
+    """Grid (rows * SPLITS). part_key [rows, SPLITS], part [rows, SPLITS, 4]: score, maximum, sum, sum at temperature.
+
+    PARTS is the power of two >= SPLITS; PROCESSED: a temperature may not be 1.
+    """
+    r = (tl.program_id(0) // SPLITS).to(tl.int64)
+    split = tl.program_id(0) % SPLITS
+    row = row_of(m, up, r)
+    q = knobs_of(sampling, r // m.slots, r % m.slots)
+    domain = tl.cast(domain, tl.uint32)
+    first = split * (TILES * TC)
+    if DIRECT:
+        chunk = first + tl.arange(0, TC)
+        s, bad = combine(m, up, row, tokens_of(chunk))
+        e, place = chunk_noise(q.seed, q.position, domain, chunk)
+        word = tl.reshape(token_words(q.seed, q.position, domain, first, TC * CHUNK), [TC, CHUNK])
+        g = tl.where(tl.arange(0, CHUNK)[None, :] == place[:, None], -log(e)[:, None], token_gumbel(e[:, None], word))
+        key = tl.where(s > NEG_INF, pack(s + q.temperature * g, tokens_of(chunk)), NONE)
+        best = tl.max(tl.max(key, 1), 0)
+        score = tl.max(tl.max(tl.where(key == best, s, NEG_INF), 1), 0)
+        top = tl.max(s, 1)
+        sum, sum_c = top, top
+        if logprobs is not None:
+            sum = sums(s, top, LOG2E)
+            if PROCESSED:
+                sum_c = sums(s, top, q.c)
+        poisoned = tl.max(tl.max(bad.to(tl.int32), 1), 0) > 0
+    else:
+        tile = tl.arange(0, TILES)[:, None]
+        tops = tl.full([TILES, TC], NEG_INF, tl.float32)
+        all_sum, all_sum_c = tops, tops
+        for t in range(TILES):
+            s, bad = combine(m, up, row, tokens_of(first + t * TC + tl.arange(0, TC)))
+            top = tl.max(s, 1)
+            if logprobs is not None:
+                all_sum = tl.where(tile == t, sums(s, top, LOG2E)[None, :], all_sum)
+                if PROCESSED:
+                    all_sum_c = tl.where(tile == t, sums(s, top, q.c)[None, :], all_sum_c)
+            tops = tl.where(tile == t, tl.max(tl.where(bad, INF, s), 1)[None, :], tops)
+        top = tl.reshape(tops, [TILES * TC])
+        sum = tl.reshape(all_sum, [TILES * TC])
+        sum_c = tl.reshape(all_sum_c, [TILES * TC])
+        poisoned = tl.max(top, 0) == INF
+        best, score = race_kept(m, up, row, tl.where(poisoned, NEG_INF, top), first + tl.arange(0, TILES * TC),
+                                tl.cast(NEG_INF, tl.float32), q, domain)
+    best = tl.where(poisoned, BAD, best)
+    if SPLITS == 1:
+        finish(r, tokens, valid, logprobs, raw, best, score, top, sum, sum_c, q, PROCESSED)
+    else:
+        at = r * SPLITS + split
+        tl.store(part_key + at, best)
+        if logprobs is not None:
+            high = tl.max(top, 0)
+            tl.store(part + at * 4, score)
+            tl.store(part + at * 4 + 1, high)
+            tl.store(part + at * 4 + 2, total(top, sum, high, LOG2E))
+            if PROCESSED:
+                tl.store(part + at * 4 + 3, total(top, sum_c, high, q.c))
+        tl.debug_barrier()
+        if tl.atomic_add(arrived + r, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
+            tl.store(arrived + r, 0)
+            here = tl.arange(0, PARTS) < SPLITS
+            at = r * SPLITS + tl.arange(0, PARTS)
+            key = tl.load(part_key + at, mask=here, other=NONE, cache_modifier=".cg")
+            best = tl.max(key, 0)
+            high, sum, sum_c = tl.full([PARTS], NEG_INF, tl.float32), here.to(tl.float32), here.to(tl.float32)
+            if logprobs is not None:
+                scores = tl.load(part + at * 4, mask=here, other=NEG_INF, cache_modifier=".cg")
+                score = tl.max(tl.where(key == best, scores, NEG_INF), 0)
+                high = tl.load(part + at * 4 + 1, mask=here, other=NEG_INF, cache_modifier=".cg")
+                sum = tl.load(part + at * 4 + 2, mask=here, other=0.0, cache_modifier=".cg")
+                if PROCESSED:
+                    sum_c = tl.load(part + at * 4 + 3, mask=here, other=0.0, cache_modifier=".cg")
+            finish(r, tokens, valid, logprobs, raw, best, score, high, sum, sum_c, q, PROCESSED)

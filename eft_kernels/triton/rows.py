@@ -1,0 +1,198 @@
+"""What a launch is given, and a row's scores from it.
+
+A row r of a launch is slot ``r % slots`` of batch row ``r // slots`` (`sample`: one slot). Every sampling parameter is a
+pointer [B], or None and a number. Rows of the tuned model's up-scaling filter carry `Up`.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .semantics import CHUNK, GREEDY, INF, LOG2E, NEG_INF
+
+
+class Models(NamedTuple):
+    """Logits and weights of the J models of a launch."""
+
+    z: tuple  # J pointers
+    stride: tuple  # J strides of a batch row, in elements
+    slot_stride: tuple  # J strides of a slot
+    w: object  # pointer to float32 weights, or None
+    w_stride: object  # 0 or J: of a batch row
+    numbers: tuple  # J numbers where w is None
+    mask: object  # pointer to int32 words, or None
+    words: object  # words of a row
+    V: object
+    slots: object
+
+
+class Sampling(NamedTuple):
+    """Per-row parameters: pointer or None, and a number."""
+
+    temperature: object
+    temperature_value: object
+    top_k: object
+    top_k_value: object
+    top_p: object
+    top_p_value: object
+    min_p: object
+    min_p_value: object
+    seed: object
+    seed_value: object
+    position: object
+    position_value: object
+
+
+class Up(NamedTuple):
+    """The up-scaling filter's state of every row (pointers [rows]), or Nones."""
+
+    on: object  # float32 upscale_top_p [B] or None, and a number
+    on_value: object
+    tau: object  # float32: the smallest tuned logit inside the nucleus
+    inside: object  # float32: sum_j w_j lse_j, taken from scores inside
+    outside: object  # float32: lse of the tuned model, taken from its logits outside
+    tuned: object  # constexpr: which model
+
+
+class Row(NamedTuple):
+    """One row: base pointers, weights, mask."""
+
+    z: tuple
+    w: tuple
+    mask: object
+    on: object  # up-scaling filter, as in Up
+    tau: object
+    inside: object
+    outside: object
+
+
+class Knobs(NamedTuple):
+    """One row's sampling parameters as numbers."""
+
+    greedy: object
+    temperature: object
+    inverse: object
+    c: object
+    top_k: object
+    top_p: object
+    min_p: object
+    seed: object
+    position: object
+
+
+@triton.jit
+def value(pointer, number, b, dtype: tl.constexpr):
+    if pointer is None:
+        return tl.cast(number, dtype)
+    else:
+        return tl.load(pointer + b).to(dtype)
+
+
+@triton.jit
+def knobs_of(s, b, slot):
+    temperature = value(s.temperature, s.temperature_value, b, tl.float32)
+    greedy = temperature < GREEDY
+    temperature = tl.where(greedy, 0.0, temperature)
+    inverse = tl.where(greedy, 0.0, tl.div_rn(1.0, tl.where(greedy, 1.0, temperature)))
+    return Knobs(greedy, temperature, inverse, inverse * LOG2E,
+                 value(s.top_k, s.top_k_value, b, tl.int64), value(s.top_p, s.top_p_value, b, tl.float32),
+                 value(s.min_p, s.min_p_value, b, tl.float32), value(s.seed, s.seed_value, b, tl.int64),
+                 value(s.position, s.position_value, b, tl.int64) + slot)
+
+
+@triton.jit
+def row_of(m, up, r):
+    """`Row` r of the launch; r is int64."""
+    b, slot = r // m.slots, r % m.slots
+    z, w = (), ()
+    for j in tl.static_range(len(m.z)):
+        z = z + (m.z[j] + b * m.stride[j] + slot * m.slot_stride[j],)
+        if m.w is None:
+            w = w + (tl.cast(m.numbers[j], tl.float32),)
+        else:
+            w = w + (tl.load(m.w + b * m.w_stride + j).to(tl.float32),)
+    mask, on, tau, inside, outside = r, False, 0.0, 0.0, 0.0  # a function cannot return None
+    if m.mask is not None:
+        mask = m.mask + r * m.words
+    if up.tau is not None:
+        on = value(up.on, up.on_value, b, tl.float32) < 1.0
+        tau, inside, outside = tl.load(up.tau + r), tl.load(up.inside + r), tl.load(up.outside + r)
+    return Row(z, w, mask, on, tau, inside, outside)
+
+
+@triton.jit
+def is_allowed(row, token, inside):
+    word = tl.load(row.mask + (token >> 5), mask=inside, other=0)
+    return ((word >> (token & 31)) & 1) != 0
+
+
+@triton.jit
+def raw_scores(m, up, row, token):
+    """sum_j w_j z_j (-inf: excluded, or beyond V), where the row is bad, and the tuned model's logits (with `Up`)."""
+    inside = token < m.V
+    s = tl.zeros(token.shape, tl.float32)
+    low = tl.full(token.shape, INF, tl.float32)
+    high = tl.full(token.shape, NEG_INF, tl.float32)
+    own = s
+    for j in tl.static_range(len(row.z)):
+        w = row.w[j]
+        reads = inside
+        if up.tau is not None and j == up.tuned:
+            reads = tl.where((w != 0) | row.on, inside, False)
+        elif m.w is not None:
+            reads = tl.where(w != 0, inside, False)
+        z = tl.load(row.z[j] + token, mask=reads, other=0.0).to(tl.float32)
+        low = tl.minimum(low, z)
+        high = tl.maximum(high, z, propagate_nan=tl.PropagateNan.ALL)
+        if up.tau is not None and j == up.tuned:
+            own = z
+            s = tl.where(w != 0, s + w * z, s)
+        else:
+            s = s + w * z
+    s = tl.where((low == NEG_INF) | ~inside, NEG_INF, s)
+    bad = ~(high < INF) | ~(s < INF)
+    if m.mask is not None:
+        allowed = is_allowed(row, token, inside)
+        s = tl.where(allowed, s, NEG_INF)
+        bad = bad & allowed
+    return s, bad, own
+
+
+@triton.jit
+def combine(m, up, row, token):
+    """Emulated scores of tokens (-inf: excluded, or beyond V), and where the row is bad."""
+    s, bad, own = raw_scores(m, up, row, token)
+    if up.tau is not None:
+        scaled = tl.where(own >= row.tau, s - row.inside, own - row.outside)
+        s = tl.where(s > NEG_INF, tl.where(row.on, scaled, s), NEG_INF)
+    return s, bad
+
+
+class Kept(NamedTuple):
+    """Context of `kept_scores` and `own_scores`."""
+
+    m: object
+    up: object
+    row: object
+    floor: object
+
+
+@triton.jit
+def kept_scores(k, token):
+    """Emulated scores at or above a threshold, -inf elsewhere."""
+    s, _ = combine(k.m, k.up, k.row, token)
+    return tl.where(s >= k.floor, s, NEG_INF)
+
+
+@triton.jit
+def own_scores(k, token):
+    """The tuned model's own logits over the tokens not excluded."""
+    s, _, own = raw_scores(k.m, k.up, k.row, token)
+    return tl.where(s > NEG_INF, own, NEG_INF)
+
+
+@triton.jit
+def tokens_of(chunk):
+    """Token ids [N, 256] of chunks [N]."""
+    return chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]

@@ -1,0 +1,272 @@
+"""Judging drafts: acceptance, block verification, and the residual where a row stops.
+
+`stats_kernel` and `row_kernel` have left the state of every slot of target and draft. Bytes: the chunks the residual
+looks into, and for rows without filters the logits once more (from L2) for their exact mass.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .race import race, race_kept
+from .rows import combine, knobs_of, row_of, tokens_of
+from .semantics import (
+    MASS_ONE,
+    NEG_INF,
+    NONE,
+    RESIDUAL,
+    RESIDUAL_ONE,
+    SAMPLE,
+    accept_token,
+    accept_uniform,
+    block_passes,
+    block_ratio,
+    chunk_noise,
+    log,
+    mass,
+    packed_token,
+    residual,
+)
+
+COUPLED, TOKEN, BLOCK = (tl.constexpr(i) for i in range(3))  # methods
+SLACK = tl.constexpr(1e-3)  # nats: the bound of a residual over a chunk, whose logarithm is not monotone to the last bit
+
+
+class Side(NamedTuple):
+    """Target or draft: what scores a row, and its `State`. A deterministic proposer is a draft whose m is None."""
+
+    m: object
+    up: object
+    state: object
+
+
+class View(NamedTuple):
+    """One row of a `Side`, as numbers."""
+
+    row: object
+    best: object
+    floor: object
+    total: object
+    greedy: object
+
+
+@triton.jit
+def view(side, r):
+    row = row_of(side.m, side.up, r)
+    total = tl.load(side.state.total + r)
+    return View(row, tl.load(side.state.best + r), tl.load(side.state.floor + r), tl.maximum(total, 1),
+                tl.load(side.state.greedy + r))
+
+
+@triton.jit
+def mass_of(side, v, q, token):
+    """Masses of tokens after filters; the one of a greedy row has all."""
+    s, _ = combine(side.m, side.up, v.row, token)
+    kept = tl.where((s >= v.floor) & (s > NEG_INF), mass(s, v.best, q.c), 0)
+    return tl.where(q.greedy, tl.where(token == v.greedy, 1 << 40, 0).to(tl.int64), kept)
+
+
+@triton.jit
+def mass_kernel(m, up, sampling, state, SPLITS: tl.constexpr, TILES: tl.constexpr, TC: tl.constexpr):
+    """Grid (rows * SPLITS): adds up the exact mass of the rows that no filter touched (state.total is 0 there)."""
+    r = (tl.program_id(0) // SPLITS).to(tl.int64)
+    q = knobs_of(sampling, r // m.slots, r % m.slots)
+    if ~q.greedy & (q.min_p <= 0.0) & (q.top_p >= 1.0) & ((q.top_k <= 0) | (q.top_k >= m.V)):
+        row = row_of(m, up, r)
+        best = tl.load(state.best + r)
+        a = tl.zeros([TC, 256], tl.int64)
+        for t in range(TILES):
+            s, _ = combine(m, up, row, tokens_of((tl.program_id(0) % SPLITS) * (TILES * TC) + t * TC
+                                                 + tl.arange(0, TC)))
+            a += tl.where(s > NEG_INF, mass(s, best, q.c), 0)
+        tl.atomic_add(state.total + r, tl.sum(tl.sum(a, 1), 0), sem="relaxed")
+
+
+# --- acceptance ----------------------------------------------------------------------------------------------------
+
+@triton.jit
+def ends_of(target, draft, b, length, slots, METHOD: tl.constexpr):
+    """How many drafts of batch row b count: its length, or up to the first invalid slot."""
+    end = tl.minimum(length, slots).to(tl.int32)
+    for i in range(0, slots):
+        r = b * slots + i
+        ok = tl.load(target.state.valid + r)
+        if (METHOD != COUPLED) and (draft.m is not None):
+            ok = ok & (tl.load(draft.state.valid + r) | (length <= i))
+        end = tl.where(ok, end, tl.minimum(end, i))
+    return end
+
+
+@triton.jit
+def judged(target, draft, sampling, b, i, slots, d, V):
+    """Masses and totals of draft d at slot i in target and draft, and the slot's uniform."""
+    r = b * slots + i
+    q = knobs_of(sampling, b, i)
+    u = accept_uniform(q.seed, q.position, tl.cast(i, tl.uint32))
+    inside = (d >= 0) & (d < V)
+    token = tl.where(inside, d, 0).to(tl.int32)
+    at_target = view(target, r)
+    t = tl.where(inside, mass_of(target, at_target, q, token), 0)
+    p, p_total = tl.cast(1 << 40, tl.int64), tl.cast(1 << 40, tl.int64)  # all on the draft
+    if draft.m is not None:
+        at_draft = view(draft, r)
+        p = mass_of(draft, at_draft, q, token)
+        p_total = at_draft.total
+    return t, at_target.total, tl.where(inside, p, 1), p_total, u
+
+
+@triton.jit
+def accept_kernel(target, draft, sampling, draft_tokens, draft_lengths, own, accepted, factor, ratios, slots, V,
+                  METHOD: tl.constexpr):
+    """Grid (B): accepted [B] and, for "block", the ratio after every draft [B, slots] (float64).
+
+    own: the target's own samples [B, slots], for "coupled". factor [B]: of the residual where the row stops.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    end = ends_of(target, draft, b, tl.load(draft_lengths + b), slots, METHOD)
+    count = tl.cast(0, tl.int32)
+    if METHOD == BLOCK:
+        ratio = tl.cast(1.0, tl.float64)
+        for i in range(0, end):
+            d = tl.load(draft_tokens + b * (slots - 1) + i)
+            t, t_total, p, p_total, _ = judged(target, draft, sampling, b, i, slots, d, V)
+            ratio = block_ratio(ratio, t, t_total, p, p_total)
+            tl.store(ratios + b * slots + i, ratio)
+        tl.store(accepted + b, end)  # how many count; `block_kernel` says how many are accepted
+    else:
+        going = count < end
+        while going:
+            d = tl.load(draft_tokens + b * (slots - 1) + count)
+            if METHOD == COUPLED:
+                going = d == tl.load(own + b * slots + count)
+            else:
+                t, t_total, p, p_total, u = judged(target, draft, sampling, b, count, slots, d, V)
+                going = accept_token(u, t, t_total, p, p_total)
+            count += going.to(tl.int32)
+            going = going & (count < end)
+        tl.store(accepted + b, count)
+    tl.store(factor + b, 1.0)
+
+
+class Rest(NamedTuple):
+    """Context of `residual_scores`."""
+
+    target: object
+    draft: object
+    at_target: object
+    at_draft: object
+    q: object
+    a: object  # factor 2^58 / total of the target
+    b: object  # 2^58 / total of the draft
+    d: object  # the draft, of a deterministic proposer
+
+
+@triton.jit
+def rest_of(target, draft, r, q, factor, d):
+    """`Rest` of row r."""
+    at_target = view(target, r)
+    b = tl.cast(RESIDUAL_ONE / MASS_ONE, tl.float64)
+    at_draft = at_target
+    if draft.m is not None:
+        at_draft = view(draft, r)
+        b = RESIDUAL_ONE / at_draft.total.to(tl.float64)
+    return at_target, at_draft, factor * (RESIDUAL_ONE / at_target.total.to(tl.float64)), b
+
+
+@triton.jit
+def residuals(c, token):
+    """max(0, factor p - q) of tokens in units of 2^-58, float64."""
+    t = mass_of(c.target, c.at_target, c.q, token)
+    if c.draft.m is not None:
+        p = mass_of(c.draft, c.at_draft, c.q, token)
+    else:
+        p = tl.where(token == c.d, 1 << 40, 0).to(tl.int64)
+    return residual(t, p, c.a, c.b)
+
+
+@triton.jit
+def residual_scores(c, token):
+    r = residuals(c, token)
+    return tl.where(r > 0.0, log(tl.maximum(r, 1.0).to(tl.float32)), NEG_INF)
+
+
+@triton.jit
+def rest_kernel(target, draft, sampling, draft_tokens, accepted, ratios, rest, slots, SPLITS: tl.constexpr,
+                TILES: tl.constexpr, TC: tl.constexpr):
+    """Grid (B * slots * SPLITS), "block": rest int64 [B, slots], from 0: the whole residual at slot i + 1 after draft i
+    passed, each token's truncated to an integer."""
+    at = (tl.program_id(0) // SPLITS).to(tl.int64)
+    b, i = at // slots, at % slots
+    if i + 1 < tl.load(accepted + b):
+        ratio = tl.load(ratios + at)
+        if ratio > 0:
+            q = knobs_of(sampling, b, i + 1)
+            d = tl.load(draft_tokens + b * (slots - 1) + i + 1)
+            at_target, at_draft, x, y = rest_of(target, draft, at + 1, q, ratio, d)
+            c = Rest(target, draft, at_target, at_draft, q, x, y, d)
+            a = tl.zeros([TC, 256], tl.int64)
+            for t in range(TILES):
+                chunk = (tl.program_id(0) % SPLITS) * (TILES * TC) + t * TC + tl.arange(0, TC)
+                a += residuals(c, tokens_of(chunk)).to(tl.int64)
+            tl.atomic_add(rest + at, tl.sum(tl.sum(a, 1), 0), sem="relaxed")
+
+
+@triton.jit
+def block_kernel(sampling, accepted, factor, ratios, rest, slots):
+    """Grid (B): the longest prefix that passes (Sun et al., algorithm 2)."""
+    b = tl.program_id(0).to(tl.int64)
+    end = tl.load(accepted + b)
+    count, f = tl.cast(0, tl.int32), tl.cast(1.0, tl.float64)
+    for i in range(0, end):
+        q = knobs_of(sampling, b, i)
+        u = accept_uniform(q.seed, q.position, tl.cast(i, tl.uint32))
+        ratio = tl.load(ratios + b * slots + i)
+        passes = block_passes(u, ratio, tl.load(rest + b * slots + i), i + 1 == end)
+        count = tl.where(passes, i + 1, count)
+        f = tl.where(passes, ratio, f)
+    tl.store(accepted + b, count)
+    tl.store(factor + b, f)
+
+
+# --- the token after the accepted drafts ---------------------------------------------------------------------------
+
+@triton.jit
+def last_kernel(target, draft, sampling, top, draft_tokens, draft_lengths, own, accepted, factor, tokens, emitted, valid,
+                slots, chunks, METHOD: tl.constexpr, CP: tl.constexpr, SP: tl.constexpr):
+    """Grid (B): tokens [B, slots]: the accepted drafts, the residual's or the target's own sample, -1."""
+    b = tl.program_id(0).to(tl.int64)
+    i = tl.load(accepted + b)
+    r = b * slots + i
+    ok = tl.load(target.state.valid + r)
+    if (METHOD != COUPLED) and (draft.m is not None):
+        ok = ok & (tl.load(draft.state.valid + r) | (tl.load(draft_lengths + b) <= i))
+    token = tl.cast(-1, tl.int64)
+    if METHOD == COUPLED:
+        token = tl.where(ok, tl.load(own + r), -1)
+    else:
+        if ok:
+            q = knobs_of(sampling, b, i)
+            at = view(target, r)
+            chunk = tl.arange(0, CP)
+            high = tl.load(top + r * chunks + chunk, mask=chunk < chunks, other=NEG_INF)
+            winner = tl.cast(NONE, tl.int64)
+            if (i < tl.load(draft_lengths + b)) & ~q.greedy:
+                d = tl.load(draft_tokens + b * (slots - 1) + i)
+                at_target, at_draft, x, y = rest_of(target, draft, r, q, tl.load(factor + b), d)
+                domain = tl.cast((i << 3) | (RESIDUAL << 1), tl.uint32)
+                e, place = chunk_noise(q.seed, q.position, domain, chunk)
+                most = mass(high, at.best, q.c).to(tl.float64) * x
+                bound = log(tl.maximum(most, 1.0).to(tl.float32)) + SLACK - log(e)
+                bound = tl.where((high >= at.floor) & (high > NEG_INF) & (most >= 1.0), bound, NEG_INF)
+                winner, _ = race(residual_scores, Rest(target, draft, at_target, at_draft, q, x, y, d), bound, e, place,
+                                 chunk, tl.cast(1.0, tl.float32), q.seed, q.position, domain)
+            if winner == NONE:
+                winner, _ = race_kept(target.m, target.up, at.row, high, chunk, at.floor, q,
+                                      tl.cast(SAMPLE << 1, tl.uint32))
+            token = packed_token(winner).to(tl.int64)
+    slot = tl.arange(0, SP)
+    drafts = tl.load(draft_tokens + b * (slots - 1) + slot, mask=slot < i, other=-1)
+    tl.store(tokens + b * slots + slot, tl.where(slot == i, token, drafts), mask=slot < slots)
+    tl.store(emitted + b, (i + ok.to(tl.int32)).to(tl.int64))
+    tl.store(valid + b, ok)
