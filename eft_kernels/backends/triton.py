@@ -20,7 +20,9 @@ from ..triton.rows import Models, Sampling, Up
 from ..triton.verify import Side
 
 INTERPRETED = triton.knobs.runtime.interpret
+NO_STATE = filter.State(*[None] * 7)
 OPTIONS = dict(enable_fp_fusion=False)  # tokens depend on it
+SEARCH = {} if INTERPRETED or torch.version.hip else dict(maxnreg=128)  # else ptxas spills to fit a fifth block
 SLACK = 2e-5  # of a float32 sum of exponentials over a row, relative
 CHUNK = 256
 STREAM = {"sample": 0, "draft": 1}
@@ -41,6 +43,11 @@ def _pair(x, number):
     return (x, number) if isinstance(x, torch.Tensor) else (None, x)
 
 
+def _number(w: float):
+    """A weight of 1 or -1 needs no product: it is part of the compiled kernel."""
+    return tl.constexpr(float(w)) if w in (1, -1) else float(w)
+
+
 def _varies(x, off) -> bool:
     """Some row may have the parameter on."""
     return isinstance(x, torch.Tensor) or x != off
@@ -57,7 +64,7 @@ class Call:
         tuned, weights = p.tuned, p.weights
         if not isinstance(weights, torch.Tensor):  # a model of weight 0 is not read
             live = [j for j, w in enumerate(weights) if w != 0 or (upscales and j == tuned)] or [0]
-            logits, weights = [logits[j] for j in live], tuple(float(weights[j]) for j in live)
+            logits, weights = [logits[j] for j in live], tuple(_number(weights[j]) for j in live)
             tuned = live.index(tuned) if tuned in live else -1
         tensor = isinstance(weights, torch.Tensor)
         self.models = Models(
@@ -93,7 +100,8 @@ class Call:
         cp = triton.next_power_of_2(self.chunks)
         self.launch(filter.own_stats_kernel, top, self.rows, self.chunks, per_row=split["SPLITS"], **split)
         self.launch(filter.own_mass_kernel, top, totals, self.rows, self.chunks, per_row=split["SPLITS"], CP=cp, **split)
-        self.launch(filter.own_row_kernel, top, totals, *self.scratch(), self.rows, self.chunks, CP=cp, TC=8, N=2048)
+        self.launch(filter.own_row_kernel, top, totals, *self.scratch(), self.rows, self.chunks, CP=cp, TC=8, N=2048,
+                    **SEARCH)
 
     def scratch(self):
         return self.empty(self.chunks, dtype=torch.int32), self.empty(self.V)
@@ -110,7 +118,7 @@ class Call:
     def row(self, domain=0, state=None, tokens=None, valid=None, logprobs=None, raw=None):
         self.launch(filter.row_kernel, self.sampling, domain, self.top, self.sum, self.sum_c, *self.scratch(), SLACK,
                     state, tokens, valid, logprobs, raw, self.chunks, CP=triton.next_power_of_2(self.chunks), TC=8,
-                    N=2048, FILTERED=self.filtered)
+                    N=2048, FILTERED=self.filtered, **SEARCH)
 
     def state(self):
         return filter.State(*(self.empty() for _ in range(4)), self.empty(dtype=torch.int64),
@@ -183,7 +191,7 @@ def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: i
     own, own_valid = (None, None) if judges else (call.empty(dtype=torch.int64), call.empty(dtype=torch.bool))
     call.row(STREAM["sample"] << 1, state, own, own_valid)
     split = call.split(4, 8)
-    target, other = Side(call.models, call.up, state), Side(None, NO_UP, None)
+    target, other = Side(call.models, call.up, state), Side(call.models, NO_UP, NO_STATE)
     if judges:
         call.launch(judge.mass_kernel, call.sampling, state, per_row=split["SPLITS"], **split)
         if draft >= 0:

@@ -14,13 +14,24 @@ import triton
 import triton.language as tl
 
 from .race import race_kept, sums, total
-from .rows import Kept, combine, kept_scores, knobs_of, own_scores, raw_scores, row_of, tokens_of, value
+from .rows import (
+    Kept,
+    combine,
+    full_tiles,
+    kept_scores,
+    knobs_of,
+    own_scores,
+    quick_scores,
+    raw_scores,
+    row_of,
+    tokens_of,
+    value,
+)
 from .semantics import (
-    BAD,
+    CHUNK,
     INF,
     LOG2E,
     MASS_ONE,
-    NAN,
     NEG_INF,
     NONE,
     log,
@@ -50,6 +61,18 @@ class State(NamedTuple):
 
 
 @triton.jit
+def put_stats(s, bad, row, chunk, chunks, top, sum, sum_c, c):
+    """Maxima and sums of scores [TC, 256] to their place in the row."""
+    high = tl.max(s, 1)
+    there = chunk < chunks
+    tl.store(top + row + chunk, tl.max(tl.where(bad, INF, s), 1), mask=there)
+    if sum is not None:
+        tl.store(sum + row + chunk, sums(s, high, LOG2E), mask=there)
+    if sum_c is not None:
+        tl.store(sum_c + row + chunk, sums(s, high, c), mask=there)
+
+
+@triton.jit
 def stats_kernel(m, up, sampling, top, sum, sum_c, chunks, SPLITS: tl.constexpr, TILES: tl.constexpr,
                  TC: tl.constexpr):
     """Grid (rows * SPLITS): maxima (+inf: a bad row) and sums of every chunk, [rows, chunks]."""
@@ -57,16 +80,19 @@ def stats_kernel(m, up, sampling, top, sum, sum_c, chunks, SPLITS: tl.constexpr,
     row = row_of(m, up, r)
     c = knobs_of(sampling, r // m.slots, r % m.slots).c
     first = (tl.program_id(0) % SPLITS) * (TILES * TC)
-    for t in range(TILES):
+    whole, tiles = full_tiles(m, first, TILES, TC)
+    size = tl.zeros([TC, CHUNK], tl.float32)
+    for t in range(whole):
+        chunk = first + t * TC + tl.arange(0, TC)
+        s, plain = quick_scores(m, up, row, tokens_of(chunk))
+        size = tl.maximum(size, tl.abs(plain), propagate_nan=tl.PropagateNan.ALL)
+        put_stats(s, False, r * chunks, chunk, chunks, top, sum, sum_c, c)
+    # what is left, or all of it where a sum was not finite
+    finite = tl.min(tl.min((size < INF).to(tl.int32), 1), 0) != 0
+    for t in range(tl.where(finite, whole, 0), tiles):
         chunk = first + t * TC + tl.arange(0, TC)
         s, bad = combine(m, up, row, tokens_of(chunk))
-        high = tl.max(s, 1)
-        at, there = r * chunks + chunk, chunk < chunks
-        tl.store(top + at, tl.max(tl.where(bad, INF, s), 1), mask=there)
-        if sum is not None:
-            tl.store(sum + at, sums(s, high, LOG2E), mask=there)
-        if sum_c is not None:
-            tl.store(sum_c + at, sums(s, high, c), mask=there)
+        put_stats(s, bad, r * chunks, chunk, chunks, top, sum, sum_c, c)
 
 
 # --- searching -----------------------------------------------------------------------------------------------------
@@ -86,14 +112,14 @@ def gather(scores: tl.constexpr, context, top, chunk, low, found, buffer, TC: tl
     for i in range(0, number, TC):
         lane = i + tl.arange(0, TC)
         c = tl.load(found + lane, mask=lane < number, other=NOWHERE)
-        token = tl.reshape(tokens_of(c), [TC * 256])
-        s = scores(context, token)
-        take = (s >= low) & (s > NEG_INF)
+        s = scores(context, tokens_of(c))
+        keep = tl.reshape(((s >= low) & (s > NEG_INF)).to(tl.int32), [TC * 256])
         x = s
         if PACKED:
-            x = pack(s, token)
-        tl.store(buffer + count + tl.cumsum(take.to(tl.int32), 0) - 1, x, mask=take)
-        count += tl.sum(take.to(tl.int32), 0)
+            x = pack(s, tokens_of(c))
+        x = tl.reshape(x, [TC * 256])
+        tl.store(buffer + count + tl.cumsum(keep, 0) - 1, x, mask=keep != 0)
+        count += tl.sum(keep, 0)
     tl.debug_barrier()
     return count
 
@@ -245,7 +271,7 @@ def row_kernel(m, up, sampling, domain, top, sum, sum_c, found, buffer, slack, s
             tl.store(tokens + r, token)
             tl.store(valid + r, ok)
         if logprobs is not None:
-            nan = tl.where(ok, 0.0, NAN)
+            nan = tl.where(ok, 0.0, float("nan"))
             tl.store(raw + r, (score - best) - lse + nan)
             tl.store(logprobs + r, tl.where(q.greedy, 0.0, (score - best) * q.inverse - log_kept) + nan)
     if state is not None:
@@ -261,6 +287,13 @@ def row_kernel(m, up, sampling, domain, top, sum, sum_c, found, buffer, slack, s
 # --- up-scaling filter ---------------------------------------------------------------------------------------------
 
 @triton.jit
+def own_logits(m, row, token, s, j: tl.constexpr):
+    """Model j's logits where scores s exclude nothing, -inf elsewhere."""
+    z = tl.load(row.z[j] + token, mask=token < m.V, other=NEG_INF).to(tl.float32)
+    return tl.where(s > NEG_INF, z, NEG_INF)
+
+
+@triton.jit
 def own_stats_kernel(m, up, top, rows, chunks, SPLITS: tl.constexpr, TILES: tl.constexpr, TC: tl.constexpr):
     """Grid (rows * SPLITS): every model's own maximum of every chunk, over the tokens not excluded, [J, rows, chunks]."""
     r = (tl.program_id(0) // SPLITS).to(tl.int64)
@@ -268,10 +301,11 @@ def own_stats_kernel(m, up, top, rows, chunks, SPLITS: tl.constexpr, TILES: tl.c
     if row.on:
         for t in range(TILES):
             chunk = (tl.program_id(0) % SPLITS) * (TILES * TC) + t * TC + tl.arange(0, TC)
-            s, _, _ = raw_scores(m, up, row, tokens_of(chunk))
+            token = tokens_of(chunk)
+            s, bad, own = raw_scores(m, up, row, token)
             for j in tl.static_range(len(m.z)):
-                z = tl.load(row.z[j] + tokens_of(chunk), mask=s > NEG_INF, other=NEG_INF).to(tl.float32)
-                tl.store(top + (j * rows + r) * chunks + chunk, tl.max(z, 1), mask=chunk < chunks)
+                tl.store(top + (j * rows + r) * chunks + chunk, tl.max(own_logits(m, row, token, s, j), 1),
+                         mask=chunk < chunks)
 
 
 @triton.jit
@@ -290,15 +324,17 @@ def own_mass_kernel(m, up, top, totals, rows, chunks, SPLITS: tl.constexpr, TILE
     r = (tl.program_id(0) // SPLITS).to(tl.int64)
     row = row_of(m, up, r)
     if row.on:
+        bests = ()
         for j in tl.static_range(len(m.z)):
-            best, _ = own_best(top, j * rows + r, chunks, CP)
-            a = tl.zeros([TC, 256], tl.int64)
-            for t in range(TILES):
-                token = tokens_of((tl.program_id(0) % SPLITS) * (TILES * TC) + t * TC + tl.arange(0, TC))
-                s, _, _ = raw_scores(m, up, row, token)
-                z = tl.load(row.z[j] + token, mask=s > NEG_INF, other=NEG_INF).to(tl.float32)
-                a += tl.where(z > NEG_INF, mass(z, best, LOG2E), 0)
-            tl.atomic_add(totals + j * rows + r, tl.sum(tl.sum(a, 1), 0), sem="relaxed")
+            best, high = own_best(top, j * rows + r, chunks, CP)
+            bests = bests + (best,)
+        for t in range(TILES):
+            token = tokens_of((tl.program_id(0) % SPLITS) * (TILES * TC) + t * TC + tl.arange(0, TC))
+            s, bad, own = raw_scores(m, up, row, token)
+            for j in tl.static_range(len(m.z)):
+                z = own_logits(m, row, token, s, j)
+                a = tl.where(z > NEG_INF, mass(z, bests[j], LOG2E), 0)
+                tl.atomic_add(totals + j * rows + r, tl.sum(tl.sum(a, 1), 0), sem="relaxed")
 
 
 @triton.jit
@@ -310,7 +346,7 @@ def own_row_kernel(m, up, top, totals, found, buffer, rows, chunks, CP: tl.const
     if row.on:
         inside = tl.cast(0.0, tl.float32)
         for j in tl.static_range(len(m.z)):
-            best, _ = own_best(top, j * rows + r, chunks, CP)
+            best, high = own_best(top, j * rows + r, chunks, CP)
             lse = best + log_total(tl.maximum(tl.load(totals + j * rows + r), 1))
             inside = tl.where(row.w[j] != 0, inside + row.w[j] * lse, inside)
         all_mass = tl.maximum(tl.load(totals + up.tuned * rows + r), 1)
@@ -320,7 +356,7 @@ def own_row_kernel(m, up, top, totals, found, buffer, rows, chunks, CP: tl.const
         low = cutoff(best, p, share, 1.0, m.V.to(tl.float32))
         count = gather(own_scores, Kept(m, up, row, 0.0), high, tl.arange(0, CP), low, found + r * chunks,
                        buffer + r * m.V, TC)
-        tau, _, _ = nucleus(buffer + r * m.V, count, low, best, tl.cast(LOG2E, tl.float32), mass_limit(p, all_mass), N)
+        tau, above, below = nucleus(buffer + r * m.V, count, low, best, tl.cast(LOG2E, tl.float32), mass_limit(p, all_mass), N)
         tl.store(up.tau + r, tau)
         tl.store(up.inside + r, inside)
         tl.store(up.outside + r, best + log_total(all_mass))

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .filter import gather, kth
 from .rows import Kept, combine, kept_scores, knobs_of, row_of, tokens_of
-from .semantics import CHUNK, INF, LOG2E, NAN, NEG_INF, NONE, log, pack, packed_key, packed_token
+from .semantics import CHUNK, INF, LOG2E, NEG_INF, NONE, log, packed_key, packed_token
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def logprobs_kernel(m, up, sampling, state, out, SPLITS: tl.constexpr, TILES: tl
     r = (tl.program_id(0) // SPLITS).to(tl.int64)
     row = row_of(m, up, r)
     q = knobs_of(sampling, r // m.slots, r % m.slots)
-    nan = tl.where(tl.load(state.valid + r), 0.0, NAN)
+    nan = tl.where(tl.load(state.valid + r), 0.0, float("nan"))
     other = changes(q)
     for t in range(TILES):
         token = tokens_of((tl.program_id(0) % SPLITS) * (TILES * TC) + t * TC + tl.arange(0, TC))
@@ -59,7 +59,7 @@ def ids_kernel(m, up, sampling, state, ids, number, emitted, logprobs, raw, N: t
     r = tl.program_id(0).to(tl.int64)
     row = row_of(m, up, r)
     q = knobs_of(sampling, r // m.slots, r % m.slots)
-    nan = tl.where(tl.load(state.valid + r), 0.0, NAN)
+    nan = tl.where(tl.load(state.valid + r), 0.0, float("nan"))
     for i in range(0, number, N):
         at = i + tl.arange(0, N)
         token = tl.load(ids + r * number + at, mask=at < number, other=0)
@@ -71,10 +71,10 @@ def ids_kernel(m, up, sampling, state, ids, number, emitted, logprobs, raw, N: t
         full = raw_logprobs(s, state, r)
         lp = processed_logprobs(s, token, state, r, q)
         if raw is not None:
-            tl.store(raw + r * number + at, tl.where(there, full + nan, NAN), mask=at < number)
+            tl.store(raw + r * number + at, tl.where(there, full + nan, float("nan")), mask=at < number)
         else:
             lp = tl.where(changes(q), lp, full)
-        tl.store(logprobs + r * number + at, tl.where(there, lp + nan, NAN), mask=at < number)
+        tl.store(logprobs + r * number + at, tl.where(there, lp + nan, float("nan")), mask=at < number)
 
 
 @triton.jit
@@ -136,6 +136,6 @@ def diagnostics_kernel(m, up, state, z, stride, entropy, tv, chunks, TC: tl.cons
         x = tl.load(z + token, mask=s > NEG_INF, other=NEG_INF).to(tl.float32)
         h += tl.where(p > 0.0, p * lp, 0.0)
         d += tl.abs(p - tl.exp2((x - own) * LOG2E))
-    nan = tl.where(tl.load(state.valid + r), 0.0, NAN)
+    nan = tl.where(tl.load(state.valid + r), 0.0, float("nan"))
     tl.store(entropy + r, nan - tl.sum(tl.sum(h, 1), 0))
     tl.store(tv + r, 0.5 * tl.sum(tl.sum(d, 1), 0) + nan)

@@ -10,13 +10,12 @@ key order is total, so neither split nor tile can change a token.
 import triton
 import triton.language as tl
 
-from .rows import Kept, combine, kept_scores, knobs_of, row_of, tokens_of
+from .rows import Kept, combine, full_tiles, kept_scores, knobs_of, quick_scores, row_of, tokens_of
 from .semantics import (
     BAD,
     CHUNK,
     INF,
     LOG2E,
-    NAN,
     NEG_INF,
     NONE,
     chunk_noise,
@@ -71,8 +70,7 @@ def race_kept(m, up, row, top, chunk, floor, q, domain):
 @triton.jit
 def sums(s, top, c):
     """Sum of exp2((s - top) c) of each chunk: s [N, 256], top [N]."""
-    x = (s - tl.where(top > NEG_INF, top, 0.0)[:, None]) * c
-    return tl.sum(tl.where(s > NEG_INF, tl.exp2(x), 0.0), 1)
+    return tl.sum(tl.exp2((s - tl.where(top > NEG_INF, top, 0.0)[:, None]) * c), 1)
 
 
 @triton.jit
@@ -89,7 +87,7 @@ def finish(r, tokens, valid, logprobs, raw, best, score, top, sum, sum_c, q, PRO
     tl.store(valid + r, ok)
     if logprobs is not None:
         high = tl.max(top, 0)
-        nan = tl.where(ok, 0.0, NAN)
+        nan = tl.where(ok, 0.0, float("nan"))
         full = (score - high) - log(tl.where(ok, total(top, sum, high, LOG2E), 1.0))
         tl.store(raw + r, full + nan)
         if PROCESSED:
@@ -132,7 +130,20 @@ def sample_kernel(m, up, sampling, domain, tokens, valid, logprobs, raw, arrived
         tile = tl.arange(0, TILES)[:, None]
         tops = tl.full([TILES, TC], NEG_INF, tl.float32)
         all_sum, all_sum_c = tops, tops
-        for t in range(TILES):
+        whole, tiles = full_tiles(m, first, TILES, TC)
+        size = tl.zeros([TC, CHUNK], tl.float32)
+        for t in range(whole):
+            s, plain = quick_scores(m, up, row, tokens_of(first + t * TC + tl.arange(0, TC)))
+            size = tl.maximum(size, tl.abs(plain), propagate_nan=tl.PropagateNan.ALL)
+            top = tl.max(s, 1)
+            if logprobs is not None:
+                all_sum = tl.where(tile == t, sums(s, top, LOG2E)[None, :], all_sum)
+                if PROCESSED:
+                    all_sum_c = tl.where(tile == t, sums(s, top, q.c)[None, :], all_sum_c)
+            tops = tl.where(tile == t, top[None, :], tops)
+        # what is left, or all of it where a sum was not finite
+        finite = tl.min(tl.min((size < INF).to(tl.int32), 1), 0) != 0
+        for t in range(tl.where(finite, whole, 0), tiles):
             s, bad = combine(m, up, row, tokens_of(first + t * TC + tl.arange(0, TC)))
             top = tl.max(s, 1)
             if logprobs is not None:
@@ -163,15 +174,16 @@ def sample_kernel(m, up, sampling, domain, tokens, valid, logprobs, raw, arrived
         if tl.atomic_add(arrived + r, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
             tl.store(arrived + r, 0)
             here = tl.arange(0, PARTS) < SPLITS
-            at = r * SPLITS + tl.arange(0, PARTS)
-            key = tl.load(part_key + at, mask=here, other=NONE, cache_modifier=".cg")
-            best = tl.max(key, 0)
-            high, sum, sum_c = tl.full([PARTS], NEG_INF, tl.float32), here.to(tl.float32), here.to(tl.float32)
+            all_at = r * SPLITS + tl.arange(0, PARTS)
+            keys = tl.load(part_key + all_at, mask=here, other=NONE, cache_modifier=".cg")
+            winner = tl.max(keys, 0)
+            win = tl.cast(0.0, tl.float32)
+            highs, sums_1, sums_c = tl.full([PARTS], NEG_INF, tl.float32), here.to(tl.float32), here.to(tl.float32)
             if logprobs is not None:
-                scores = tl.load(part + at * 4, mask=here, other=NEG_INF, cache_modifier=".cg")
-                score = tl.max(tl.where(key == best, scores, NEG_INF), 0)
-                high = tl.load(part + at * 4 + 1, mask=here, other=NEG_INF, cache_modifier=".cg")
-                sum = tl.load(part + at * 4 + 2, mask=here, other=0.0, cache_modifier=".cg")
+                scores = tl.load(part + all_at * 4, mask=here, other=NEG_INF, cache_modifier=".cg")
+                win = tl.max(tl.where(keys == winner, scores, NEG_INF), 0)
+                highs = tl.load(part + all_at * 4 + 1, mask=here, other=NEG_INF, cache_modifier=".cg")
+                sums_1 = tl.load(part + all_at * 4 + 2, mask=here, other=0.0, cache_modifier=".cg")
                 if PROCESSED:
-                    sum_c = tl.load(part + at * 4 + 3, mask=here, other=0.0, cache_modifier=".cg")
-            finish(r, tokens, valid, logprobs, raw, best, score, high, sum, sum_c, q, PROCESSED)
+                    sums_c = tl.load(part + all_at * 4 + 3, mask=here, other=0.0, cache_modifier=".cg")
+            finish(r, tokens, valid, logprobs, raw, winner, win, highs, sums_1, sums_c, q, PROCESSED)

@@ -128,6 +128,13 @@ def is_allowed(row, token, inside):
 
 
 @triton.jit
+def scaled(up, row, s, own):
+    """Scores under the up-scaling filter: inside the nucleus normalised, outside the tuned model's own."""
+    x = tl.where(own >= row.tau, s - row.inside, own - row.outside)
+    return tl.where(s > NEG_INF, tl.where(row.on, x, s), NEG_INF)
+
+
+@triton.jit
 def raw_scores(m, up, row, token):
     """sum_j w_j z_j (-inf: excluded, or beyond V), where the row is bad, and the tuned model's logits (with `Up`)."""
     inside = token < m.V
@@ -164,9 +171,35 @@ def combine(m, up, row, token):
     """Emulated scores of tokens (-inf: excluded, or beyond V), and where the row is bad."""
     s, bad, own = raw_scores(m, up, row, token)
     if up.tau is not None:
-        scaled = tl.where(own >= row.tau, s - row.inside, own - row.outside)
-        s = tl.where(s > NEG_INF, tl.where(row.on, scaled, s), NEG_INF)
+        s = scaled(up, row, s, own)
     return s, bad
+
+
+@triton.jit
+def quick_scores(m, up, row, token):
+    """Emulated scores of tokens below V, and the plain sums: where one of these is not finite, `combine` must decide."""
+    s = row.w[0] * tl.load(row.z[0] + token).to(tl.float32)
+    own = s
+    for j in tl.static_range(len(row.z)):
+        z = tl.load(row.z[j] + token).to(tl.float32)
+        if j > 0:
+            s = s + row.w[j] * z
+        if up.tau is not None and j == up.tuned:
+            own = z
+    plain = s
+    if m.mask is not None:
+        s = tl.where(is_allowed(row, token, True), s, NEG_INF)
+    if up.tau is not None:
+        s = scaled(up, row, s, own)
+    return s, plain
+
+
+@triton.jit
+def full_tiles(m, first, TILES: tl.constexpr, TC: tl.constexpr):
+    """Of the TILES tiles of TC chunks from chunk ``first``: how many lie below V whole, and how many at all."""
+    left = m.V - first * CHUNK
+    whole = tl.minimum(tl.maximum(left // (TC * CHUNK), 0), TILES)
+    return whole, tl.minimum(tl.maximum((left + (TC * CHUNK - 1)) // (TC * CHUNK), 0), TILES)
 
 
 class Kept(NamedTuple):

@@ -8,7 +8,6 @@ import triton.language as tl
 
 NEG_INF = tl.constexpr(float("-inf"))
 INF = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 GREEDY = tl.constexpr(1e-5)
 LOG2E = tl.constexpr(1.44269504)
 CHUNK = tl.constexpr(256)

@@ -30,11 +30,11 @@ from .semantics import (
 )
 
 COUPLED, TOKEN, BLOCK = (tl.constexpr(i) for i in range(3))  # methods
-SLACK = tl.constexpr(1e-3)  # nats: the bound of a residual over a chunk, whose logarithm is not monotone to the last bit
+SLACK = tl.constexpr(1e-3)  # nats: over the bound of a chunk's residual, for its logarithm is not quite monotone
 
 
 class Side(NamedTuple):
-    """Target or draft: what scores a row, and its `State`. A deterministic proposer is a draft whose m is None."""
+    """Target or draft: what scores a row, and its `State` (of Nones: the draft of a deterministic proposer)."""
 
     m: object
     up: object
@@ -92,7 +92,7 @@ def ends_of(target, draft, b, length, slots, METHOD: tl.constexpr):
     for i in range(0, slots):
         r = b * slots + i
         ok = tl.load(target.state.valid + r)
-        if (METHOD != COUPLED) and (draft.m is not None):
+        if (METHOD != COUPLED) and (draft.state.best is not None):
             ok = ok & (tl.load(draft.state.valid + r) | (length <= i))
         end = tl.where(ok, end, tl.minimum(end, i))
     return end
@@ -109,7 +109,7 @@ def judged(target, draft, sampling, b, i, slots, d, V):
     at_target = view(target, r)
     t = tl.where(inside, mass_of(target, at_target, q, token), 0)
     p, p_total = tl.cast(1 << 40, tl.int64), tl.cast(1 << 40, tl.int64)  # all on the draft
-    if draft.m is not None:
+    if draft.state.best is not None:
         at_draft = view(draft, r)
         p = mass_of(draft, at_draft, q, token)
         p_total = at_draft.total
@@ -168,7 +168,7 @@ def rest_of(target, draft, r, q, factor, d):
     at_target = view(target, r)
     b = tl.cast(RESIDUAL_ONE / MASS_ONE, tl.float64)
     at_draft = at_target
-    if draft.m is not None:
+    if draft.state.best is not None:
         at_draft = view(draft, r)
         b = RESIDUAL_ONE / at_draft.total.to(tl.float64)
     return at_target, at_draft, factor * (RESIDUAL_ONE / at_target.total.to(tl.float64)), b
@@ -178,7 +178,7 @@ def rest_of(target, draft, r, q, factor, d):
 def residuals(c, token):
     """max(0, factor p - q) of tokens in units of 2^-58, float64."""
     t = mass_of(c.target, c.at_target, c.q, token)
-    if c.draft.m is not None:
+    if c.draft.state.best is not None:
         p = mass_of(c.draft, c.at_draft, c.q, token)
     else:
         p = tl.where(token == c.d, 1 << 40, 0).to(tl.int64)
@@ -232,14 +232,14 @@ def block_kernel(sampling, accepted, factor, ratios, rest, slots):
 # --- the token after the accepted drafts ---------------------------------------------------------------------------
 
 @triton.jit
-def last_kernel(target, draft, sampling, top, draft_tokens, draft_lengths, own, accepted, factor, tokens, emitted, valid,
-                slots, chunks, METHOD: tl.constexpr, CP: tl.constexpr, SP: tl.constexpr):
+def last_kernel(target, draft, sampling, top, draft_tokens, draft_lengths, own, accepted, factor, tokens, emitted,
+                valid, slots, chunks, METHOD: tl.constexpr, CP: tl.constexpr, SP: tl.constexpr):
     """Grid (B): tokens [B, slots]: the accepted drafts, the residual's or the target's own sample, -1."""
     b = tl.program_id(0).to(tl.int64)
     i = tl.load(accepted + b)
     r = b * slots + i
     ok = tl.load(target.state.valid + r)
-    if (METHOD != COUPLED) and (draft.m is not None):
+    if (METHOD != COUPLED) and (draft.state.best is not None):
         ok = ok & (tl.load(draft.state.valid + r) | (tl.load(draft_lengths + b) <= i))
     token = tl.cast(-1, tl.int64)
     if METHOD == COUPLED:
