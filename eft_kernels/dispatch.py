@@ -23,9 +23,12 @@ class Backend(NamedTuple):
     summary: str
 
 
+# Triton's interpreter takes CPU tensors
+_INTERPRETED = ("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else ()
 # in order of preference for "auto"
 TABLE = (
     Backend("cpu", "eft_kernels.backends.cpu", ("cpu",), "C++ with AVX2, AVX-512 or NEON, threads"),
+    Backend("triton", "eft_kernels.backends.triton", ("cuda", "xpu", *_INTERPRETED), "Triton kernels, any GPU"),
     Backend("reference", "eft_kernels.reference", (), "PyTorch, the definition; slow"),
 )
 

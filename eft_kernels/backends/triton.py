@@ -14,7 +14,7 @@ except ImportError as error:
     raise ImportError("triton is not installed (it comes with torch on GPU machines; pip install triton)") from error
 
 from ..params import Params
-from ..triton import filter, outputs, race
+from ..triton import config, filter, outputs, race
 from ..triton import verify as judge
 from ..triton.rows import Models, Sampling, Up
 from ..triton.verify import Side
@@ -22,7 +22,10 @@ from ..triton.verify import Side
 INTERPRETED = triton.knobs.runtime.interpret
 NO_STATE = filter.State(*[None] * 7)
 OPTIONS = dict(enable_fp_fusion=False)  # tokens depend on it
-SEARCH = {} if INTERPRETED or torch.version.hip else dict(maxnreg=128)  # else ptxas spills to fit a fifth block
+# row-wide searches: chunks and scores looked at together
+SEARCH = dict(TC=32, N=16384) if INTERPRETED else dict(TC=8, N=2048)
+if not INTERPRETED and torch.version.cuda:
+    SEARCH["maxnreg"] = 128  # else ptxas spills to fit a fifth block on a multiprocessor
 SLACK = 2e-5  # of a float32 sum of exponentials over a row, relative
 CHUNK = 256
 STREAM = {"sample": 0, "draft": 1}
@@ -37,6 +40,31 @@ def status() -> tuple[bool, str]:
                for d in ("cuda", "xpu")):
         return False, "no GPU (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"
     return True, f"triton {triton.__version__}"
+
+
+ARENA = 1 << 16  # counters a device has for captured graphs
+_counters: dict = {}
+
+
+def counters(rows: int, device: torch.device) -> torch.Tensor:
+    """int32 zeros [rows] that nothing else uses while the launch runs; the kernel leaves them zero.
+
+    One buffer a stream. A graph may be replayed beside anything, so every launch it captures keeps counters of its own,
+    from memory that was zeroed before.
+    """
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    key = device if INTERPRETED else (device, triton.runtime.driver.active.get_current_stream(device.index))
+    if not capturing:
+        if (device, "arena") not in _counters and device.type == "cuda":
+            _counters[device, "arena"] = torch.zeros(ARENA, dtype=torch.int32, device=device)
+        if key not in _counters or _counters[key].shape[0] < rows:
+            _counters[key] = torch.zeros(max(1024, triton.next_power_of_2(rows)), dtype=torch.int32, device=device)
+        return _counters[key]
+    arena, size = _counters.get((device, "arena")), triton.cdiv(rows, 64) * 64  # aligned, or Triton compiles anew
+    if arena is None or arena.shape[0] < size:
+        return torch.zeros(rows, dtype=torch.int32, device=device)  # part of the graph
+    _counters[device, "arena"] = arena[size:]
+    return arena[:size]
 
 
 def _pair(x, number):
@@ -68,7 +96,8 @@ class Call:
             tuned = live.index(tuned) if tuned in live else -1
         tensor = isinstance(weights, torch.Tensor)
         self.models = Models(
-            tuple(logits), tuple(z.stride(0) for z in logits), tuple(z.stride(1) if z.dim() == 3 else 0 for z in logits),
+            tuple(logits), tuple(z.stride(0) for z in logits),
+            tuple(z.stride(1) if z.dim() == 3 else 0 for z in logits),
             weights if tensor else None, weights.stride(0) if tensor and weights.dim() == 2 else 0,
             () if tensor else weights, p.token_mask, 0 if p.token_mask is None else p.token_mask.shape[-1], self.V,
             self.slots)
@@ -77,6 +106,8 @@ class Call:
         self.filtered = _varies(p.top_k, 0) or _varies(p.top_p, 1.0) or _varies(p.min_p, 0.0)
         self.processed = _varies(p.temperature, 1.0)
         self.up = NO_UP
+        self.stream = self.split(config.pick(config.STREAM, self.device, self.rows * self.chunks))
+        self.cp = triton.next_power_of_2(self.chunks)
         if upscales:
             on = _pair(p.upscale_top_p, 1.0)
             self.up = Up(*on, *(self.empty() for _ in range(3)), tl.constexpr(tuned))
@@ -85,23 +116,28 @@ class Call:
     def empty(self, *shape, dtype=torch.float32):
         return torch.empty((self.rows, *shape), dtype=dtype, device=self.device)
 
-    def split(self, tiles: int, tc: int) -> dict:
-        return dict(SPLITS=triton.cdiv(self.chunks, tiles * tc), TILES=tiles, TC=tc)
+    def split(self, cut: config.Cut) -> dict:
+        """A cut as launch options: a program takes TILES * TC chunks, SPLITS programs a row."""
+        tiles = min(cut.tiles, triton.next_power_of_2(triton.cdiv(self.chunks, cut.tc)))
+        return dict(SPLITS=triton.cdiv(self.chunks, tiles * cut.tc), TILES=tiles, TC=cut.tc, num_warps=cut.warps)
 
-    def launch(self, kernel, *args, per_row: int = 1, **options):
+    def launch(self, kernel, *args, **options):
+        """A program a row, or SPLITS."""
         if self.rows:
-            kernel[(self.rows * per_row,)](self.models, self.up, *args, **options, **OPTIONS)
+            kernel[(self.rows * options.get("SPLITS", 1),)](self.models, self.up, *args, **options, **OPTIONS)
+
+    def launch_stream(self, kernel, *args, **options):
+        """A pass over all logits."""
+        self.launch(kernel, *args, **options, **self.stream)
 
     def upscale(self):
         """Fills `Up`."""
-        J, split = len(self.models.z), self.split(4, 8)
+        J = len(self.models.z)
         top = torch.empty(J, self.rows, self.chunks, device=self.device)
         totals = torch.zeros(J, self.rows, dtype=torch.int64, device=self.device)
-        cp = triton.next_power_of_2(self.chunks)
-        self.launch(filter.own_stats_kernel, top, self.rows, self.chunks, per_row=split["SPLITS"], **split)
-        self.launch(filter.own_mass_kernel, top, totals, self.rows, self.chunks, per_row=split["SPLITS"], CP=cp, **split)
-        self.launch(filter.own_row_kernel, top, totals, *self.scratch(), self.rows, self.chunks, CP=cp, TC=8, N=2048,
-                    **SEARCH)
+        self.launch_stream(filter.own_stats_kernel, top, self.rows, self.chunks)
+        self.launch_stream(filter.own_mass_kernel, top, totals, self.rows, self.chunks, CP=self.cp)
+        self.launch(filter.own_row_kernel, top, totals, *self.scratch(), self.rows, self.chunks, CP=self.cp, **SEARCH)
 
     def scratch(self):
         return self.empty(self.chunks, dtype=torch.int32), self.empty(self.V)
@@ -111,14 +147,12 @@ class Call:
         self.top = self.empty(self.chunks)
         self.sum = self.empty(self.chunks) if sum else None
         self.sum_c = (self.empty(self.chunks) if self.processed or sum is False else self.sum) if sum_c else None
-        split = self.split(4, 8)
-        self.launch(filter.stats_kernel, self.sampling, self.top, self.sum,
-                    None if self.sum_c is self.sum else self.sum_c, self.chunks, per_row=split["SPLITS"], **split)
+        self.launch_stream(filter.stats_kernel, self.sampling, self.top, self.sum,
+                           None if self.sum_c is self.sum else self.sum_c, self.chunks)
 
     def row(self, domain=0, state=None, tokens=None, valid=None, logprobs=None, raw=None):
         self.launch(filter.row_kernel, self.sampling, domain, self.top, self.sum, self.sum_c, *self.scratch(), SLACK,
-                    state, tokens, valid, logprobs, raw, self.chunks, CP=triton.next_power_of_2(self.chunks), TC=8,
-                    N=2048, FILTERED=self.filtered, **SEARCH)
+                    state, tokens, valid, logprobs, raw, self.chunks, CP=self.cp, FILTERED=self.filtered, **SEARCH)
 
     def state(self):
         return filter.State(*(self.empty() for _ in range(4)), self.empty(dtype=torch.int64),
@@ -137,25 +171,23 @@ def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logpro
         state = call.state() if more else None
         call.row(domain, state, tokens, valid, lp, raw)
     else:
-        direct = B < 8
-        split = call.split(1 if direct else 4, 8)
+        cut = config.pick(config.SAMPLE, device, B * call.chunks)
+        split = call.split(cut)
         splits = split["SPLITS"]
-        arrived = torch.zeros(B, dtype=torch.int32, device=device)
-        part_key = torch.empty(B * splits, dtype=torch.int64, device=device)
-        part = torch.empty(B * splits * 4, device=device) if logprobs else None
-        call.launch(race.sample_kernel, call.sampling, domain, tokens, valid, lp, raw, arrived, part_key, part,
-                    per_row=splits, PARTS=triton.next_power_of_2(splits), DIRECT=direct, PROCESSED=call.processed,
-                    **split)
+        part_key = call.empty(splits, dtype=torch.int64)
+        part = call.empty(splits, 4) if logprobs else None
+        call.launch(race.sample_kernel, call.sampling, domain, tokens, valid, lp, raw, counters(B, device), part_key,
+                    part, PARTS=triton.next_power_of_2(splits), DIRECT=cut.direct, PROCESSED=call.processed, **split)
     top_ids = top_lp = entropy = tv = None
     if top_logprobs:
         top_ids, top_lp = call.empty(top_logprobs, dtype=torch.int64), call.empty(top_logprobs)
         found, buffer = call.empty(call.chunks, dtype=torch.int32), call.empty(call.V, dtype=torch.int64)
         call.launch(outputs.top_kernel, call.top, found, buffer, state, top_ids, top_lp, top_logprobs, call.chunks,
-                    CP=triton.next_power_of_2(call.chunks), TC=8, N=2048)
+                    CP=call.cp, **SEARCH)
     if diagnostics:
         entropy, tv = call.empty(), call.empty()
         z = logits[p.tuned]
-        call.launch(outputs.diagnostics_kernel, state, z, z.stride(0), entropy, tv, call.chunks, TC=8)
+        call.launch(outputs.diagnostics_kernel, state, z, z.stride(0), entropy, tv, call.chunks, TC=SEARCH["TC"])
     return tokens, valid, lp, raw, top_ids, top_lp, entropy, tv
 
 
@@ -170,8 +202,8 @@ def _states(logits, p: Params):
 
 def logprobs(logits, p: Params):
     call, state = _states(logits, p)
-    out, split = call.empty(call.V), call.split(4, 8)
-    call.launch(outputs.logprobs_kernel, call.sampling, state, out, per_row=split["SPLITS"], **split)
+    out = call.empty(call.V)
+    call.launch_stream(outputs.logprobs_kernel, call.sampling, state, out)
     return out
 
 
@@ -190,16 +222,15 @@ def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: i
     state = call.state()
     own, own_valid = (None, None) if judges else (call.empty(dtype=torch.int64), call.empty(dtype=torch.bool))
     call.row(STREAM["sample"] << 1, state, own, own_valid)
-    split = call.split(4, 8)
     target, other = Side(call.models, call.up, state), Side(call.models, NO_UP, NO_STATE)
     if judges:
-        call.launch(judge.mass_kernel, call.sampling, state, per_row=split["SPLITS"], **split)
+        call.launch_stream(judge.mass_kernel, call.sampling, state)
         if draft >= 0:
             q = Call([logits[draft]], p._replace(weights=(1.0,), upscale_top_p=1.0, tuned=0))
             q.stats(sum=False, sum_c=_varies(p.top_p, 1.0))
             other = Side(q.models, NO_UP, q.state())
             q.row(state=other.state)
-            q.launch(judge.mass_kernel, q.sampling, other.state, per_row=split["SPLITS"], **split)
+            q.launch_stream(judge.mass_kernel, q.sampling, other.state)
     tokens, valid = call.empty(dtype=torch.int64).view(B, S), torch.empty(B, dtype=torch.bool, device=device)
     emitted = torch.empty(B, dtype=torch.int64, device=device)
     lp, raw = (call.empty().view(B, S) if logprobs else None for _ in range(2))
@@ -213,11 +244,11 @@ def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: i
                               S, call.V, num_warps=1, **options)
     if blocks:
         rest = torch.zeros(B, S, dtype=torch.int64, device=device)
-        judge.rest_kernel[(B * S * split["SPLITS"],)](target, other, call.sampling, draft_tokens, accepted, ratios, rest,
-                                                      S, **split, **OPTIONS)
+        judge.rest_kernel[(B * S * call.stream["SPLITS"],)](target, other, call.sampling, draft_tokens, accepted,
+                                                            ratios, rest, S, **call.stream, **OPTIONS)
         judge.block_kernel[(B,)](call.sampling, accepted, factor, ratios, rest, S, num_warps=1, **OPTIONS)
     judge.last_kernel[(B,)](target, other, call.sampling, call.top, draft_tokens, draft_lengths, own, accepted, factor,
-                            tokens, emitted, valid, S, call.chunks, CP=triton.next_power_of_2(call.chunks),
+                            tokens, emitted, valid, S, call.chunks, CP=call.cp,
                             SP=triton.next_power_of_2(S), **options)
     if logprobs:
         call.launch(outputs.ids_kernel, call.sampling, state, tokens, 1, emitted, lp, raw, N=1, num_warps=1)

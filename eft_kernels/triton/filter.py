@@ -125,37 +125,50 @@ def gather(scores: tl.constexpr, context, top, chunk, low, found, buffer, TC: tl
 
 
 @triton.jit
-def kth(buffer, count, k, low, high, N: tl.constexpr):
-    """The k-th largest of ``buffer``; it lies in [low, high]."""
+def cut(buffer, count, low, high, limit, best, c, N: tl.constexpr, MASS: tl.constexpr):
+    """The smallest of ``buffer`` in [low, high] with less than ``limit`` above it, in number or in exact mass.
+
+    Also what is above it, and what would be above anything lower (HUGE: not looked at). Bisection over the order of
+    float32, each end moved on to the next score there is.
+    """
     low, high = ordered(low).to(tl.int64), ordered(high).to(tl.int64)
+    above, below = tl.cast(0, tl.int64), tl.cast(HUGE, tl.int64)
     while low < high:
-        middle = low + ((high - low + 1) >> 1)
-        n = tl.zeros([N], tl.int32)
+        middle = (low + ((high - low) >> 1)).to(tl.int32)
+        a = tl.zeros([N], tl.int64)
+        least, most = tl.full([N], 0x7FFFFFFF, tl.int32), tl.full([N], -0x7FFFFFFF, tl.int32)
         for i in range(0, count, N):
             lane = i + tl.arange(0, N)
-            x = ordered(tl.load(buffer + lane, mask=lane < count, other=NEG_INF)).to(tl.int64)
-            n += ((x >= middle) & (lane < count)).to(tl.int32)
-        enough = tl.sum(n, 0) >= k
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle - 1)
-    return unordered(low.to(tl.int32))
+            x = tl.load(buffer + lane, mask=lane < count, other=NEG_INF)
+            o = ordered(x)
+            over = o > middle
+            if MASS:
+                a += tl.where(over, mass(x, best, c), 0)
+            else:
+                a += over.to(tl.int64)
+            least = tl.minimum(least, tl.where(over, o, 0x7FFFFFFF))
+            most = tl.maximum(most, tl.where(over, -0x7FFFFFFF, o))
+        sum = tl.sum(a, 0)
+        inside = sum < limit
+        above = tl.where(inside, sum, above)
+        below = tl.where(inside, below, sum)
+        next = tl.maximum(low, tl.max(most, 0).to(tl.int64))
+        low = tl.where(inside, low, tl.minimum(high, tl.min(least, 0).to(tl.int64)))
+        high = tl.where(inside, next, high)
+    return unordered(high.to(tl.int32)), above, below
+
+
+@triton.jit
+def kth(buffer, count, k, low, high, N: tl.constexpr):
+    """The k-th largest of ``buffer``; it lies in [low, high]."""
+    x, above, below = cut(buffer, count, low, high, k, high, 0.0, N, False)
+    return x
 
 
 @triton.jit
 def nucleus(buffer, count, low, best, c, limit, N: tl.constexpr):
-    """The smallest score in [low, best] with a mass of ``buffer`` above it below ``limit``; that mass, and the mass
-    above what lies below (HUGE: not looked at)."""
-    low, high = ordered(low).to(tl.int64), ordered(best).to(tl.int64)
-    above, below = tl.cast(0, tl.int64), tl.cast(HUGE, tl.int64)
-    while low < high:
-        middle = low + ((high - low) >> 1)
-        a = mass_over(buffer, count, middle, best, c, N)
-        inside = a < limit
-        above = tl.where(inside, a, above)
-        below = tl.where(inside, below, a)
-        high = tl.where(inside, middle, high)
-        low = tl.where(inside, low, middle + 1)
-    return unordered(high.to(tl.int32)), above, below
+    """`cut` where the mass above reaches ``limit``; it lies in [low, best]."""
+    return cut(buffer, count, low, best, limit, best, c, N, True)
 
 
 @triton.jit
@@ -295,7 +308,7 @@ def own_logits(m, row, token, s, j: tl.constexpr):
 
 @triton.jit
 def own_stats_kernel(m, up, top, rows, chunks, SPLITS: tl.constexpr, TILES: tl.constexpr, TC: tl.constexpr):
-    """Grid (rows * SPLITS): every model's own maximum of every chunk, over the tokens not excluded, [J, rows, chunks]."""
+    """Grid (rows * SPLITS): every model's own maximum of every chunk over tokens not excluded, [J, rows, chunks]."""
     r = (tl.program_id(0) // SPLITS).to(tl.int64)
     row = row_of(m, up, r)
     if row.on:
@@ -356,7 +369,7 @@ def own_row_kernel(m, up, top, totals, found, buffer, rows, chunks, CP: tl.const
         low = cutoff(best, p, share, 1.0, m.V.to(tl.float32))
         count = gather(own_scores, Kept(m, up, row, 0.0), high, tl.arange(0, CP), low, found + r * chunks,
                        buffer + r * m.V, TC)
-        tau, above, below = nucleus(buffer + r * m.V, count, low, best, tl.cast(LOG2E, tl.float32), mass_limit(p, all_mass), N)
+        tau, above, below = nucleus(buffer + r * m.V, count, low, best, LOG2E, mass_limit(p, all_mass), N)
         tl.store(up.tau + r, tau)
         tl.store(up.inside + r, inside)
         tl.store(up.outside + r, best + log_total(all_mass))

@@ -1,7 +1,7 @@
 """What a launch is given, and a row's scores from it.
 
-A row r of a launch is slot ``r % slots`` of batch row ``r // slots`` (`sample`: one slot). Every sampling parameter is a
-pointer [B], or None and a number. Rows of the tuned model's up-scaling filter carry `Up`.
+A row r of a launch is slot ``r % slots`` of batch row ``r // slots`` (`sample`: one slot). Every sampling parameter is
+a pointer [B], or None and a number. Rows of the tuned model's up-scaling filter carry `Up`.
 """
 
 from typing import NamedTuple
@@ -177,7 +177,7 @@ def combine(m, up, row, token):
 
 @triton.jit
 def quick_scores(m, up, row, token):
-    """Emulated scores of tokens below V, and the plain sums: where one of these is not finite, `combine` must decide."""
+    """Emulated scores of tokens below V, and the plain sums: if one of these is not finite `combine` must decide."""
     s = row.w[0] * tl.load(row.z[0] + token).to(tl.float32)
     own = s
     for j in tl.static_range(len(row.z)):
