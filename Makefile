@@ -10,6 +10,8 @@ PYTHON      ?= python3
 VENV        ?= .venv
 TORCH       ?= torch==2.13.0
 TORCH_ARGS  ?=
+# for tests where torch came without triton: the oldest supported one, whose interpreter needs an older numpy
+TRITON      ?= triton==3.6.0 numpy!=2.4.*
 PYTEST_ARGS ?=
 DEMO_ARGS   ?=
 
@@ -32,7 +34,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 
 HAVE_TORCH := import torch; v = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])); assert v >= (2, 11)
 
-.PHONY: help demo test bench report lint wheel sanitize build clean
+.PHONY: help demo test interpreted bench report lint wheel sanitize build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -42,6 +44,9 @@ demo: $(BUILT) ## what base, tuned and emulated models write, how well, how fast
 
 test: $(BUILT) ## every test this machine can run
 	@$(RUN) $(PY) -m pytest $(PYTEST_ARGS)
+
+interpreted: $(BUILT) ## the Triton kernels on the whole case table, in Triton's interpreter (an hour)
+	@TRITON_INTERPRET=1 $(RUN) $(PY) -m pytest tests/test_cases.py tests/test_triton.py -k triton $(PYTEST_ARGS)
 
 bench: $(BUILT) ## measure this CPU (7 minutes; a clean tree), into benchmarks/results/<device>
 	@rows=build/cpu-$$(date +%Y%m%d-%H%M%S).jsonl; \
@@ -82,7 +87,8 @@ $(VENV)/.eft-ready: pyproject.toml
 	  echo "setup: installing $(TORCH) (minutes on a slow line)"; $(PIP) install $(TORCH_ARGS) '$(TORCH)'; \
 	fi
 	@$(PY) -W ignore -c 'import torch; print("torch==" + torch.__version__)' > $(VENV)/constraints.txt
-	@echo "setup: $$(cat $(VENV)/constraints.txt); installing the other requirements"
+	@$(PY) -c 'import triton' 2>/dev/null || echo $(TRITON) | tr ' ' '\n' >> $(VENV)/constraints.txt
+	@echo "setup: $$(paste -sd ' ' $(VENV)/constraints.txt); installing the other requirements"
 	@$(PIP) install -c $(VENV)/constraints.txt 'setuptools>=77'
 	@EFT_KERNELS_CPU=0 EFT_KERNELS_CUDA=0 $(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e '.[hf,test,bench]'
 	@touch $@

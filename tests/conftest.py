@@ -20,6 +20,18 @@ from eft_kernels import dispatch
 BACKENDS = [name for name, row in eft.backends().items() if row["available"]]
 COMPILED = [name for name in BACKENDS if name != "reference"]
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    # A device function patches triton.language at each call, which takes longer than the call. Once a module is enough.
+    from triton.runtime import interpreter
+
+    def call(self, *args, seen=set(), **kwargs):  # noqa: B006
+        if id(self.fn.__globals__) not in seen:
+            seen.add(id(self.fn.__globals__))
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+
 # one thread unless a test says otherwise: spinning threads only cost where cores are shared
 torch.set_num_threads(1)
 
