@@ -5,6 +5,8 @@ With TRITON_INTERPRET=1 (set before import) the kernels run on CPU tensors in Tr
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 try:
@@ -22,10 +24,6 @@ from ..triton.verify import Side
 INTERPRETED = triton.knobs.runtime.interpret
 NO_STATE = filter.State(*[None] * 7)
 OPTIONS = dict(enable_fp_fusion=False)  # tokens depend on it
-# row-wide searches: chunks and scores looked at together
-SEARCH = dict(TC=32, N=16384) if INTERPRETED else dict(TC=8, N=2048)
-if not INTERPRETED and torch.version.cuda:
-    SEARCH["maxnreg"] = 128  # else ptxas spills to fit a fifth block on a multiprocessor
 SLACK = 2e-5  # of a float32 sum of exponentials over a row, relative
 CHUNK = 256
 STREAM = {"sample": 0, "draft": 1}
@@ -40,6 +38,17 @@ def status() -> tuple[bool, str]:
                for d in ("cuda", "xpu")):
         return False, "no GPU (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"
     return True, f"triton {triton.__version__}"
+
+
+@cache
+def search() -> dict:
+    """Options of searches over a row: chunks and scores looked at together."""
+    if INTERPRETED:
+        return dict(TC=32, N=16384)
+    options = dict(TC=8, N=2048)
+    if triton.runtime.driver.active.get_current_target().backend == "cuda":
+        options["maxnreg"] = 128  # else ptxas spills to fit a fifth block on a multiprocessor
+    return options
 
 
 ARENA = 1 << 16  # counters a device has for captured graphs
@@ -101,8 +110,9 @@ class Call:
             weights if tensor else None, weights.stride(0) if tensor and weights.dim() == 2 else 0,
             () if tensor else weights, p.token_mask, 0 if p.token_mask is None else p.token_mask.shape[-1], self.V,
             self.slots)
-        self.sampling = Sampling(*_pair(p.temperature, 1.0), *_pair(p.top_k, 0), *_pair(p.top_p, 1.0),
-                                 *_pair(p.min_p, 0.0), *_pair(p.seed, 0), *_pair(p.position, 0))
+        (k, top_k), (seed, seed_value), (position, at) = _pair(p.top_k, 0), _pair(p.seed, 0), _pair(p.position, 0)
+        floats = (*_pair(p.temperature, 1.0), *_pair(p.top_p, 1.0), *_pair(p.min_p, 0.0))
+        self.sampling = (Sampling(*floats, k, seed, position), top_k, seed_value, at)
         self.filtered = _varies(p.top_k, 0) or _varies(p.top_p, 1.0) or _varies(p.min_p, 0.0)
         self.processed = _varies(p.temperature, 1.0)
         self.up = NO_UP
@@ -137,7 +147,7 @@ class Call:
         totals = torch.zeros(J, self.rows, dtype=torch.int64, device=self.device)
         self.launch_stream(filter.own_stats_kernel, top, self.rows, self.chunks)
         self.launch_stream(filter.own_mass_kernel, top, totals, self.rows, self.chunks, CP=self.cp)
-        self.launch(filter.own_row_kernel, top, totals, *self.scratch(), self.rows, self.chunks, CP=self.cp, **SEARCH)
+        self.launch(filter.own_row_kernel, top, totals, *self.scratch(), self.rows, self.chunks, CP=self.cp, **search())
 
     def scratch(self):
         return self.empty(self.chunks, dtype=torch.int32), self.empty(self.V)
@@ -147,12 +157,12 @@ class Call:
         self.top = self.empty(self.chunks)
         self.sum = self.empty(self.chunks) if sum else None
         self.sum_c = (self.empty(self.chunks) if self.processed or sum is False else self.sum) if sum_c else None
-        self.launch_stream(filter.stats_kernel, self.sampling, self.top, self.sum,
+        self.launch_stream(filter.stats_kernel, *self.sampling, self.top, self.sum,
                            None if self.sum_c is self.sum else self.sum_c, self.chunks)
 
     def row(self, domain=0, state=None, tokens=None, valid=None, logprobs=None, raw=None):
-        self.launch(filter.row_kernel, self.sampling, domain, self.top, self.sum, self.sum_c, *self.scratch(), SLACK,
-                    state, tokens, valid, logprobs, raw, self.chunks, CP=self.cp, FILTERED=self.filtered, **SEARCH)
+        self.launch(filter.row_kernel, *self.sampling, domain, self.top, self.sum, self.sum_c, *self.scratch(), SLACK,
+                    state, tokens, valid, logprobs, raw, self.chunks, CP=self.cp, FILTERED=self.filtered, **search())
 
     def state(self):
         return filter.State(*(self.empty() for _ in range(4)), self.empty(dtype=torch.int64),
@@ -176,18 +186,18 @@ def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logpro
         splits = split["SPLITS"]
         part_key = call.empty(splits, dtype=torch.int64)
         part = call.empty(splits, 4) if logprobs else None
-        call.launch(race.sample_kernel, call.sampling, domain, tokens, valid, lp, raw, counters(B, device), part_key,
+        call.launch(race.sample_kernel, *call.sampling, domain, tokens, valid, lp, raw, counters(B, device), part_key,
                     part, PARTS=triton.next_power_of_2(splits), DIRECT=cut.direct, PROCESSED=call.processed, **split)
     top_ids = top_lp = entropy = tv = None
     if top_logprobs:
         top_ids, top_lp = call.empty(top_logprobs, dtype=torch.int64), call.empty(top_logprobs)
         found, buffer = call.empty(call.chunks, dtype=torch.int32), call.empty(call.V, dtype=torch.int64)
         call.launch(outputs.top_kernel, call.top, found, buffer, state, top_ids, top_lp, top_logprobs, call.chunks,
-                    CP=call.cp, **SEARCH)
+                    CP=call.cp, **search())
     if diagnostics:
         entropy, tv = call.empty(), call.empty()
         z = logits[p.tuned]
-        call.launch(outputs.diagnostics_kernel, state, z, z.stride(0), entropy, tv, call.chunks, TC=SEARCH["TC"])
+        call.launch(outputs.diagnostics_kernel, state, z, z.stride(0), entropy, tv, call.chunks, TC=search()["TC"])
     return tokens, valid, lp, raw, top_ids, top_lp, entropy, tv
 
 
@@ -203,14 +213,14 @@ def _states(logits, p: Params):
 def logprobs(logits, p: Params):
     call, state = _states(logits, p)
     out = call.empty(call.V)
-    call.launch_stream(outputs.logprobs_kernel, call.sampling, state, out)
+    call.launch_stream(outputs.logprobs_kernel, *call.sampling, state, out)
     return out
 
 
 def token_logprobs(logits, p: Params, ids):
     call, state = _states(logits, p)
     out = torch.empty(ids.shape, device=ids.device)
-    call.launch(outputs.ids_kernel, call.sampling, state, ids, ids.shape[1], None, out, None, N=128)
+    call.launch(outputs.ids_kernel, *call.sampling, state, ids, ids.shape[1], None, out, None, N=128)
     return out
 
 
@@ -224,13 +234,13 @@ def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: i
     call.row(STREAM["sample"] << 1, state, own, own_valid)
     target, other = Side(call.models, call.up, state), Side(call.models, NO_UP, NO_STATE)
     if judges:
-        call.launch_stream(judge.mass_kernel, call.sampling, state)
+        call.launch_stream(judge.mass_kernel, *call.sampling, state)
         if draft >= 0:
             q = Call([logits[draft]], p._replace(weights=(1.0,), upscale_top_p=1.0, tuned=0))
             q.stats(sum=False, sum_c=_varies(p.top_p, 1.0))
             other = Side(q.models, NO_UP, q.state())
             q.row(state=other.state)
-            q.launch_stream(judge.mass_kernel, q.sampling, other.state)
+            q.launch_stream(judge.mass_kernel, *q.sampling, other.state)
     tokens, valid = call.empty(dtype=torch.int64).view(B, S), torch.empty(B, dtype=torch.bool, device=device)
     emitted = torch.empty(B, dtype=torch.int64, device=device)
     lp, raw = (call.empty().view(B, S) if logprobs else None for _ in range(2))
@@ -240,16 +250,16 @@ def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: i
     if not B:
         return tokens, emitted, valid, lp, raw
     options = dict(METHOD=METHOD[method], **OPTIONS)
-    judge.accept_kernel[(B,)](target, other, call.sampling, draft_tokens, draft_lengths, own, accepted, factor, ratios,
+    judge.accept_kernel[(B,)](target, other, *call.sampling, draft_tokens, draft_lengths, own, accepted, factor, ratios,
                               S, call.V, num_warps=1, **options)
     if blocks:
         rest = torch.zeros(B, S, dtype=torch.int64, device=device)
-        judge.rest_kernel[(B * S * call.stream["SPLITS"],)](target, other, call.sampling, draft_tokens, accepted,
+        judge.rest_kernel[(B * S * call.stream["SPLITS"],)](target, other, *call.sampling, draft_tokens, accepted,
                                                             ratios, rest, S, **call.stream, **OPTIONS)
-        judge.block_kernel[(B,)](call.sampling, accepted, factor, ratios, rest, S, num_warps=1, **OPTIONS)
-    judge.last_kernel[(B,)](target, other, call.sampling, call.top, draft_tokens, draft_lengths, own, accepted, factor,
+        judge.block_kernel[(B,)](*call.sampling, accepted, factor, ratios, rest, S, num_warps=1, **OPTIONS)
+    judge.last_kernel[(B,)](target, other, *call.sampling, call.top, draft_tokens, draft_lengths, own, accepted, factor,
                             tokens, emitted, valid, S, call.chunks, CP=call.cp,
                             SP=triton.next_power_of_2(S), **options)
     if logprobs:
-        call.launch(outputs.ids_kernel, call.sampling, state, tokens, 1, emitted, lp, raw, N=1, num_warps=1)
+        call.launch(outputs.ids_kernel, *call.sampling, state, tokens, 1, emitted, lp, raw, N=1, num_warps=1)
     return tokens, emitted, valid, lp, raw

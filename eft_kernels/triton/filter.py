@@ -72,13 +72,13 @@ def put_stats(s, bad, row, chunk, chunks, top, sum, sum_c, c):
         tl.store(sum_c + row + chunk, sums(s, high, c), mask=there)
 
 
-@triton.jit
-def stats_kernel(m, up, sampling, top, sum, sum_c, chunks, SPLITS: tl.constexpr, TILES: tl.constexpr,
-                 TC: tl.constexpr):
+@triton.jit(do_not_specialize=["top_k", "seed", "position"])
+def stats_kernel(m, up, sampling, top_k, seed, position, top, sum, sum_c, chunks, SPLITS: tl.constexpr,
+                 TILES: tl.constexpr, TC: tl.constexpr):
     """Grid (rows * SPLITS): maxima (+inf: a bad row) and sums of every chunk, [rows, chunks]."""
     r = (tl.program_id(0) // SPLITS).to(tl.int64)
     row = row_of(m, up, r)
-    c = knobs_of(sampling, r // m.slots, r % m.slots).c
+    c = knobs_of(sampling, top_k, seed, position, r // m.slots, r % m.slots).c
     first = (tl.program_id(0) % SPLITS) * (TILES * TC)
     whole, tiles = full_tiles(m, first, TILES, TC)
     size = tl.zeros([TC, CHUNK], tl.float32)
@@ -240,9 +240,10 @@ def threshold(m, up, row, q, best, top, tops, approximate, chunk, chunks, found,
     return floor, mass_kept
 
 
-@triton.jit(do_not_specialize=["domain"])
-def row_kernel(m, up, sampling, domain, top, sum, sum_c, found, buffer, slack, state, tokens, valid, logprobs, raw,
-               chunks, CP: tl.constexpr, TC: tl.constexpr, N: tl.constexpr, FILTERED: tl.constexpr):
+@triton.jit(do_not_specialize=["top_k", "seed", "position", "domain"])
+def row_kernel(m, up, sampling, top_k, seed, position, domain, top, sum, sum_c, found, buffer, slack, state, tokens,
+               valid, logprobs, raw, chunks, CP: tl.constexpr, TC: tl.constexpr, N: tl.constexpr,
+               FILTERED: tl.constexpr):
     """Grid (rows): thresholds from `stats_kernel`'s maxima and sums [rows, chunks]; CP is the power of two >= chunks.
 
     Writes ``state`` where it is asked for, and samples where ``tokens`` is. Scratch: found int32 [rows, chunks],
@@ -250,7 +251,7 @@ def row_kernel(m, up, sampling, domain, top, sum, sum_c, found, buffer, slack, s
     """
     r = tl.program_id(0).to(tl.int64)
     row = row_of(m, up, r)
-    q = knobs_of(sampling, r // m.slots, r % m.slots)
+    q = knobs_of(sampling, top_k, seed, position, r // m.slots, r % m.slots)
     chunk = tl.arange(0, CP)
     here = chunk < chunks
     tops = top + r * chunks
@@ -306,7 +307,7 @@ def own_logits(m, row, token, s, j: tl.constexpr):
     return tl.where(s > NEG_INF, z, NEG_INF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def own_stats_kernel(m, up, top, rows, chunks, SPLITS: tl.constexpr, TILES: tl.constexpr, TC: tl.constexpr):
     """Grid (rows * SPLITS): every model's own maximum of every chunk over tokens not excluded, [J, rows, chunks]."""
     r = (tl.program_id(0) // SPLITS).to(tl.int64)
@@ -330,7 +331,7 @@ def own_best(top, at, chunks, CP: tl.constexpr):
     return tl.where((best > NEG_INF) & (best < INF), best, 0.0), high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def own_mass_kernel(m, up, top, totals, rows, chunks, SPLITS: tl.constexpr, TILES: tl.constexpr, TC: tl.constexpr,
                     CP: tl.constexpr):
     """Grid (rows * SPLITS): adds every model's exact mass to totals int64 [J, rows], which starts at 0."""
@@ -350,7 +351,7 @@ def own_mass_kernel(m, up, top, totals, rows, chunks, SPLITS: tl.constexpr, TILE
                 tl.atomic_add(totals + j * rows + r, tl.sum(tl.sum(a, 1), 0), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def own_row_kernel(m, up, top, totals, found, buffer, rows, chunks, CP: tl.constexpr, TC: tl.constexpr,
                    N: tl.constexpr):
     """Grid (rows): `Up` from the masses: what to take off inside and outside, and the tuned model's own nucleus."""

@@ -32,12 +32,13 @@ def changes(q):
     return (q.temperature != 1.0) | (q.top_k > 0) | (q.top_p < 1.0) | (q.min_p > 0.0)
 
 
-@triton.jit
-def logprobs_kernel(m, up, sampling, state, out, SPLITS: tl.constexpr, TILES: tl.constexpr, TC: tl.constexpr):
+@triton.jit(do_not_specialize=["top_k", "seed", "position"])
+def logprobs_kernel(m, up, sampling, top_k, seed, position, state, out, SPLITS: tl.constexpr, TILES: tl.constexpr,
+                    TC: tl.constexpr):
     """Grid (rows * SPLITS): out float32 [rows, V]."""
     r = (tl.program_id(0) // SPLITS).to(tl.int64)
     row = row_of(m, up, r)
-    q = knobs_of(sampling, r // m.slots, r % m.slots)
+    q = knobs_of(sampling, top_k, seed, position, r // m.slots, r % m.slots)
     nan = tl.where(tl.load(state.valid + r), 0.0, float("nan"))
     other = changes(q)
     for t in range(TILES):
@@ -49,8 +50,8 @@ def logprobs_kernel(m, up, sampling, state, out, SPLITS: tl.constexpr, TILES: tl
         tl.store(out + r * m.V + token, lp + nan, mask=token < m.V)
 
 
-@triton.jit
-def ids_kernel(m, up, sampling, state, ids, number, emitted, logprobs, raw, N: tl.constexpr):
+@triton.jit(do_not_specialize=["top_k", "seed", "position", "number"])
+def ids_kernel(m, up, sampling, top_k, seed, position, state, ids, number, emitted, logprobs, raw, N: tl.constexpr):
     """Grid (rows): log-probs of ids [rows, number] into ``logprobs``.
 
     With ``raw`` (`verify`: one id a row, -1 where there is none) both kinds; else the processed one where it is
@@ -58,7 +59,7 @@ def ids_kernel(m, up, sampling, state, ids, number, emitted, logprobs, raw, N: t
     """
     r = tl.program_id(0).to(tl.int64)
     row = row_of(m, up, r)
-    q = knobs_of(sampling, r // m.slots, r % m.slots)
+    q = knobs_of(sampling, top_k, seed, position, r // m.slots, r % m.slots)
     nan = tl.where(tl.load(state.valid + r), 0.0, float("nan"))
     for i in range(0, number, N):
         at = i + tl.arange(0, N)
@@ -77,7 +78,7 @@ def ids_kernel(m, up, sampling, state, ids, number, emitted, logprobs, raw, N: t
         tl.store(logprobs + r * number + at, tl.where(there, lp + nan, float("nan")), mask=at < number)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def top_kernel(m, up, top, found, buffer, state, ids, logprobs, n, chunks, CP: tl.constexpr, TC: tl.constexpr,
                N: tl.constexpr):
     """Grid (rows): the n most likely tokens, ids and logprobs [rows, n]; -1 and -inf where there are fewer.

@@ -96,10 +96,10 @@ def finish(r, tokens, valid, logprobs, raw, best, score, top, sum, sum_c, q, PRO
         tl.store(logprobs + r, full + nan)
 
 
-@triton.jit(do_not_specialize=["domain"])
-def sample_kernel(m, up, sampling, domain, tokens, valid, logprobs, raw, arrived, part_key, part, SPLITS: tl.constexpr,
-                  PARTS: tl.constexpr, TILES: tl.constexpr, TC: tl.constexpr, DIRECT: tl.constexpr,
-                  PROCESSED: tl.constexpr):
+@triton.jit(do_not_specialize=["top_k", "seed", "position", "domain"])
+def sample_kernel(m, up, sampling, top_k, seed, position, domain, tokens, valid, logprobs, raw, arrived, part_key,
+                  part, SPLITS: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, TC: tl.constexpr,
+                  DIRECT: tl.constexpr, PROCESSED: tl.constexpr):
     """Grid (rows * SPLITS). part_key [rows, SPLITS], part [rows, SPLITS, 4]: score, maximum, sum, sum at temperature.
 
     PARTS is the power of two >= SPLITS; PROCESSED: a temperature may not be 1.
@@ -107,7 +107,7 @@ def sample_kernel(m, up, sampling, domain, tokens, valid, logprobs, raw, arrived
     r = (tl.program_id(0) // SPLITS).to(tl.int64)
     split = tl.program_id(0) % SPLITS
     row = row_of(m, up, r)
-    q = knobs_of(sampling, r // m.slots, r % m.slots)
+    q = knobs_of(sampling, top_k, seed, position, r // m.slots, r % m.slots)
     domain = tl.cast(domain, tl.uint32)
     first = split * (TILES * TC)
     if DIRECT:

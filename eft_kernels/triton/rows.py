@@ -28,20 +28,18 @@ class Models(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """Per-row parameters: pointer or None, and a number."""
+    """Per-row parameters: a pointer, or None and a number. The numbers of top_k, seed and position are arguments of
+    their own, for Triton would compile anew for an integer that is 1 or divides by 16."""
 
     temperature: object
     temperature_value: object
-    top_k: object
-    top_k_value: object
     top_p: object
     top_p_value: object
     min_p: object
     min_p_value: object
+    top_k: object
     seed: object
-    seed_value: object
     position: object
-    position_value: object
 
 
 class Up(NamedTuple):
@@ -90,15 +88,15 @@ def value(pointer, number, b, dtype: tl.constexpr):
 
 
 @triton.jit
-def knobs_of(s, b, slot):
+def knobs_of(s, top_k, seed, position, b, slot):
     temperature = value(s.temperature, s.temperature_value, b, tl.float32)
     greedy = temperature < GREEDY
     temperature = tl.where(greedy, 0.0, temperature)
     inverse = tl.where(greedy, 0.0, tl.div_rn(1.0, tl.where(greedy, 1.0, temperature)))
     return Knobs(greedy, temperature, inverse, inverse * LOG2E,
-                 value(s.top_k, s.top_k_value, b, tl.int64), value(s.top_p, s.top_p_value, b, tl.float32),
-                 value(s.min_p, s.min_p_value, b, tl.float32), value(s.seed, s.seed_value, b, tl.int64),
-                 value(s.position, s.position_value, b, tl.int64) + slot)
+                 value(s.top_k, top_k, b, tl.int64), value(s.top_p, s.top_p_value, b, tl.float32),
+                 value(s.min_p, s.min_p_value, b, tl.float32), value(s.seed, seed, b, tl.int64),
+                 value(s.position, position, b, tl.int64) + slot)
 
 
 @triton.jit

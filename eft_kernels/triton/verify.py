@@ -67,11 +67,12 @@ def mass_of(side, v, q, token):
     return tl.where(q.greedy, tl.where(token == v.greedy, 1 << 40, 0).to(tl.int64), kept)
 
 
-@triton.jit
-def mass_kernel(m, up, sampling, state, SPLITS: tl.constexpr, TILES: tl.constexpr, TC: tl.constexpr):
+@triton.jit(do_not_specialize=["top_k", "seed", "position"])
+def mass_kernel(m, up, sampling, top_k, seed, position, state, SPLITS: tl.constexpr, TILES: tl.constexpr,
+                TC: tl.constexpr):
     """Grid (rows * SPLITS): adds up the exact mass of the rows that no filter touched (state.total is 0 there)."""
     r = (tl.program_id(0) // SPLITS).to(tl.int64)
-    q = knobs_of(sampling, r // m.slots, r % m.slots)
+    q = knobs_of(sampling, top_k, seed, position, r // m.slots, r % m.slots)
     if ~q.greedy & (q.min_p <= 0.0) & (q.top_p >= 1.0) & ((q.top_k <= 0) | (q.top_k >= m.V)):
         row = row_of(m, up, r)
         best = tl.load(state.best + r)
@@ -99,10 +100,10 @@ def ends_of(target, draft, b, length, slots, METHOD: tl.constexpr):
 
 
 @triton.jit
-def judged(target, draft, sampling, b, i, slots, d, V):
+def judged(target, draft, sampling, top_k, seed, position, b, i, slots, d, V):
     """Masses and totals of draft d at slot i in target and draft, and the slot's uniform."""
     r = b * slots + i
-    q = knobs_of(sampling, b, i)
+    q = knobs_of(sampling, top_k, seed, position, b, i)
     u = accept_uniform(q.seed, q.position, tl.cast(i, tl.uint32))
     inside = (d >= 0) & (d < V)
     token = tl.where(inside, d, 0).to(tl.int32)
@@ -116,9 +117,9 @@ def judged(target, draft, sampling, b, i, slots, d, V):
     return t, at_target.total, tl.where(inside, p, 1), p_total, u
 
 
-@triton.jit
-def accept_kernel(target, draft, sampling, draft_tokens, draft_lengths, own, accepted, factor, ratios, slots, V,
-                  METHOD: tl.constexpr):
+@triton.jit(do_not_specialize=["top_k", "seed", "position", "slots"])
+def accept_kernel(target, draft, sampling, top_k, seed, position, draft_tokens, draft_lengths, own, accepted, factor,
+                  ratios, slots, V, METHOD: tl.constexpr):
     """Grid (B): accepted [B] and, for "block", the ratio after every draft [B, slots] (float64).
 
     own: the target's own samples [B, slots], for "coupled". factor [B]: of the residual where the row stops.
@@ -130,7 +131,7 @@ def accept_kernel(target, draft, sampling, draft_tokens, draft_lengths, own, acc
         ratio = tl.cast(1.0, tl.float64)
         for i in range(0, end):
             d = tl.load(draft_tokens + b * (slots - 1) + i)
-            t, t_total, p, p_total, _ = judged(target, draft, sampling, b, i, slots, d, V)
+            t, t_total, p, p_total, _ = judged(target, draft, sampling, top_k, seed, position, b, i, slots, d, V)
             ratio = block_ratio(ratio, t, t_total, p, p_total)
             tl.store(ratios + b * slots + i, ratio)
         tl.store(accepted + b, end)  # how many count; `block_kernel` says how many are accepted
@@ -141,7 +142,8 @@ def accept_kernel(target, draft, sampling, draft_tokens, draft_lengths, own, acc
             if METHOD == COUPLED:
                 going = d == tl.load(own + b * slots + count)
             else:
-                t, t_total, p, p_total, u = judged(target, draft, sampling, b, count, slots, d, V)
+                t, t_total, p, p_total, u = judged(target, draft, sampling, top_k, seed, position, b, count, slots, d,
+                                                   V)
                 going = accept_token(u, t, t_total, p, p_total)
             count += going.to(tl.int32)
             going = going & (count < end)
@@ -191,9 +193,9 @@ def residual_scores(c, token):
     return tl.where(r > 0.0, log(tl.maximum(r, 1.0).to(tl.float32)), NEG_INF)
 
 
-@triton.jit
-def rest_kernel(target, draft, sampling, draft_tokens, accepted, ratios, rest, slots, SPLITS: tl.constexpr,
-                TILES: tl.constexpr, TC: tl.constexpr):
+@triton.jit(do_not_specialize=["top_k", "seed", "position", "slots"])
+def rest_kernel(target, draft, sampling, top_k, seed, position, draft_tokens, accepted, ratios, rest, slots,
+                SPLITS: tl.constexpr, TILES: tl.constexpr, TC: tl.constexpr):
     """Grid (B * slots * SPLITS), "block": rest int64 [B, slots], from 0: the whole residual at slot i + 1 after draft i
     passed, each token's truncated to an integer."""
     at = (tl.program_id(0) // SPLITS).to(tl.int64)
@@ -201,7 +203,7 @@ def rest_kernel(target, draft, sampling, draft_tokens, accepted, ratios, rest, s
     if i + 1 < tl.load(accepted + b):
         ratio = tl.load(ratios + at)
         if ratio > 0:
-            q = knobs_of(sampling, b, i + 1)
+            q = knobs_of(sampling, top_k, seed, position, b, i + 1)
             d = tl.load(draft_tokens + b * (slots - 1) + i + 1)
             at_target, at_draft, x, y = rest_of(target, draft, at + 1, q, ratio, d)
             c = Rest(target, draft, at_target, at_draft, q, x, y, d)
@@ -212,14 +214,14 @@ def rest_kernel(target, draft, sampling, draft_tokens, accepted, ratios, rest, s
             tl.atomic_add(rest + at, tl.sum(tl.sum(a, 1), 0), sem="relaxed")
 
 
-@triton.jit
-def block_kernel(sampling, accepted, factor, ratios, rest, slots):
+@triton.jit(do_not_specialize=["top_k", "seed", "position", "slots"])
+def block_kernel(sampling, top_k, seed, position, accepted, factor, ratios, rest, slots):
     """Grid (B): the longest prefix that passes (Sun et al., algorithm 2)."""
     b = tl.program_id(0).to(tl.int64)
     end = tl.load(accepted + b)
     count, f = tl.cast(0, tl.int32), tl.cast(1.0, tl.float64)
     for i in range(0, end):
-        q = knobs_of(sampling, b, i)
+        q = knobs_of(sampling, top_k, seed, position, b, i)
         u = accept_uniform(q.seed, q.position, tl.cast(i, tl.uint32))
         ratio = tl.load(ratios + b * slots + i)
         passes = block_passes(u, ratio, tl.load(rest + b * slots + i), i + 1 == end)
@@ -231,9 +233,10 @@ def block_kernel(sampling, accepted, factor, ratios, rest, slots):
 
 # --- the token after the accepted drafts ---------------------------------------------------------------------------
 
-@triton.jit
-def last_kernel(target, draft, sampling, top, draft_tokens, draft_lengths, own, accepted, factor, tokens, emitted,
-                valid, slots, chunks, METHOD: tl.constexpr, CP: tl.constexpr, SP: tl.constexpr):
+@triton.jit(do_not_specialize=["top_k", "seed", "position", "slots"])
+def last_kernel(target, draft, sampling, top_k, seed, position, top, draft_tokens, draft_lengths, own, accepted,
+                factor, tokens, emitted, valid, slots, chunks, METHOD: tl.constexpr, CP: tl.constexpr,
+                SP: tl.constexpr):
     """Grid (B): tokens [B, slots]: the accepted drafts, the residual's or the target's own sample, -1."""
     b = tl.program_id(0).to(tl.int64)
     i = tl.load(accepted + b)
@@ -246,7 +249,7 @@ def last_kernel(target, draft, sampling, top, draft_tokens, draft_lengths, own, 
         token = tl.where(ok, tl.load(own + r), -1)
     else:
         if ok:
-            q = knobs_of(sampling, b, i)
+            q = knobs_of(sampling, top_k, seed, position, b, i)
             at = view(target, r)
             chunk = tl.arange(0, CP)
             high = tl.load(top + r * chunks + chunk, mask=chunk < chunks, other=NEG_INF)
