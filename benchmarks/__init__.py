@@ -12,6 +12,7 @@ Data flows one way: inputs, baselines -> registry -> run -> rows (JSON lines) ->
 | generate.py | end to end: our generation against transformers' |
 | report.py, plots.py | rows as tables, goals met or missed, plots; measures nothing |
 | compare.py | rows against rows: faster, slower, or noise; measures nothing |
+| tune.py | how the Triton kernels' launches are cut best, on the GPU that is here |
 | gpu.sh, sanitize.py, GPU_OWED.md | everything that a GPU is needed for |
 | results/, findings/ | rows by device; a page for each finding |
 
