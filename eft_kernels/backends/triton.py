@@ -5,7 +5,7 @@ With TRITON_INTERPRET=1 (set before import) the kernels run on CPU tensors in Tr
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, wraps
 
 import torch
 
@@ -34,9 +34,11 @@ NO_UP = Up(None, 1.0, None, None, None, tl.constexpr(-1))
 def status() -> tuple[bool, str]:
     if INTERPRETED:
         return True, f"triton {triton.__version__}, interpreted on the CPU"
-    if not any(torch.accelerator.is_available() and torch.accelerator.current_accelerator().type == d
-               for d in ("cuda", "xpu")):
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device is None or device.type not in ("cuda", "xpu"):
         return False, "no GPU (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"
+    if torch.version.cuda and torch.cuda.get_device_capability() < (8, 0):
+        return False, f"compute capability {torch.cuda.get_device_capability()}, Triton needs (8, 0)"
     return True, f"triton {triton.__version__}"
 
 
@@ -76,6 +78,15 @@ def counters(rows: int, device: torch.device) -> torch.Tensor:
     return arena[:size]
 
 
+def on_device(function):
+    """Triton launches on the current device."""
+    @wraps(function)
+    def run(logits, *args):
+        with torch.accelerator.device_index(logits[0].device.index):
+            return function(logits, *args)
+    return run
+
+
 def _pair(x, number):
     return (x, number) if isinstance(x, torch.Tensor) else (None, x)
 
@@ -91,9 +102,9 @@ def _varies(x, off) -> bool:
 
 
 class Call:
-    """One call's launch arguments; ``keep`` is a model that is read whatever its weight."""
+    """One call's launch arguments, and its launches."""
 
-    def __init__(self, logits, p: Params, keep: int | None = None):
+    def __init__(self, logits, p: Params):
         self.slots = logits[0].shape[1] if logits[0].dim() == 3 else 1
         self.rows, self.device = logits[0].shape[0] * self.slots, logits[0].device
         self.V, self.chunks = p.vocab_size, triton.cdiv(p.vocab_size, CHUNK)
@@ -115,6 +126,9 @@ class Call:
         self.sampling = (Sampling(*floats, k, seed, position), top_k, seed_value, at)
         self.filtered = _varies(p.top_k, 0) or _varies(p.top_p, 1.0) or _varies(p.min_p, 0.0)
         self.processed = _varies(p.temperature, 1.0)
+        # every row is: its exact mass is known
+        self.all_filtered = any(type(x) is not torch.Tensor and on(x) for x, on in (
+            (p.top_k, lambda k: 0 < k < p.vocab_size), (p.top_p, lambda x: x < 1.0), (p.min_p, lambda x: x > 0.0)))
         self.up = NO_UP
         self.stream = self.split(config.pick(config.STREAM, self.device, self.rows * self.chunks))
         self.cp = triton.next_power_of_2(self.chunks)
@@ -150,6 +164,7 @@ class Call:
         self.launch(filter.own_row_kernel, top, totals, *self.scratch(), self.rows, self.chunks, CP=self.cp, **search())
 
     def scratch(self):
+        """For chunks that matter, int32 [rows, chunks], and their scores [rows, V]; only what is found is touched."""
         return self.empty(self.chunks, dtype=torch.int32), self.empty(self.V)
 
     def stats(self, sum: bool, sum_c: bool):
@@ -161,14 +176,22 @@ class Call:
                            None if self.sum_c is self.sum else self.sum_c, self.chunks)
 
     def row(self, domain=0, state=None, tokens=None, valid=None, logprobs=None, raw=None):
-        self.launch(filter.row_kernel, *self.sampling, domain, self.top, self.sum, self.sum_c, *self.scratch(), SLACK,
-                    state, tokens, valid, logprobs, raw, self.chunks, CP=self.cp, FILTERED=self.filtered, **search())
+        """Thresholds into ``state``; samples into ``tokens``."""
+        scratch = self.scratch() if self.filtered else (None, None)
+        self.launch(filter.row_kernel, *self.sampling, domain, self.top, self.sum, self.sum_c, *scratch, SLACK, state,
+                    tokens, valid, logprobs, raw, self.chunks, CP=self.cp, FILTERED=self.filtered, **search())
+
+    def masses(self, state):
+        """Exact masses of the rows without filters."""
+        if not self.all_filtered:
+            self.launch_stream(judge.mass_kernel, *self.sampling, state)
 
     def state(self):
         return filter.State(*(self.empty() for _ in range(4)), self.empty(dtype=torch.int64),
                             self.empty(dtype=torch.int64), self.empty(dtype=torch.bool))
 
 
+@on_device
 def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logprobs: int, diagnostics: bool):
     call = Call(logits, p)
     B, device = call.rows, call.device
@@ -210,6 +233,7 @@ def _states(logits, p: Params):
     return call, state
 
 
+@on_device
 def logprobs(logits, p: Params):
     call, state = _states(logits, p)
     out = call.empty(call.V)
@@ -217,6 +241,7 @@ def logprobs(logits, p: Params):
     return out
 
 
+@on_device
 def token_logprobs(logits, p: Params, ids):
     call, state = _states(logits, p)
     out = torch.empty(ids.shape, device=ids.device)
@@ -224,6 +249,7 @@ def token_logprobs(logits, p: Params, ids):
     return out
 
 
+@on_device
 def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, logprobs: bool):
     B, S = logits[0].shape[:2]
     device, judges, blocks = logits[0].device, method != "coupled", method == "block"
@@ -234,13 +260,13 @@ def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: i
     call.row(STREAM["sample"] << 1, state, own, own_valid)
     target, other = Side(call.models, call.up, state), Side(call.models, NO_UP, NO_STATE)
     if judges:
-        call.launch_stream(judge.mass_kernel, *call.sampling, state)
+        call.masses(state)
         if draft >= 0:
             q = Call([logits[draft]], p._replace(weights=(1.0,), upscale_top_p=1.0, tuned=0))
             q.stats(sum=False, sum_c=_varies(p.top_p, 1.0))
             other = Side(q.models, NO_UP, q.state())
             q.row(state=other.state)
-            q.launch_stream(judge.mass_kernel, *q.sampling, other.state)
+            q.masses(other.state)
     tokens, valid = call.empty(dtype=torch.int64).view(B, S), torch.empty(B, dtype=torch.bool, device=device)
     emitted = torch.empty(B, dtype=torch.int64, device=device)
     lp, raw = (call.empty().view(B, S) if logprobs else None for _ in range(2))
