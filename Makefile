@@ -46,8 +46,7 @@ test: $(BUILT) ## every test this machine can run
 	@$(RUN) $(PY) -m pytest $(PYTEST_ARGS)
 
 interpreted: $(BUILT) ## the Triton kernels on the whole case table, in Triton's interpreter (an hour)
-	@TRITON_INTERPRET=1 $(RUN) $(PY) -m pytest tests/test_cases.py tests/test_triton.py \
-	  -k 'triton and not in_bulk and not million' $(PYTEST_ARGS)
+	@TRITON_INTERPRET=1 $(RUN) $(PY) -m pytest tests/test_triton.py $(PYTEST_ARGS)
 
 bench: $(BUILT) ## measure this CPU (7 minutes; a clean tree), into benchmarks/results/<device>
 	@rows=build/cpu-$$(date +%Y%m%d-%H%M%S).jsonl; \
