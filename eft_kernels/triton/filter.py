@@ -41,6 +41,7 @@ from .semantics import (
     ordered,
     pack,
     packed_token,
+    times,
     unordered,
 )
 
@@ -212,7 +213,7 @@ def threshold(m, up, row, q, best, top, tops, approximate, chunk, chunks, found,
         context = Kept(m, up, row, floor)
         least = tl.cast(NEG_INF, tl.float32)
         if q.min_p > 0.0:
-            least = best + q.temperature * log(tl.maximum(q.min_p, 1.1754943508222875e-38))
+            least = best + times(q.temperature, log(tl.maximum(q.min_p, 1.1754943508222875e-38)))
         low = least
         if use_k:
             low = tl.cast(NEG_INF, tl.float32)
@@ -362,7 +363,7 @@ def own_row_kernel(m, up, top, totals, found, buffer, rows, chunks, CP: tl.const
         for j in tl.static_range(len(m.z)):
             best, high = own_best(top, j * rows + r, chunks, CP)
             lse = best + log_total(tl.maximum(tl.load(totals + j * rows + r), 1))
-            inside = tl.where(row.w[j] != 0, inside + row.w[j] * lse, inside)
+            inside = tl.where(row.w[j] != 0, inside + times(row.w[j], lse), inside)
         all_mass = tl.maximum(tl.load(totals + up.tuned * rows + r), 1)
         best, high = own_best(top, up.tuned * rows + r, chunks, CP)
         p = value(up.on, up.on_value, r // m.slots, tl.float32)

@@ -9,13 +9,13 @@ import triton.language as tl
 
 from .filter import gather, kth
 from .rows import Kept, combine, kept_scores, knobs_of, row_of, tokens_of
-from .semantics import CHUNK, INF, LOG2E, NEG_INF, NONE, log, packed_key, packed_token
+from .semantics import CHUNK, INF, LOG2E, NEG_INF, NONE, log, packed_key, packed_token, times
 
 
 @triton.jit
 def processed_logprobs(s, token, state, r, q):
     """After temperature and filters."""
-    lp = (s - tl.load(state.best + r)) * q.inverse - tl.load(state.log_kept + r)
+    lp = times(s - tl.load(state.best + r), q.inverse) - tl.load(state.log_kept + r)
     lp = tl.where((s >= tl.load(state.floor + r)) & (s > NEG_INF), lp, NEG_INF)
     return tl.where(q.greedy, tl.where(token == tl.load(state.greedy + r), 0.0, NEG_INF), lp)
 
@@ -123,7 +123,7 @@ def diagnostics_kernel(m, up, state, z, stride, entropy, tv, chunks, TC: tl.cons
         x = tl.load(z + token, mask=s > NEG_INF, other=NEG_INF).to(tl.float32)
         higher = tl.maximum(best, x)
         shift = tl.where((higher > NEG_INF) & (higher < INF), higher, 0.0)
-        sum = sum * tl.exp2((best - shift) * LOG2E) + tl.exp2((x - shift) * LOG2E)
+        sum = times(sum, tl.exp2((best - shift) * LOG2E)) + tl.exp2((x - shift) * LOG2E)
         best = higher
     high = tl.max(tl.max(best, 1), 0)
     high = tl.where((high > NEG_INF) & (high < INF), high, 0.0)
@@ -135,7 +135,7 @@ def diagnostics_kernel(m, up, state, z, stride, entropy, tv, chunks, TC: tl.cons
         lp = raw_logprobs(s, state, r)
         p = tl.exp2(lp * LOG2E)
         x = tl.load(z + token, mask=s > NEG_INF, other=NEG_INF).to(tl.float32)
-        h += tl.where(p > 0.0, p * lp, 0.0)
+        h += tl.where(p > 0.0, times(p, lp), 0.0)
         d += tl.abs(p - tl.exp2((x - own) * LOG2E))
     nan = tl.where(tl.load(state.valid + r), 0.0, float("nan"))
     tl.store(entropy + r, nan - tl.sum(tl.sum(h, 1), 0))

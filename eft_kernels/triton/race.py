@@ -23,6 +23,7 @@ from .semantics import (
     pack,
     packed_key,
     packed_token,
+    times,
     token_gumbel,
     token_words,
 )
@@ -33,7 +34,7 @@ def noisy(s, temperature, seed, position, domain, chunk, e, place):
     """Packed keys [256] of one chunk's scores; e and place are its chunk noise."""
     lane = tl.arange(0, CHUNK)
     g = tl.where(lane == place, -log(e), token_gumbel(e, token_words(seed, position, domain, chunk, CHUNK)))
-    return tl.where(s > NEG_INF, pack(s + temperature * g, chunk * CHUNK + lane), NONE)
+    return tl.where(s > NEG_INF, pack(s + times(temperature, g), chunk * CHUNK + lane), NONE)
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def race(scores: tl.constexpr, context, bound, e, place, chunk, temperature, see
 def race_kept(m, up, row, top, chunk, floor, q, domain):
     """`race` over the emulated scores >= floor of chunks whose maxima are ``top`` [N]."""
     e, place = chunk_noise(q.seed, q.position, domain, chunk)
-    bound = tl.where(top >= floor, top + q.temperature * -log(e), NEG_INF)
+    bound = tl.where(top >= floor, top + times(q.temperature, -log(e)), NEG_INF)
     return race(kept_scores, Kept(m, up, row, floor), bound, e, place, chunk, q.temperature, q.seed, q.position, domain)
 
 
@@ -116,7 +117,7 @@ def sample_kernel(m, up, sampling, top_k, seed, position, domain, tokens, valid,
         e, place = chunk_noise(q.seed, q.position, domain, chunk)
         word = tl.reshape(token_words(q.seed, q.position, domain, first, TC * CHUNK), [TC, CHUNK])
         g = tl.where(tl.arange(0, CHUNK)[None, :] == place[:, None], -log(e)[:, None], token_gumbel(e[:, None], word))
-        key = tl.where(s > NEG_INF, pack(s + q.temperature * g, tokens_of(chunk)), NONE)
+        key = tl.where(s > NEG_INF, pack(s + times(q.temperature, g), tokens_of(chunk)), NONE)
         best = tl.max(tl.max(key, 1), 0)
         score = tl.max(tl.max(tl.where(key == best, s, NEG_INF), 1), 0)
         top = tl.max(s, 1)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .semantics import CHUNK, GREEDY, INF, LOG2E, NEG_INF
+from .semantics import CHUNK, GREEDY, INF, LOG2E, NEG_INF, times
 
 
 class Models(NamedTuple):
@@ -152,9 +152,9 @@ def raw_scores(m, up, row, token):
         high = tl.maximum(high, z, propagate_nan=tl.PropagateNan.ALL)
         if up.tau is not None and j == up.tuned:
             own = z
-            s = tl.where(w != 0, s + w * z, s)
+            s = tl.where(w != 0, s + times(w, z), s)
         else:
-            s = s + w * z
+            s = s + times(w, z)
     s = tl.where((low == NEG_INF) | ~inside, NEG_INF, s)
     bad = ~(high < INF) | ~(s < INF)
     if m.mask is not None:
@@ -176,12 +176,12 @@ def combine(m, up, row, token):
 @triton.jit
 def quick_scores(m, up, row, token):
     """Emulated scores of tokens below V, and the plain sums: if one of these is not finite `combine` must decide."""
-    s = row.w[0] * tl.load(row.z[0] + token).to(tl.float32)
+    s = times(row.w[0], tl.load(row.z[0] + token).to(tl.float32))
     own = s
     for j in tl.static_range(len(row.z)):
         z = tl.load(row.z[j] + token).to(tl.float32)
         if j > 0:
-            s = s + row.w[j] * z
+            s = s + times(row.w[j], z)
         if up.tau is not None and j == up.tuned:
             own = z
     plain = s

@@ -19,23 +19,37 @@ BAD = tl.constexpr((1 << 63) - 1)  # packed keys: of a row that holds NaN or +in
 NONE = tl.constexpr(-(0x7F800001 << 32))  # of a row that holds no token (yet): key -inf, below all others
 
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def times(a, b):
+    """a * b, rounded before anything is added to it: for sm_100 ptxas makes FFMA2 of packed products and sums in spite
+    of ``-fmad=false``, and products that LLVM cannot see into it cannot pack."""
+    if not INTERPRETED and tl.target_info.cuda_capability_geq(10, 0):
+        return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True,
+                                         pack=1)
+    else:
+        return a * b
+
+
 # --- math ----------------------------------------------------------------------------------------------------------
 
 @triton.jit
 def log_poly(f, k):
     z = f * f
-    p = f * 7.0376836292e-2 + -1.1514610310e-1
-    p = p * f + 1.1676998740e-1
-    p = p * f + -1.2420140846e-1
-    p = p * f + 1.4249322787e-1
-    p = p * f + -1.6668057665e-1
-    p = p * f + 2.0000714765e-1
-    p = p * f + -2.4999993993e-1
-    p = p * f + 3.3333331174e-1
-    y = f * z * p
-    y = y + k * -2.12194440e-4
-    y = y - z * 0.5
-    return (f + y) + k * 0.693359375
+    p = times(f, 7.0376836292e-2) + -1.1514610310e-1
+    p = times(p, f) + 1.1676998740e-1
+    p = times(p, f) + -1.2420140846e-1
+    p = times(p, f) + 1.4249322787e-1
+    p = times(p, f) + -1.6668057665e-1
+    p = times(p, f) + 2.0000714765e-1
+    p = times(p, f) + -2.4999993993e-1
+    p = times(p, f) + 3.3333331174e-1
+    y = times(f * z, p)
+    y = y + times(k, -2.12194440e-4)
+    y = y - times(z, 0.5)
+    return (f + y) + times(k, 0.693359375)
 
 
 @triton.jit
@@ -57,12 +71,12 @@ def exp2_parts(x):
     x = tl.maximum(x, -126.0)
     n = (x + 12582912.0) - 12582912.0
     f = x - n
-    p = f * 1.535336188319500e-4 + 1.339887440266574e-3
-    p = p * f + 9.618437357674640e-3
-    p = p * f + 5.550332471162809e-2
-    p = p * f + 2.402264791363012e-1
-    p = p * f + 6.931472028550421e-1
-    return p * f + 1.0, n
+    p = times(f, 1.535336188319500e-4) + 1.339887440266574e-3
+    p = times(p, f) + 9.618437357674640e-3
+    p = times(p, f) + 5.550332471162809e-2
+    p = times(p, f) + 2.402264791363012e-1
+    p = times(p, f) + 6.931472028550421e-1
+    return times(p, f) + 1.0, n
 
 
 # --- noise ---------------------------------------------------------------------------------------------------------
@@ -119,7 +133,7 @@ def accept_uniform(seed, position, slot):
 @triton.jit
 def mass(s, best, c):
     """exp2((s - best) c) as int64 fixed point, 2^40 at the best score, truncated."""
-    p, n = exp2_parts((s - best) * c)
+    p, n = exp2_parts(times(s - best, c))
     wide = (p * 16777216.0).to(tl.int32).to(tl.int64) << 16
     return wide >> tl.minimum(-(n.to(tl.int32)), 63).to(tl.int64)
 
