@@ -11,7 +11,7 @@ VENV        ?= .venv
 TORCH       ?= torch==2.13.0
 TORCH_ARGS  ?=
 # for tests where torch came without triton: the oldest supported one, whose interpreter needs an older numpy
-TRITON      ?= triton==3.6.0 numpy!=2.4.*
+TRITON      ?= triton==3.6.0 numpy<2.4
 PYTEST_ARGS ?=
 DEMO_ARGS   ?=
 
@@ -87,7 +87,7 @@ $(VENV)/.eft-ready: pyproject.toml
 	  echo "setup: installing $(TORCH) (minutes on a slow line)"; $(PIP) install $(TORCH_ARGS) '$(TORCH)'; \
 	fi
 	@$(PY) -W ignore -c 'import torch; print("torch==" + torch.__version__)' > $(VENV)/constraints.txt
-	@$(PY) -c 'import triton' 2>/dev/null || echo $(TRITON) | tr ' ' '\n' >> $(VENV)/constraints.txt
+	@$(PY) -c 'import triton' 2>/dev/null || echo '$(TRITON)' | tr ' ' '\n' >> $(VENV)/constraints.txt
 	@echo "setup: $$(paste -sd ' ' $(VENV)/constraints.txt); installing the other requirements"
 	@$(PIP) install -c $(VENV)/constraints.txt 'setuptools>=77'
 	@EFT_KERNELS_CPU=0 EFT_KERNELS_CUDA=0 $(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e '.[hf,test,bench]'
