@@ -1,0 +1,541 @@
+"""What the Triton backend's kernels compile to, for GPUs that are not here: registers, loads, instructions per token.
+
+    python -m benchmarks aot                                  # every case, every target
+    python -m benchmarks aot --target sm_90 --kernel sample_kernel --case "plain B=64" --json FILE
+
+The backend's own operations are called on CPU tensors, with every launch replaced by its compilation, so that what is
+read is what they would launch. A new kernel is a row in `KERNELS`, a new call a `Case` in `cases`.
+
+Exit codes: 0 nothing found, 1 findings (or a call did not compile), 2 bad input or no triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from . import report
+from .device import ROOT
+
+CHUNK = 256
+SLOTS = 41 / 6  # issue slots for each byte of logits that an H200 has time for: 41 for three bf16 logits
+BUDGETED = "sm_90"  # the target with that many
+DEFAULT = "B=64 V=128256 J=3 bfloat16"
+SHOWN = [f"{words} {DEFAULT}" for words in (  # the cases a person looks at first
+    "sample plain", "sample with_logprobs", "sample top_p", "sample all_with_logprobs", "sample masked", "sample rows",
+    "sample upscale_filter", "sample diagnostics", "sample top_logprobs", "verify coupled plain", "verify token plain",
+    "verify block plain", "logprobs plain", "token_logprobs plain")]
+BACKEND = "eft_kernels.backends.triton"
+
+
+class Target(NamedTuple):
+    backend: str
+    arch: int | str
+    lanes: int  # of a warp
+    shared: int  # bytes of an SM
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 164 << 10), "sm_90": Target("cuda", 90, 32, 228 << 10),
+    "sm_100": Target("cuda", 100, 32, 228 << 10), "gfx942": Target("hip", "gfx942", 64, 64 << 10),
+}
+
+
+def all_models(a: dict) -> int:
+    return sum(z.element_size() for z in a["m"].z)
+
+
+def both_sides(a: dict) -> int:
+    sides = [a["target"], *[a["draft"]] * (a["draft"].state.best is not None)]
+    return sum(z.element_size() for side in sides for z in side.m.z)
+
+
+def slots(a: dict) -> float | None:
+    """Where rows are many enough for a loop, and logits three bf16 ones or more: fewer leave time for loading only."""
+    return SLOTS * all_models(a) if all_models(a) >= 6 and a.get("TILES", 2) > 1 else None
+
+
+class Kernel(NamedTuple):
+    """What a kernel's code does not say: each a function of the launch's arguments."""
+    bytes: Callable[[dict], int] = all_models  # that it loads for a token, at least
+    budget: Callable[[dict], float | None] = slots  # issue slots for a token where it should be bound by memory
+    tokens: Callable[[dict], int] = lambda a: CHUNK * a["TC"]  # of one time round the loop, or of a program without one
+
+
+def no_budget(a: dict) -> None:
+    """Bound by arithmetic."""
+
+
+KERNELS = {  # None: reads no row from end to end
+    "sample_kernel": Kernel(),
+    "stats_kernel": Kernel(),
+    "row_kernel": None,
+    "logprobs_kernel": Kernel(budget=lambda a: slots(a) and slots(a) + 4 * SLOTS),  # it writes as well
+    "ids_kernel": None,
+    "top_kernel": None,
+    "diagnostics_kernel": Kernel(budget=no_budget),
+    "own_stats_kernel": Kernel(),
+    "own_mass_kernel": Kernel(budget=no_budget),
+    "own_row_kernel": None,
+    "mass_kernel": Kernel(budget=no_budget),
+    "accept_kernel": None,
+    "rest_kernel": Kernel(both_sides, no_budget),
+    "block_kernel": None,
+    "last_kernel": None,
+}
+
+
+# --- the calls -----------------------------------------------------------------------------------------------------
+
+FILTERS = dict(top_k=dict(top_k=50), top_p=dict(top_p=0.9), min_p=dict(min_p=0.05))
+FILTERS["all"] = dict(temperature=0.8) | FILTERS["top_k"] | FILTERS["top_p"] | FILTERS["min_p"]
+VARIANTS = {
+    "plain": {}, "temperature": dict(temperature=0.8), **FILTERS, "upscale_filter": dict(upscale_top_p=0.9),
+    "masked": dict(masked=True), "with_logprobs": dict(logprobs=True),
+    "all_with_logprobs": FILTERS["all"] | dict(logprobs=True), "masked_all": FILTERS["all"] | dict(masked=True),
+    "rows": dict(rows=True), "rows_with_logprobs": dict(rows=True, logprobs=True), "draft": dict(stream="draft"),
+    "diagnostics": dict(diagnostics=True), "top_logprobs": dict(top_logprobs=5),
+}
+METHODS = ("coupled", "token", "block")
+
+
+class Case(NamedTuple):
+    """A call. ``dtype`` "mixed" takes turns; ``stride`` is the length of a row where it is not V."""
+    op: str = "sample"
+    variant: str = "plain"
+    batch: int = 64
+    vocab: int = 128256
+    models: int = 3
+    dtype: str = "bfloat16"
+    stride: int | None = None
+    method: str = "coupled"
+    draft: int = 1
+
+    def label(self) -> str:
+        words = [self.op, self.method * (self.op == "verify"), "no-draft-logits" * (self.draft < 0), self.variant,
+                 f"B={self.batch}", f"V={self.vocab}", f"J={self.models}", self.dtype]
+        return " ".join([w for w in words if w] + [f"stride={self.stride}"] * (self.stride is not None))
+
+
+def cases() -> list[Case]:
+    out = [Case("sample", v, b) for b in (64, 1, 8, 512) for v in ("plain", "with_logprobs", "top_p")]
+    out += [Case("sample", v) for v in VARIANTS]
+    out += [Case("sample", v, dtype=d) for d in ("float16", "float32", "mixed") for v in ("plain", "top_p")]
+    out += [Case("sample", v, models=j) for j in (1, 2, 4, 8) for v in ("plain", "top_p")]
+    out += [Case("sample", v, 1, n) for n in (32000, 256000, 1 << 22) for v in ("plain", "top_p")]
+    out += [Case("sample", v, b, 50257, stride=s) for s in (None, 50304) for b in (64, 1) for v in ("plain", "top_p")]
+    out += [Case("verify", v, 64, method=m) for m in METHODS for v in ("plain", "all")]
+    out += [Case("verify", "with_logprobs", method=m) for m in METHODS]
+    out += [Case("verify", "rows", method="block"), Case("verify", "masked", method="token"),
+            Case("verify", "upscale_filter", method="token"), Case("verify", "plain", 1, method="block")]
+    out += [Case("verify", method=m, draft=-1) for m in METHODS]
+    out += [Case(op, v, b) for op in ("logprobs", "token_logprobs") for v in ("plain", "all") for b in (64, 1)]
+    return list(dict.fromkeys(out))
+
+
+def call(module, c: Case) -> None:
+    """What `eft_kernels.ops` would ask of the backend."""
+    import torch
+
+    from eft_kernels.params import check_logits, check_params
+
+    names = ("bfloat16", "float32", "float16") if c.dtype == "mixed" else (c.dtype,)
+    slots = (5,) if c.op == "verify" else ()
+    z = [torch.empty(c.batch, *slots, c.stride or c.vocab, dtype=getattr(torch, names[j % len(names)]))[..., :c.vocab]
+         for j in range(c.models)]
+    settings = dict(VARIANTS[c.variant])
+    logprobs, top = settings.pop("logprobs", False), settings.pop("top_logprobs", 0)
+    diagnostics, stream = settings.pop("diagnostics", False), settings.pop("stream", "sample")
+    weights = [(-1.0) ** j for j in range(c.models)]
+    if settings.pop("masked", False):
+        settings["token_mask"] = torch.empty(c.batch, *slots, (c.vocab + 31) // 32, dtype=torch.int32)
+    if settings.pop("rows", False):
+        settings = {name: torch.full((c.batch,), x) for name, x in
+                    dict(temperature=0.8, top_k=5, top_p=0.9, min_p=0.1, upscale_top_p=0.9, seed=1, position=1).items()}
+        weights = torch.ones(c.batch, c.models)
+    z, vocab = check_logits(z, 2 + len(slots), None)
+    p = check_params(z, weights, c.batch, vocab, tuned=min(1, c.models - 1), **settings)
+    if c.op == "sample":
+        module.sample(z, p, stream, 0, logprobs, top, diagnostics)
+    elif c.op == "verify":
+        drafts = torch.zeros(c.batch, slots[0] - 1, dtype=torch.int64)
+        module.verify(z, p, drafts, torch.full((c.batch,), slots[0] - 1), c.method, c.draft, logprobs)
+    elif c.op == "logprobs":
+        module.logprobs(z, p)
+    else:
+        module.token_logprobs(z, p, torch.zeros(c.batch, 1, dtype=torch.int64))
+
+
+# --- compilation ---------------------------------------------------------------------------------------------------
+
+class Driver:
+    """What Triton asks of a driver to compile."""
+
+    def __init__(self, target: Target):
+        from triton.backends.compiler import GPUTarget
+        self.target = GPUTarget(*target[:3])
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def launches(target: str) -> list:
+    """Makes of every launch from here on a compilation, and lists (name, arguments, constants, compiled kernel)."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    driver.set_active(Driver(TARGETS[target]))
+    run, seen = JITFunction.run, []
+
+    def compiled(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        a = self.signature.bind(*args, **{k: v for k, v in kwargs.items() if k in self.arg_names}).arguments
+        seen.append((self.__name__, a, {p.name: a[p.name] for p in self.params if p.is_constexpr}, kernel))
+        return kernel
+
+    JITFunction.run = compiled
+    return seen
+
+
+def compile_all(target: str, calls: dict[str, Callable[[], None]], only: str | None = None, tell=None) -> list[dict]:
+    """A row for each specialisation that the calls launch, and one for each call that fails."""
+    seen, rows = launches(target), {}
+    for i, (label, function) in enumerate(calls.items(), 1):
+        if tell:
+            tell(f"{target} [{i}/{len(calls)}] {label}")
+        seen.clear()
+        try:
+            function()
+        except Exception as error:  # whatever the compiler raises
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            text = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}: "
+            rows[label] = dict(target=target, kernel=None, cases=[label],
+                               findings=[text + " ".join(str(error).split())[-240:]])
+        for name, arguments, constants, kernel in seen:
+            if only in (None, name):
+                key = name, kernel.hash
+                if key not in rows:
+                    rows[key] = examine(target, name, arguments, kernel) | dict(constants=constants, cases=[])
+                rows[key]["cases"] += [label] * (label not in rows[key]["cases"])
+    return list(rows.values())
+
+
+# --- machine code --------------------------------------------------------------------------------------------------
+
+class Instruction(NamedTuple):
+    op: str
+    target: int | None = None  # index of the instruction it may jump to
+    falls: bool = True  # the next one may follow it
+
+
+SASS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+
+
+def parse_sass(text: str) -> list[Instruction]:
+    """Instructions of `cuobjdump -sass`."""
+    lines = SASS.findall(text)
+    index = {int(at, 16): i for i, (at, *_) in enumerate(lines)}
+    out = []
+    for _, guard, op, words in lines:
+        jump = re.match(r"(.*?)\b0x([0-9a-f]+)\s*$", words) if op.startswith(("BRA", "JMP")) else None
+        ends = jump or op.startswith(("EXIT", "RET", "BRX", "JMX"))
+        out.append(Instruction(op, index[int(jump[2], 16)] if jump else None,
+                               not ends or bool(guard) or bool(jump and jump[1].strip())))
+    return out
+
+
+def parse_amdgcn(text: str) -> list[Instruction]:
+    """Instructions of LLVM's assembly for AMD."""
+    lines, labels = [], {}
+    for line in text.split("\n\t.section", 1)[0].splitlines():
+        line = line.split(";")[0].rstrip()
+        if line.endswith(":"):
+            labels[line[:-1]] = len(lines)
+        elif re.match(r"\t[a-z]", line):
+            lines.append(line.split(None, 1))
+    return [Instruction(op, labels.get(rest[0].strip()) if "branch" in op and rest else None,
+                        op not in ("s_branch", "s_endpgm")) for op, *rest in lines]
+
+
+def load_bits(op: str) -> int:
+    """Width of a load from global memory; 0 if it is none."""
+    if op.startswith("LDG"):
+        m = re.search(r"\.[US]?(256|128|64|16|8)\b", op)
+        return int(m[1]) if m else 32
+    if m := re.match(r"(?:global|buffer)_load_.*?(dwordx[234]|dword|short|byte)", op):
+        return dict(dwordx4=128, dwordx3=96, dwordx2=64, dword=32, short=16, byte=8)[m[1]]
+    return 0
+
+
+def blocks(code: list[Instruction]) -> list[tuple[range, list[int]]]:
+    """Basic blocks in order: their instructions and the numbers of those that may follow."""
+    starts = {0} | {x.target for x in code if x.target is not None}
+    starts |= {i + 1 for i, x in enumerate(code) if x.target is not None or not x.falls}
+    edges = [*sorted(s for s in starts if s < len(code)), len(code)]
+    number = {start: n for n, start in enumerate(edges[:-1])}
+    out = []
+    for n, (start, end) in enumerate(zip(edges, edges[1:])):
+        last = code[end - 1]
+        jump = [] if last.target is None else [number[last.target]]
+        out.append((range(start, end), jump + [n + 1] * (last.falls and end < len(code))))
+    return out
+
+
+def loops(code: list[Instruction]) -> list[tuple[set[int], set[int]]]:
+    """Natural loops: the instructions of each, and those of them that every iteration executes."""
+    graph = blocks(code)
+    before, reached, todo = {n: [] for n in range(len(graph))}, {0}, [0]
+    while todo:
+        n = todo.pop()
+        for m in graph[n][1]:
+            before[m].append(n)
+            if m not in reached:
+                reached.add(m)
+                todo.append(m)
+    dominators, changed = {n: {0} if n == 0 else set(reached) for n in reached}, True
+    while changed:
+        changed = False
+        for n in sorted(reached - {0}):
+            new = {n} | set.intersection(*(dominators[m] for m in before[n]))
+            changed |= new != dominators[n]
+            dominators[n] = new
+    found = {}  # head: blocks, those on every way round
+    for n in reached:
+        for head in set(graph[n][1]) & dominators[n]:
+            body, todo = {head}, [n]
+            while todo:
+                if (m := todo.pop()) not in body:
+                    body.add(m)
+                    todo += before[m]
+            old = found.get(head, (set(), body))
+            found[head] = old[0] | body, old[1] & dominators[n]
+    return [tuple({i for n in part for i in graph[n][0]} for part in (body, always & body))
+            for body, always in found.values()]
+
+
+def main_loop(code: list[Instruction], nbytes: int) -> set[int] | None:
+    """The loop whose threads load ``nbytes`` each time round, beside what loops inside it load: with the widest loads,
+    then the shortest. Without what an iteration may skip, unless the loads are there."""
+    def loaded(part, bits=8):
+        return sum(n // 8 for i in part if (n := load_bits(code[i].op)) >= bits)
+
+    every, found = loops(code), []
+    for body, always in every:
+        inner = set().union(*(b for b, _ in every if b < body))
+        part = next((p for p in (always, body) if loaded(p - inner) >= nbytes), None)
+        if part:
+            found.append((loaded(part - inner, 128) < nbytes, len(part), sorted(part)))
+    return set(min(found)[2]) if found else None
+
+
+def count(ops) -> dict[str, int]:
+    """Opcodes without their modifiers, the most frequent first."""
+    return dict(Counter(op.split(".")[0].split("_e32")[0].split("_e64")[0] for op in ops).most_common())
+
+
+FUSED = {"ptx": r"\b(?:fma|mad)\.\S*f(?:32|32x2|64)\b",
+         "llir": r"call .*@llvm\.fm(?:a|uladd)\.\S*\(|= f(?:mul|add|sub) (?:\w+ )*(?:contract|fast)\b"}
+MACHINE_FUSED = r"(?:FFMA2?|DFMA|v_(?:pk_)?(?:fma|fmac|mad|mac)(?:mk|ak)?_f32)(?!\d)"  # AMD's of f64 convert to int64
+EXPANDED = {"ptx": r"\b(?:div|rcp|sqrt)\.", "llir": r"\bf(?:div|sqrt)\b|\b[su](?:div|rem) i64"}
+
+
+def contractions(asm: dict, ops: list[str], loop: list[str]) -> list[str]:
+    """Multiply-adds rounded once: in what Triton hands on, and in machine code (FFMA2 is ptxas' own, even unasked).
+
+    Divisions are made of multiply-adds: where there are any, of the scalar ones only those in the loop count.
+    """
+    stage = "ptx" if "ptx" in asm else "llir"
+    found = Counter(x.split("@")[-1].strip("= (") for x in re.findall(FUSED[stage], asm[stage]))
+    if re.search(EXPANDED[stage], asm[stage]):
+        ops = loop + [op for op in ops if op.startswith("FFMA2") and op not in loop]
+    found += Counter(m[0] for op in ops if (m := re.match(MACHINE_FUSED, op)))
+    return [f"contracts: {n} {op}" for op, n in found.items()]
+
+
+def resources_nvidia(kernel) -> tuple[str, dict]:
+    from triton import knobs
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run([knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name], check=True,
+                              capture_output=True, text=True).stdout
+    use = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return text, dict(registers=use["REG"], stack=use["STACK"] + use["LOCAL"])
+
+
+def resources_amd(kernel) -> tuple[str, dict]:
+    text = kernel.asm["amdgcn"]
+
+    def said(name):
+        return int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
+    return text, dict(registers=said("vgpr_count"), stack=said("private_segment_fixed_size"))
+
+
+def ctas(target: Target, registers: int, warps: int, shared: int) -> int:
+    """Programs that an SM (a CU) holds at once; where registers are handed out in units, by the unit."""
+    if target.backend == "hip":  # four SIMDs of 512 registers a lane, at most 8 waves each
+        return min(4 * min(8, 512 // (math.ceil(registers / 8) * 8)) // warps, target.shared // max(shared, 1))
+    fits = 4 * (16384 // (math.ceil(registers / 8) * 8 * 32)) // warps
+    return min(fits, 64 // warps, target.shared // (shared + 1024), 32)
+
+
+def examine(name: str, kernel_name: str, a: dict, kernel) -> dict:
+    """The row of one specialisation."""
+    target, about, meta = TARGETS[name], KERNELS.get(kernel_name), kernel.metadata
+    nvidia = target.backend == "cuda"
+    text, use = (resources_nvidia if nvidia else resources_amd)(kernel)
+    code = (parse_sass if nvidia else parse_amdgcn)(text)
+    row = dict(target=name, kernel=kernel_name, **use, warps=meta.num_warps, shared=meta.shared, hash=kernel.hash,
+               ctas=ctas(target, use["registers"], meta.num_warps, meta.shared))
+    findings = [f"spills {use['stack']} bytes"] * any(re.match("LDL|STL|scratch_", x.op) for x in code)
+    findings += ["fp fusion is on"] * meta.enable_fp_fusion
+    threads = meta.num_warps * target.lanes
+    nbytes = about.tokens(a) * about.bytes(a) if about else 0
+    loop = main_loop(code, nbytes // threads) if about else None
+    findings += contractions(kernel.asm, [x.op for x in code], [code[i].op for i in loop or ()])
+    part = [code[i].op for i in sorted(loop or range(len(code))) if code[i].op not in ("NOP", "s_nop")]
+    loads = Counter(bits for op in part if (bits := load_bits(op)))
+    row |= dict(loop=bool(loop), instructions=len(part), opcodes=count(part), tokens=None, per_token=None, budget=None,
+                loads={str(bits): n for bits, n in sorted(loads.items(), reverse=True)})
+    if not about:
+        return row | dict(findings=findings + ["is not in KERNELS"] * (kernel_name not in KERNELS))
+    wide = sum(bits // 8 * n for bits, n in loads.items() if bits >= 128) * threads
+    tokens, budget = about.tokens(a), about.budget(a) if name == BUDGETED else None
+    per_token = len(part) * threads / tokens
+    if aligned(a) and wide < nbytes:
+        findings += [f"loads {wide} of {nbytes} bytes in 128 bits"]
+    if budget and per_token > budget:
+        findings += [f"{per_token:.1f} instructions a token, the budget is {budget:.0f}"]
+    return row | dict(tokens=tokens, per_token=per_token, budget=budget, findings=findings)
+
+
+def aligned(a: dict) -> bool:
+    """Triton can see that the rows of all logits start at multiples of 16 bytes."""
+    models = [a["m"]] if "m" in a else [a["target"].m, a["draft"].m]
+    return all(z.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in z.stride()[:-1]) for m in models for z in m.z)
+
+
+# --- the tables ----------------------------------------------------------------------------------------------------
+
+def widths(row: dict) -> str:
+    return ", ".join(f"{n} x {bits}" for bits, n in row["loads"].items()) or "none"
+
+
+def per_token(row: dict) -> str:
+    return "-" if row["per_token"] is None else f"{row['per_token']:.1f}"
+
+
+def name_of(row: dict) -> str:
+    return " ".join([row["kernel"], *(f"{k}={v}" for k, v in row["constants"].items())])
+
+
+def detail(rows: list[dict]) -> list[str]:
+    head = ["kernel", "case", "registers", "stack", "shared", "CTAs/SM", "loads (bits)", "instructions/token", "budget"]
+    lines = [[name_of(r), next(c for c in SHOWN if c in r["cases"]).removesuffix(DEFAULT).strip(), r["registers"],
+              r["stack"], r["shared"], r["ctas"], widths(r), per_token(r),
+              "-" if r["budget"] is None else f"{r['budget']:.0f}"] for r in rows]
+    return report.table(head, [[str(cell) for cell in line] for line in lines], left=2)
+
+
+def summary(rows: list[dict]) -> list[str]:
+    """A line for each kernel: the range over its specialisations, on each target."""
+    targets = list(dict.fromkeys(r["target"] for r in rows))
+    lines = []
+    for kernel in dict.fromkeys(r["kernel"] for r in rows):
+        cells = []
+        for t in targets:
+            part = [r for r in rows if (r["kernel"], r["target"]) == (kernel, t)]
+            spans = [sorted(x for r in part if (x := r[field]) is not None) for field in ("registers", "per_token")]
+            words = [str(len(part)), *(f"{x[0]:.3g} to {x[-1]:.3g}" for x in spans if x)]
+            cells.append(", ".join(words) if part else "-")
+        lines.append([kernel, *cells])
+    return report.table(["kernel", *targets], lines, left=1)
+
+
+def render(rows: list[dict], command: str) -> str:
+    import triton
+    good = [r for r in rows if r["kernel"]]
+    shown = [r for r in good if r["target"] == BUDGETED and set(SHOWN) & set(r["cases"])]
+    bad = [f"- {r['target']}, {name_of(r) + ', ' if r['kernel'] else ''}{r['cases'][0]}: {f}"
+           for r in rows for f in r["findings"]]
+    lines = ["# What the Triton kernels compile to", "", f"`{command}`, triton {triton.__version__}, no GPU.", ""]
+    if shown:
+        lines += [f"{BUDGETED}, {DEFAULT}. Loads and instructions are those of the loop over the logits, or of the "
+                  "whole kernel where it has none.", "", *detail(shown)]
+    if good:
+        lines += ["Every specialisation: how many, registers, instructions per token.", "", *summary(good)]
+    return "\n".join([*lines, f"{len(bad) or 'No'} findings{':' if bad else '.'}", "", *bad]).rstrip() + "\n"
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+def child(target: str, kernel: str, words: str) -> None:
+    """Rows of one target as JSON on the standard output."""
+    import importlib
+
+    import torch
+    if TARGETS[target].backend == "hip":
+        torch.version.hip = "ahead of time"  # the backend looks there
+    module = importlib.import_module(BACKEND)
+    calls = {c.label(): lambda c=c: call(module, c) for c in cases() if words in c.label()}
+    print(json.dumps(compile_all(target, calls, kernel or None, lambda text: print(text, file=sys.stderr))))
+
+
+def run(script: list[str]) -> list[dict]:
+    """The rows that a process of its own prints: a launch stays a compilation there, and nothing is interpreted."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+    out = subprocess.run([sys.executable, *script], stdout=subprocess.PIPE, text=True, env=env)
+    if out.returncode:
+        raise ValueError(f"{' '.join(script)}: exit code {out.returncode}")
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(prog="python -m benchmarks aot", description=__doc__.split("\n\n")[0])
+    p.add_argument("--target", default=",".join(TARGETS), metavar="NAME,...", help=f"of {', '.join(TARGETS)}")
+    p.add_argument("--kernel", default="", metavar="NAME", help="only this one")
+    p.add_argument("--case", default="", metavar="WORDS", help="only calls whose label holds these words")
+    p.add_argument("--json", type=Path, metavar="FILE", help="save the rows, with the opcodes of each main loop")
+    p.add_argument("--markdown", type=Path, metavar="FILE", help="save the tables")
+    argv = sys.argv[1:] if argv is None else argv
+    args = p.parse_args(argv)
+    targets = args.target.split(",")
+    try:
+        if unknown := set(targets) - set(TARGETS):
+            raise ValueError(f"--target {min(unknown)}: allowed are {', '.join(TARGETS)}")
+        rows = [row for t in targets for row in run(["-m", "benchmarks.aot", t, args.kernel, args.case])]
+        if not rows:
+            raise ValueError(f"--kernel {args.kernel!r} --case {args.case!r}: no call launches that")
+        text = render(rows, shlex.join(["python", "-m", "benchmarks", "aot", *argv]))
+        if args.json:
+            args.json.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        if args.markdown:
+            args.markdown.write_text(text)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"python -m benchmarks aot: {error}", file=sys.stderr)
+        return 2
+    print(text)
+    return int(any(r["findings"] for r in rows))
+
+
+if __name__ == "__main__":
+    child(*sys.argv[1:])
