@@ -68,6 +68,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--against", action="extend", nargs="*", choices=[b.name for b in BASELINES], metavar="NAME",
                    help=f"of {', '.join(b.name for b in BASELINES)} (default: the suite's choice)")
     p.add_argument("--rounds", type=at_least(1), metavar="N", help="instead of the suite's")
+    p.add_argument("--seconds", type=at_least(0), metavar="N", help="begin no shape after N seconds (default: all)")
     p.add_argument("--json", metavar="FILE", help="save the rows; refused where the sources are not the commit's")
     p.add_argument("--list", action="store_true", help="print the shapes and measure nothing")
 
@@ -145,7 +146,7 @@ def measure(args, command: str) -> int:
         if args.json:
             run.write_rows(new, args.json, "a")
 
-    rows = run.run(shapes, args.against, command, run.on_stderr, keep) if shapes else []
+    rows = run.run(shapes, args.against, command, run.on_stderr, keep, args.seconds) if shapes else []
     if whole:
         run_id = dict(run=rows[0]["run"]) if rows else {}
         written = [row | run_id for row in generate.measure(**whole, tell=run.on_stderr, command=command)]

@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
 # All that needs a GPU, in one call of less than ten minutes and without network: builds in place with what the machine
-# has, tests, looks for memory errors and races, measures, and prints a table.
+# has, tests, compares a million rows with the CPU, looks for memory errors and races, tunes, measures, prints tables.
 #
 #   PYTHON               interpreter with torch, triton, transformers, pytest and setuptools (python3)
-#   OUT                  folder for gpu.log, rows.jsonl, generate.jsonl (benchmarks/out)
+#   OUT                  folder for gpu.log, rows.jsonl, generate.jsonl, tune.jsonl, tune.txt (benchmarks/out)
 #   SUITE                what to measure, with options of `python -m benchmarks run` (gpu)
+#   STEPS                only these, apart by spaces: build versions tests equality memcheck racecheck initcheck tune
+#                        run generate (all)
 #   EFT_KERNELS_COMMIT   the commit, where there is no git
 #
 # Every step has a time limit, and one that fails hides none after it: the exit code is 1 at the end. Without a GPU the
-# steps that need one are skipped.
+# steps that need one are skipped. Nothing runs beside a step that measures. The steps' limits leave `run` 45 seconds of
+# the 570 at least; it begins no shape that it has no time for, and says how many those are.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -21,19 +24,31 @@ failures=0
 log=$out/gpu.log
 
 mkdir -p "$out"
-rm -f "$out"/{rows,generate}.jsonl
+rm -f "$out"/{rows,generate,tune}.jsonl "$out"/tune.txt
 : >"$log"
+parts=$(mktemp -d)
+trap 'rm -rf "$parts"' EXIT
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 if git ls-files --error-unmatch benchmarks/gpu.sh >/dev/null 2>&1; then
   EFT_KERNELS_COMMIT=$(git rev-parse HEAD)
   export EFT_KERNELS_COMMIT
 fi
 
+steps="build versions tests equality memcheck racecheck initcheck tune run generate"
+for name in ${STEPS:-}; do
+  if [[ " $steps " != *" $name "* ]]; then
+    echo "STEPS: got $name, allowed are $steps" >&2
+    exit 2
+  fi
+done
+
 line() { printf '%-12s %-28s %4s s\n' "$@" | tee -a "$log"; }
-skip() { line "$1" "skipped: $2" 0; }
+wanted() { [[ -z ${STEPS:-} || " $STEPS " == *" $1 "* ]]; }
+skip() { if wanted "$1"; then line "$1" "skipped: $2" 0; fi; }
 
 # step NAME SECONDS COMMAND...
 step() {
+  wanted "$1" || return 0
   local name=$1 limit=$2 start=$SECONDS left=$((deadline - SECONDS)) rc=0 result=ok before
   before=$(wc -l <"$log")
   shift 2
@@ -56,8 +71,26 @@ step() {
   line "$name" "$result" $((SECONDS - start))
 }
 
-step build 120 make build VENV= PYTHON="$python"
-step versions 40 env PYTHON="$python" bash <<'EOF'
+# beside NAME SECONDS COMMAND...: a step in the background, for those that measure nothing; `meet` waits for all of them
+# and tells of each in turn
+names=() pids=()
+beside() {
+  wanted "$1" || return 0
+  (log=$parts/$1.log failures=0 && : >"$log" && step "$@" >"$parts/$1.said" && exit "$failures") &
+  names+=("$1") pids+=($!)
+}
+meet() {
+  local i
+  for i in "${!names[@]}"; do
+    wait "${pids[i]}" || failures=$((failures + 1))
+    cat "$parts/${names[i]}.said"
+    cat "$parts/${names[i]}.log" >>"$log"
+  done
+  names=() pids=()
+}
+
+step build 60 make build VENV= PYTHON="$python"
+step versions 20 env PYTHON="$python" bash <<'EOF'
 date -u
 echo "commit ${EFT_KERNELS_COMMIT:-unknown}"
 nvidia-smi
@@ -75,44 +108,69 @@ from benchmarks.sanitize import backends
 print(*["gpu", *backends("cuda")] if torch.cuda.is_available() else [])' 2>>"$log" || true)"
 if ((${#gpu[@]} == 0)); then why="no GPU here"; else why="no GPU backend but the reference"; fi
 
+# A test's kernels compile in it, a second each, about a thousand of them, into a cache on disk: on as many cores as
+# there are, a case's tests after each other in one process. What follows finds them there.
 if ((${#gpu[@]})); then
   workers=()
-  if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 4); fi
-  step tests 150 "$python" -m pytest tests/test_gpu.py -p no:cacheprovider -rs "${workers[@]}"
+  if "$python" -c 'import xdist' 2>/dev/null; then
+    cores=$(($(nproc) - 2))
+    workers=(-n $((cores < 1 ? 1 : cores > 14 ? 14 : cores)) --dist worksteal)
+  fi
+  step tests 200 "$python" -m pytest tests/test_gpu.py -k "not equality" -p no:cacheprovider -rs --durations=10 \
+    "${workers[@]}"
 else
   skip tests "$why"
 fi
 
+if ((${#gpu[@]} < 2)); then
+  skip equality "$why"
+else
+  beside equality 80 "$python" -m pytest tests/test_gpu.py -k equality -s -rs -p no:cacheprovider
+fi
 for tool in memcheck racecheck initcheck; do
   if ((${#gpu[@]} < 2)); then
     skip "$tool" "$why"
   elif ! command -v compute-sanitizer >/dev/null; then
     skip "$tool" "no compute-sanitizer here"
   else # without the caching allocator every tensor has bounds of its own
-    step "$tool" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+    beside "$tool" 80 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
       "$python" -m benchmarks.sanitize cuda
   fi
 done
+meet
+grep -E 'mismatches in [0-9]+ rows' "$log" || true
 
-if ((${#gpu[@]})); then
-  step generate 120 "$python" -m benchmarks run --suite generate --draft-tokens 4 --rounds 3 --json "$out/generate.jsonl"
+if ((${#gpu[@]} < 2)); then
+  skip tune "$why"
 else
-  skip generate "$why"
+  step tune 80 bash -o pipefail -c '"$0" -m benchmarks tune --seconds 60 --json "$1.jsonl" | tee "$1.txt"' \
+    "$python" "$out/tune"
 fi
 if ((${#gpu[@]})) || [[ ${suite[0]} != gpu ]]; then
-  step run "$deadline" "$python" -m benchmarks run --suite "${suite[@]}" --json "$out/rows.jsonl"
+  left=$((deadline - SECONDS))
+  if ((${#gpu[@]})) && wanted generate; then left=$((left - 75)); fi
+  step run "$left" "$python" -m benchmarks run --suite "${suite[@]}" --json "$out/rows.jsonl" \
+    --seconds $((left > 40 ? left - 40 : 0))
 else
   skip run "$why"
 fi
+if ((${#gpu[@]})); then
+  step generate 75 "$python" -m benchmarks run --suite generate --draft-tokens 4 --rounds 3 \
+    --json "$out/generate.jsonl"
+else
+  skip generate "$why"
+fi
 
+if [[ -f $out/tune.txt ]]; then grep -E '^(config\.|    )' "$out/tune.txt" || true; fi
 for file in "$out"/{rows,generate}.jsonl; do
-  if [[ -f $file ]]; then
+  if [[ -s $file ]]; then
     "$python" - "$file" <<'EOF' || failures=$((failures + 1))
 import sys
 
 from benchmarks import report
 
-shapes = report.newest(report.read(sys.argv[1]))
+rows = report.read(sys.argv[1])
+shapes = report.newest(rows)
 centre = {s: g for s, g in shapes.items() if report.CENTRE.items() <= s._asdict().items() and s.op == "sample"
           and s.variant in ("plain", "top_p")}
 written = {s: g for s, g in shapes.items() if s.op == "generate"}
@@ -121,6 +179,8 @@ if written:
 elif centre:
     _, header, lines = report.cells(centre)
     print("\n" + "\n".join(report.table(header, lines, left=1)))
+    if rows[-1]["device_kind"] == "cuda":
+        print("\n".join(report.table(["goal", "wanted", "measured", "verdict"], report.goals(shapes, "cuda"), left=1)))
 EOF
   fi
 done

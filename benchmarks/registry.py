@@ -181,8 +181,11 @@ def grid(batches, **fixed) -> list[Shape]:
 
 
 def unique(shapes: list[Shape]) -> list[Shape]:
-    """The first of those that measure the same."""
-    return list({s.key(): s for s in reversed(shapes)}.values())[::-1]
+    """The first of those that measure the same, where it was."""
+    found = {}
+    for s in shapes:
+        found.setdefault(s.key(), s)
+    return list(found.values())
 
 
 def quick() -> list[Shape]:
@@ -195,7 +198,7 @@ def cpu() -> list[Shape]:
 
 
 def gpu() -> list[Shape]:
-    batches, S = (1, 8, 64, 256, 512), dict(threads=None, device="cuda")
+    batches, S = (1, 64, 256, 8, 512), dict(threads=None, device="cuda")  # those of goals first: time may run out
     centre = [Shape("sample", v, b, launch=how, **S) for how in ("graph", "eager") for b in batches
               for v in ("plain", "top_p")]
     S["launch"] = "graph"

@@ -11,6 +11,7 @@ import json
 import math
 import statistics
 import sys
+import time
 
 import torch
 
@@ -224,12 +225,17 @@ def measure(s: Shape, beside: list[Baseline], checked: dict, rates: dict, about:
     return list(rows.values())
 
 
-def run(shapes: list[Shape], against: list[str] | None = None, command: str = "", tell=None, keep=None) -> list[dict]:
+def run(shapes: list[Shape], against: list[str] | None = None, command: str = "", tell=None, keep=None,
+        seconds: float | None = None) -> list[dict]:
     """The rows of all shapes, beside ``against`` (default: what each shape says); ``tell(done, total, label)`` hears
-    of progress, ``keep(rows)`` gets each shape's as soon as they are there. Raises `WrongTokens` on a red gate."""
-    tell = tell or (lambda *_: None)
+    of progress, ``keep(rows)`` gets each shape's as soon as they are there. After ``seconds`` no further shape is
+    begun. Raises `WrongTokens` on a red gate."""
+    tell, until = tell or (lambda *_: None), math.inf if seconds is None else time.monotonic() + seconds
     checked, rates, rows, about = {}, {}, [], {}
     for i, s in enumerate(shapes):
+        if time.monotonic() >= until:
+            tell(i, len(shapes), f"no time left for {len(shapes) - i} shapes: they are not measured")
+            return rows
         tell(i, len(shapes), s.label())
         if s.device not in about:
             about[s.device] = device.environment(command, s.device)

@@ -59,6 +59,15 @@ def test_suites_hold_real_shapes():
     assert {(s.op, s.variant) for s in registry.cpu()} == {(s.op, s.variant) for s in registry.gpu()} == set(EVERY)
 
 
+def test_what_the_goals_are_about_comes_first():
+    """Time may run out: a shape keeps the first of its places."""
+    first, again, other = TINY, TINY._replace(rounds=9), TINY._replace(batch=3)
+    assert registry.unique([first, other, again]) == [first, other]
+    goals = [("plain", 1), ("top_p", 1), ("plain", 64), ("top_p", 64), ("plain", 256), ("top_p", 256)]
+    assert [(s.variant, s.batch) for s in registry.gpu()[:6]] == goals
+    assert all(s.launch == "graph" and s.vocab == 128256 for s in registry.gpu()[:6])
+
+
 def test_bytes_by_hand():
     z = 3 * 128256 * 2
     assert registry.nbytes(Shape()) == z + 9  # a token and its validity
@@ -248,6 +257,18 @@ def test_rows(monkeypatch, quick_rates):
     assert by["eager"]["launches"] > by["eft"]["launches"] == torch_alone + (by["eft"]["backend"] == "cpu")
     # ours counts what its threads keep from earlier calls
     assert by["eager"]["peak_memory"] >= 3 * 2 * 1000 * 4 and by["eft"]["peak_memory"] >= 2 * 9
+
+
+def test_no_shape_is_begun_when_time_is_over(quick_rates, capsys, monkeypatch):
+    clock, heard = iter([0, 1, 2, 3]), []
+    monkeypatch.setattr(run.time, "monotonic", lambda: next(clock))
+    shapes = [TINY._replace(batch=b) for b in (1, 2, 3)]
+    rows = run.run(shapes, [], tell=lambda *x: heard.append(x), seconds=2)
+    assert {r["batch"] for r in rows} == {1} and [x[:2] for x in heard] == [(0, 3), (1, 3)]
+    assert heard[1][2] == "no time left for 2 shapes: they are not measured"
+    monkeypatch.undo()
+    assert command.main(["run", "--seconds", "0"]) == 0
+    assert "no time left for 6 shapes" in capsys.readouterr().err
 
 
 def test_what_a_machine_lacks_is_absent(quick_rates):

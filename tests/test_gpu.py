@@ -1,15 +1,19 @@
 """The package on a GPU: every backend that runs there against the definition on the CPU, generate, CUDA graphs.
 
-EFT_KERNELS_TEST_DEVICE=cpu runs the same tests on the CPU, all but the recording of the graphs.
+EFT_KERNELS_TEST_DEVICE=cpu runs the same tests on the CPU, all but the recording of the graphs, with fewer rows; with
+TRITON_INTERPRET=1 also the Triton backend, slowly: choose a few cases.
 """
 
 import copy
 import os
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 import eft_kernels as eft
+from benchmarks import sanitize
 from eft_kernels import dispatch, ops
 from eft_kernels.testing import BF16, CASES, F16, F32, Case, check_logprobs, check_sample, check_verify, make, per_row
 
@@ -60,11 +64,27 @@ def test_verify_of_a_deterministic_proposer(method, name):
             check_verify(case, name, method, draft=None, seed=1, device=DEVICE)
 
 
+MIXED = dict(temperature=per_row(1.0, 0.0, 0.6, 1.7, 0.9), top_k=per_row(0, 0, 5, 100), top_p=per_row(1.0, 0.9),
+             min_p=per_row(0.0, 0.0, 0.02), upscale_top_p=per_row(1.0, 1.0, 1.0, 0.8))
+
+
+@pytest.mark.parametrize("name, cut", [(name, cut) for name in BACKENDS if name != "reference"
+                                       for cut in sanitize.cuts(name)])
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in sanitize.NAMES], ids=lambda case: case.name)
+def test_cuts_of_launches(case, name, cut):
+    """What the memory checkers look at: with several tiles a program, too, and programs that share a row."""
+    assert sanitize.calls(case, name, cut, DEVICE)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA")
+def test_triton_is_what_cuda_tensors_take():
+    assert dispatch.status("triton")[0], dispatch.status("triton")[1]
+    assert dispatch.choose("auto", DEVICE).__name__ == "eft_kernels.backends.triton"
+
+
 @on_every_backend
 def test_no_mismatch_in_bulk(name):
-    mixed = dict(temperature=per_row(1.0, 0.0, 0.6, 1.7, 0.9), top_k=per_row(0, 0, 5, 100), top_p=per_row(1.0, 0.9),
-                 min_p=per_row(0.0, 0.0, 0.02), upscale_top_p=per_row(1.0, 1.0, 1.0, 0.8))
-    for kwargs in ({}, mixed):
+    for kwargs in ({}, MIXED):
         check_sample(Case("bulk", rows=4000, vocab=(523,), dtypes=(BF16, F32, F16), kwargs=kwargs), name, device=DEVICE,
                      logprobs=True)
 
@@ -88,6 +108,117 @@ def test_outputs_are_on_the_device(name):
     lp = eft.logprobs(logits, weights, backend=name)
     given = eft.token_logprobs(logits, weights, drafts, backend=name)
     assert {x.device for x in (*out, *ver, lp, given)} == {logits[0].device}
+
+
+@on_every_backend
+@pytest.mark.parametrize("op", sorted(ops.SCHEMAS))
+def test_opcheck(op, name):
+    """As on the CPU, for one type: schema, fake against real outputs, dispatch with dynamic shapes (not where NaN
+    pads)."""
+    pytest.importorskip("hypothesis")
+    import test_ops
+
+    arguments = [args for args in test_ops.op_arguments(op, "reference") if args[0][0].dtype == BF16]
+    assert arguments
+    for args in arguments:
+        args = (*tree_map_only(torch.Tensor, lambda x: x.to(DEVICE), args[:-1]), name)
+        padded = op == "verify" and args[-2]
+        torch.library.opcheck(getattr(torch.ops.eft_kernels, op).default, args, test_utils=(
+            "test_schema", "test_faketensor", *(() if padded else ("test_aot_dispatch_dynamic",))))
+
+
+# --- a million rows ------------------------------------------------------------------------------------------------
+
+class Bulk(NamedTuple):
+    """A share of `ROWS` of logits over one vocabulary; with ``method``, 4 slots of drafts to verify."""
+
+    label: str
+    share: float
+    vocab: int
+    kwargs: dict = {}  # noqa: RUF012
+    dtypes: tuple[torch.dtype, ...] = (BF16, BF16, BF16)
+    method: str | None = None
+
+
+ROWS = 1_000_000 if DEVICE.type == "cuda" else 100
+LONGEST = 1 << 30 if DEVICE.type == "cuda" else 1003
+AT_ONCE = 1 << 27  # logits of a model
+SHARP = dict(temperature=0.8, top_k=50, top_p=0.95, min_p=0.02)
+BULK = [
+    Bulk("plain", 0.2, 1003), Bulk("plain", 0.03, 32000), Bulk("plain", 0.005, 128256),
+    Bulk("hot", 0.1, 777, dict(temperature=1.7)), Bulk("mixed", 0.2, 523, MIXED, (BF16, F32, F16)),
+    Bulk("top-p", 0.1, 1003, dict(top_p=0.9)), Bulk("top-p", 0.02, 32000, dict(top_p=0.9)),
+    Bulk("top-p", 0.005, 128256, dict(top_p=0.9)), Bulk("all filters", 0.1, 1003, SHARP),
+    Bulk("all filters", 0.01, 50257, SHARP), Bulk("up-scaling", 0.05, 1003, dict(upscale_top_p=0.8)),
+    Bulk("coupled", 0.06, 523, method="coupled"), Bulk("token", 0.06, 523, method="token"),
+    Bulk("block", 0.06, 523, method="block"), Bulk("block, mixed", 0.06, 523, MIXED, method="block"),
+]
+COMPARED = [name for name in BACKENDS if name != "cpu" and (name != "reference" or DEVICE.type == "cpu")]
+
+
+def bulk_arguments(shape: Bulk, batch: int, g: torch.Generator):
+    """Positional and other arguments on the device; some rows hold NaN, some exclude tokens."""
+    lead = (batch, 4) if shape.method else (batch,)
+
+    def whole(low, high, *size):
+        return torch.randint(low, high, size, generator=g, device=DEVICE)
+
+    shared = torch.randn(*lead, shape.vocab, generator=g, device=DEVICE) * 3
+    logits = [(shared + torch.randn(shared.shape, generator=g, device=DEVICE)).to(dtype) for dtype in shape.dtypes]
+    logits[0][3::101, ..., 5] = float("nan")
+    logits[1][5::53, ..., ::7] = float("-inf")
+    kwargs = {name: x(batch).to(DEVICE) if callable(x) else x for name, x in shape.kwargs.items()}
+    kwargs |= dict(seed=whole(-(1 << 62), 1 << 62, batch), position=whole(0, 1 << 40, batch))
+    if not shape.method:
+        return (logits, eft.upscale()), kwargs
+    own = {name: x for name, x in kwargs.items() if name not in ("position", "upscale_top_p")}
+    drafts = [eft.sample([logits[1][:, i]], [1.0], position=kwargs["position"] + i, logprobs=False, **own, **(
+        {} if shape.method == "coupled" else dict(stream="draft", slot=i))).tokens for i in range(3)]
+    return (logits, eft.upscale(), torch.stack(drafts, 1).clamp(min=0), whole(0, 4, batch)), kwargs
+
+
+def bulk_mismatches(name: str, shape: Bulk, batch: int, seed: int) -> tuple[int, float]:
+    """Rows of the batch whose tokens, validity or number of them the cpu backend has otherwise; how far log-probs are
+    apart, in nats."""
+    args, kwargs = bulk_arguments(shape, batch, torch.Generator(DEVICE).manual_seed(seed))
+    call = eft.verify if shape.method else eft.sample
+    kwargs |= dict(method=shape.method) if shape.method else {}
+    got = call(*args, logprobs=True, backend=name, **kwargs)
+    there, options = tree_map_only(torch.Tensor, lambda x: x.cpu(), (args[:1] + args[2:], kwargs))
+    want = call(there[0], args[1], *there[1:], logprobs=True, backend="cpu", **options)
+    wrong, apart = torch.zeros(batch, dtype=torch.bool), 0.0
+    for field, b in want._asdict().items():
+        if b is not None:
+            a = getattr(got, field).cpu()
+            if b.is_floating_point():
+                wrong |= (a.isnan() != b.isnan()).view(batch, -1).any(1)
+                apart = max(apart, float((a - b).nan_to_num(0.0).abs().max()))
+            else:
+                wrong |= (a != b).view(batch, -1).any(1)
+    return int(wrong.sum()), apart
+
+
+@pytest.mark.skipif(not dispatch.status("cpu")[0], reason="the C++ extension is not built")
+@pytest.mark.parametrize("name", COMPARED)
+def test_equality_with_the_cpu_backend(name):
+    """A million rows of logits (a hundred on the CPU) give the cpu backend's tokens; prints how many do not."""
+    threads, rows, mismatches, farthest = torch.get_num_threads(), 0, 0, 0.0
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if DEVICE.type == "cuda" else threads)
+    try:
+        for n, shape in enumerate(s for s in BULK if s.vocab <= LONGEST):
+            slots = 4 if shape.method else 1
+            left, wrong, seed = max(1, round(shape.share * ROWS / slots)), 0, n * 1000
+            rows += left * slots
+            while left > 0:
+                batch = min(left, max(1, AT_ONCE // (shape.vocab * slots)))
+                more, apart = bulk_mismatches(name, shape, batch, seed)
+                left, wrong, seed, farthest = left - batch, wrong + more, seed + 1, max(farthest, apart)
+            print(f"{shape.label}, V = {shape.vocab}: {wrong} mismatches", flush=True)
+            mismatches += wrong
+    finally:
+        torch.set_num_threads(threads)
+    print(f"{name}: {mismatches} mismatches in {rows} rows of logits, log-probs within {farthest:.1e} nats of cpu's")
+    assert mismatches == 0 and farthest < 1e-4
 
 
 # --- arguments on another device -----------------------------------------------------------------------------------
@@ -218,7 +349,7 @@ def replays_what_eager_gives(name, call):
     replay = recorded(lambda: call(position))
     for n in range(5):
         got = replay()
-        for x, want in zip(got, call(n)):
+        for x, want in ((a, b) for a, b in zip(got, call(n)) if b is not None):
             torch.testing.assert_close(x, want, rtol=0, atol=0, equal_nan=True)
         seen.append(tuple(got.tokens.flatten().tolist()))
         position += 1
@@ -226,6 +357,7 @@ def replays_what_eager_gives(name, call):
 
 
 @on_every_backend
+@pytest.mark.parametrize("extras", [{}, dict(logprobs=False), dict(top_logprobs=3, diagnostics=True)], ids=str)
 @pytest.mark.parametrize("case", [
     Case("graph", vocab=(32000,), dtypes=(BF16,)),
     Case("graph, filters", vocab=(32000,), kwargs=dict(temperature=1.3, top_k=400, top_p=0.95, min_p=1e-4)),
@@ -233,11 +365,46 @@ def replays_what_eager_gives(name, call):
         temperature=per_row(1.0, 1.5), top_k=per_row(0, 500), top_p=per_row(1.0, 0.95), min_p=per_row(0.0, 1e-4),
         upscale_top_p=per_row(1.0, 0.9))),
 ], ids=lambda case: case.name)
-def test_graph_of_sample(case, name):
+def test_graph_of_sample(case, extras, name):
     logits, weights, kwargs = make(case, device=DEVICE)
     kwargs.pop("position")
     replays_what_eager_gives(name, lambda position: eft.sample(
-        logits, weights, position=position, top_logprobs=3, diagnostics=True, backend=name, **kwargs))
+        logits, weights, position=position, backend=name, **kwargs, **extras))
+
+
+@on_every_backend
+def test_graphs_and_eager_calls_beside_each_other(name):
+    """On streams of their own, over and over: nothing of one launch is another's."""
+    if name == "reference" or DEVICE.type != "cuda":
+        pytest.skip("CUDA graphs of a compiled backend")
+    rows, streams = 64, [torch.cuda.Stream() for _ in range(3)]
+    inputs = [make(Case(f"beside {i}", rows=rows, vocab=(32000,), dtypes=(BF16,)), device=DEVICE) for i in range(3)]
+    calls = [lambda z=z, w=w, k=k: eft.sample(z, w, backend=name, **k).tokens for z, w, k in inputs]
+    want, graphs = [call() for call in calls], [recorded(call) for call in calls[:2]]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        got = []
+        for stream, work in zip(streams, (*graphs, calls[2])):
+            with torch.cuda.stream(stream):
+                got.append([work().clone() for _ in range(5)])
+        torch.cuda.synchronize()
+        for tokens, right in zip(got, want):
+            assert all(torch.equal(x, right) for x in tokens)
+
+
+@on_every_backend
+def test_a_graph_of_very_many_calls(name):
+    """More than counters were put aside for."""
+    if name == "reference":
+        pytest.skip("the definition may synchronise, which a CUDA graph cannot hold")
+    logits, weights, kwargs = make(Case("many", rows=1, vocab=(4000,), dtypes=(BF16,)), device=DEVICE)
+    kwargs.pop("position")
+    replay = recorded(lambda: torch.cat([eft.sample(logits, weights, position=n, backend=name, **kwargs).tokens
+                                         for n in range(1100 if DEVICE.type == "cuda" else 3)]))
+    first = replay().clone()
+    assert torch.equal(first, replay()) and len(first.unique()) > 1
+    for n in (0, 1, 2, len(first) - 1):
+        assert first[n] == eft.sample(logits, weights, position=n, backend=name, **kwargs).tokens
 
 
 @on_every_backend
