@@ -45,7 +45,7 @@ demo: $(BUILT) ## what base, tuned and emulated models write, how well, how fast
 test: $(BUILT) ## every test this machine can run
 	@$(RUN) $(PY) -m pytest $(PYTEST_ARGS)
 
-interpreted: $(BUILT) ## the Triton kernels on the whole case table, in Triton's interpreter (an hour)
+interpreted: $(BUILT) ## the Triton kernels on the whole case table, in Triton's interpreter (half an hour with -n 2)
 	@TRITON_INTERPRET=1 $(RUN) $(PY) -m pytest tests/test_triton.py $(PYTEST_ARGS)
 
 bench: $(BUILT) ## measure this CPU (7 minutes; a clean tree), into benchmarks/results/<device>

@@ -55,6 +55,16 @@ def search() -> dict:
 
 ARENA = 1 << 16  # counters a device has for captured graphs
 _counters: dict = {}
+_arenas: list = []  # graphs hold pointers into them
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The power of two from n on."""
+    return 1 << (n - 1).bit_length()
 
 
 def counters(rows: int, device: torch.device) -> torch.Tensor:
@@ -63,15 +73,18 @@ def counters(rows: int, device: torch.device) -> torch.Tensor:
     One buffer a stream. A graph may be replayed beside anything, so every launch it captures keeps counters of its own,
     from memory that was zeroed before.
     """
+    size = ceil_div(rows, 4) * 4  # aligned, or Triton compiles anew
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     key = device if INTERPRETED else (device, triton.runtime.driver.active.get_current_stream(device.index))
     if not capturing:
-        if (device, "arena") not in _counters and device.type == "cuda":
-            _counters[device, "arena"] = torch.zeros(ARENA, dtype=torch.int32, device=device)
+        arena = _counters.get((device, "arena"))
+        if device.type == "cuda" and (arena is None or arena.shape[0] < ARENA // 2):
+            _arenas.append(torch.zeros(ARENA, dtype=torch.int32, device=device))
+            _counters[device, "arena"] = _arenas[-1]
         if key not in _counters or _counters[key].shape[0] < rows:
-            _counters[key] = torch.zeros(max(1024, triton.next_power_of_2(rows)), dtype=torch.int32, device=device)
+            _counters[key] = torch.zeros(max(1024, power_of_2(rows)), dtype=torch.int32, device=device)
         return _counters[key]
-    arena, size = _counters.get((device, "arena")), triton.cdiv(rows, 64) * 64  # aligned, or Triton compiles anew
+    arena = _counters.get((device, "arena"))
     if arena is None or arena.shape[0] < size:
         return torch.zeros(rows, dtype=torch.int32, device=device)  # part of the graph
     _counters[device, "arena"] = arena[size:]
@@ -107,7 +120,7 @@ class Call:
     def __init__(self, logits, p: Params):
         self.slots = logits[0].shape[1] if logits[0].dim() == 3 else 1
         self.rows, self.device = logits[0].shape[0] * self.slots, logits[0].device
-        self.V, self.chunks = p.vocab_size, triton.cdiv(p.vocab_size, CHUNK)
+        self.V, self.chunks = p.vocab_size, ceil_div(p.vocab_size, CHUNK)
         upscales = _varies(p.upscale_top_p, 1.0)
         tuned, weights = p.tuned, p.weights
         if not isinstance(weights, torch.Tensor):  # a model of weight 0 is not read
@@ -131,7 +144,7 @@ class Call:
             (p.top_k, lambda k: 0 < k < p.vocab_size), (p.top_p, lambda x: x < 1.0), (p.min_p, lambda x: x > 0.0)))
         self.up = NO_UP
         self.stream = self.split(config.pick(config.STREAM, self.device, self.rows * self.chunks))
-        self.cp = triton.next_power_of_2(self.chunks)
+        self.cp = power_of_2(self.chunks)
         if upscales:
             on = _pair(p.upscale_top_p, 1.0)
             self.up = Up(*on, *(self.empty() for _ in range(3)), tl.constexpr(tuned))
@@ -142,8 +155,8 @@ class Call:
 
     def split(self, cut: config.Cut) -> dict:
         """A cut as launch options: a program takes TILES * TC chunks, SPLITS programs a row."""
-        tiles = min(cut.tiles, triton.next_power_of_2(triton.cdiv(self.chunks, cut.tc)))
-        return dict(SPLITS=triton.cdiv(self.chunks, tiles * cut.tc), TILES=tiles, TC=cut.tc, num_warps=cut.warps)
+        tiles = min(cut.tiles, power_of_2(ceil_div(self.chunks, cut.tc)))
+        return dict(SPLITS=ceil_div(self.chunks, tiles * cut.tc), TILES=tiles, TC=cut.tc, num_warps=cut.warps)
 
     def launch(self, kernel, *args, **options):
         """A program a row, or SPLITS."""
@@ -210,7 +223,7 @@ def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logpro
         part_key = call.empty(splits, dtype=torch.int64)
         part = call.empty(splits, 4) if logprobs else None
         call.launch(race.sample_kernel, *call.sampling, domain, tokens, valid, lp, raw, counters(B, device), part_key,
-                    part, PARTS=triton.next_power_of_2(splits), DIRECT=cut.direct, PROCESSED=call.processed, **split)
+                    part, PARTS=power_of_2(splits), DIRECT=cut.direct, PROCESSED=call.processed, **split)
     top_ids = top_lp = entropy = tv = None
     if top_logprobs:
         top_ids, top_lp = call.empty(top_logprobs, dtype=torch.int64), call.empty(top_logprobs)
@@ -285,7 +298,7 @@ def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: i
         judge.block_kernel[(B,)](*call.sampling, accepted, factor, ratios, rest, S, num_warps=1, **OPTIONS)
     judge.last_kernel[(B,)](target, other, *call.sampling, call.top, draft_tokens, draft_lengths, own, accepted, factor,
                             tokens, emitted, valid, S, call.chunks, CP=call.cp,
-                            SP=triton.next_power_of_2(S), **options)
+                            SP=power_of_2(S), **options)
     if logprobs:
         call.launch(outputs.ids_kernel, *call.sampling, state, tokens, 1, emitted, lp, raw, N=1, num_warps=1)
     return tokens, emitted, valid, lp, raw

@@ -64,7 +64,7 @@ def ids_kernel(m, up, sampling, top_k, seed, position, state, ids, number, emitt
     for i in range(0, number, N):
         at = i + tl.arange(0, N)
         token = tl.load(ids + r * number + at, mask=at < number, other=0)
-        there = token >= 0
+        there = (token >= 0) & (token < m.V)  # on a GPU nobody has checked
         if emitted is not None:
             there = there & (r % m.slots + at * 0 < tl.load(emitted + r // m.slots))
         token = tl.where(there, token, 0).to(tl.int32)

@@ -87,9 +87,15 @@ def mass_kernel(m, up, sampling, top_k, seed, position, state, SPLITS: tl.conste
 # --- acceptance ----------------------------------------------------------------------------------------------------
 
 @triton.jit
+def length_of(draft_lengths, b, slots):
+    """How many drafts batch row b has; on a GPU nobody has checked."""
+    return tl.minimum(tl.maximum(tl.load(draft_lengths + b), 0), slots - 1).to(tl.int32)
+
+
+@triton.jit
 def ends_of(target, draft, b, length, slots, METHOD: tl.constexpr):
     """How many drafts of batch row b count: its length, or up to the first invalid slot."""
-    end = tl.minimum(length, slots).to(tl.int32)
+    end = length
     for i in range(0, slots):
         r = b * slots + i
         ok = tl.load(target.state.valid + r)
@@ -125,7 +131,7 @@ def accept_kernel(target, draft, sampling, top_k, seed, position, draft_tokens, 
     own: the target's own samples [B, slots], for "coupled". factor [B]: of the residual where the row stops.
     """
     b = tl.program_id(0).to(tl.int64)
-    end = ends_of(target, draft, b, tl.load(draft_lengths + b), slots, METHOD)
+    end = ends_of(target, draft, b, length_of(draft_lengths, b, slots), slots, METHOD)
     count = tl.cast(0, tl.int32)
     if METHOD == BLOCK:
         ratio = tl.cast(1.0, tl.float64)
@@ -239,11 +245,12 @@ def last_kernel(target, draft, sampling, top_k, seed, position, top, draft_token
                 SP: tl.constexpr):
     """Grid (B): tokens [B, slots]: the accepted drafts, the residual's or the target's own sample, -1."""
     b = tl.program_id(0).to(tl.int64)
+    length = length_of(draft_lengths, b, slots)
     i = tl.load(accepted + b)
     r = b * slots + i
     ok = tl.load(target.state.valid + r)
     if (METHOD != COUPLED) and (draft.state.best is not None):
-        ok = ok & (tl.load(draft.state.valid + r) | (tl.load(draft_lengths + b) <= i))
+        ok = ok & (tl.load(draft.state.valid + r) | (length <= i))
     token = tl.cast(-1, tl.int64)
     if METHOD == COUPLED:
         token = tl.where(ok, tl.load(own + r), -1)
@@ -254,7 +261,7 @@ def last_kernel(target, draft, sampling, top_k, seed, position, top, draft_token
             chunk = tl.arange(0, CP)
             high = tl.load(top + r * chunks + chunk, mask=chunk < chunks, other=NEG_INF)
             winner = tl.cast(NONE, tl.int64)
-            if (i < tl.load(draft_lengths + b)) & ~q.greedy:
+            if (i < length) & ~q.greedy:
                 d = tl.load(draft_tokens + b * (slots - 1) + i)
                 at_target, at_draft, x, y = rest_of(target, draft, r, q, tl.load(factor + b), d)
                 domain = tl.cast((i << 3) | (RESIDUAL << 1), tl.uint32)
