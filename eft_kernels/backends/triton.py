@@ -43,13 +43,13 @@ def status() -> tuple[bool, str]:
 
 
 @cache
-def search() -> dict:
+def search(masked: bool) -> dict:
     """Options of searches over a row: chunks and scores looked at together."""
     if INTERPRETED:
         return dict(TC=32, N=16384)
     options = dict(TC=8, N=2048)
     if triton.runtime.driver.active.get_current_target().backend == "cuda":
-        options["maxnreg"] = 128  # else ptxas spills to fit a fifth block on a multiprocessor
+        options["maxnreg"] = 192 if masked else 128  # else ptxas spills to fit a fifth block on a multiprocessor
     return options
 
 
@@ -144,7 +144,7 @@ class Call:
             (p.top_k, lambda k: 0 < k < p.vocab_size), (p.top_p, lambda x: x < 1.0), (p.min_p, lambda x: x > 0.0)))
         self.up = NO_UP
         self.stream = self.split(config.pick(config.STREAM, self.device, self.rows * self.chunks))
-        self.cp = power_of_2(self.chunks)
+        self.cp, self.search = power_of_2(self.chunks), search(p.token_mask is not None)
         if upscales:
             on = _pair(p.upscale_top_p, 1.0)
             self.up = Up(*on, *(self.empty() for _ in range(3)), tl.constexpr(tuned))
@@ -174,7 +174,7 @@ class Call:
         totals = torch.zeros(J, self.rows, dtype=torch.int64, device=self.device)
         self.launch_stream(filter.own_stats_kernel, top, self.rows, self.chunks)
         self.launch_stream(filter.own_mass_kernel, top, totals, self.rows, self.chunks, CP=self.cp)
-        self.launch(filter.own_row_kernel, top, totals, *self.scratch(), self.rows, self.chunks, CP=self.cp, **search())
+        self.launch(filter.own_row_kernel, top, totals, *self.scratch(), self.rows, self.chunks, CP=self.cp, **self.search)
 
     def scratch(self):
         """For chunks that matter, int32 [rows, chunks], and their scores [rows, V]; only what is found is touched."""
@@ -192,7 +192,7 @@ class Call:
         """Thresholds into ``state``; samples into ``tokens``."""
         scratch = self.scratch() if self.filtered else (None, None)
         self.launch(filter.row_kernel, *self.sampling, domain, self.top, self.sum, self.sum_c, *scratch, SLACK, state,
-                    tokens, valid, logprobs, raw, self.chunks, CP=self.cp, FILTERED=self.filtered, **search())
+                    tokens, valid, logprobs, raw, self.chunks, CP=self.cp, FILTERED=self.filtered, **self.search)
 
     def masses(self, state):
         """Exact masses of the rows without filters."""
@@ -229,11 +229,11 @@ def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logpro
         top_ids, top_lp = call.empty(top_logprobs, dtype=torch.int64), call.empty(top_logprobs)
         found, buffer = call.empty(call.chunks, dtype=torch.int32), call.empty(call.V, dtype=torch.int64)
         call.launch(outputs.top_kernel, call.top, found, buffer, state, top_ids, top_lp, top_logprobs, call.chunks,
-                    CP=call.cp, **search())
+                    CP=call.cp, **call.search)
     if diagnostics:
         entropy, tv = call.empty(), call.empty()
         z = logits[p.tuned]
-        call.launch(outputs.diagnostics_kernel, state, z, z.stride(0), entropy, tv, call.chunks, TC=search()["TC"])
+        call.launch(outputs.diagnostics_kernel, state, z, z.stride(0), entropy, tv, call.chunks, TC=call.search["TC"])
     return tokens, valid, lp, raw, top_ids, top_lp, entropy, tv
 
 

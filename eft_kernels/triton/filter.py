@@ -18,6 +18,7 @@ from .rows import (
     Kept,
     combine,
     full_tiles,
+    is_allowed,
     kept_scores,
     knobs_of,
     own_scores,
@@ -314,8 +315,24 @@ def own_stats_kernel(m, up, top, rows, chunks, SPLITS: tl.constexpr, TILES: tl.c
     r = (tl.program_id(0) // SPLITS).to(tl.int64)
     row = row_of(m, up, r)
     if row.on:
-        for t in range(TILES):
-            chunk = (tl.program_id(0) % SPLITS) * (TILES * TC) + t * TC + tl.arange(0, TC)
+        first = (tl.program_id(0) % SPLITS) * (TILES * TC)
+        whole, tiles = full_tiles(m, first, TILES, TC)
+        size = tl.zeros([TC, CHUNK], tl.float32)
+        for t in range(whole):
+            chunk = first + t * TC + tl.arange(0, TC)
+            token = tokens_of(chunk)
+            plain = tl.zeros([TC, CHUNK], tl.float32)
+            for j in tl.static_range(len(m.z)):
+                z = tl.load(row.z[j] + token).to(tl.float32)
+                plain = plain + times(row.w[j], z)
+                if m.mask is not None:
+                    z = tl.where(is_allowed(row, token, True), z, NEG_INF)
+                tl.store(top + (j * rows + r) * chunks + chunk, tl.max(z, 1), mask=chunk < chunks)
+            size = tl.maximum(size, tl.abs(plain), propagate_nan=tl.PropagateNan.ALL)
+        # what is left, or all of it where a sum was not finite: some token may be excluded
+        finite = tl.min(tl.min((size < INF).to(tl.int32), 1), 0) != 0
+        for t in range(tl.where(finite, whole, 0), tiles):
+            chunk = first + t * TC + tl.arange(0, TC)
             token = tokens_of(chunk)
             s, bad, own = raw_scores(m, up, row, token)
             for j in tl.static_range(len(m.z)):
