@@ -48,7 +48,6 @@ struct Reader {
   Py_ssize_t n, i = 0;
   bool unusual = false;
   bool strict = true;  // look at values, too
-  float weights[kMaxModels];
   int64_t rows = 0, slots = 1;
 
   bool need(bool ok) {
@@ -143,17 +142,17 @@ struct Reader {
       for (int j = 0; j < c.models; ++j) {
         PyObject* o = PyTuple_GetItem(w, j);
         if (!need(PyFloat_CheckExact(o))) return;
-        weights[j] = static_cast<float>(PyFloat_AsDouble(o));
+        c.weight[j] = static_cast<float>(PyFloat_AsDouble(o));
       }
-      c.weights = weights;
     } else {
       dlpack::Tensor t;
       if (!view(w, t)) return;
       c.weights = t.ndim == 2 ? tensor<float>(w, kFloat32, {rows, models}) : tensor<float>(w, kFloat32, {models});
       c.weights_stride = t.ndim == 2 ? models : 0;
     }
-    if (c.weights && strict)
-      for (int64_t k = 0; k < (c.weights_stride ? rows : 1) * models; ++k) need(std::isfinite(c.weights[k]));
+    const float* weights = c.weights ? c.weights : c.weight;
+    if (strict)
+      for (int64_t k = 0; k < (c.weights_stride ? rows : 1) * models; ++k) need(std::isfinite(weights[k]));
     c.temperature = per_row<float>(0, 1e30f);
     c.top_k = per_row<int64_t>(0, INT64_MAX);
     c.top_p = per_row<float>(kTiny, 1);

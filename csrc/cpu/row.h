@@ -408,7 +408,7 @@ Row row_of(const Call& call, int64_t row, int64_t slot, int threads, int only = 
   if (only >= 0) {
     s.in[s.models++] = input_of(call, only, row, slot, 1.0f);
   } else {
-    const float* w = call.weights + row * call.weights_stride;
+    const float* w = call.weights ? call.weights + row * call.weights_stride : call.weight;
     for (int j = 0; j < call.models; ++j)
       if (w[j] != 0) s.in[s.models++] = input_of(call, j, row, slot, w[j]);
     r.upscale_top_p = call.upscale_top_p[row];

@@ -1,0 +1,30 @@
+// The CUDA kernels as the bindings call them. No header of torch's or CUDA's.
+#pragma once
+#include "../semantics/call.h"
+
+namespace eft {
+
+// Where a call runs. Buffers are on the device.
+struct Place {
+  int device;         // its index; the caller has made it current
+  void* stream;       // cudaStream_t
+  void* scratch;      // `scratch_bytes` of the call, 256-byte aligned, unset
+  unsigned* counters; // int32 zeros [call.rows * call.slots], which nothing else uses while the launches run; left 0
+};
+
+struct CudaKernels {
+  // what a call needs beside its outputs
+  int64_t (*sample_scratch)(const SampleCall&, int device);
+  int64_t (*verify_scratch)(const VerifyCall&, int device);
+  int64_t (*logprobs_scratch)(const LogprobsCall&, int device);
+  // null, or what went wrong
+  const char* (*sample)(const SampleCall&, const Place&);
+  const char* (*verify)(const VerifyCall&, const Place&);
+  const char* (*logprobs)(const LogprobsCall&, const Place&);
+  // null, or why this device cannot run them (too old, driver too old for the runtime, no code for it)
+  const char* (*unusable)(int device);
+};
+
+const CudaKernels& cuda_kernels();
+
+}  // namespace eft
