@@ -12,6 +12,7 @@
 
 #define EFT_KERNEL static __global__
 #define EFT_DEVICE static __device__ __forceinline__
+#define EFT_MEMBER __device__ __forceinline__
 
 #ifdef EFT_SIMT
 #include "simt.h"
@@ -126,6 +127,27 @@ EFT_DEVICE float half_bits_to_float(uint32_t bits) {  // the low 16
   float y;
   asm("{.reg .f16 h; .reg .b16 l, u; mov.b32 {l, u}, %1; mov.b16 h, l; cvt.f32.f16 %0, h;}" : "=f"(y) : "r"(bits));
   return y;
+}
+
+// --- devices -------------------------------------------------------------------------------------------------------
+
+// compute capability (90 is 9.0), multiprocessors, shared memory that a block may have, largest cluster
+inline void query_device(int index, int& capability, int& multiprocessors, int& shared, int& cluster) {
+  int major = 0, minor = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index);
+  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  capability = 10 * major + minor;
+  cluster = capability < 90 ? 1 : capability < 110 ? 16 : 8;
+}
+
+// null, or why kernels cannot run there
+inline const char* why_unusable(int index) {
+  int major = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  return major < 8 ? "compute capability below 8.0" : nullptr;
 }
 
 }  // namespace eft

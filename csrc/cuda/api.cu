@@ -1,0 +1,74 @@
+// The operations as the bindings call them: which kernels a call takes.
+#include "kernels.h"
+#include "row.cuh"
+
+namespace eft {
+namespace cuda {
+
+int64_t plain_scratch(const SampleCall&, const Device&);
+const char* plain_sample(const SampleCall&, const Place&, const Device&);
+int64_t verify_scratch(const VerifyCall&, const Device&);
+const char* run_verify(const VerifyCall&, const Place&, const Device&);
+
+const Device& device_of(int index) {
+  constexpr int kMost = 64;
+  static Device devices[kMost];
+  static bool known[kMost];
+  Device& d = devices[index % kMost];
+  if (!known[index % kMost]) query_device(index, d.capability, d.multiprocessors, d.shared, d.cluster);
+  known[index % kMost] = true;
+  return d;
+}
+
+namespace {
+
+bool filters(const Call& c) {
+  return c.top_k.data || c.top_p.data || c.min_p.data || c.upscale_top_p.data || (c.top_k.value > 0 && c.top_k.value < c.vocab_size) ||
+         c.top_p.value < 1 || c.min_p.value > 0 || c.upscale_top_p.value < 1;
+}
+bool needs_row(const SampleCall& c) { return filters(c) || c.top_n > 0 || c.entropy; }
+
+RowCall row_call(const SampleCall& c) {
+  RowCall r{};
+  static_cast<Call&>(r) = c;
+  r.stream = c.stream, r.slot = c.slot, r.samples = true;
+  r.tokens = c.tokens, r.valid = c.valid, r.logprobs = c.logprobs, r.raw_logprobs = c.raw_logprobs;
+  r.top_n = c.top_n, r.top_ids = c.top_ids, r.top_logprobs = c.top_logprobs;
+  r.entropy = c.entropy, r.tv = c.tv;
+  return r;
+}
+
+RowCall row_call(const LogprobsCall& c) {
+  RowCall r{};
+  static_cast<Call&>(r) = c;
+  r.ids = c.ids, r.n_ids = c.n_ids;
+  (c.ids ? r.id_logprobs : r.all_logprobs) = c.out;
+  return r;
+}
+
+const CudaKernels table = {
+    [](const SampleCall& c, int device) {
+      return needs_row(c) ? staged_bytes(c, device_of(device)) : plain_scratch(c, device_of(device));
+    },
+    [](const VerifyCall& c, int device) { return verify_scratch(c, device_of(device)); },
+    [](const LogprobsCall& c, int device) { return staged_bytes(c, device_of(device)); },
+    [](const SampleCall& c, const Place& p) -> const char* {
+      if (c.rows == 0) return nullptr;
+      return needs_row(c) ? run_rows(row_call(c), p.scratch, device_of(p.device), p.stream)
+                          : plain_sample(c, p, device_of(p.device));
+    },
+    [](const VerifyCall& c, const Place& p) -> const char* {
+      return c.rows == 0 ? nullptr : run_verify(c, p, device_of(p.device));
+    },
+    [](const LogprobsCall& c, const Place& p) -> const char* {
+      return c.rows == 0 ? nullptr : run_rows(row_call(c), p.scratch, device_of(p.device), p.stream);
+    },
+    [](int device) { return why_unusable(device); },
+};
+
+}  // namespace
+}  // namespace cuda
+
+const CudaKernels& cuda_kernels() { return cuda::table; }
+
+}  // namespace eft

@@ -1,0 +1,157 @@
+// Thresholds of top-k, top-p and min-p over a row whose scores are kept by the blocks of a team.
+#pragma once
+#include "team.cuh"
+
+namespace eft {
+namespace cuda {
+
+// A block's part of a row: chunks [first, first + n), their scores (shared memory, or global where that is too small) and
+// the best one of each.
+struct Part {
+  float* scores;  // [n, 256]
+  float* tops;    // [n]
+  int first, n;
+};
+
+EFT_DEVICE void load8(const float* s, float* x) {
+  const float4 a = reinterpret_cast<const float4*>(s)[0], b = reinterpret_cast<const float4*>(s)[1];
+  x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+}
+EFT_DEVICE void store8(float* s, const float* x) {
+  reinterpret_cast<float4*>(s)[0] = make_float4(x[0], x[1], x[2], x[3]);
+  reinterpret_cast<float4*>(s)[1] = make_float4(x[4], x[5], x[6], x[7]);
+}
+
+// visit(i, token, x): a lane's 8 scores of the block's chunk i, for the chunks whose best is above `low` (or any at all)
+template <class Visit>
+EFT_DEVICE void each_chunk(const Part& part, float low, const Visit& visit) {
+  for (int i = warp_id(); i < part.n; i += kRowWarps) {
+    if (!(part.tops[i] > low)) continue;
+    float x[kPerLane];
+    load8(part.scores + i * kChunkSize + lane_id() * kPerLane, x);
+    visit(i, (part.first + i) * kChunkSize + lane_id() * kPerLane, x);
+  }
+}
+
+// What a score counts: 1, or its mass.
+struct One {
+  EFT_MEMBER int64_t operator()(float) const { return 1; }
+};
+struct MassOf {
+  float best, c;
+  EFT_MEMBER int64_t operator()(float s) const { return mass(s, best, c); }
+};
+
+// what the scores above and not below `at` count
+template <class Count>
+EFT_DEVICE Tally<2> count_from(Team& team, const Part& part, float at, const Count& count) {
+  Tally<2> t;
+  const float low = at == -kInf ? at : below(at);
+  each_chunk(part, low, [&](int, int, const float* x) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i)
+      if (x[i] > low) {
+        const int64_t m = count(x[i]);
+        t.sum[0] += x[i] > at ? m : 0;
+        t.sum[1] += m;
+      }
+  });
+  return team.tally(t);
+}
+
+// The smallest score in [low, best] with less than `limit` counted above it. The bracket (a, b] around it is cut at seven
+// places a turn, and its ends are drawn in to scores that there are.
+template <class Count>
+EFT_DEVICE float cut(Team& team, const Part& part, float low, float best, int64_t limit, const Count& count) {
+  constexpr int N = 7;
+  float a = low == -kInf ? low : below(low), b = best, from = low == -kInf ? best : low;
+  int64_t over = 0;  // counted above b
+  for (;;) {
+    float at[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) at[i] = fminf(fmaxf(from * (1.0f - i * 0.125f) + b * (i * 0.125f), from), b);
+    at[0] = from;
+    Tally<N> t;
+    each_chunk(part, a, [&](int, int, const float* x) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i)
+        if (x[i] > a && x[i] <= b) {
+          t.low = fminf(t.low, x[i]), t.high = fmaxf(t.high, x[i]);
+          if (!(x[i] > from)) continue;
+          const int64_t m = count(x[i]);
+#pragma unroll
+          for (int k = 0; k < N; ++k) t.sum[k] += x[i] > at[k] ? m : 0;
+        }
+    });
+    t = team.tally(t);
+    if (!(t.low < t.high)) return t.high;
+    b = t.high;
+    from = t.low;
+    int64_t less = over;
+#pragma unroll
+    for (int k = N - 1; k >= 0; --k) {  // from the highest down, what is counted above rises
+      const int64_t above = over + t.sum[k];
+      if (above < limit) {
+        if (at[k] < b) b = at[k], less = above;
+      } else {
+        a = fmaxf(a, at[k]);
+        from = fmaxf(from, a);
+        break;
+      }
+    }
+    over = less;
+  }
+}
+
+// What is kept of a row after top-k, top-p and min-p: scores from `floor` on, their exact mass (0: nothing is filtered).
+struct Kept {
+  float floor;
+  int64_t mass;
+};
+
+// A score too low for the nucleus of mass p where all of the row has at least `share` of the best's mass: the V tokens at
+// or below it have less than 1 - p together.
+EFT_DEVICE float cutoff(float best, float p, float share, float temperature, int vocab) {
+  const float low = best + temperature * (log(fmaxf((1.0f - p) * share / vocab, 1e-30f)) - 1e-3f);
+  return low - fabsf(low) * 1e-6f;
+}
+
+EFT_DEVICE int64_t limit_of(float p, double total) {
+  const int64_t limit = static_cast<int64_t>(static_cast<double>(p) * total);
+  return limit < 1 ? 1 : limit;
+}
+
+// approximate: the sum of exp2((s - best) c) of the row, within kSlack of it, relatively
+constexpr float kSlack = 2e-5f;
+
+EFT_DEVICE Kept keep_of(Team& team, const Part& part, const Knobs& q, float best, float approximate, int vocab) {
+  const MassOf mass{best, q.c};
+  Kept kept{-kInf, 0};
+  if (!q.filtered()) return kept;
+  const float least = q.min_p > 0 ? best + q.temperature * log(fmaxf(q.min_p, 0x1p-126f)) : -kInf;
+  float floor = least;
+  if (q.use_k) floor = cut(team, part, -kInf, best, q.top_k, One());
+  if (q.use_p) {
+    if (q.use_k) {
+      const int64_t all = count_from(team, part, floor, mass).sum[1];
+      floor = cut(team, part, floor, best, limit_of(q.top_p, static_cast<double>(all)), mass);
+    } else {
+      // only where the error of the sum leaves the last score in doubt the row is summed exactly
+      const float low = cutoff(best, q.top_p, approximate * (1 - kSlack), q.temperature, vocab);
+      const double units = static_cast<double>(approximate * 0x1p40f), error = units * kSlack + vocab;
+      floor = cut(team, part, low, best, limit_of(q.top_p, units), mass);
+      const Tally<2> t = count_from(team, part, floor, mass);
+      if (t.sum[0] >= limit_of(q.top_p, units - error) || t.sum[1] < limit_of(q.top_p, units + error)) {
+        const int64_t all = count_from(team, part, -kInf, mass).sum[1];
+        floor = cut(team, part, low, best, limit_of(q.top_p, static_cast<double>(all)), mass);
+      } else if (floor >= least) {
+        return {floor, t.sum[1]};
+      }
+    }
+  }
+  floor = fmaxf(floor, least);
+  return {floor, count_from(team, part, floor, mass).sum[1]};
+}
+
+}  // namespace cuda
+}  // namespace eft

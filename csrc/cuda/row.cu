@@ -1,0 +1,283 @@
+// Everything that needs a whole row at hand: filters, the up-scaling filter, log-probs, the most likely tokens, entropy.
+//
+//   s = sum_j w_j z_j;  kept = {v: s_v >= floor};  token = argmax over kept of s - T log E;  log p = (s - best) / T - log sum
+//
+// Bytes: every logit once; the scores stay in the shared memory of the row's blocks (a cluster), or in global memory where
+// that is too small or clusters do not exist. The up-scaling filter reads the logits again, twice a model, from L2.
+// Masses are exact integers; the one sum over the whole row, the total of top-p, is first taken in float32 (filter.cuh).
+#include "kernels.h"
+#include "row.cuh"
+#include "variants.h"
+
+namespace eft {
+namespace cuda {
+namespace {
+
+struct RowShared {
+  Mail mail;
+  Row row;
+};
+
+constexpr int kHead = (sizeof(RowShared) + 15) / 16 * 16;
+EFT_HD constexpr int area_bytes(int per) { return ((per + 3) / 4 * 16 + field_bytes(per, kRowWarps) + 15) / 16 * 16; }
+
+// --- the up-scaling filter -----------------------------------------------------------------------------------------
+
+// visit(z, s, n): a lane's logits of one model and scores, of the block's chunks that hold a token
+template <class Visit>
+EFT_DEVICE void each_own(const Row& row, const Part& part, const Input& in, const Visit& visit) {
+  each_chunk(part, -kInf, [&](int i, int, const float* s) {
+    float z[kPerLane];
+    own_logits(row, in, part.first + i, z);
+#pragma unroll
+    for (int k = 0; k < kPerLane; ++k)
+      if (!(s[k] > -kInf)) z[k] = -kInf;
+    visit(i, z);
+  });
+}
+
+// Model `in` alone over the tokens not excluded: its largest logit (0 where that is infinite) and its exact mass.
+EFT_DEVICE int64_t own_mass(Team& team, const Row& row, const Part& part, const Input& in, float& best) {
+  float high = -kInf;
+  each_own(row, part, in, [&](int, const float* z) { high = fmaxf(high, top_of(z)); });
+  high = team.max(high);
+  best = high > -kInf && high < kInf ? high : 0;
+  int64_t total = 0;
+  each_own(row, part, in, [&](int, const float* z) {
+#pragma unroll
+    for (int k = 0; k < kPerLane; ++k) total += z[k] > -kInf ? mass(z[k], best, kLog2e) : 0;
+  });
+  total = team.sum(total);
+  return total < 1 ? 1 : total;
+}
+
+// Finds the tuned model's own nucleus of mass p and what to take off inside and outside; then the row's scores are others.
+EFT_DEVICE void find_nucleus(Team& team, Row& row, const Part& part, float p) {
+  float inside = 0, best;
+  for (int j = 0; j < row.models; ++j) {
+    const float w = row.in[j].w;
+    if (w == 0) continue;
+    const float lse = log_total(own_mass(team, row, part, row.in[j], best));
+    inside = inside + w * (best + lse);
+  }
+  const int64_t total = own_mass(team, row, part, row.tuned, best);
+  each_own(row, part, row.tuned, [&](int i, const float* z) {
+    const float top = warp_max(top_of(z));
+    store8(part.scores + i * kChunkSize + lane_id() * kPerLane, z);
+    __syncwarp();
+    if (lane_id() == 0) part.tops[i] = top;
+  });
+  __syncthreads();
+  const float low = cutoff(best, p, static_cast<float>(total) * 9.0949e-13f, 1, row.vocab);  // a little below 2^-40
+  const float tau = cut(team, part, low, best, mass_limit(p, total), MassOf{best, kLog2e});
+  if (threadIdx.x == 0) row.tau = tau, row.inside = inside, row.outside = best + log_total(total);
+  __syncthreads();
+}
+
+// --- outputs -------------------------------------------------------------------------------------------------------
+
+// The n likeliest tokens by raw score, lower ids first among equals.
+EFT_DEVICE void write_top(Team& team, const Part& part, const State& f, int64_t n, int64_t* ids, float* logprobs, bool ok) {
+  int64_t last = INT64_MAX;
+  for (int64_t i = 0; i < n; ++i) {
+    int64_t most = kNone;
+    if (ok && last != kNone)
+      for (int c = warp_id(); c < part.n; c += kRowWarps) {
+        if (!__any_sync(kAll, pack(part.tops[c], 0) > most)) continue;
+        float x[kPerLane];
+        load8(part.scores + c * kChunkSize + lane_id() * kPerLane, x);
+#pragma unroll
+        for (int k = 0; k < kPerLane; ++k) {
+          const int64_t key = pack(x[k], (part.first + c) * kChunkSize + lane_id() * kPerLane + k);
+          if (x[k] > -kInf && key < last && key > most) most = key;
+        }
+      }
+    last = team.max(most);
+    if (team.rank == 0 && threadIdx.x == 0) {
+      ids[i] = last == kNone ? -1 : packed_token(last);
+      logprobs[i] = last == kNone ? -kInf : raw_logprob(f, packed_key(last));
+    }
+  }
+}
+
+// Entropy of the emulated distribution, and its total variation from the tuned model's own over the tokens not excluded.
+EFT_DEVICE void write_diagnostics(Team& team, const Row& row, const Part& part, const State& f, const Input& tuned,
+                                  float* entropy, float* tv, bool ok) {
+  ExpSum own;
+  int64_t strange = 0;
+  if (ok)
+    each_own(row, part, tuned, [&](int, const float* z) {
+      const float high = top_of(z);
+#pragma unroll
+      for (int k = 0; k < kPerLane; ++k) strange += !(z[k] < kInf);
+      if (high > -kInf && high < kInf) own.add(z, high, 0, false);
+    });
+  own = team.sums(own, 0);
+  strange = team.sum(strange);
+  const float log_own = log(fmaxf(own.sum, 0x1p-100f));
+  double h = 0, distance = 0;
+  if (ok)
+    each_chunk(part, -kInf, [&](int i, int, const float* s) {
+      float z[kPerLane];
+      own_logits(row, tuned, part.first + i, z);
+#pragma unroll
+      for (int k = 0; k < kPerLane; ++k) {
+        if (!(s[k] > -kInf)) continue;
+        const float lp = raw_logprob(f, s[k]), x = exp2_approximately(lp * kLog2e);
+        if (x > 0) h -= x * lp;
+        distance += fabsf(x - exp2_approximately(((z[k] - own.top) - log_own) * kLog2e));
+      }
+    });
+  h = team.sum(h);
+  distance = team.sum(distance);
+  if (team.rank == 0 && threadIdx.x == 0) {
+    *entropy = ok ? static_cast<float>(h) : NAN;
+    *tv = ok && strange == 0 ? static_cast<float>(0.5 * distance) : NAN;
+  }
+}
+
+// --- the kernel ----------------------------------------------------------------------------------------------------
+
+// Blocks rows * size; `per` chunks a block. Scores are in shared memory, or in `staged` [rows, chunks, 256]; `area`, if
+// any, has the rest of what a block keeps of its chunks, area_bytes(per) each.
+EFT_KERNEL void __launch_bounds__(kRowThreads, 2) row_kernel(const __grid_constant__ RowCall call, int size, int per,
+                                                             float* staged, char* area) {
+  const int64_t r = blockIdx.x / size, b = r / call.slots, slot = r % call.slots;
+  RowShared& shared = *reinterpret_cast<RowShared*>(shared_memory());
+  Row& row = shared.row;
+  Team team{size > 1 ? cluster_rank() : 0, size, 0, &shared.mail};
+  if (threadIdx.x == 0) set_row(row, call, b, slot);
+  const Knobs q = knobs_of(call, b);
+  __syncthreads();
+  area = area ? area + static_cast<int64_t>(blockIdx.x) * area_bytes(per) : shared_memory() + kHead;
+  Part part;
+  part.first = team.rank * per;
+  part.n = max(min(per, row.chunks - part.first), 0);
+  part.scores = staged ? staged + (r * row.chunks + part.first) * kChunkSize
+                       : reinterpret_cast<float*>(shared_memory() + kHead + area_bytes(per));
+  part.tops = reinterpret_cast<float*>(area);
+  const Field field = field_at(area + (per + 3) / 4 * 16, part.first, part.n);
+  const bool tempered = !q.greedy && q.temperature != 1;
+  const auto keep = [&](int chunk, const float* s) {
+    store8(part.scores + (chunk - part.first) * kChunkSize + lane_id() * kPerLane, s);
+  };
+  // scores, their best, and sums of exponentials
+  ExpSum sum;
+  float best = -kInf;
+  const auto look = [&] {
+    best = -kInf;
+    for (int i = threadIdx.x; i < part.n; i += kRowThreads) best = fmaxf(best, part.tops[i]);
+    best = team.max(best);
+  };
+  first_pass(row, part.first, part.n, part.tops, true, tempered, q.c, sum, keep);
+  look();
+  const bool ok = best > -kInf && best < kInf;
+  if (ok && row.upscaled) {
+    find_nucleus(team, row, part, call.upscale_top_p[b]);
+    sum = ExpSum();
+    for (int i = warp_id(); i < part.n; i += kRowWarps) {
+      float s[kPerLane];
+      scores_of(row, part.first + i, s);
+      const float high = top_of(s), top = warp_max(high);
+      if (lane_id() == 0) part.tops[i] = top;
+      if (high > -kInf) sum.add(s, high, q.c, tempered);
+      keep(part.first + i, s);
+    }
+    __syncthreads();
+    look();
+  }
+  sum = team.sums(sum, q.c);
+  // thresholds
+  State f{best, -kInf, 0, 0, 0, -1, row.tau, row.inside, row.outside, ok};
+  if (ok) {
+    f.lse = log(sum.sum);
+    f.log_kept = tempered ? log(sum.sum_c) : f.lse;
+    const Kept kept = keep_of(team, part, q, best, tempered ? sum.sum_c : sum.sum, row.vocab);
+    f.floor = kept.floor, f.mass = kept.mass;
+    if (f.mass > 0) f.log_kept = log_total(f.mass);
+    else if (call.exact && !q.greedy) f.mass = count_from(team, part, -kInf, MassOf{best, q.c}).sum[1];
+    if (q.greedy) f.floor = best, f.log_kept = 0, f.mass = int64_t{1} << kMassBits;
+  }
+  // the row's own sample
+  Winner w;
+  if (ok && (call.samples || q.greedy)) {
+    const Source source = source_of(call, b, slot, call.stream, call.slot);
+    w = race_block(field, part.tops, f.floor, q, source,
+                   [&](int chunk) { return part.scores + (chunk - part.first) * kChunkSize; });
+    w = team.best(w);
+    f.token = packed_token(w.key);
+  }
+  if (team.rank == 0 && threadIdx.x == 0) {
+    if (call.tokens) call.tokens[r] = f.token;
+    if (call.valid) call.valid[r] = ok;
+    if (call.logprobs) {
+      call.logprobs[r] = ok ? processed_logprob(f, q, w.score, static_cast<int>(f.token)) : NAN;
+      call.raw_logprobs[r] = ok ? raw_logprob(f, w.score) : NAN;
+    }
+    if (call.states) call.states[r] = f;
+  }
+  if (call.tops)
+    for (int i = threadIdx.x; i < part.n; i += kRowThreads) call.tops[r * row.chunks + part.first + i] = part.tops[i];
+  if (call.top_n) write_top(team, part, f, call.top_n, call.top_ids + r * call.top_n, call.top_logprobs + r * call.top_n, ok);
+  if (call.entropy)
+    write_diagnostics(team, row, part, f, input_of(call, call.tuned, b, slot), call.entropy + r, call.tv + r, ok);
+  if (call.all_logprobs)
+    for (int i = warp_id(); i < part.n; i += kRowWarps)
+      for (int k = lane_id(); k < kChunkSize; k += kLanes) {
+        const int token = (part.first + i) * kChunkSize + k;
+        if (token < row.vocab)
+          call.all_logprobs[r * row.vocab + token] = ok ? logprob(f, q, part.scores[i * kChunkSize + k], token) : NAN;
+      }
+  if (call.id_logprobs)
+    for (int64_t i = threadIdx.x; i < call.n_ids; i += kRowThreads) {
+      const int64_t id = call.ids[r * call.n_ids + i], place = id - int64_t{part.first} * kChunkSize;
+      const bool inside = id >= 0 && id < row.vocab;
+      float* out = call.id_logprobs + r * call.n_ids + i;
+      if (!inside || !ok) {
+        if (team.rank == 0) *out = NAN;
+      } else if (place >= 0 && place < part.n * kChunkSize) {
+        *out = logprob(f, q, part.scores[place], static_cast<int>(id));
+      }
+    }
+}
+
+// --- launches ------------------------------------------------------------------------------------------------------
+
+struct Shape {
+  int size, per, shared;
+  bool staged, area;  // what global memory holds
+};
+
+// Blocks of a row: few where rows are many, as long as scores fit; with few rows so many that a warp has a chunk.
+Shape shape_of(const Call& call, const Device& device) {
+  const int64_t chunks = chunks_of(call), rows = call.rows * call.slots;
+  const auto per = [&](int size) { return static_cast<int>((chunks + size - 1) / size); };
+  const auto needs = [&](int size) { return kHead + area_bytes(per(size)) + int64_t{per(size)} * kChunkSize * 4; };
+  int size = 1;
+  while (size < device.cluster && size * kRowWarps < chunks &&
+         (rows * size < 2 * device.multiprocessors || needs(size) > kRoom))
+    size *= 2;
+  Shape s{size, per(size), kHead, true, true};
+  if (kHead + area_bytes(s.per) <= device.shared) s.shared += area_bytes(s.per), s.area = false;
+  if (needs(size) <= device.shared) s.shared = static_cast<int>(needs(size)), s.staged = false;
+  return s;
+}
+
+int64_t scores_bytes(const Call& call) { return call.rows * call.slots * chunks_of(call) * kChunkSize * 4; }
+
+}  // namespace
+
+int64_t staged_bytes(const Call& call, const Device& device) {
+  const Shape s = shape_of(call, device);
+  return (s.staged ? scores_bytes(call) : 0) + (s.area ? call.rows * call.slots * s.size * area_bytes(s.per) : 0);
+}
+
+const char* run_rows(const RowCall& call, void* staged, const Device& device, void* stream) {
+  const Shape s = shape_of(call, device);
+  return launch(row_kernel, {call.rows * call.slots * s.size, kRowThreads, s.size, s.shared, stream}, call, s.size, s.per,
+                s.staged ? static_cast<float*>(staged) : nullptr,
+                s.area ? static_cast<char*>(staged) + scores_bytes(call) : nullptr);
+}
+
+}  // namespace cuda
+}  // namespace eft

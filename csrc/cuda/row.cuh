@@ -1,0 +1,56 @@
+// What a launch of a team a row is given and leaves behind (row.cu, verify.cu).
+#pragma once
+#include "filter.cuh"
+#include "variants.h"
+
+namespace eft {
+namespace cuda {
+
+// What later launches need of a row.
+struct State {
+  float best, floor;
+  float lse, log_kept;  // log of the sum of exp(s - best), and of what is kept, at temperature
+  int64_t mass;         // exact, of what is kept, where it was asked for or something is filtered
+  int64_t token;        // the row's own sample, of a greedy row always; -1: invalid or not asked for
+  float tau, inside, outside;
+  bool valid;
+};
+
+// A call with everything that the operations return, null where it is not wanted.
+struct RowCall : Call {
+  uint32_t stream, slot;
+  bool samples, exact;  // draw a token; know the exact mass of rows that nothing is filtered from
+  int64_t* tokens;
+  bool* valid;
+  float *logprobs, *raw_logprobs;
+  int64_t top_n;
+  int64_t* top_ids;
+  float* top_logprobs;
+  float *entropy, *tv;
+  const int64_t* ids;  // [rows, n_ids]
+  int64_t n_ids;
+  float *id_logprobs, *all_logprobs;  // [rows, n_ids], [rows, V]
+  State* states;
+  float* tops;  // [rows, chunks], the best score of each
+};
+
+// staged: `staged_bytes` of device memory, for what multiprocessors have no room for
+// --- log-probs -----------------------------------------------------------------------------------------------------
+
+EFT_DEVICE float raw_logprob(const State& f, float s) { return (s - f.best) - f.lse; }
+EFT_DEVICE float processed_logprob(const State& f, const Knobs& q, float s, int token) {
+  if (q.greedy) return token == f.token ? 0 : -kInf;
+  return s >= f.floor && s > -kInf ? (s - f.best) * q.inverse - f.log_kept : -kInf;
+}
+// the processed one where temperature or filters make it another
+EFT_DEVICE float logprob(const State& f, const Knobs& q, float s, int token) {
+  return q.greedy || q.temperature != 1 || q.filtered() ? processed_logprob(f, q, s, token) : raw_logprob(f, s);
+}
+
+// --- launches ------------------------------------------------------------------------------------------------------
+
+const char* run_rows(const RowCall& call, void* staged, const Device& device, void* stream);
+int64_t staged_bytes(const Call& call, const Device& device);
+
+}  // namespace cuda
+}  // namespace eft

@@ -1,0 +1,223 @@
+// Sampling without filters, in one launch: combine, race, reduce.
+//
+//   token = argmax_v s_v - T log E_v,  s = sum_j w_j z_j
+//
+// Bytes: every logit once, plus the chunks that the race looks into again (from L2). A row is split over blocks. With many
+// rows a block streams its chunks, keeping each one's best score, then draws inside the few that can still win. With few a
+// warp has one chunk, and every token's noise is drawn while the logits are on their way. The last block of a row to
+// arrive merges: the order of keys is total, so that no split can change a token.
+#include "kernels.h"
+#include "sums.cuh"
+#include "variants.h"
+
+namespace eft {
+namespace cuda {
+namespace {
+
+struct Part {
+  int64_t key;
+  float score, top, sum, sum_c;
+};
+
+EFT_DEVICE void write_row(const SampleCall& call, int64_t b, const Knobs& q, const Winner& w, const ExpSum& sum) {
+  const bool ok = w.key != kNone && w.key != kBad;
+  call.tokens[b] = ok ? packed_token(w.key) : -1;
+  call.valid[b] = ok;
+  if (!call.logprobs) return;
+  const float raw = ok ? (w.score - sum.top) - log(sum.sum) : NAN;
+  call.raw_logprobs[b] = raw;
+  const bool tempered = !q.greedy && q.temperature != 1;
+  call.logprobs[b] = !ok ? NAN : q.greedy ? 0 : tempered ? (w.score - sum.top) * q.inverse - log(sum.sum_c) : raw;
+}
+
+// The block's result to memory; of a row's blocks the last one to come here writes the row. Warp 0 calls this.
+EFT_DEVICE void arrive(const SampleCall& call, int64_t b, int splits, int split, const Knobs& q, Winner w, ExpSum sum,
+                       Part* parts, unsigned* counters) {
+  const int lane = lane_id();
+  if (splits == 1) {
+    if (lane == 0) write_row(call, b, q, w, sum);
+    return;
+  }
+  parts += b * splits;
+  unsigned before = 0;
+  if (lane == 0) {
+    parts[split] = {w.key, w.score, sum.top, sum.sum, sum.sum_c};
+    before = count_arrival(counters + b);
+  }
+  if (__shfl_sync(kAll, before, 0) != static_cast<unsigned>(splits - 1)) return;
+  w = Winner();
+  sum = ExpSum();
+  for (int i = lane; i < splits; i += kLanes) {
+    w.offer(load_fresh(&parts[i].key), load_fresh(&parts[i].score));
+    sum.merge(load_fresh(&parts[i].top), load_fresh(&parts[i].sum), load_fresh(&parts[i].sum_c), q.c);
+  }
+  w = warp_all(w);
+  if (call.logprobs) sum = warp_all(sum, q.c);
+  if (lane == 0) {
+    write_row(call, b, q, w, sum);
+    counters[b] = 0;
+  }
+}
+
+// --- many rows -----------------------------------------------------------------------------------------------------
+
+constexpr int kThreads = 256;
+
+struct StreamShared {
+  Row row;
+  ExpSum sums[kThreads / kLanes];
+};
+
+constexpr int stream_bytes(int per) {
+  return sizeof(StreamShared) + 16 + per * 4 + kThreads / kLanes * kChunkSize * 4 + field_bytes(per, kThreads / kLanes);
+}
+
+EFT_KERNEL void __launch_bounds__(kThreads) sample_stream(const __grid_constant__ SampleCall call, int splits, int per,
+                                                          Part* parts, unsigned* counters) {
+  const int64_t b = blockIdx.x / splits;
+  const int split = blockIdx.x % splits;
+  StreamShared& shared = *reinterpret_cast<StreamShared*>(shared_memory());
+  float* own = reinterpret_cast<float*>(shared_memory() + (sizeof(StreamShared) + 15) / 16 * 16);  // [warps, 256]
+  float* tops = own + warps() * kChunkSize;
+  Row& row = shared.row;
+  if (threadIdx.x == 0) set_row(row, call, b, 0);
+  const Knobs q = knobs_of(call, b);
+  const Source source = source_of(call, b, 0, call.stream, call.slot);
+  __syncthreads();
+  const int first = split * per, n = min(per, row.chunks - first);
+  ExpSum sum;
+  first_pass(row, first, n, tops, call.logprobs != nullptr, !q.greedy && q.temperature != 1, q.c, sum,
+             [](int, const float*) {});
+  bool bad = false;
+  for (int i = threadIdx.x; i < n; i += blockDim.x) bad |= tops[i] == kInf;
+  bad = __syncthreads_or(bad);
+  Winner best;
+  best.key = kBad;
+  if (!bad) {
+    char* at = reinterpret_cast<char*>(tops + (per + 1) / 2 * 2);
+    own += warp_id() * kChunkSize;
+    best = race_block(field_at(at, first, n), tops, -kInf, q, source, [&](int chunk) {
+      float s[kPerLane];
+      scores_of(row, chunk, s);
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) own[lane_id() * kPerLane + i] = s[i];
+      __syncwarp();
+      return own;
+    });
+  }
+  if (call.logprobs) {
+    sum = warp_all(sum, q.c);
+    if (lane_id() == 0) shared.sums[warp_id()] = sum;
+    __syncthreads();
+    sum = ExpSum();
+    for (int i = 0; i < warps(); ++i) sum.merge(shared.sums[i].top, shared.sums[i].sum, shared.sums[i].sum_c, q.c);
+  }
+  if (warp_id() == 0) arrive(call, b, splits, split, q, best, sum, parts, counters);
+}
+
+// --- few rows ------------------------------------------------------------------------------------------------------
+
+constexpr int kDirectThreads = 128;
+
+struct DirectShared {
+  Row row;
+  Part parts[kDirectThreads / kLanes];
+};
+
+EFT_KERNEL void __launch_bounds__(kDirectThreads) sample_direct(const __grid_constant__ SampleCall call, int splits,
+                                                                Part* parts, unsigned* counters) {
+  const int64_t b = blockIdx.x / splits;
+  const int split = blockIdx.x % splits, lane = lane_id();
+  DirectShared& shared = *reinterpret_cast<DirectShared*>(shared_memory());
+  Row& row = shared.row;
+  if (threadIdx.x == 0) set_row(row, call, b, 0);
+  const Knobs q = knobs_of(call, b);
+  const Source source = source_of(call, b, 0, call.stream, call.slot);
+  __syncthreads();
+  const int chunk = split * warps() + warp_id(), token = chunk * kChunkSize + lane * kPerLane;
+  const bool quick = chunk >= row.quick_from && chunk < row.quick_to && row.models <= kAhead;
+  uint4 v[kAhead][2];
+  if (quick) {
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j)
+      if (j < row.models) {
+        const char* p = row.in[j].z + int64_t{token} * item_size(row.in[j].dtype);
+        v[j][0] = load16_anywhere(p);
+        if (row.in[j].dtype == kF32) v[j][1] = load16_anywhere(p + 16);
+      }
+  }
+  float key[kPerLane] = {};  // T g
+  if (!q.greedy) {
+    const ChunkNoise<float> noise = chunk_noise<float>(source, static_cast<uint32_t>(chunk));
+#pragma unroll
+    for (int i = 0; i < kPerLane; i += 4) {
+      const Words<uint32_t> w = words(source, kToken, static_cast<uint32_t>((token + i) >> 2));
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const bool here = lane * kPerLane + i + k == static_cast<int>(noise.place);
+        key[i + k] = q.temperature * (here ? noise.g : token_gumbel<float>(noise.e, noise.g, w.r[k]));
+      }
+    }
+  }
+  float s[kPerLane];
+  bool ok = true, fine = quick;
+  if (quick) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) s[i] = 0;
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j)
+      if (j < row.models) {
+        const Input in = row.in[j];
+        float z[kPerLane];
+        if (in.dtype == kBF16) widen<kBF16>(v[j][0], z);
+        else if (in.dtype == kF16) widen<kF16>(v[j][0], z);
+        else widen<kF32>(v[j][0], z), widen<kF32>(v[j][1], z + 4);
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) s[i] = s[i] + in.w * z[i];
+      }
+    fine = !isnan(top_if_finite(s));
+    apply_mask(row, token, s);
+  }
+  if (!__all_sync(kAll, fine)) ok = careful_scores(row, token, s);
+  Winner best;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i)
+    if (s[i] > -kInf) best.offer(pack(s[i] + key[i], token + i), s[i]);
+  if (!ok) best.key = kBad;
+  best = warp_all(best);
+  ExpSum sum;
+  if (call.logprobs) {
+    const float high = top_of(s);
+    if (high > -kInf && high < kInf) sum.add(s, high, q.c, !q.greedy && q.temperature != 1);
+    sum = warp_all(sum, q.c);
+  }
+  if (lane == 0) shared.parts[warp_id()] = {best.key, best.score, sum.top, sum.sum, sum.sum_c};
+  __syncthreads();
+  if (warp_id() != 0) return;
+  for (int i = 1; i < warps(); ++i) {
+    const Part& p = shared.parts[i];
+    best.offer(p.key, p.score);
+    sum.merge(p.top, p.sum, p.sum_c, q.c);
+  }
+  arrive(call, b, splits, split, q, best, sum, parts, counters);
+}
+
+}  // namespace
+
+int64_t plain_scratch(const SampleCall& call, const Device& device) {
+  return call.rows * splits_of(call, device) * int64_t{sizeof(Part)};
+}
+
+const char* plain_sample(const SampleCall& call, const Place& place, const Device& device) {
+  const int chunks = (call.vocab_size + kChunkSize - 1) / kChunkSize, splits = splits_of(call, device);
+  Part* parts = static_cast<Part*>(place.scratch);
+  if (is_direct(call, device))
+    return launch(sample_direct, {call.rows * splits, kDirectThreads, 1, sizeof(DirectShared), place.stream}, call, splits,
+                  parts, place.counters);
+  const int per = (chunks + splits - 1) / splits;
+  return launch(sample_stream, {call.rows * splits, kThreads, 1, stream_bytes(per), place.stream}, call, splits, per, parts,
+                place.counters);
+}
+
+}  // namespace cuda
+}  // namespace eft

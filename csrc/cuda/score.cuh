@@ -1,0 +1,330 @@
+// A row's scores. A warp takes a chunk of 256 tokens, a lane 8 consecutive ones of it: 16 bytes of a 16-bit model.
+#pragma once
+#include <limits>
+
+#include "../semantics/call.h"
+#include "../semantics/mass.h"
+#include "../semantics/noise.h"
+#include "device.cuh"
+
+namespace eft {
+namespace cuda {
+
+using namespace scalar;
+
+constexpr int kLanes = 32, kPerLane = kChunkSize / kLanes;
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kLowest = -std::numeric_limits<float>::max();
+constexpr float kGreedy = 1e-5f;  // temperatures below are greedy
+
+EFT_DEVICE int lane_id() { return threadIdx.x % kLanes; }
+EFT_DEVICE int warp_id() { return threadIdx.x / kLanes; }
+EFT_DEVICE int warps() { return blockDim.x / kLanes; }
+
+// --- order ---------------------------------------------------------------------------------------------------------
+
+// integers that compare as the floats do; -0 and 0 are one
+EFT_DEVICE int32_t ordered(float x) {
+  int32_t b = bits(x + 0.0f);
+  return b ^ ((b >> 31) & 0x7FFFFFFF);
+}
+EFT_DEVICE float unordered(int32_t b) { return from_bits(b ^ ((b >> 31) & 0x7FFFFFFF)); }
+// the next float below a finite x
+EFT_DEVICE float below(float x) {
+  const int32_t o = ordered(x) - 1;
+  return unordered(o == -1 ? -2 : o);  // -1 is -0
+}
+
+// larger is a larger key, then a lower id; kNone below all, kBad (NaN or +inf in the row) above all
+constexpr int64_t kNone = -(int64_t{0x7F800001} << 32), kBad = INT64_MAX;
+EFT_DEVICE int64_t pack(float key, int token) {
+  return (int64_t{ordered(key)} << 32) | static_cast<uint32_t>(0x7FFFFFFF - token);
+}
+EFT_DEVICE float packed_key(int64_t p) { return unordered(static_cast<int32_t>(p >> 32)); }
+EFT_DEVICE int packed_token(int64_t p) { return 0x7FFFFFFF - static_cast<int32_t>(p & 0x7FFFFFFF); }
+
+// --- one row of a launch -------------------------------------------------------------------------------------------
+
+struct Input {
+  const char* z;
+  float w;
+  int dtype;
+};
+
+// in shared memory, the same for all threads of a block
+struct Row {
+  Input in[kMaxModels];  // models that count, in order
+  Input tuned;
+  const uint8_t* mask;   // a bit a token, or null
+  int models, vocab, chunks;
+  int dtype;             // of all models that count, aligned to 16 bytes and at most kAhead of them; else kAny
+  int quick_from, quick_to;  // chunks that may be read by vectors
+  bool upscaled;
+  float tau, inside, outside;  // the up-scaling filter, once known (row.cuh)
+};
+
+constexpr int kAny = 3;    // of Row::dtype
+constexpr int kAhead = 4;  // models whose logits are in flight together
+
+EFT_DEVICE int item_size(int dtype) { return dtype == kF32 ? 4 : 2; }
+
+EFT_DEVICE Input input_of(const Call& call, int j, int64_t b, int64_t slot) {
+  const Model& m = call.model[j];
+  const int64_t at = b * m.row_stride + slot * m.slot_stride;
+  return {static_cast<const char*>(m.data) + at * item_size(m.dtype),
+          call.weights ? call.weights[b * call.weights_stride + j] : call.weight[j], m.dtype};
+}
+
+// Only thread 0 of a block calls this; a barrier follows.
+EFT_DEVICE void set_row(Row& row, const Call& call, int64_t b, int64_t slot) {
+  row.vocab = call.vocab_size;
+  row.chunks = (call.vocab_size + kChunkSize - 1) / kChunkSize;
+  row.upscaled = call.upscale_top_p[b] < 1;
+  row.tau = row.inside = row.outside = 0;
+  row.mask = nullptr;
+  if (call.mask) {
+    const int64_t words = (call.vocab_size + 31) / 32;
+    row.mask = reinterpret_cast<const uint8_t*>(call.mask + (b * call.slots + slot) * words);
+  }
+  int n = 0, dtype = kAny;
+  bool aligned = true;
+  for (int j = 0; j < call.models; ++j) {
+    const Input in = input_of(call, j, b, slot);
+    if (j == call.tuned) row.tuned = in;
+    if (in.w == 0 && !(row.upscaled && j == call.tuned)) continue;
+    dtype = n == 0 || dtype == in.dtype ? in.dtype : kAny;
+    aligned &= reinterpret_cast<uintptr_t>(in.z) % 16 == 0;
+    row.in[n++] = in;
+  }
+  row.models = n;
+  row.dtype = aligned && n > 0 && n <= kAhead ? dtype : kAny;
+  // a vector that is not aligned is taken from the two around it, which must not leave the row
+  row.quick_from = aligned ? 0 : 1;
+  row.quick_to = aligned ? row.vocab / kChunkSize : max((row.vocab - 8) / kChunkSize, 1);
+}
+
+// --- logits --------------------------------------------------------------------------------------------------------
+
+template <int D>
+EFT_DEVICE void widen(const uint4& v, float* out) {  // 8 of 16 bits, 4 of 32
+  const uint32_t x[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (D == kF32) {
+      out[i] = from_bits(x[i]);
+    } else if (D == kBF16) {
+      out[2 * i] = from_bits(x[i] << 16);
+      out[2 * i + 1] = from_bits(x[i] & 0xFFFF0000u);
+    } else {
+      out[2 * i] = half_bits_to_float(x[i] & 0xFFFFu);
+      out[2 * i + 1] = half_bits_to_float(x[i] >> 16);
+    }
+  }
+}
+
+// 16 bytes at p, which is aligned to an element
+EFT_DEVICE uint4 load16_anywhere(const char* p) {
+  const uint32_t off = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p) & 15), shift = (off & 3) * 8;
+  if (off == 0) return load16(p);
+  const uint4 a = load16(p - off), b = load16(p - off + 16);
+  uint32_t x[6] = {a.x, a.y, a.z, a.w, b.x, b.y};
+  if (off & 8) x[0] = a.z, x[1] = a.w, x[2] = b.x, x[3] = b.y, x[4] = b.z, x[5] = b.w;
+  if (off & 4) x[0] = x[1], x[1] = x[2], x[2] = x[3], x[3] = x[4], x[4] = x[5];
+  return make_uint4(__funnelshift_r(x[0], x[1], shift), __funnelshift_r(x[1], x[2], shift),
+                    __funnelshift_r(x[2], x[3], shift), __funnelshift_r(x[3], x[4], shift));
+}
+
+// a lane's 8 logits of a quick chunk
+EFT_DEVICE void logits_of(const Input& in, int token, float* z) {
+  const char* p = in.z + int64_t{token} * item_size(in.dtype);
+  const uint4 v = load16_anywhere(p);
+  if (in.dtype == kBF16) {
+    widen<kBF16>(v, z);
+  } else if (in.dtype == kF16) {
+    widen<kF16>(v, z);
+  } else {
+    widen<kF32>(v, z);
+    widen<kF32>(load16_anywhere(p + 16), z + 4);
+  }
+}
+
+EFT_DEVICE float logit(const Input& in, int token) {
+  const char* p = in.z + int64_t{token} * item_size(in.dtype);
+  if (in.dtype == kF32) return *reinterpret_cast<const float*>(p);
+  const uint32_t b = *reinterpret_cast<const uint16_t*>(p);
+  return in.dtype == kBF16 ? from_bits(b << 16) : half_bits_to_float(b);
+}
+
+// --- scores --------------------------------------------------------------------------------------------------------
+
+// Chunks that a warp sums at once.
+template <int D>
+constexpr int kAtOnce = D == kF16 || D == kBF16 ? 2 : 1;
+
+// sum_j w_j z_j of a lane's tokens from `token` on, of kAtOnce<D> quick chunks. All loads are on their way first.
+template <int D>
+EFT_DEVICE void sums_of(const Row& row, int token, float (&s)[kAtOnce<D> * kPerLane]) {
+  constexpr int N = kAtOnce<D> * kPerLane, kVector = D == kF32 ? 4 : 8;  // of 16 bytes
+#pragma unroll
+  for (int i = 0; i < N; ++i) s[i] = 0;
+  if constexpr (D == kAny) {
+    for (int j = 0; j < row.models; ++j) {
+      float z[kPerLane];
+      logits_of(row.in[j], token, z);
+#pragma unroll
+      for (int i = 0; i < N; ++i) s[i] = s[i] + row.in[j].w * z[i % kPerLane];
+    }
+  } else {
+    uint4 v[kAhead][2];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j)
+      if (j < row.models) {
+        const char* p = row.in[j].z + int64_t{token} * (D == kF32 ? 4 : 2);
+        v[j][0] = load16(p);
+        v[j][1] = load16(p + (D == kF32 ? 16 : 2 * kChunkSize));
+      }
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j)
+      if (j < row.models) {
+        const float w = row.in[j].w;
+        float z[N];
+        widen<D>(v[j][0], z);
+        widen<D>(v[j][1], z + kVector);
+#pragma unroll
+        for (int i = 0; i < N; ++i) s[i] = s[i] + w * z[i];
+      }
+  }
+}
+
+// The largest of a lane's 8 sums, NaN unless all are finite: then some token may be excluded, or the row bad.
+EFT_DEVICE float top_if_finite(const float* s) {
+  float high = s[0], low = s[0];
+#pragma unroll
+  for (int i = 1; i < kPerLane; ++i) high = max_or_nan(high, s[i]), low = fminf(low, s[i]);
+  return low > -kInf && high < kInf ? high : NAN;
+}
+
+EFT_DEVICE float top_of(const float* s) {
+  float high = s[0];
+#pragma unroll
+  for (int i = 1; i < kPerLane; ++i) high = fmaxf(high, s[i]);
+  return high;
+}
+
+// which of a lane's 8 tokens the mask allows
+EFT_DEVICE uint32_t allowed(const Row& row, int token) { return row.mask ? row.mask[token >> 3] : 0xFFu; }
+
+EFT_DEVICE void apply_mask(const Row& row, int token, float* s) {
+  const uint32_t on = allowed(row, token);
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) s[i] = on >> i & 1 ? s[i] : -kInf;
+}
+
+// A lane's 8 scores of any chunk, one token at a time, -inf where excluded or beyond the vocabulary; false where a value
+// makes the row bad.
+EFT_DEVICE bool careful_scores(const Row& row, int token, float* s) {
+  const int n = min(max(row.vocab - token, 0), kPerLane);
+  const uint32_t on = n > 0 ? allowed(row, token) & ((1u << n) - 1) : 0;
+  uint32_t excluded = ~on, bad = 0;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) s[i] = 0;
+  for (int j = 0; j < row.models; ++j) {
+    const Input in = row.in[j];
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i)
+      if (i < n) {
+        const float z = logit(in, token + i);
+        excluded |= static_cast<uint32_t>(z == -kInf) << i;
+        bad |= static_cast<uint32_t>(!(z < kInf)) << i;
+        if (in.w != 0) s[i] = s[i] + in.w * z;
+      }
+  }
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    if (excluded >> i & 1) s[i] = -kInf;
+    bad |= static_cast<uint32_t>(!(s[i] < kInf)) << i;
+  }
+  return (bad & on) == 0;
+}
+
+// the tuned model's own logits of a lane's 8 tokens, beyond the vocabulary -inf
+EFT_DEVICE void own_logits(const Row& row, const Input& in, int chunk, float* z) {
+  const int token = chunk * kChunkSize + lane_id() * kPerLane;
+  if (chunk >= row.quick_from && chunk < row.quick_to &&
+      (row.quick_from > 0 || reinterpret_cast<uintptr_t>(in.z) % 16 == 0)) {
+    logits_of(in, token, z);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) z[i] = token + i < row.vocab ? logit(in, token + i) : -kInf;
+  }
+}
+
+// the up-scaling filter: inside the tuned model's nucleus normalised scores, outside its own log-probs
+EFT_DEVICE void upscale(const Row& row, int chunk, float* s) {
+  float z[kPerLane];
+  own_logits(row, row.tuned, chunk, z);
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i)
+    if (s[i] > -kInf) s[i] = z[i] >= row.tau ? s[i] - row.inside : z[i] - row.outside;
+}
+
+// A lane's 8 scores of any chunk; all lanes call this. False: the chunk holds a value that makes the row bad.
+EFT_DEVICE bool scores_of(const Row& row, int chunk, float (&s)[kPerLane]) {
+  const int token = chunk * kChunkSize + lane_id() * kPerLane;
+  bool fine = chunk >= row.quick_from && chunk < row.quick_to;
+  if (fine) {
+    sums_of<kAny>(row, token, s);
+    fine = !isnan(top_if_finite(s));
+    apply_mask(row, token, s);
+  }
+  bool ok = true;
+  if (!__all_sync(kAll, fine)) ok = careful_scores(row, token, s);
+  if (row.upscaled) upscale(row, chunk, s);
+  return __all_sync(kAll, ok);
+}
+
+// one token's score
+EFT_DEVICE float score_of(const Row& row, int token) {
+  if (row.mask && !(row.mask[token >> 3] >> (token & 7) & 1)) return -kInf;
+  float s = 0;
+  bool excluded = false;
+  for (int j = 0; j < row.models; ++j) {
+    const float z = logit(row.in[j], token);
+    excluded |= z == -kInf;
+    if (row.in[j].w != 0) s = s + row.in[j].w * z;
+  }
+  if (excluded) return -kInf;
+  if (!row.upscaled) return s;
+  const float z = logit(row.tuned, token);
+  return z >= row.tau ? s - row.inside : z - row.outside;
+}
+
+// --- one row's sampling parameters ---------------------------------------------------------------------------------
+
+struct Knobs {
+  float temperature, inverse, c, top_p, min_p;
+  int64_t top_k;
+  bool greedy, use_k, use_p;
+  EFT_HD bool filtered() const { return !greedy && (use_k || use_p || min_p > 0); }
+};
+
+EFT_DEVICE Knobs knobs_of(const Call& call, int64_t b) {
+  Knobs q;
+  q.temperature = call.temperature[b];
+  q.greedy = q.temperature < kGreedy;
+  if (q.greedy) q.temperature = 0;
+  q.inverse = q.greedy ? 0 : 1.0f / q.temperature;
+  q.c = q.inverse * kLog2e;
+  q.top_k = call.top_k[b], q.top_p = call.top_p[b], q.min_p = call.min_p[b];
+  q.use_k = q.top_k > 0 && q.top_k < call.vocab_size;
+  q.use_p = q.top_p < 1;
+  return q;
+}
+
+EFT_DEVICE Source source_of(const Call& call, int64_t b, int64_t slot, uint32_t stream, uint32_t counter_slot) {
+  return source(call.seed[b], static_cast<int64_t>(static_cast<uint64_t>(call.position[b]) + static_cast<uint64_t>(slot)),
+                stream, counter_slot);
+}
+
+}  // namespace cuda
+}  // namespace eft

@@ -1,0 +1,108 @@
+// Sums of exponentials that need not be exact, as (maximum, sum relative to it).
+#pragma once
+#include "race.cuh"
+
+namespace eft {
+namespace cuda {
+
+// sum of exp2((s - top) c) over what was added; top is finite
+struct ExpSum {
+  float top = kLowest, sum = 0, sum_c = 0;
+
+  // a lane's 8 scores whose largest is `high`; in base-2 exponents by log2 e, and by c where `tempered`
+  EFT_MEMBER void add(const float* s, float high, float c, bool tempered) {
+    if (high > top) {
+      sum = sum * exp2_approximately((top - high) * kLog2e);
+      if (tempered) sum_c = sum_c * exp2_approximately((top - high) * c);
+      top = high;
+    }
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) sum = sum + exp2_approximately((s[i] - top) * kLog2e);
+    if (tempered) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) sum_c = sum_c + exp2_approximately((s[i] - top) * c);
+    }
+  }
+  EFT_MEMBER void merge(float other_top, float other_sum, float other_sum_c, float c) {
+    const float high = fmaxf(top, other_top);
+    sum = sum * exp2_approximately((top - high) * kLog2e) + other_sum * exp2_approximately((other_top - high) * kLog2e);
+    sum_c = sum_c * exp2_approximately((top - high) * c) + other_sum_c * exp2_approximately((other_top - high) * c);
+    top = high;
+  }
+};
+
+EFT_DEVICE ExpSum warp_all(ExpSum x, float c) {
+#pragma unroll
+  for (int d = kLanes / 2; d > 0; d /= 2) {
+    const float top = __shfl_xor_sync(kAll, x.top, d), sum = __shfl_xor_sync(kAll, x.sum, d);
+    x.merge(top, sum, __shfl_xor_sync(kAll, x.sum_c, d), c);
+  }
+  return x;
+}
+
+// --- the first pass over a block's chunks --------------------------------------------------------------------------
+
+// Chunks [first, first + n) of a row into tops[n] (+inf: a bad value), and into `sum` where wanted. keep(c, s): a lane's
+// 8 scores of chunk c, in no order of chunks. All threads of the block call this; a barrier ends it.
+template <int D, class Keep>
+EFT_DEVICE void pass_of(const Row& row, int first, int n, float* tops, bool summed, bool tempered, float c, ExpSum& sum,
+                        const Keep& keep) {
+  const int lane = lane_id(), from = max(first, row.quick_from), to = min(first + n, row.quick_to);
+  // sass: group
+  for (int i = from + warp_id() * kAtOnce<D>; i < to; i += warps() * kAtOnce<D>) {
+    const int last = to - kAtOnce<D>;
+    const int chunk = i < last ? i : max(last, from);  // the last ones overlap, where there are as many
+    if (chunk + kAtOnce<D> > to) break;
+    const int token = chunk * kChunkSize + lane * kPerLane;
+    float s[kAtOnce<D> * kPerLane];
+    sums_of<D>(row, token, s);
+#pragma unroll
+    for (int k = 0; k < kAtOnce<D>; ++k) {
+      float* x = s + k * kPerLane;
+      float high = top_if_finite(x);
+      const bool fine = __all_sync(kAll, !isnan(high));
+      if (fine && row.mask) {
+        apply_mask(row, token + k * kChunkSize, x);
+        high = top_of(x);
+      }
+      if (!fine || chunk + k < i) continue;  // a chunk that two warps have taken counts once
+      const float top = warp_max(high);
+      if (lane == 0) tops[chunk + k - first] = top;
+      if (summed && high > -kInf) sum.add(x, high, c, tempered);
+      keep(chunk + k, x);
+    }
+  }
+  // sass: end
+}
+
+template <class Keep>
+EFT_DEVICE void first_pass(const Row& row, int first, int n, float* tops, bool summed, bool tempered, float c, ExpSum& sum,
+                           const Keep& keep) {
+  for (int i = threadIdx.x; i < n; i += blockDim.x) tops[i] = NAN;
+  __syncthreads();
+  if (row.dtype == kBF16)
+    pass_of<kBF16>(row, first, n, tops, summed, tempered, c, sum, keep);
+  else if (row.dtype == kF16)
+    pass_of<kF16>(row, first, n, tops, summed, tempered, c, sum, keep);
+  else if (row.dtype == kF32)
+    pass_of<kF32>(row, first, n, tops, summed, tempered, c, sum, keep);
+  else
+    pass_of<kAny>(row, first, n, tops, summed, tempered, c, sum, keep);
+  __syncthreads();
+  // the ends of the row, and chunks with a value that is not finite
+  for (int i = warp_id(); i < n; i += warps()) {
+    if (!isnan(tops[i])) continue;
+    float s[kPerLane];
+    const int token = (first + i) * kChunkSize + lane_id() * kPerLane;
+    const bool ok = __all_sync(kAll, careful_scores(row, token, s));
+    const float high = top_of(s), top = warp_max(high);
+    __syncwarp();
+    if (lane_id() == 0) tops[i] = ok ? top : kInf;
+    if (summed && ok && high > -kInf) sum.add(s, high, c, tempered);
+    keep(first + i, s);
+  }
+  __syncthreads();
+}
+
+}  // namespace cuda
+}  // namespace eft

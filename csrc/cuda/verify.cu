@@ -1,0 +1,381 @@
+// Judging drafts: acceptance, block verification, and the residual where a row stops.
+//
+// row_kernel has left the state of every slot of target and draft (row.cu). Then one launch judges and draws the last
+// token; block verification takes two more, for whole residuals. Bytes: the chunks that the residual's race looks into;
+// for block verification target and draft once more (from L2), where a sum can matter.
+#include <algorithm>
+
+#include "../semantics/accept.h"
+#include "kernels.h"
+#include "row.cuh"
+
+namespace eft {
+namespace cuda {
+namespace {
+
+struct Judge {
+  Call target, draft;           // draft: its one model alone
+  State *target_states, *draft_states;  // [B, S]; null: no draft distribution (deterministic proposer, or "coupled")
+  float* tops;                  // [B, S, chunks] of the target
+  const int64_t* drafts;        // [B, S - 1]
+  PerRow<int64_t> lengths;
+  int method;
+  double* ratios;               // [B, S] after each draft, of "block" as are rest (residuals) and ends [B] (drafts that count)
+  int64_t* rest;
+  int* ends;
+  int64_t *tokens, *emitted;
+  bool* valid;
+  float *logprobs, *raw_logprobs;
+};
+
+constexpr int kSlots = 16;         // judged at once
+constexpr int kSegment = 2048;     // chunks of a race
+constexpr float kMargin = 1e-3f;   // nats: over the bound of a chunk's residual, for its logarithm is not quite monotone
+constexpr int64_t kWhole = int64_t{1} << kMassBits;
+
+// target or draft at one slot
+struct Side {
+  Row row;
+  State state;
+};
+
+// Thread 0 of a side's users calls this.
+EFT_DEVICE void set_side(Side& side, const Call& call, const State* states, int64_t b, int64_t slot) {
+  set_row(side.row, call, b, slot);
+  side.state = states[b * call.slots + slot];
+  side.row.tau = side.state.tau, side.row.inside = side.state.inside, side.row.outside = side.state.outside;
+}
+
+// the mass of a token of score s after filters; a greedy row has all of it at one token
+EFT_DEVICE int64_t mass_at(const State& state, const Knobs& q, float s, int token) {
+  if (q.greedy) return token == state.token ? kWhole : 0;
+  return s >= state.floor && s > -kInf ? mass(s, state.best, q.c) : 0;
+}
+EFT_DEVICE int64_t total_of(const State& state) { return state.mass < 1 ? 1 : state.mass; }
+
+struct Slot {
+  int64_t t, t_total, d, d_total;  // masses of the draft under target and draft
+  double u;
+};
+
+struct Verdict {
+  int accepted;
+  double factor;  // of the residual where the row stops
+};
+
+struct JudgeShared {
+  Side target[kSlots], draft[kSlots];
+  Slot slot[kSlots];
+  Verdict verdict;
+  int end;
+};
+
+EFT_DEVICE int length_of(const Judge& j, int64_t b) {  // on a GPU nobody has checked
+  const int64_t n = j.lengths[b], most = j.target.slots - 1;
+  return static_cast<int>(n < 0 ? 0 : n > most ? most : n);
+}
+
+EFT_DEVICE bool slot_valid(const Judge& j, int64_t b, int i, int length) {
+  const int64_t r = b * j.target.slots + i;
+  return j.target_states[r].valid && (!j.draft_states || i >= length || j.draft_states[r].valid);
+}
+
+// How many drafts are accepted, or (block) the ratio after each and how many count. Warp 0 calls this.
+EFT_DEVICE void judge(JudgeShared& shared, const Judge& j, int64_t b) {
+  const int lane = lane_id(), length = length_of(j, b), S = static_cast<int>(j.target.slots);
+  const Knobs q = knobs_of(j.target, b);
+  const int64_t* drafts = j.drafts + b * (S - 1);
+  int end = length;
+  for (int i = lane; i < length; i += kLanes)
+    if (!slot_valid(j, b, i, length)) end = min(end, i);
+  end = __reduce_min_sync(kAll, end);
+  int accepted = 0;
+  double ratio = 1;
+  bool going = true;
+  for (int from = 0; from < end && going; from += kSlots) {
+    const int i = from + lane, n = min(end - from, kSlots);
+    if (lane < n && j.method != kCoupled) {
+      Side& target = shared.target[lane];
+      set_side(target, j.target, j.target_states, b, i);
+      const int64_t id = drafts[i];
+      const bool inside = id >= 0 && id < target.row.vocab;
+      const int token = inside ? static_cast<int>(id) : 0;
+      Slot& slot = shared.slot[lane];
+      slot.t = inside ? mass_at(target.state, q, score_of(target.row, token), token) : 0;
+      slot.t_total = total_of(target.state);
+      slot.d = slot.d_total = kWhole;
+      if (j.draft_states) {
+        Side& draft = shared.draft[lane];
+        set_side(draft, j.draft, j.draft_states, b, i);
+        slot.d = mass_at(draft.state, q, score_of(draft.row, token), token);
+        slot.d_total = total_of(draft.state);
+      }
+      if (!inside) slot.d = 1;
+      slot.u = accept_uniform(source_of(j.target, b, i, kAccept, static_cast<uint32_t>(i)));
+    }
+    __syncwarp();
+    if (lane == 0)
+      for (int k = 0; k < n && going; ++k) {
+        const Slot& s = shared.slot[k];
+        if (j.method == kBlock) {
+          ratio = block_ratio(ratio, s.t, s.t_total, s.d, s.d_total);
+          j.ratios[b * S + from + k] = ratio;
+        } else {
+          going = j.method == kCoupled ? drafts[from + k] == j.target_states[b * S + from + k].token
+                                       : accept_token(s.u, s.t, s.t_total, s.d, s.d_total);
+          accepted += going;
+        }
+      }
+    going = __shfl_sync(kAll, static_cast<int>(going), 0) != 0;
+    __syncwarp();
+  }
+  if (lane == 0) shared.verdict = {accepted, 1.0}, shared.end = end;
+}
+
+// max(0, factor p - q) at one slot
+struct Rest {
+  const Side *target, *draft;  // draft: null for a deterministic proposer, whose token is d
+  Residual residual;
+  int64_t d;
+
+  EFT_MEMBER double at(const Knobs& q, int token, float s, float x) const {
+    const int64_t m = draft ? mass_at(draft->state, q, x, token) : token == d ? kWhole : 0;
+    return residual(mass_at(target->state, q, s, token), m);
+  }
+};
+
+EFT_DEVICE Rest rest_of(const Side& target, const Side* draft, double factor, int64_t d) {
+  return {&target, draft, Residual(factor, total_of(target.state), draft ? total_of(draft->state) : kWhole), d};
+}
+
+// visit(k, residual) of a lane's 8 tokens of a chunk; all lanes call this
+template <class Visit>
+EFT_DEVICE void each_residual(const Rest& rest, const Knobs& q, int chunk, const Visit& visit) {
+  float s[kPerLane], x[kPerLane] = {};
+  scores_of(rest.target->row, chunk, s);
+  if (rest.draft) scores_of(rest.draft->row, chunk, x);
+#pragma unroll
+  for (int k = 0; k < kPerLane; ++k)
+    visit(k, rest.at(q, chunk * kChunkSize + lane_id() * kPerLane + k, s[k], x[k]));
+}
+
+// --- block verification --------------------------------------------------------------------------------------------
+
+EFT_KERNEL void __launch_bounds__(kLanes) ratio_kernel(const __grid_constant__ Judge j) {
+  JudgeShared& shared = *reinterpret_cast<JudgeShared*>(shared_memory());
+  const int64_t b = blockIdx.x;
+  judge(shared, j, b);
+  if (lane_id() == 0) j.ends[b] = shared.end;
+  for (int i = lane_id(); i < j.target.slots; i += kLanes) j.rest[b * j.target.slots + i] = 0;
+}
+
+// Whether the sum after draft i can decide anything: none passes where u is above the ratio, which bounds it, and any
+// where the ratio is 1.
+EFT_DEVICE bool sum_matters(double u, double ratio) { return u <= ratio * 1.000001 && (ratio < 1 || u > 0.999999); }
+
+struct RestShared {
+  Side target, draft;
+};
+
+// Blocks B * S * splits: the whole residual at slot i + 1 after draft i passed, each token's truncated to an integer.
+EFT_KERNEL void __launch_bounds__(kRowThreads) rest_kernel(const __grid_constant__ Judge j, int splits, int per) {
+  RestShared& shared = *reinterpret_cast<RestShared*>(shared_memory());
+  const int64_t at = blockIdx.x / splits, b = at / j.target.slots;
+  const int i = static_cast<int>(at % j.target.slots), split = blockIdx.x % splits;
+  if (i + 1 >= j.ends[b]) return;
+  const double ratio = j.ratios[at], u = accept_uniform(source_of(j.target, b, i, kAccept, static_cast<uint32_t>(i)));
+  if (!(ratio > 0) || !sum_matters(u, ratio)) return;
+  if (threadIdx.x == 0) {
+    set_side(shared.target, j.target, j.target_states, b, i + 1);
+    if (j.draft_states) set_side(shared.draft, j.draft, j.draft_states, b, i + 1);
+  }
+  __syncthreads();
+  const Knobs q = knobs_of(j.target, b);
+  const Rest rest = rest_of(shared.target, j.draft_states ? &shared.draft : nullptr, ratio,
+                            j.drafts[b * (j.target.slots - 1) + i + 1]);
+  const int to = min((split + 1) * per, shared.target.row.chunks);
+  int64_t sum = 0;
+  for (int c = split * per + warp_id(); c < to; c += kRowWarps) {
+    if (j.tops[(at + 1) * shared.target.row.chunks + c] < shared.target.state.floor) continue;
+    each_residual(rest, q, c, [&](int, double r) { sum += static_cast<int64_t>(r); });
+  }
+  sum = warp_all(sum, Sum());
+  if (lane_id() == 0 && sum > 0) atomicAdd(reinterpret_cast<unsigned long long*>(j.rest + at), static_cast<unsigned long long>(sum));
+}
+
+// the longest prefix that passes (Sun et al., arXiv 2403.10444, algorithm 2)
+EFT_DEVICE Verdict block_verdict(const Judge& j, int64_t b) {
+  const int end = j.ends[b];
+  Verdict v{0, 1};
+  for (int i = 0; i < end; ++i) {
+    const double u = accept_uniform(source_of(j.target, b, i, kAccept, static_cast<uint32_t>(i)));
+    const double ratio = j.ratios[b * j.target.slots + i];
+    if (block_passes(u, ratio, j.rest[b * j.target.slots + i], i + 1 == end)) v = {i + 1, ratio};
+  }
+  return v;
+}
+
+// --- the token after the accepted drafts ---------------------------------------------------------------------------
+
+struct LastShared {
+  JudgeShared judge;
+  float own[kRowWarps][kChunkSize];
+};
+
+constexpr int kLastHead = (sizeof(LastShared) + 15) / 16 * 16;
+constexpr int last_bytes(int n) { return kLastHead + (n + 3) / 4 * 16 + field_bytes(n, kRowWarps); }
+
+EFT_KERNEL void __launch_bounds__(kRowThreads) last_kernel(const __grid_constant__ Judge j) {
+  LastShared& shared = *reinterpret_cast<LastShared*>(shared_memory());
+  const int64_t b = blockIdx.x, S = j.target.slots;
+  if (j.method != kBlock) {
+    if (warp_id() == 0) judge(shared.judge, j, b);
+  } else if (threadIdx.x == 0) {
+    shared.judge.verdict = block_verdict(j, b);
+  }
+  __syncthreads();
+  const Verdict verdict = shared.judge.verdict;
+  const int i = verdict.accepted, length = length_of(j, b);
+  const int64_t r = b * S + i;
+  const bool ok = j.target_states[r].valid && (j.method == kCoupled || !j.draft_states || i >= length || j.draft_states[r].valid);
+  const Knobs q = knobs_of(j.target, b);
+  Winner best;
+  if (ok && j.method != kCoupled && i < length && !q.greedy) {
+    Side &target = shared.judge.target[0], &draft = shared.judge.draft[0];
+    if (threadIdx.x == 0) {
+      set_side(target, j.target, j.target_states, b, i);
+      if (j.draft_states) set_side(draft, j.draft, j.draft_states, b, i);
+    }
+    __syncthreads();
+    const Rest rest = rest_of(target, j.draft_states ? &draft : nullptr, verdict.factor, j.drafts[b * (S - 1) + i]);
+    const Source source = source_of(j.target, b, i, kResidual, static_cast<uint32_t>(i));
+    Knobs plain = q;
+    plain.temperature = 1;
+    float *own = shared.own[warp_id()], *tops = reinterpret_cast<float*>(shared_memory() + kLastHead);
+    for (int first = 0; first < target.row.chunks; first += kSegment) {
+      const int n = min(kSegment, target.row.chunks - first);
+      for (int c = threadIdx.x; c < n; c += kRowThreads) {
+        const float top = j.tops[r * target.row.chunks + first + c];
+        const double most = top >= target.state.floor && top > -kInf
+                                ? static_cast<double>(mass(top, target.state.best, q.c)) * rest.residual.a : 0;
+        tops[c] = most >= 1 ? log(static_cast<float>(most)) + kMargin : -kInf;
+      }
+      __syncthreads();
+      const Field field = field_at(reinterpret_cast<char*>(tops + (n + 3) / 4 * 4), first, n);
+      const Winner w = race_block(field, tops, -kInf, plain, source, [&](int chunk) {
+        each_residual(rest, q, chunk, [&](int k, double x) {
+          own[lane_id() * kPerLane + k] = x > 0 ? log(fmaxf(static_cast<float>(x), 1.0f)) : -kInf;
+        });
+        __syncwarp();
+        return own;
+      });
+      best.offer(w.key, w.score);
+    }
+  }
+  const int64_t token = !ok ? -1 : best.key != kNone ? packed_token(best.key) : j.target_states[r].token;
+  const int emitted = i + ok;
+  for (int k = threadIdx.x; k < S; k += kRowThreads)
+    j.tokens[b * S + k] = k < i ? j.drafts[b * (S - 1) + k] : k == i ? token : -1;
+  if (threadIdx.x == 0) j.emitted[b] = emitted, j.valid[b] = ok;
+  if (!j.logprobs) return;
+  __syncthreads();
+  for (int k = threadIdx.x; threadIdx.x < kSlots && k < S; k += kSlots) {
+    float lp = NAN, raw = NAN;
+    if (k < emitted) {
+      Side& side = shared.judge.target[threadIdx.x];
+      set_side(side, j.target, j.target_states, b, k);
+      const int id = static_cast<int>(k == i ? token : j.drafts[b * (S - 1) + k]);
+      const float s = score_of(side.row, id);
+      if (side.state.valid) lp = processed_logprob(side.state, q, s, id), raw = raw_logprob(side.state, s);
+    }
+    j.logprobs[b * S + k] = lp, j.raw_logprobs[b * S + k] = raw;
+  }
+}
+
+// --- launches ------------------------------------------------------------------------------------------------------
+
+// The buffers of a call, one after the other.
+struct Layout {
+  char* at;
+  int64_t used = 0;
+  template <class T>
+  T* take(int64_t n) {
+    T* p = reinterpret_cast<T*>(at + used);
+    used += (n * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
+    return p;
+  }
+};
+
+void* lay_out(Layout& at, Judge& j, bool drafts, const Device& device) {
+  const int64_t rows = j.target.rows * j.target.slots;
+  j.target_states = at.take<State>(rows);
+  if (drafts) j.draft_states = at.take<State>(rows);
+  if (j.method != kCoupled) j.tops = at.take<float>(rows * chunks_of(j.target));
+  if (j.method == kBlock) {
+    j.ratios = at.take<double>(rows);
+    j.rest = at.take<int64_t>(rows);
+    j.ends = at.take<int>(j.target.rows);
+  }
+  const int64_t staged = std::max(staged_bytes(j.target, device), drafts ? staged_bytes(j.draft, device) : 0);
+  return at.take<char>(staged);
+}
+
+Judge judge_of(const VerifyCall& call) {
+  Judge j{};
+  j.target = j.draft = call;
+  if (call.draft >= 0) {
+    j.draft.models = 1, j.draft.tuned = 0;
+    j.draft.model[0] = call.model[call.draft];
+    j.draft.weights = nullptr, j.draft.weights_stride = 0, j.draft.weight[0] = 1;
+    j.draft.upscale_top_p = {nullptr, 1};
+  }
+  j.drafts = call.draft_tokens, j.lengths = call.draft_lengths, j.method = call.method;
+  j.tokens = call.tokens, j.emitted = call.emitted, j.valid = call.valid;
+  j.logprobs = call.logprobs, j.raw_logprobs = call.raw_logprobs;
+  return j;
+}
+
+bool has_draft(const VerifyCall& call) { return call.method != kCoupled && call.draft >= 0; }
+
+}  // namespace
+
+int64_t verify_scratch(const VerifyCall& call, const Device& device) {
+  Layout at{nullptr};
+  Judge j = judge_of(call);
+  lay_out(at, j, has_draft(call), device);
+  return at.used;
+}
+
+const char* run_verify(const VerifyCall& call, const Place& place, const Device& device) {
+  Layout at{static_cast<char*>(place.scratch)};
+  Judge j = judge_of(call);
+  const bool drafts = has_draft(call);
+  void* staged = lay_out(at, j, drafts, device);
+  RowCall rows{};
+  static_cast<Call&>(rows) = j.target;
+  rows.stream = kSample;
+  rows.samples = true, rows.exact = j.method != kCoupled;
+  rows.states = j.target_states, rows.tops = j.tops;
+  const char* error = run_rows(rows, staged, device, place.stream);
+  if (drafts && !error) {
+    static_cast<Call&>(rows) = j.draft;
+    rows.samples = false, rows.states = j.draft_states, rows.tops = nullptr;
+    error = run_rows(rows, staged, device, place.stream);
+  }
+  const int64_t chunks = chunks_of(call);
+  if (j.method == kBlock && !error) {
+    error = launch(ratio_kernel, {call.rows, kLanes, 1, sizeof(JudgeShared), place.stream}, j);
+    const int64_t slots = call.rows * call.slots, most = (chunks + kRowWarps - 1) / kRowWarps;
+    const int64_t wanted = std::max<int64_t>(1, std::min(most, 4 * device.multiprocessors / slots));
+    const int64_t per = (chunks + wanted - 1) / wanted, splits = (chunks + per - 1) / per;
+    if (!error)
+      error = launch(rest_kernel, {slots * splits, kRowThreads, 1, sizeof(RestShared), place.stream}, j,
+                     static_cast<int>(splits), static_cast<int>(per));
+  }
+  if (error) return error;
+  const int n = static_cast<int>(std::min<int64_t>(chunks, kSegment));
+  return launch(last_kernel, {call.rows, kRowThreads, 1, last_bytes(n), place.stream}, j);
+}
+
+}  // namespace cuda
+}  // namespace eft
