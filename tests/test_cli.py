@@ -519,6 +519,8 @@ def test_no_prompt(zoo, capsys, monkeypatch):
 # --- as a program --------------------------------------------------------------------------------------------------
 
 def program(*argv, **kwargs):
+    """The command line in a process that hears Ctrl-C, also where the tests run in the background."""
+    kwargs.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     return subprocess.Popen([sys.executable, "-m", "eft_kernels", *argv], text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, **kwargs)
 
