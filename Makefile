@@ -18,7 +18,7 @@ DEMO_ARGS   ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inc' 2>/dev/null)
+SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 BUILT   := build/.extension
 
 ifeq ($(strip $(VENV)),)

@@ -82,11 +82,13 @@ def source_of(commit: str) -> str | None:
 
 
 def stale_extension() -> str | None:
-    """A source of the C++ extension that is newer than the extension built in this checkout."""
-    built = [p.stat().st_mtime for p in ROOT.glob("eft_kernels/_cpu*.so")]
-    sources = [p for d in ("cpu", "semantics", "bindings") for p in (ROOT / "csrc" / d).rglob("*") if p.is_file()]
-    newer = [p.relative_to(ROOT).as_posix() for p in sources if built and p.stat().st_mtime > max(built)]
-    return newer[0] if newer else None
+    """A source of an extension that is newer than the extension built in this checkout."""
+    for name, other in (("cpu", "cuda"), ("cuda", "cpu")):
+        built = [p.stat().st_mtime for p in ROOT.glob(f"eft_kernels/_{name}*.so")]
+        for source in (p for d in (name, "semantics", "bindings") for p in (ROOT / "csrc" / d).rglob("*")):
+            if built and source.name != f"{other}_module.cpp" and source.stat().st_mtime > max(built):
+                return source.relative_to(ROOT).as_posix()
+    return None
 
 
 def cores() -> list[int]:

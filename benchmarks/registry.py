@@ -9,7 +9,9 @@ from typing import NamedTuple
 import torch
 
 import eft_kernels as eft
+from eft_kernels import dispatch
 
+from . import device as machine
 from . import inputs
 from .baselines import EVERYTHING, SAMPLE, Baseline, Problem
 
@@ -144,8 +146,19 @@ def combine_max(op: str, variant: str, q: Problem, backend: str = "auto"):
     return ours(op, variant, plain, backend, temperature=0.0)
 
 
+def triton(op: str, variant: str, q: Problem, backend: str = "auto"):
+    return ours(op, variant, q, "triton" if backend == "auto" else backend)
+
+
+def no_triton() -> str | None:
+    available, why = dispatch.status("triton")
+    return why if not available else "it is what eft takes here" if machine.backend("cuda") == "triton" else None
+
+
 OURS = [
     Baseline("eft", "ours", "eft_kernels", EVERYTHING, ours),
+    Baseline("eft_triton", "our Triton kernels, where the CUDA ones are built", "eft_kernels", EVERYTHING, triton,
+             no_triton, ("cuda",)),
     Baseline("combine_max", "our kernel at temperature 0: combine and maximum, no noise and no filter: the practical "
              "floor", "eft_kernels", dict(sample=SAMPLE), combine_max),
 ]

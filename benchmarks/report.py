@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 RESULTS = Path(__file__).parent / "results"
-OURS = ("eft", "combine_max")
+OURS = ("eft", "eft_triton", "combine_max")
 STYLE = {  # implementation: name, colour (Okabe and Ito's, and two of Tol's: colour-blind-safe)
     "eft": ("eft-kernels", "#0072B2"),
+    "eft_triton": ("eft-kernels, Triton", "#003F5C"),
     "combine_max": ("combine + max", "#56B4E9"),
     "eager": ("eager PyTorch", "#D55E00"),
     "compiled": ("torch.compile", "#E69F00"),

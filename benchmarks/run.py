@@ -52,7 +52,8 @@ def gate(s: Shape, sets: list[tuple], ours: Baseline) -> None:
 
     def check(what, got, want, tolerance):
         for a, b in zip(got, want):
-            if not torch.allclose(a.double(), b.double(), rtol=0, atol=tolerance):
+            # sums are cut otherwise for another number of rows: log-probs may be a rounding apart
+            if not torch.allclose(a.double(), b.double(), rtol=0, atol=tolerance if a.is_floating_point() else 0):
                 raise WrongTokens(f"{ours.name} is not {what} at {s.label()}: nothing is timed")
 
     for args in sets:
@@ -62,7 +63,7 @@ def gate(s: Shape, sets: list[tuple], ours: Baseline) -> None:
         check("the reference", [x[first] for x in got], call(args, first, "reference"), CLOSE / 10)
         for i in range(s.batch):
             row = slice(i, i + 1)
-            check(f"row {i} alone", [x[row] for x in got], call(args, row), 0)
+            check(f"row {i} alone", [x[row] for x in got], call(args, row), CLOSE / 10)
 
 
 def p_value(counts: torch.Tensor, expected: torch.Tensor) -> float:
@@ -166,7 +167,7 @@ def measure(s: Shape, beside: list[Baseline], checked: dict, rates: dict, about:
                            "acceptance", "new_tokens", "backend", "why"))
     base = dict(op=s.op, variant=s.variant, batch=s.batch, vocab=s.vocab, models=s.models, draft_tokens=s.draft_tokens,
                 dtype=s.dtype, logits=s.logits, launch=s.launch, threads=s.threads)
-    candidates = [b for b in [*OURS, *beside] if s.variant in b.ops.get(s.op, ())]
+    candidates = [b for b in [*(b for b in OURS if s.device in b.devices), *beside] if s.variant in b.ops.get(s.op, ())]
     rows = {b.name: {**empty, **base, **about, "implementation": b.name} for b in candidates}
     torch._dynamo.reset()  # what was compiled for other shapes counts against dynamo's limit
     timers, calls = {}, {}
@@ -179,7 +180,10 @@ def measure(s: Shape, beside: list[Baseline], checked: dict, rates: dict, about:
                 row, own = rows[b.name], b in OURS
                 try:
                     if own:
-                        row["backend"] = device.backend(s.device)
+                        row["backend"] = "triton" if b.name == "eft_triton" else device.backend(s.device)
+                        if why := b.absent():
+                            row.update(status="absent", why=why)
+                            continue
                         gate(s, sets[:4], b)
                     else:
                         why = b.absent() if s.device in b.devices else f"it is for {', '.join(b.devices)}"

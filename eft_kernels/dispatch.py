@@ -6,7 +6,7 @@ A backend is a module with ``sample``, ``verify``, ``logprobs``, ``token_logprob
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import warnings
 from functools import cache
@@ -21,6 +21,7 @@ class Backend(NamedTuple):
     module: str
     devices: tuple[str, ...]  # () is every device
     summary: str
+    optional: str = ""  # an extension: where it was never built, "auto" takes the next backend without a warning
 
 
 # Triton's interpreter takes CPU tensors
@@ -28,6 +29,8 @@ _INTERPRETED = ("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else ()
 # in order of preference for "auto"
 TABLE = (
     Backend("cpu", "eft_kernels.backends.cpu", ("cpu",), "C++ with AVX2, AVX-512 or NEON, threads"),
+    Backend("cuda", "eft_kernels.backends.cuda", ("cuda",), "CUDA C++, NVIDIA GPUs from compute capability 8.0",
+            "eft_kernels._cuda"),
     Backend("triton", "eft_kernels.backends.triton", ("cuda", "xpu", *_INTERPRETED), "Triton kernels, any GPU"),
     Backend("reference", "eft_kernels.reference", (), "PyTorch, the definition; slow"),
 )
@@ -80,6 +83,8 @@ def _choose(name: str, device_type: str) -> ModuleType:
         available, reason = status(b.name)
         if available:
             return load(b.name)
+        if b.optional and importlib.util.find_spec(b.optional) is None:
+            continue
         warnings.warn(f"eft_kernels: the {b.name} backend is not available ({reason}); using a slower one",
                       stacklevel=3)
     raise AssertionError("the reference backend is always available")

@@ -77,9 +77,11 @@ def test_cuts_of_launches(case, name, cut):
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA")
-def test_triton_is_what_cuda_tensors_take():
+def test_what_cuda_tensors_take():
+    """The CUDA kernels where they are built, else the Triton ones."""
     assert dispatch.status("triton")[0], dispatch.status("triton")[1]
-    assert dispatch.choose("auto", DEVICE).__name__ == "eft_kernels.backends.triton"
+    name = "cuda" if dispatch.status("cuda")[0] else "triton"
+    assert dispatch.choose("auto", DEVICE).__name__ == f"eft_kernels.backends.{name}"
 
 
 @on_every_backend

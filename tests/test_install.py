@@ -44,7 +44,8 @@ def tree(tmp_path_factory):
 def wheel(tree, into, **environment):
     """Builds a wheel without the network: (its path, what setup.py said)."""
     code = ("import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])")
-    said = run(sys.executable, "-c", code, into, cwd=tree, PYTHONPATH="", **environment)
+    environment = dict(PYTHONPATH="", EFT_KERNELS_CUDA="0") | environment
+    said = run(sys.executable, "-c", code, into, cwd=tree, **environment)
     shutil.rmtree(tree / "build", ignore_errors=True)
     (path,) = into.glob("*.whl")
     return path, said
@@ -52,17 +53,19 @@ def wheel(tree, into, **environment):
 
 @needs_setuptools
 def test_wheel_without_a_compiler(tree, tmp_path):
-    """EFT_KERNELS_CPU=0: pure Python, for any machine, with the metadata that pip needs."""
+    """EFT_KERNELS_CPU=0, EFT_KERNELS_CUDA=0: pure Python, for any machine, with the metadata that pip needs."""
     path, said = wheel(tree, tmp_path, EFT_KERNELS_CPU="0")
     assert path.name == f"eft_kernels-{eft.__version__}-py3-none-any.whl"
-    assert "NOT built" in said and "EFT_KERNELS_CPU=0" in said
+    assert "NOT built: the CPU extension (EFT_KERNELS_CPU=0)" in said
+    assert "NOT built: the CUDA extension (EFT_KERNELS_CUDA=0)" in said
     with zipfile.ZipFile(path) as z:
         names = z.namelist()
         info = f"eft_kernels-{eft.__version__}.dist-info"
         metadata = Parser().parsestr(z.read(f"{info}/METADATA").decode())
         entry = configparser.ConfigParser()
         entry.read_string(z.read(f"{info}/entry_points.txt").decode())
-    assert not [n for n in names if n.endswith((".so", ".cpp", ".h")) or n.startswith(("tests", "benchmarks"))]
+    assert not [n for n in names if n.endswith((".so", ".cpp", ".h", ".cu", ".cuh"))
+                or n.startswith(("tests", "benchmarks"))]
     assert {n for n in names if not n.startswith(info)} == {
         *(p.relative_to(tree).as_posix() for p in (tree / "eft_kernels").rglob("*.py")),
         *(f"eft_kernels/_benchmarks/{p.name}" for p in (tree / "benchmarks").glob("*.py"))}

@@ -300,7 +300,7 @@ BAD = [
     (sample, "tuned", ("got 3", "3 models"), dict(tuned=3, upscale_top_p=0.9)),
     (sample, "tuned", ("got -1",), dict(tuned=-1, diagnostics=True)),
     (sample, "tuned", (), dict(tuned="x", diagnostics=True)),
-    (sample, "backend", ("'gpu'", "auto, cpu, triton, reference"), dict(backend="gpu")),
+    (sample, "backend", ("'gpu'", "auto, cpu, cuda, triton, reference"), dict(backend="gpu")),
     (verify, "logits[0]", ("[B, K+1, V]", "[3, 40]"), dict(z=models(B, V))),
     (verify, "logits[0]", ("K >= 0", "0 slots"), dict(z=models(B, 0, V), drafts=torch.zeros(B, 0).long())),
     (verify, "method", ("'typical'", "coupled, token, block"), dict(method="typical")),
@@ -442,14 +442,14 @@ def test_backend_from_the_environment():
             " eft.sample([torch.zeros(1, 4)], [1.0])\nexcept ValueError as e: print(e)")
     assert run(code, EFT_KERNELS_BACKEND="reference").stdout.split() == ["eft_kernels.reference"]
     out = run(code, EFT_KERNELS_BACKEND="fast").stdout
-    assert "EFT_KERNELS_BACKEND: got 'fast', allowed are cpu, triton, reference" in out
+    assert "EFT_KERNELS_BACKEND: got 'fast', allowed are cpu, cuda, triton, reference" in out
 
 
 def test_backends_say_what_they_are():
     """Also after one was loaded, which makes ``eft_kernels.backends`` a package too."""
     eft.sample([torch.zeros(1, 4)], [1.0])
     rows = eft.backends()
-    assert set(rows) == {"cpu", "triton", "reference"} and rows["reference"]["available"]
+    assert set(rows) == {"cpu", "cuda", "triton", "reference"} and rows["reference"]["available"]
     for row in rows.values():
         assert row["reason"] and row["summary"] and row["devices"]
 

@@ -5,8 +5,8 @@
 
 namespace eft::dlpack {
 
-enum : int32_t { kCPU = 1 };
-enum : uint8_t { kInt = 0, kFloat = 2, kBfloat = 4, kBool = 6 };
+enum : int32_t { kCPU = 1, kCUDA = 2 };
+enum : uint8_t { kInt = 0, kUint = 1, kFloat = 2, kBfloat = 4, kBool = 6 };
 
 struct Device {
   int32_t type, id;

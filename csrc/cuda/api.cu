@@ -10,13 +10,9 @@ const char* plain_sample(const SampleCall&, const Place&, const Device&);
 int64_t verify_scratch(const VerifyCall&, const Device&);
 const char* run_verify(const VerifyCall&, const Place&, const Device&);
 
-const Device& device_of(int index) {
-  constexpr int kMost = 64;
-  static Device devices[kMost];
-  static bool known[kMost];
-  Device& d = devices[index % kMost];
-  if (!known[index % kMost]) query_device(index, d.capability, d.multiprocessors, d.shared, d.cluster);
-  known[index % kMost] = true;
+Device device_of(int index) {
+  Device d;
+  query_device(index, d.capability, d.multiprocessors, d.shared, d.cluster);
   return d;
 }
 
@@ -35,6 +31,7 @@ RowCall row_call(const SampleCall& c) {
   r.tokens = c.tokens, r.valid = c.valid, r.logprobs = c.logprobs, r.raw_logprobs = c.raw_logprobs;
   r.top_n = c.top_n, r.top_ids = c.top_ids, r.top_logprobs = c.top_logprobs;
   r.entropy = c.entropy, r.tv = c.tv;
+  r.token_only = !c.logprobs;
   return r;
 }
 

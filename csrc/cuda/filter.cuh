@@ -124,11 +124,33 @@ EFT_DEVICE int64_t limit_of(float p, double total) {
 // approximate: the sum of exp2((s - best) c) of the row, within kSlack of it, relatively
 constexpr float kSlack = 2e-5f;
 
+// The mass of a whole row: of a float32 sum, which may be off by `error`, until something is in doubt.
+struct Total {
+  double units, error;
+
+  // whether a score with `above` over it and `upto` not below it may not be the nucleus's last
+  EFT_MEMBER bool doubtful(float p, int64_t above, int64_t upto) const {
+    return above >= limit_of(p, units - error) || upto < limit_of(p, units + error);
+  }
+};
+
+EFT_DEVICE Total total_about(float approximate, int vocab) {
+  const double units = static_cast<double>(approximate * 0x1p40f);
+  return {units, units * kSlack + vocab};
+}
+EFT_DEVICE Total total_exactly(Team& team, const Part& part, const MassOf& mass) {
+  return {static_cast<double>(count_from(team, part, -kInf, mass).sum[1]), 0};
+}
+
+EFT_DEVICE float least_of(const Knobs& q, float best) {
+  return q.min_p > 0 ? best + q.temperature * log(fmaxf(q.min_p, 0x1p-126f)) : -kInf;
+}
+
 EFT_DEVICE Kept keep_of(Team& team, const Part& part, const Knobs& q, float best, float approximate, int vocab) {
   const MassOf mass{best, q.c};
   Kept kept{-kInf, 0};
   if (!q.filtered()) return kept;
-  const float least = q.min_p > 0 ? best + q.temperature * log(fmaxf(q.min_p, 0x1p-126f)) : -kInf;
+  const float least = least_of(q, best);
   float floor = least;
   if (q.use_k) floor = cut(team, part, -kInf, best, q.top_k, One());
   if (q.use_p) {
@@ -136,14 +158,13 @@ EFT_DEVICE Kept keep_of(Team& team, const Part& part, const Knobs& q, float best
       const int64_t all = count_from(team, part, floor, mass).sum[1];
       floor = cut(team, part, floor, best, limit_of(q.top_p, static_cast<double>(all)), mass);
     } else {
-      // only where the error of the sum leaves the last score in doubt the row is summed exactly
       const float low = cutoff(best, q.top_p, approximate * (1 - kSlack), q.temperature, vocab);
-      const double units = static_cast<double>(approximate * 0x1p40f), error = units * kSlack + vocab;
-      floor = cut(team, part, low, best, limit_of(q.top_p, units), mass);
+      Total total = total_about(approximate, vocab);
+      floor = cut(team, part, low, best, limit_of(q.top_p, total.units), mass);
       const Tally<2> t = count_from(team, part, floor, mass);
-      if (t.sum[0] >= limit_of(q.top_p, units - error) || t.sum[1] < limit_of(q.top_p, units + error)) {
-        const int64_t all = count_from(team, part, -kInf, mass).sum[1];
-        floor = cut(team, part, low, best, limit_of(q.top_p, static_cast<double>(all)), mass);
+      if (total.doubtful(q.top_p, t.sum[0], t.sum[1])) {
+        total = total_exactly(team, part, mass);
+        floor = cut(team, part, low, best, limit_of(q.top_p, total.units), mass);
       } else if (floor >= least) {
         return {floor, t.sum[1]};
       }
@@ -151,6 +172,31 @@ EFT_DEVICE Kept keep_of(Team& team, const Part& part, const Knobs& q, float best
   }
   floor = fmaxf(floor, least);
   return {floor, count_from(team, part, floor, mass).sum[1]};
+}
+
+// Sampling under min-p and top-k or top-p, not both, without their threshold: the winner of all that is left, if it is kept, is the
+// winner of what is kept; else nothing from its score down is, and the race goes on above. Its own mass makes the first
+// winner likely to do. race(floor): the row's winner of the scores from `floor` up.
+template <class Race>
+EFT_DEVICE Winner peel(Team& team, const Part& part, const Knobs& q, float best, float approximate, int vocab, const Race& race) {
+  const MassOf mass{best, q.c};
+  Total total = total_about(approximate, vocab);
+  float floor = least_of(q, best);
+  for (;;) {
+    const Winner w = race(floor);
+    if (w.key == kNone) return w;
+    bool kept = true;  // by min-p
+    if (q.use_k) {
+      kept = count_from(team, part, w.score, One()).sum[0] < q.top_k;
+    } else if (q.use_p) {
+      const int64_t over = count_from(team, part, w.score, mass).sum[0];
+      if ((over < limit_of(q.top_p, total.units - total.error)) != (over < limit_of(q.top_p, total.units + total.error)))
+        total = total_exactly(team, part, mass);
+      kept = over < limit_of(q.top_p, total.units);
+    }
+    if (kept) return w;
+    floor = above(w.score);
+  }
 }
 
 }  // namespace cuda

@@ -169,7 +169,8 @@ EFT_KERNEL void __launch_bounds__(kRowThreads, 2) row_kernel(const __grid_consta
     for (int i = threadIdx.x; i < part.n; i += kRowThreads) best = fmaxf(best, part.tops[i]);
     best = team.max(best);
   };
-  first_pass(row, part.first, part.n, part.tops, true, tempered, q.c, sum, keep);
+  const bool summed = !call.token_only || (q.use_p && !q.use_k);
+  first_pass(row, part.first, part.n, part.tops, summed, tempered, q.c, sum, keep);
   look();
   const bool ok = best > -kInf && best < kInf;
   if (ok && row.upscaled) {
@@ -189,24 +190,27 @@ EFT_KERNEL void __launch_bounds__(kRowThreads, 2) row_kernel(const __grid_consta
   sum = team.sums(sum, q.c);
   // thresholds
   State f{best, -kInf, 0, 0, 0, -1, row.tau, row.inside, row.outside, ok};
-  if (ok) {
+  const Source source = source_of(call, b, slot, call.stream, call.slot);
+  const auto draw = [&](float floor) {
+    return team.best(race_block(field, part.tops, floor, q, source,
+                                [&](int chunk) { return part.scores + (chunk - part.first) * kChunkSize; }));
+  };
+  Winner w;
+  const float approximate = tempered ? sum.sum_c : sum.sum;
+  const bool peels = call.token_only && q.filtered() && (!q.use_k || !q.use_p);
+  if (ok && peels) {
+    w = peel(team, part, q, best, approximate, row.vocab, draw);
+  } else if (ok) {
     f.lse = log(sum.sum);
     f.log_kept = tempered ? log(sum.sum_c) : f.lse;
-    const Kept kept = keep_of(team, part, q, best, tempered ? sum.sum_c : sum.sum, row.vocab);
+    const Kept kept = keep_of(team, part, q, best, approximate, row.vocab);
     f.floor = kept.floor, f.mass = kept.mass;
     if (f.mass > 0) f.log_kept = log_total(f.mass);
     else if (call.exact && !q.greedy) f.mass = count_from(team, part, -kInf, MassOf{best, q.c}).sum[1];
     if (q.greedy) f.floor = best, f.log_kept = 0, f.mass = int64_t{1} << kMassBits;
+    if (call.samples || q.greedy) w = draw(f.floor);
   }
-  // the row's own sample
-  Winner w;
-  if (ok && (call.samples || q.greedy)) {
-    const Source source = source_of(call, b, slot, call.stream, call.slot);
-    w = race_block(field, part.tops, f.floor, q, source,
-                   [&](int chunk) { return part.scores + (chunk - part.first) * kChunkSize; });
-    w = team.best(w);
-    f.token = packed_token(w.key);
-  }
+  if (w.key != kNone) f.token = packed_token(w.key);
   if (team.rank == 0 && threadIdx.x == 0) {
     if (call.tokens) call.tokens[r] = f.token;
     if (call.valid) call.valid[r] = ok;

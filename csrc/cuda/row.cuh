@@ -20,6 +20,7 @@ struct State {
 struct RowCall : Call {
   uint32_t stream, slot;
   bool samples, exact;  // draw a token; know the exact mass of rows that nothing is filtered from
+  bool token_only;      // nothing is returned that depends on the filters but the token
   int64_t* tokens;
   bool* valid;
   float *logprobs, *raw_logprobs;

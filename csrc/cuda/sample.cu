@@ -72,7 +72,7 @@ constexpr int stream_bytes(int per) {
   return sizeof(StreamShared) + 16 + per * 4 + kThreads / kLanes * kChunkSize * 4 + field_bytes(per, kThreads / kLanes);
 }
 
-EFT_KERNEL void __launch_bounds__(kThreads) sample_stream(const __grid_constant__ SampleCall call, int splits, int per,
+EFT_KERNEL void __launch_bounds__(kThreads, 3) sample_stream(const __grid_constant__ SampleCall call, int splits, int per,
                                                           Part* parts, unsigned* counters) {
   const int64_t b = blockIdx.x / splits;
   const int split = blockIdx.x % splits;

@@ -35,6 +35,9 @@ EFT_DEVICE float below(float x) {
   return unordered(o == -1 ? -2 : o);  // -1 is -0
 }
 
+// the next float above one
+EFT_DEVICE float above(float x) { return -below(-x); }
+
 // larger is a larger key, then a lower id; kNone below all, kBad (NaN or +inf in the row) above all
 constexpr int64_t kNone = -(int64_t{0x7F800001} << 32), kBad = INT64_MAX;
 EFT_DEVICE int64_t pack(float key, int token) {
@@ -111,13 +114,13 @@ EFT_DEVICE void widen(const uint4& v, float* out) {  // 8 of 16 bits, 4 of 32
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if (D == kF32) {
-      out[i] = from_bits(x[i]);
+      out[i] = from_bits(x[i]);  // sass: f32
     } else if (D == kBF16) {
-      out[2 * i] = from_bits(x[i] << 16);
-      out[2 * i + 1] = from_bits(x[i] & 0xFFFF0000u);
+      out[2 * i] = from_bits(x[i] << 16);              // sass: bf16
+      out[2 * i + 1] = from_bits(x[i] & 0xFFFF0000u);  // sass: bf16
     } else {
-      out[2 * i] = half_bits_to_float(x[i] & 0xFFFFu);
-      out[2 * i + 1] = half_bits_to_float(x[i] >> 16);
+      out[2 * i] = half_bits_to_float(x[i] & 0xFFFFu);   // sass: f16
+      out[2 * i + 1] = half_bits_to_float(x[i] >> 16);  // sass: f16
     }
   }
 }
@@ -175,6 +178,7 @@ EFT_DEVICE void sums_of(const Row& row, int token, float (&s)[kAtOnce<D> * kPerL
       for (int i = 0; i < N; ++i) s[i] = s[i] + row.in[j].w * z[i % kPerLane];
     }
   } else {
+    // sass: model
     uint4 v[kAhead][2];
 #pragma unroll
     for (int j = 0; j < kAhead; ++j)
@@ -193,6 +197,7 @@ EFT_DEVICE void sums_of(const Row& row, int token, float (&s)[kAtOnce<D> * kPerL
 #pragma unroll
         for (int i = 0; i < N; ++i) s[i] = s[i] + w * z[i];
       }
+    // sass: end
   }
 }
 

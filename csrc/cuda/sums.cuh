@@ -48,7 +48,7 @@ template <int D, class Keep>
 EFT_DEVICE void pass_of(const Row& row, int first, int n, float* tops, bool summed, bool tempered, float c, ExpSum& sum,
                         const Keep& keep) {
   const int lane = lane_id(), from = max(first, row.quick_from), to = min(first + n, row.quick_to);
-  // sass: group
+  // sass: group first_pass 512 tokens
   for (int i = from + warp_id() * kAtOnce<D>; i < to; i += warps() * kAtOnce<D>) {
     const int last = to - kAtOnce<D>;
     const int chunk = i < last ? i : max(last, from);  // the last ones overlap, where there are as many
@@ -61,10 +61,12 @@ EFT_DEVICE void pass_of(const Row& row, int first, int n, float* tops, bool summ
       float* x = s + k * kPerLane;
       float high = top_if_finite(x);
       const bool fine = __all_sync(kAll, !isnan(high));
+      // sass: rare
       if (fine && row.mask) {
         apply_mask(row, token + k * kChunkSize, x);
         high = top_of(x);
       }
+      // sass: end
       if (!fine || chunk + k < i) continue;  // a chunk that two warps have taken counts once
       const float top = warp_max(high);
       if (lane == 0) tops[chunk + k - first] = top;

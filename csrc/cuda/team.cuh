@@ -53,7 +53,7 @@ struct Team {
     x = get<T>(mail->warp[0]);
     for (int i = 1; i < kRowWarps; ++i) x = both(x, get<T>(mail->warp[i]));
     if (size > 1) {
-      if (threadIdx.x < size) put(cluster_pointer(&mail->block[phase][rank][0], threadIdx.x), x);
+      if (static_cast<int>(threadIdx.x) < size) put(cluster_pointer(&mail->block[phase][rank][0], threadIdx.x), x);
       cluster_sync();
       x = get<T>(mail->block[phase][0]);
       for (int i = 1; i < size; ++i) x = both(x, get<T>(mail->block[phase][i]));

@@ -20,6 +20,7 @@ from ..triton import config, filter, outputs, race
 from ..triton import verify as judge
 from ..triton.rows import Models, Sampling, Up
 from ..triton.verify import Side
+from . import workspace
 
 INTERPRETED = triton.knobs.runtime.interpret
 NO_STATE = filter.State(*[None] * 7)
@@ -53,11 +54,6 @@ def search(masked: bool) -> dict:
     return options
 
 
-ARENA = 1 << 16  # counters a device has for captured graphs
-_counters: dict = {}
-_arenas: list = []  # graphs hold pointers into them
-
-
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -68,27 +64,9 @@ def power_of_2(n: int) -> int:
 
 
 def counters(rows: int, device: torch.device) -> torch.Tensor:
-    """int32 zeros [rows] that nothing else uses while the launch runs; the kernel leaves them zero.
-
-    One buffer a stream. A graph may be replayed beside anything, so every launch it captures keeps counters of its own,
-    from memory that was zeroed before.
-    """
-    size = ceil_div(rows, 4) * 4  # aligned, or Triton compiles anew
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    key = device if INTERPRETED else (device, triton.runtime.driver.active.get_current_stream(device.index))
-    if not capturing:
-        arena = _counters.get((device, "arena"))
-        if device.type == "cuda" and (arena is None or arena.shape[0] < ARENA // 2):
-            _arenas.append(torch.zeros(ARENA, dtype=torch.int32, device=device))
-            _counters[device, "arena"] = _arenas[-1]
-        if key not in _counters or _counters[key].shape[0] < rows:
-            _counters[key] = torch.zeros(max(1024, power_of_2(rows)), dtype=torch.int32, device=device)
-        return _counters[key]
-    arena = _counters.get((device, "arena"))
-    if arena is None or arena.shape[0] < size:
-        return torch.zeros(rows, dtype=torch.int32, device=device)  # part of the graph
-    _counters[device, "arena"] = arena[size:]
-    return arena[:size]
+    """int32 zeros [at least rows], left zero: `workspace.counters`."""
+    stream = None if INTERPRETED else triton.runtime.driver.active.get_current_stream(device.index)
+    return workspace.counters(rows, device, stream)
 
 
 def on_device(function):
@@ -174,7 +152,8 @@ class Call:
         totals = torch.zeros(J, self.rows, dtype=torch.int64, device=self.device)
         self.launch_stream(filter.own_stats_kernel, top, self.rows, self.chunks)
         self.launch_stream(filter.own_mass_kernel, top, totals, self.rows, self.chunks, CP=self.cp)
-        self.launch(filter.own_row_kernel, top, totals, *self.scratch(), self.rows, self.chunks, CP=self.cp, **self.search)
+        self.launch(filter.own_row_kernel, top, totals, *self.scratch(), self.rows, self.chunks, CP=self.cp,
+                    **self.search)
 
     def scratch(self):
         """For chunks that matter, int32 [rows, chunks], and their scores [rows, V]; only what is found is touched."""

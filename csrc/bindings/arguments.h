@@ -1,0 +1,330 @@
+// What every module of kernels needs: the arguments of a call out of Python objects, and the tensors that it returns.
+// Arguments are checked here in their usual forms, because at batch 1 Python costs more than the kernel does. Limited API
+// (one binary for every Python >= 3.10) and no torch header (one binary for every torch): tensors come and go by DLPack's
+// C exchange interface. To be included after Python.h.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <initializer_list>
+
+#include "../semantics/call.h"
+#include "dlpack.h"
+
+namespace eft::bindings {
+
+// torch.Tensor, torch.nn.Parameter, and how tensors of these types are read and made: attach().
+inline PyTypeObject *tensor_type = nullptr, *parameter_type = nullptr;
+inline const dlpack::ExchangeAPI* api = nullptr;
+constexpr dlpack::DataType kInt64{dlpack::kInt, 64, 1}, kInt32{dlpack::kInt, 32, 1}, kFloat32{dlpack::kFloat, 32, 1},
+    kFloat16{dlpack::kFloat, 16, 1}, kBfloat16{dlpack::kBfloat, 16, 1}, kBool8{dlpack::kBool, 8, 1},
+    kUint8{dlpack::kUint, 8, 1};
+constexpr float kTiny = 0x1p-126f;     // params.py: TINY
+constexpr int64_t kMaxVocab = 1 << 22;  // params.py: MAX_VOCAB
+
+// The arguments of a call. Whatever is not in its plain form (exact types, contiguous tensors on one device, values that
+// are allowed) sets `unusual`: the caller then looks closer, converts it, or says what is wrong with it (params.py).
+struct Reader {
+  PyObject* const* args;
+  Py_ssize_t n;
+  dlpack::Device device;  // its id is that of logits[0]
+  Py_ssize_t i = 0;
+  bool unusual = false;
+  bool strict = true;  // look at values, too
+  int64_t rows = 0, slots = 1;
+
+  Reader(PyObject* const* args, Py_ssize_t n, int32_t device_type) : args(args), n(n), device{device_type, -1} {}
+
+  bool need(bool ok) {
+    unusual |= !ok;
+    return ok;
+  }
+  PyObject* next() { return need(i < n) ? args[i++] : Py_None; }
+  int64_t integer(int64_t low = INT64_MIN, int64_t high = INT64_MAX) {
+    PyObject* o = next();
+    if (!need(PyLong_CheckExact(o))) return 0;
+    int64_t v = PyLong_AsLongLong(o);
+    if (v == -1 && PyErr_Occurred()) PyErr_Clear(), unusual = true;
+    need(v >= low && v <= high);
+    return v;
+  }
+  bool boolean() {
+    PyObject* o = next();
+    need(o == Py_True || o == Py_False);
+    return o == Py_True;
+  }
+  // values of tensors are looked at: where the host can
+  bool values() const { return strict && device.type == dlpack::kCPU; }
+
+  // a tensor on the device
+  bool view(PyObject* o, dlpack::Tensor& t) {
+    if (!need(Py_TYPE(o) == tensor_type || Py_TYPE(o) == parameter_type)) return false;
+    if (api->tensor_from_object(o, &t)) {
+      PyErr_Clear();
+      return need(false);
+    }
+    t.data = static_cast<char*>(t.data) + t.byte_offset;
+    if (device.id < 0) device.id = t.device.id;
+    return need(t.device.type == device.type && t.device.id == device.id);
+  }
+  // a contiguous tensor of this type and shape, or null
+  template <class T>
+  const T* tensor(PyObject* o, dlpack::DataType dtype, std::initializer_list<int64_t> shape) {
+    dlpack::Tensor t;
+    if (!view(o, t)) return nullptr;
+    bool ok = t.dtype == dtype && t.ndim == static_cast<int>(shape.size()), contiguous = true;
+    int64_t elements = 1;
+    for (int d = t.ndim - 1; ok && d >= 0; --d) {
+      ok = t.shape[d] == shape.begin()[d];
+      contiguous &= t.strides[d] == elements || t.shape[d] == 1;
+      elements *= t.shape[d];
+    }
+    // an empty tensor has no order, and maybe no address, where null means none
+    return need(ok && (contiguous || elements == 0)) ? static_cast<const T*>(t.data ? t.data : this) : nullptr;
+  }
+  template <class T>
+  PerRow<T> per_row(T low, T high) {
+    PyObject* o = next();
+    if (PyFloat_CheckExact(o) || PyLong_CheckExact(o)) {
+      --i;
+      if constexpr (sizeof(T) == 8) return {nullptr, integer(strict ? low : INT64_MIN, strict ? high : INT64_MAX)};
+      double v = PyFloat_AsDouble(args[i++]);
+      if (v == -1 && PyErr_Occurred()) PyErr_Clear(), unusual = true;
+      need(!strict || (v >= low && v <= high));
+      return {nullptr, static_cast<T>(v)};
+    }
+    const T* p = tensor<T>(o, sizeof(T) == 8 ? kInt64 : kFloat32, {rows});
+    if (p && values())
+      for (int64_t r = 0; r < rows; ++r) need(p[r] >= low && p[r] <= high);
+    return {p, 0};
+  }
+
+  // what every operation has: strict, logits [rows, (slots,) V], and the fields of params.py's Params
+  void call(Call& c, int dims) {
+    strict = boolean();
+    PyObject* logits = next();
+    const bool list = PyList_Check(logits);
+    if (!need(list || PyTuple_Check(logits))) return;
+    const Py_ssize_t models = list ? PyList_Size(logits) : PyTuple_Size(logits);
+    if (!need(models >= 1 && models <= kMaxModels)) return;
+    c.models = static_cast<int>(models);
+    int64_t vocab = INT64_MAX;
+    for (int j = 0; j < c.models; ++j) {
+      dlpack::Tensor t;
+      if (!view(list ? PyList_GetItem(logits, j) : PyTuple_GetItem(logits, j), t)) return;
+      if (!need(t.ndim == dims && (t.strides[dims - 1] == 1 || t.shape[dims - 1] < 2))) return;
+      if (j == 0) rows = t.shape[0], slots = dims == 3 ? t.shape[1] : 1;
+      need(t.shape[0] == rows && (dims == 2 || t.shape[1] == slots) && slots >= 1);
+      c.model[j] = {t.data, t.strides[0], dims == 3 ? t.strides[1] : 0, kF32};
+      if (t.dtype == kFloat16) c.model[j].dtype = kF16;
+      else if (t.dtype == kBfloat16) c.model[j].dtype = kBF16;
+      else need(t.dtype == kFloat32);
+      vocab = std::min(vocab, t.shape[dims - 1]);
+    }
+    c.rows = rows;
+    c.slots = slots;
+    PyObject* w = next();
+    if (PyTuple_Check(w)) {
+      if (!need(PyTuple_Size(w) == models)) return;
+      for (int j = 0; j < c.models; ++j) {
+        PyObject* o = PyTuple_GetItem(w, j);
+        if (!need(PyFloat_CheckExact(o))) return;
+        c.weight[j] = static_cast<float>(PyFloat_AsDouble(o));
+      }
+    } else {
+      dlpack::Tensor t;
+      if (!view(w, t)) return;
+      c.weights = t.ndim == 2 ? tensor<float>(w, kFloat32, {rows, models}) : tensor<float>(w, kFloat32, {models});
+      c.weights_stride = t.ndim == 2 ? models : 0;
+    }
+    const float* weights = c.weights ? c.weights : c.weight;
+    if (c.weights ? values() : strict)
+      for (int64_t k = 0; k < (c.weights_stride ? rows : 1) * models; ++k) need(std::isfinite(weights[k]));
+    c.temperature = per_row<float>(0, 1e30f);
+    c.top_k = per_row<int64_t>(0, INT64_MAX);
+    c.top_p = per_row<float>(kTiny, 1);
+    c.min_p = per_row<float>(0, 1);
+    c.upscale_top_p = per_row<float>(kTiny, 1);
+    c.seed = per_row<int64_t>(INT64_MIN, INT64_MAX);
+    c.position = per_row<int64_t>(0, INT64_MAX);
+    PyObject* mask = next();
+    if (i < n && args[i] == Py_None) ++i;
+    else vocab = integer(1, vocab);
+    if (!need(vocab >= 1 && vocab <= kMaxVocab)) return;
+    c.vocab_size = static_cast<int>(vocab);
+    const int64_t words = (vocab + 31) / 32;
+    if (mask != Py_None)
+      c.mask = dims == 3 ? tensor<int32_t>(mask, kInt32, {rows, slots, words}) : tensor<int32_t>(mask, kInt32, {rows, words});
+    c.tuned = static_cast<int>(integer());
+    needs_tuned(c, c.upscale_top_p.data || c.upscale_top_p.value != 1);
+  }
+  void needs_tuned(const Call& c, bool needed) { need(!needed || (c.tuned >= 0 && c.tuned < c.models)); }
+  bool done() const { return !unusual && i == n; }
+};
+
+inline bool poison = false;  // outputs on the host hold a mark until they are written: set_poison()
+inline void mark(int64_t* x, int64_t n) { std::fill(x, x + n, -77); }
+inline void mark(float* x, int64_t n) { std::fill(x, x + n, NAN); }
+inline void mark(bool* x, int64_t n) { std::fill(x, x + n, true); }
+
+inline void set_error(void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); }
+
+// a tensor of unset values; null, and Python's error is set, where there is no memory
+inline dlpack::Managed* allocate(dlpack::Device device, dlpack::DataType dtype, std::initializer_list<int64_t> shape) {
+  dlpack::Tensor t{};
+  int64_t sizes[3];
+  std::copy(shape.begin(), shape.end(), sizes);
+  t.device = device;
+  t.ndim = static_cast<int32_t>(shape.size());
+  t.dtype = dtype;
+  t.shape = sizes;
+  dlpack::Managed* managed = nullptr;
+  return api->allocate(&t, &managed, nullptr, set_error) ? nullptr : managed;
+}
+inline void* address(const dlpack::Tensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
+
+// The tensors that a call returns: made before it, given to a tuple after it.
+class Outputs {
+ public:
+  ~Outputs() {
+    for (int i = 0; i < n_; ++i) Py_DecRef(objects_[i]);
+  }
+  template <class T>
+  T* make(bool wanted, dlpack::Device device, dlpack::DataType dtype, std::initializer_list<int64_t> shape) {
+    if (failed_) return nullptr;
+    PyObject* o = nullptr;
+    void* data = nullptr;
+    if (wanted) {
+      dlpack::Managed* managed = allocate(device, dtype, shape);
+      failed_ = !managed;
+      if (failed_) return nullptr;
+      data = address(managed->tensor);
+      failed_ = api->object_from_managed(managed, reinterpret_cast<void**>(&o)) != 0;
+      if (failed_) return nullptr;
+      if (poison) {
+        int64_t elements = 1;
+        for (int64_t size : shape) elements *= size;
+        mark(static_cast<T*>(data), elements);
+      }
+    } else {
+      o = Py_None;
+      Py_IncRef(o);
+    }
+    objects_[n_++] = o;
+    return static_cast<T*>(data);
+  }
+  bool failed() const { return failed_; }
+  PyObject* tuple() {
+    PyObject* t = PyTuple_New(n_);
+    for (int i = 0; t && i < n_; ++i) {
+      Py_IncRef(objects_[i]);
+      PyTuple_SetItem(t, i, objects_[i]);
+    }
+    return t;
+  }
+
+ private:
+  PyObject* objects_[8];
+  int n_ = 0;
+  bool failed_ = false;
+};
+
+// Each reads the arguments that are left and makes what the call returns; false where an argument is unusual.
+
+inline bool prepare(Reader& r, SampleCall& c, Outputs& out) {
+  r.call(c, 2);
+  c.stream = static_cast<uint32_t>(r.integer(0, 1));
+  c.slot = static_cast<uint32_t>(r.integer(0, (1 << 24) - 1));
+  const bool logprobs = r.boolean();
+  c.top_n = r.integer(0);
+  const bool diagnostics = r.boolean();
+  r.needs_tuned(c, diagnostics);
+  if (!r.done()) return false;
+  const int64_t B = c.rows;
+  c.tokens = out.make<int64_t>(true, r.device, kInt64, {B});
+  c.valid = out.make<bool>(true, r.device, kBool8, {B});
+  c.logprobs = out.make<float>(logprobs, r.device, kFloat32, {B});
+  c.raw_logprobs = out.make<float>(logprobs, r.device, kFloat32, {B});
+  c.top_ids = out.make<int64_t>(c.top_n, r.device, kInt64, {B, c.top_n});
+  c.top_logprobs = out.make<float>(c.top_n, r.device, kFloat32, {B, c.top_n});
+  c.entropy = out.make<float>(diagnostics, r.device, kFloat32, {B});
+  c.tv = out.make<float>(diagnostics, r.device, kFloat32, {B});
+  return true;
+}
+
+inline bool prepare(Reader& r, VerifyCall& c, Outputs& out) {
+  r.call(c, 3);
+  const int64_t B = c.rows, S = c.slots;
+  c.draft_tokens = r.tensor<int64_t>(r.next(), kInt64, {B, S - 1});
+  if (r.i < r.n && r.args[r.i] == Py_None) {
+    c.draft_lengths = {nullptr, S - 1};
+    ++r.i;
+  } else {
+    c.draft_lengths = {r.tensor<int64_t>(r.next(), kInt64, {B}), 0};
+  }
+  c.method = static_cast<int>(r.integer(0, 2));
+  c.draft = -1;
+  if (r.i < r.n && r.args[r.i] == Py_None) ++r.i;
+  else c.draft = static_cast<int>(r.integer(0, c.models - 1));
+  const bool logprobs = r.boolean();
+  if (!r.unusual && r.values())
+    for (int64_t b = 0; b < B; ++b) {
+      const int64_t length = c.draft_lengths[b];
+      if (!r.need(length >= 0 && length < S)) break;
+      for (int64_t k = 0; k < length; ++k)
+        r.need(c.draft_tokens[b * (S - 1) + k] >= 0 && c.draft_tokens[b * (S - 1) + k] < c.vocab_size);
+    }
+  if (!r.done()) return false;
+  c.tokens = out.make<int64_t>(true, r.device, kInt64, {B, S});
+  c.emitted = out.make<int64_t>(true, r.device, kInt64, {B});
+  c.valid = out.make<bool>(true, r.device, kBool8, {B});
+  c.logprobs = out.make<float>(logprobs, r.device, kFloat32, {B, S});
+  c.raw_logprobs = out.make<float>(logprobs, r.device, kFloat32, {B, S});
+  return true;
+}
+
+// log-probs of the ids [rows, n], or of all tokens where ids is None
+inline bool prepare(Reader& r, LogprobsCall& c, Outputs& out) {
+  r.call(c, 2);
+  PyObject* ids = r.next();
+  c.n_ids = c.vocab_size;
+  if (ids != Py_None) {
+    dlpack::Tensor t;
+    if (r.view(ids, t) && r.need(t.ndim == 2)) c.ids = r.tensor<int64_t>(ids, kInt64, {c.rows, c.n_ids = t.shape[1]});
+  }
+  if (!r.done()) return false;
+  c.out = out.make<float>(true, r.device, kFloat32, {c.rows, c.n_ids});
+  return true;
+}
+
+// attach(torch.Tensor, torch.nn.Parameter): before any other call
+inline PyObject* attach(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  if (n != 2 || !PyType_Check(args[0]) || !PyType_Check(args[1])) {
+    PyErr_SetString(PyExc_TypeError, "expected two types");
+    return nullptr;
+  }
+  PyObject* capsule = PyObject_GetAttrString(args[0], "__dlpack_c_exchange_api__");
+  if (!capsule) return nullptr;
+  api = static_cast<const dlpack::ExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  Py_DecRef(capsule);
+  if (!api) return nullptr;
+  if (api->version.major != 1 || !api->tensor_from_object) {
+    PyErr_Format(PyExc_AttributeError, "tensors by DLPack %u", api->version.major);
+    return nullptr;
+  }
+  tensor_type = reinterpret_cast<PyTypeObject*>(args[0]);
+  parameter_type = reinterpret_cast<PyTypeObject*>(args[1]);
+  Py_IncRef(args[0]);
+  Py_IncRef(args[1]);
+  Py_RETURN_NONE;
+}
+
+// set_poison(bool): for tests
+inline PyObject* set_poison(PyObject*, PyObject* on) {
+  poison = on == Py_True;
+  Py_RETURN_NONE;
+}
+
+#define EFT_FAST(f) reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f)), METH_FASTCALL
+
+}  // namespace eft::bindings

@@ -1,0 +1,90 @@
+"""The CUDA C++ backend: `eft_kernels._cuda`, on torch's current stream.
+
+Tests put a build of the extension for the host (its attribute ``simt`` is true) in its place; tensors are then on the
+CPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from ..params import Params
+from . import workspace
+
+try:
+    _cuda = importlib.import_module("eft_kernels._cuda")
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "the CUDA extension is not built: no nvcc, or a torch without CUDA, was found at install time, or "
+        "EFT_KERNELS_CUDA=0 was set; put nvcc on the PATH and reinstall with EFT_KERNELS_CUDA=1", name=error.name
+    ) from error
+
+try:
+    _cuda.attach(torch.Tensor, torch.nn.Parameter)
+except (AttributeError, ValueError) as error:
+    raise ImportError(f"torch {torch.__version__} does not offer DLPack's C exchange interface: {error}") from error
+
+try:
+    from torch._C import _cuda_getCurrentRawStream as _stream
+except ImportError:
+    def _stream(index: int) -> int:
+        return torch.cuda.current_stream(index).cuda_stream
+
+_SIMT = _cuda.simt
+_STREAM = {"sample": 0, "draft": 1}
+_METHOD = {"coupled": 0, "token": 1, "block": 2}
+
+
+def status() -> tuple[bool, str]:
+    if _SIMT:
+        return True, "SIMT shim"
+    if torch.version.cuda is None:
+        return False, f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return False, "torch sees no CUDA GPU"
+    capability = torch.cuda.get_device_capability()
+    name = f"{torch.cuda.get_device_name()}, compute capability {capability[0]}.{capability[1]}"
+    if capability < (8, 0):
+        return False, f"{name}: 8.0 is needed"
+    why = _cuda.unusable(torch.cuda.current_device())
+    return (False, f"{name}: {why}") if why else (True, name)
+
+
+def _launch(function, logits, p: Params, *args):
+    """The tensors of a call whose arguments were checked; the logits' device is the current one."""
+    z = logits[0]
+    counters = workspace.counters(z.shape[:-1].numel(), z.device, None if _SIMT else _stream(z.device.index))
+    out = function(counters, False, logits, *p, *args)
+    if out is None:  # a subclass of torch.Tensor
+        logits = [z.detach().as_subclass(torch.Tensor) for z in logits]
+        out = function(counters, False, logits, *p, *args)
+        assert out is not None, "the extension takes other arguments than eft_kernels.params makes"
+    return out
+
+
+def _run(function, logits, *args):
+    device = logits[0].device
+    if _SIMT or device.index == torch.cuda.current_device():
+        return _launch(function, logits, *args)
+    with torch.cuda.device(device):
+        return _launch(function, logits, *args)
+
+
+def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logprobs: int, diagnostics: bool):
+    return _run(_cuda.sample, logits, p, _STREAM[stream], int(slot), bool(logprobs), int(top_logprobs),
+                bool(diagnostics))
+
+
+def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, logprobs: bool):
+    return _run(_cuda.verify, logits, p, draft_tokens, draft_lengths, _METHOD[method],
+                None if draft < 0 else int(draft), bool(logprobs))
+
+
+def logprobs(logits, p: Params):
+    return _run(_cuda.logprobs, logits, p, None)[0]
+
+
+def token_logprobs(logits, p: Params, ids):
+    return _run(_cuda.logprobs, logits, p, ids)[0]

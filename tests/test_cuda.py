@@ -1,0 +1,232 @@
+"""The CUDA kernels on the host: the shim of tests/simt runs them, cut in several ways, in several orders of threads."""
+
+import importlib
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import eft_kernels as eft
+from eft_kernels import dispatch, ops
+from eft_kernels.testing import BF16, CASES, F16, F32, Case, check_logprobs, check_sample, check_verify, per_row
+
+sys.path.insert(0, str(Path(__file__).parent / "simt"))
+import build  # noqa: E402
+
+HERE = sys.platform == "linux" and shutil.which(build.CXX[0])
+pytestmark = pytest.mark.skipif(not HERE, reason="needs g++ on Linux")
+
+METHODS = ops.METHODS
+# compute capability, multiprocessors, shared memory a block, largest cluster
+DEVICES = {
+    "latency": (90, 132, 232448, 16),  # many blocks a row; without filters a chunk a warp
+    "stream": (90, 1, 232448, 16),  # few blocks a row
+    "staged": (80, 8, 20000, 1),  # no clusters, scores in global memory
+    "starved": (80, 1, 3000, 1),  # what a block keeps of its chunks, too
+}
+
+
+@pytest.fixture(scope="module")
+def shim():
+    """The shim's module in the place of the extension; the backend takes CPU tensors."""
+    caches = (dispatch.load, dispatch.status, dispatch._choose, dispatch.shortcut)
+    with pytest.MonkeyPatch.context() as patch:
+        library = os.environ.get("EFT_KERNELS_SIMT")  # another one than csrc makes: test_faults_are_seen
+        module, handle = build.load(Path(library) if library else build.build())
+        patch.setitem(sys.modules, "eft_kernels._cuda", module)
+        patch.delitem(sys.modules, "eft_kernels.backends.cuda", raising=False)
+        patch.setattr(dispatch, "TABLE", tuple(
+            b._replace(devices=("cpu",)) if b.name == "cuda" else b for b in dispatch.TABLE))
+        for cache in caches:
+            cache.cache_clear()
+        assert dispatch.status("cuda") == (True, "SIMT shim")
+        module.set_poison(True)
+        yield handle
+    sys.modules.pop("eft_kernels.backends.cuda", None)
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.fixture(params=DEVICES)
+def device(request, shim):
+    shim.simt_set_device(*DEVICES[request.param])
+    shim.simt_set_seed(sum(map(ord, request.node.name)))
+    return request.param
+
+
+def small(largest=5000, rows=12):
+    return [c for c in CASES if max(c.vocab) <= largest and c.rows <= rows]
+
+
+def name_of(case):
+    return f"cuda-{case.name}"
+
+
+# --- the case table ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_sample(case, device):
+    """With all there is to return a row's kernel runs; with less, where nothing is filtered, the one launch."""
+    check_sample(case, "cuda")
+    check_sample(case, "cuda", seed=1, logprobs=True)
+    check_sample(case, "cuda", seed=2, logprobs=False)
+
+
+@pytest.mark.parametrize("case", small(), ids=name_of)
+def test_logprobs(case, device):
+    check_logprobs(case, "cuda")
+
+
+JUDGED = ("everything", "bad rows filtered", "a chunk and one", "parameters per row", "all masked", "unaligned")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", small(), ids=name_of)
+def test_verify(case, method, shim):
+    """The whole table on one device, a part of it on the others."""
+    for name, device in DEVICES.items():
+        if name == "latency" or case.name in JUDGED:
+            shim.simt_set_device(*device)
+            check_verify(case, "cuda", method)
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("a chunk and one", "top-p ties", "greedy")],
+                         ids=name_of)
+def test_verify_of_a_deterministic_proposer(case, method, device):
+    check_verify(case, "cuda", method, draft=None, seed=1)
+
+
+# --- paths of their own --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("multiprocessors", (1, 2, 3, 8, 40, 132))
+def test_no_cut_changes_a_token(shim, multiprocessors):
+    """A vocabulary of some dozen chunks, whatever the split; the winners are not all in one place."""
+    case = Case("cuda cuts", rows=6, vocab=(9100,), dtypes=(BF16,), scale=1.0)
+    for cluster in (1, 2, 16):
+        shim.simt_set_device(90, multiprocessors, 232448, cluster)
+        for extra in (dict(logprobs=True), dict(top_logprobs=3)):
+            assert len(set((check_sample(case, "cuda", **extra).tokens // 1024).tolist())) > 1
+
+
+def test_no_order_of_threads_changes_a_token(shim):
+    mixed = dict(temperature=per_row(1.0, 0.0, 0.6), top_p=per_row(1.0, 0.9, 0.3), upscale_top_p=per_row(1.0, 0.8))
+    shim.simt_set_device(90, 16, 232448, 4)
+    for seed in range(10):
+        shim.simt_set_seed(seed)
+        check_sample(Case("cuda order", rows=4, vocab=(3000,), dtypes=(BF16,)), "cuda", logprobs=True)
+        check_sample(Case("cuda order", rows=6, vocab=(3000,), kwargs=mixed), "cuda", logprobs=True)
+        check_verify(Case("cuda order", rows=3, vocab=(700,)), "cuda", METHODS[seed % 3])
+
+
+@pytest.mark.parametrize("dtype", (BF16, F16, F32), ids=str)
+@pytest.mark.parametrize("offset", range(8))
+def test_rows_begin_anywhere(device, dtype, offset):
+    """Vectors of rows that are not aligned are taken from two aligned ones; every model of another offset."""
+    flat = [torch.randn(3 * 1311 + 16, generator=torch.Generator().manual_seed(j)).to(dtype) for j in range(3)]
+    logits = [z[(offset + j) % 8 :][: 3 * 1311].view(3, 1311) for j, z in enumerate(flat)]
+    for kwargs in ({}, dict(top_p=0.9)):
+        got, want = (eft.sample(logits, eft.upscale(), seed=5, backend=name, **kwargs)
+                     for name in ("cuda", "reference"))
+        assert torch.equal(got.tokens, want.tokens)
+        torch.testing.assert_close(got.raw_logprobs, want.raw_logprobs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kwargs", [{}, dict(top_p=0.9), dict(upscale_top_p=0.8)], ids=("cuda-plain", "top-p", "up"))
+def test_a_row_is_checked_wherever_it_is_bad(device, kwargs):
+    """NaN, +inf and -inf in whole chunks and in the last one, in a model with negative weight and in others."""
+    logits = [torch.randn(12, 1700, generator=torch.Generator().manual_seed(j)) for j in range(3)]
+    places = itertools.product((0, 2), (3, 1699), (float("nan"), float("inf"), float("-inf")))
+    for row, (model, token, bad) in enumerate(places):
+        logits[model][row, token] = bad
+    got, want = (eft.sample(logits, eft.upscale(), seed=5, backend=name, **kwargs) for name in ("cuda", "reference"))
+    assert got.valid.tolist() == want.valid.tolist() == [False, False, True] * 4
+    assert torch.equal(got.tokens, want.tokens)
+
+
+def test_a_doubtful_nucleus_is_summed_exactly(device):
+    """p is the mass of the better half of the tokens to within a rounding or two: float32 sums cannot tell."""
+    logits = [torch.cat([torch.zeros(40, 512), -torch.ones(40, 512)], 1)]
+    mass = torch.tensor([512.0 / (512 + 512 * 0.36787944)])
+    top_p = (mass.view(torch.int32) + torch.arange(-20, 20, dtype=torch.int32)).view(torch.float32)
+    got, want = (eft.logprobs(logits, [1.0], top_p=top_p, backend=name) for name in ("cuda", "reference"))
+    kept = (want > float("-inf")).sum(1)
+    assert set(kept.tolist()) == {512, 1024}
+    assert torch.equal((got > float("-inf")).sum(1), kept)
+    for seed in range(3):  # without log-probs the threshold is not looked for
+        got, want = (eft.sample(logits, [1.0], top_p=top_p, seed=torch.arange(40) + seed, logprobs=False, backend=name)
+                     for name in ("cuda", "reference"))
+        assert torch.equal(got.tokens, want.tokens)
+
+
+def test_counters_are_left_zero(shim):
+    shim.simt_set_device(*DEVICES["latency"])
+    check_sample(Case("cuda counters", rows=5, vocab=(5000,)), "cuda", logprobs=False)
+    workspace = importlib.import_module("eft_kernels.backends.workspace")
+    counters = workspace.counters(5, torch.device("cpu"))
+    assert counters.shape[0] >= 5 and not counters.any()
+
+
+def test_no_mismatch_in_bulk(device):
+    mixed = dict(temperature=per_row(1.0, 0.0, 0.6, 1.7), top_k=per_row(0, 0, 5),
+                 top_p=per_row(1.0, 0.9, 1.0, 0.3, 0.999), upscale_top_p=per_row(1.0, 1.0, 0.8))
+    check_sample(Case("cuda bulk", rows=300, vocab=(523,), dtypes=(BF16, F32, F16), kwargs=mixed), "cuda",
+                 logprobs=False)
+    check_sample(Case("cuda bulk plain", rows=300, vocab=(523,), dtypes=(BF16,)), "cuda", logprobs=False)
+
+
+# --- faults --------------------------------------------------------------------------------------------------------
+
+# file: a text that is replaced, by what
+FAULTS = {
+    "a barrier before the chunks' bounds are read": (
+        "race.cuh", "leaders[warp_id()] = most;\n  __syncthreads();",
+        "leaders[warp_id()] = most;"),
+    "a barrier of the cluster": ("team.cuh", "      cluster_sync();\n", "      __syncthreads();\n"),
+    "a store beyond the block's scores": (
+        "row.cu", "(chunk - part.first) * kChunkSize + lane_id() * kPerLane, s);\n  };",
+        "(chunk - part.first + 1) * kChunkSize + lane_id() * kPerLane, s);\n  };"),
+    "the last block comes too early": (
+        "sample.cu", "static_cast<unsigned>(splits - 1)",
+        "static_cast<unsigned>(splits - 2)"),
+    "counters are not set back": ("sample.cu", "    counters[b] = 0;\n", ""),
+    "another token's noise": ("race.cuh", "token & 1 ? w.r[1] : w.r[0]", "token & 1 ? w.r[0] : w.r[1]"),
+    "noise at the chunk's place twice": ("race.cuh", "(q.greedy || at != place)", "true"),
+    "a bound too low": ("race.cuh", "pack(top + q.temperature * g,", "pack(top + q.temperature * g - 3,"),
+    "-inf in models that cancel": ("score.cuh", "return low > -kInf && high < kInf ? high : NAN;", "return high;"),
+    "vectors that are not aligned": ("score.cuh", "if (off & 4) x[0] = x[1],", "if (off & 2) x[0] = x[1],"),
+    "no exact sum where it is in doubt": (
+        "filter.cuh", "if (total.doubtful(q.top_p, t.sum[0], t.sum[1])) {",
+        "if (false) {"),
+    "the first winner, kept or not": ("filter.cuh", "if (kept) return w;", "return w;"),
+    "the bracket's lower end": ("filter.cuh", "a = fmaxf(a, at[k]);", "a = fmaxf(a, at[k] + 1e-3f);"),
+    "the tuned model's nucleus": (
+        "row.cu", "mass_limit(p, total), MassOf{best, kLog2e}",
+        "mass_limit(p, total / 2), MassOf{best, kLog2e}"),
+    "a residual without the draft": (
+        "verify.cu", "const int64_t m = draft ? mass_at",
+        "const int64_t m = draft ? 0 * mass_at"),
+    "a residual's bound too low": (
+        "verify.cu", "log(static_cast<float>(most)) + kMargin",
+        "log(static_cast<float>(most)) - 2"),
+    "a sum that matters": ("verify.cu", "return u <= ratio * 1.000001 &&", "return u <= ratio * 0.5 &&"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_seen(fault):
+    """Each makes some test above fail: a wrong result, or the shim's complaint."""
+    name, old, new = FAULTS[fault]
+    library = build.build(replace={name: (old, new)})
+    here = Path(__file__)
+    pytest_here = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", here, "-k", "not fault"]
+    run = subprocess.run(pytest_here,
+                         env=os.environ | {"EFT_KERNELS_SIMT": str(library)}, text=True, capture_output=True)
+    assert run.returncode == 1 and "FAILED" in run.stdout, run.stdout[-2000:] + run.stderr[-2000:]
+    print("\n" + fault + ":", next(x for x in run.stdout.splitlines() if x.startswith("FAILED"))[:160])

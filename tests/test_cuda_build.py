@@ -1,0 +1,366 @@
+"""The CUDA extension without a GPU or nvcc: when it is built, how, what its module hands to kernels, who takes over."""
+
+import ctypes
+import importlib.machinery
+import importlib.util
+import itertools
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from eft_kernels import dispatch
+from eft_kernels.backends import workspace
+
+ROOT = Path(__file__).resolve().parents[1]
+needs_setuptools = pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="needs setuptools")
+
+
+def load(name, path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def build():
+    """setup.py, as a module."""
+    return load("eft_setup", ROOT / "setup.py")
+
+
+# --- when ----------------------------------------------------------------------------------------------------------
+
+NVCC, CXX = ["nvcc"], ["g++"]
+
+
+@needs_setuptools
+@pytest.mark.parametrize("wanted, nvcc, cxx, torch_cuda, driver, why", [
+    (None, NVCC, CXX, "13.0", True, None),
+    (None, NVCC, CXX, "13.0", False, None),  # a machine that builds for others
+    (None, NVCC, CXX, "", True, "torch is built without CUDA"),
+    (None, NVCC, CXX, None, True, None),  # pip's build isolation
+    (None, NVCC, CXX, None, False, "neither torch nor an NVIDIA driver"),
+    (None, None, CXX, "13.0", True, "nvcc was not found"),
+    (None, NVCC, None, "13.0", True, "no C++ compiler"),
+    ("", NVCC, CXX, "", False, "EFT_KERNELS_CUDA=1 builds it all the same"),
+    ("1", NVCC, CXX, "", False, None),
+    ("1", NVCC, CXX, None, False, None),
+    ("1", None, CXX, "13.0", True, "nvcc was not found"),
+    ("0", NVCC, CXX, "13.0", True, "EFT_KERNELS_CUDA=0"),
+])
+def test_when_it_is_built(build, wanted, nvcc, cxx, torch_cuda, driver, why):
+    got = build.skip_cuda_reason(wanted, nvcc, cxx, torch_cuda, driver)
+    assert got is None if why is None else why in got
+
+
+@needs_setuptools
+def test_which_nvcc(build, tmp_path, monkeypatch):
+    for folder in ("home/bin", "path", "other"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "nvcc").write_text("#!/bin/sh\n")
+        (tmp_path / folder / "nvcc").chmod(0o755)
+    monkeypatch.delenv("CUDACXX", raising=False)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert build.cuda_compiler() is None
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    assert build.cuda_compiler() == ["nvcc"]
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
+    assert build.cuda_compiler() == ["nvcc"]
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    assert build.cuda_compiler() == [str(tmp_path / "home/bin/nvcc")]
+    monkeypatch.setenv("CUDACXX", f"{tmp_path}/other/nvcc --verbose")
+    assert build.cuda_compiler() == [f"{tmp_path}/other/nvcc", "--verbose"]
+    monkeypatch.setenv("CUDACXX", "/nonexistent/nvcc")
+    assert build.cuda_compiler() is None, "one was named: no other is guessed"
+
+
+@needs_setuptools
+@pytest.mark.parametrize("text, want", [("cuda = '13.0'", "13.0"), ("cuda: str | None = None", ""), ("", None)])
+def test_which_torch(build, tmp_path, monkeypatch, text, want):
+    (tmp_path / "version.py").write_text(text)
+    spec = importlib.machinery.ModuleSpec("torch", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: spec)
+    assert build.torch_cuda() == want
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    assert build.torch_cuda() is None
+
+
+@needs_setuptools
+def test_which_gpus(build):
+    cuda_13 = {"75", "80", "86", "89", "90", "100", "103", "110", "120", "121"}
+    assert build.cuda_targets(cuda_13, None) == (["80", "89", "90a", "100", "120"], ["100"])
+    assert build.cuda_targets({"70", "80", "89", "90"}, "") == (["80", "89", "90a"], ["90"])
+    assert build.cuda_targets(cuda_13, "90a") == (["90a"], [])
+    assert build.cuda_targets(cuda_13, "90a;100, 120") == (["90a", "100", "120"], [])
+    with pytest.raises(RuntimeError, match="knows none"):
+        build.cuda_targets({"52", "75"}, None)
+
+
+# --- how -----------------------------------------------------------------------------------------------------------
+
+FAKE = """#!/bin/sh
+echo "$0 $@" >> "$LOG"
+case "$*" in
+  *--list-gpu-arch*) printf 'compute_75\\ncompute_80\\ncompute_90\\n'; exit 0;;
+  *broken.cu*) exit 1;;
+esac
+while [ $# -gt 1 ]; do if [ "$1" = -o ]; then : > "$2"; fi; shift; done
+"""
+
+
+@pytest.fixture
+def make(tmp_path):
+    """`make(**environment)` builds in a tree with compilers that only write down what they are asked: (the sources they
+    compiled, all commands, what setup.py said)."""
+    tree, log = tmp_path / "tree", tmp_path / "log"
+    for name in ("nvcc", "c++"):
+        (tmp_path / name).write_text(FAKE)
+        (tmp_path / name).chmod(0o755)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/bindings", "csrc/semantics",
+                 "eft_kernels/__init__.py", "eft_kernels/version.py", "benchmarks/__init__.py"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tree / name)
+    (tree / "csrc/cuda").mkdir()
+    for name in ("a.cu", "b.cu", "shared.cuh"):
+        (tree / "csrc/cuda" / name).touch()
+    for path in tree.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+
+    def run(**environment):
+        log.write_text("")
+        environment = {**os.environ, "LOG": str(log), "EFT_KERNELS_CPU": "0", "EFT_KERNELS_CUDA": "1",
+                       "CXX": str(tmp_path / "c++"), "CUDACXX": str(tmp_path / "nvcc"), **environment}
+        p = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tree, env=environment,
+                           capture_output=True, text=True, timeout=100)
+        assert p.returncode == 0, p.stdout + p.stderr
+        commands = log.read_text().splitlines()
+        compiled = sorted(Path(word).name for c in commands if " -c " in c for word in c.split()
+                          if word.endswith((".cu", ".cpp")))
+        return compiled, commands, p.stdout + p.stderr
+
+    run.tree = tree
+    return run
+
+
+@needs_setuptools
+def test_build(make):
+    """Every source for every GPU; again only what is older than its source or a header; each set of GPUs apart."""
+    everything = ["a.cu", "b.cu", "cuda_module.cpp"]
+    compiled, commands, said = make(EFT_KERNELS_CUDA_ARCHS="")
+    assert compiled == everything
+    assert "built the CUDA extension for sm_80, sm_90a, compute_90 with" in said
+    assert (make.tree / "eft_kernels/_cuda.abi3.so").exists()
+    for command in commands:
+        if ".cu " in command:
+            assert "-fmad=false" in command and "-O3" in command and "-gencode=arch=compute_90a,code=sm_90a" in command
+    assert "-cudart=static" in commands[-1] and " -c " not in commands[-1]
+    assert make(EFT_KERNELS_CUDA_ARCHS="")[0] == []
+    os.utime(make.tree / "csrc/cuda/b.cu")
+    assert make(EFT_KERNELS_CUDA_ARCHS="")[0] == ["b.cu"]
+    compiled, commands, said = make(EFT_KERNELS_CUDA_ARCHS="90a")
+    assert compiled == everything and "sm_80" not in "".join(commands) and "for sm_90a with" in said
+    for header in ("csrc/cuda/shared.cuh", "csrc/bindings/arguments.h"):
+        objects = list((make.tree / "build").rglob("*.o"))
+        for path in (*objects, make.tree / "csrc/cuda/b.cu"):
+            os.utime(path, (2e9, 2e9))
+        assert make(EFT_KERNELS_CUDA_ARCHS="90a")[0] == []
+        os.utime(make.tree / header, (2e9 + 1, 2e9 + 1))
+        assert make(EFT_KERNELS_CUDA_ARCHS="90a")[0] == everything
+        os.utime(make.tree / header, (1e9, 1e9))
+
+
+@needs_setuptools
+def test_a_failed_build_fails_nothing(make):
+    assert "built the CUDA extension" in make()[2]
+    (make.tree / "csrc/cuda/broken.cu").touch()
+    said = make()[2]
+    assert "NOT built: the CUDA extension (" in said and "nvcc" in said and "Triton" in said
+    assert not list((make.tree / "build").rglob("_cuda*.so")), "nothing old is installed instead"
+    for path in (make.tree / "csrc/cuda").glob("*.cu"):
+        path.unlink()
+    assert "no csrc/cuda/*.cu" in make()[2]
+    compiled, commands, said = make(EFT_KERNELS_CUDA="0")
+    assert not commands and "NOT built: the CUDA extension (EFT_KERNELS_CUDA=0)" in said
+
+
+# --- what the module hands over ------------------------------------------------------------------------------------
+
+# Kernels that write down their `Place`, and an exchange interface that says that tensors of the CPU's are on GPU 1 (one
+# of them: on GPU 0).
+SOURCE = r"""
+#include <Python.h>
+#include "bindings/dlpack.h"
+#include "cuda/kernels.h"
+using namespace eft;
+namespace {
+const dlpack::ExchangeAPI* real;
+dlpack::ExchangeAPI api;
+void (*release)(dlpack::Managed*);
+}
+extern "C" {
+__attribute__((visibility("default"))) int64_t seen[8];  // launches, device, stream, aligned, freed, ids
+__attribute__((visibility("default"))) void* elsewhere;
+__attribute__((visibility("default"))) PyObject* pretend(PyObject* capsule) {
+  real = static_cast<const dlpack::ExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  api = *real;
+  api.tensor_from_object = [](void* o, dlpack::Tensor* t) {
+    int error = real->tensor_from_object(o, t);
+    t->device = {dlpack::kCUDA, o == elsewhere ? 0 : 1};
+    return error;
+  };
+  api.allocate = [](dlpack::Tensor* t, dlpack::Managed** out, void* c, void (*e)(void*, const char*, const char*)) {
+    if (t->device.type != dlpack::kCUDA || t->device.id != 1) return e(c, "ValueError", "another device"), -1;
+    dlpack::Tensor host = *t;
+    host.device = {dlpack::kCPU, 0};
+    int error = real->allocate(&host, out, c, e);
+    if (t->dtype.code == dlpack::kUint) {
+      release = (*out)->deleter;
+      (*out)->deleter = [](dlpack::Managed* m) { ++seen[4], release(m); };
+    }
+    return error;
+  };
+  api.current_stream = [](int32_t type, int32_t id, void** stream) {
+    *stream = reinterpret_cast<void*>(type * 100 + id);
+    return 0;
+  };
+  return PyCapsule_New(&api, "dlpack_exchange_api", nullptr);
+}
+}
+template <class C>
+int64_t bytes(const C& c, int device) { return c.rows * c.slots * 100 + device; }
+template <class C>
+const char* launch(const C& c, const Place& p) {
+  ++seen[0], seen[1] = p.device, seen[2] = reinterpret_cast<int64_t>(p.stream);
+  seen[3] = p.scratch && reinterpret_cast<uintptr_t>(p.scratch) % 256 == 0 && seen[4] == seen[0] - 1;
+  for (int64_t i = 0; i < bytes(c, p.device); ++i) static_cast<char*>(p.scratch)[i] = 1;
+  for (int64_t i = 0; i < c.rows * c.slots; ++i) if (p.counters[i]) return "counters are not zero";
+  return nullptr;
+}
+const CudaKernels& eft::cuda_kernels() {
+  static const CudaKernels k{bytes<SampleCall>, bytes<VerifyCall>,
+    [](const LogprobsCall&, int) -> int64_t { return 0; },
+    [](const SampleCall& c, const Place& p) {
+      for (int64_t i = 0; i < c.rows; ++i) c.tokens[i] = i;
+      return launch(c, p);
+    }, launch<VerifyCall>,
+    [](const LogprobsCall& c, const Place& p) -> const char* {
+      seen[5] = c.n_ids;
+      return p.scratch ? "not asked for" : "out of threads";
+    }, [](int device) -> const char* { return device ? nullptr : "too old"; }};
+  return k;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def planted(build, tmp_path_factory):
+    """(the module with those kernels, what they saw, the type of its tensors)"""
+    folder, cxx = tmp_path_factory.mktemp("module"), build.compiler()
+    if cxx is None or sys.platform != "linux":
+        pytest.skip("needs a C++ compiler on Linux")
+    (folder / "kernels.cpp").write_text(SOURCE)
+    library = folder / "_cuda.abi3.so"
+    command = [*cxx, "-O0", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-shared", "-w", f"-I{ROOT}/csrc",
+               f"-I{sysconfig.get_path('include')}", ROOT / "csrc/bindings/cuda_module.cpp", folder / "kernels.cpp",
+               "-o", library]
+    p = subprocess.run([str(x) for x in command], capture_output=True, text=True)
+    assert p.returncode == 0, shlex.join(map(str, command)) + p.stderr
+    module, raw = load("_cuda", library), ctypes.PyDLL(str(library))
+    raw.pretend.restype, raw.pretend.argtypes = ctypes.py_object, [ctypes.py_object]
+
+    class Tensor(torch.Tensor):
+        __dlpack_c_exchange_api__ = raw.pretend(torch.Tensor.__dlpack_c_exchange_api__)
+
+    module.attach(Tensor, torch.nn.Parameter)
+    return module, (ctypes.c_int64 * 8).in_dll(raw, "seen"), ctypes.c_void_p.in_dll(raw, "elsewhere"), Tensor
+
+
+@needs_setuptools
+def test_module(planted):
+    """Device, stream, aligned scratch until the launch is done; scalars are checked, values on the device are not."""
+    module, seen, elsewhere, Tensor = planted
+    assert module.simt is False and not hasattr(module, "set_poison")
+    assert module.unusable(0) == "too old" and module.unusable(1) is None
+
+    def there(x):
+        return x.as_subclass(Tensor)
+
+    z, zeros = [there(torch.zeros(3, 8)) for _ in range(2)], there(torch.zeros(12, dtype=torch.int32))
+
+    def sample(counters=zeros, strict=True, z=z, weights=(1.0, 1.0), temperature=1.0):
+        return module.sample(counters, strict, z, weights, temperature, 0, 1.0, 0.0, 1.0, 5, 0, None, 8, 1, 0, 0, False,
+                             0, False)
+
+    tokens, valid, *rest = sample()
+    assert tokens.tolist() == [0, 1, 2] and valid.shape == (3,) and rest == [None] * 6
+    assert list(seen[:5]) == [1, 1, 201, True, 1]
+    bad = there(torch.full((3,), -1.0))
+    assert sample(temperature=bad) is not None and sample(temperature=-1.0, strict=False) is not None
+    assert sample(temperature=-1.0) is None and sample(weights=(1.0, float("nan"))) is None
+    for wrong in (None, 3, zeros[:2], there(zeros.long()), zeros.view(3, 4), zeros[::2][:2]):
+        assert sample(wrong) is None
+    for x, call in ((zeros, {}), (z[1], {}), (bad, dict(temperature=bad))):
+        elsewhere.value = id(x)
+        assert sample(**call) is None, "on two GPUs"
+    elsewhere.value = None
+    launches = seen[0]
+    assert sample(z=[there(torch.zeros(0, 8))] * 2)[0].shape == (0,) and seen[0] == launches
+
+    slots, drafts = [there(torch.zeros(3, 4, 8))], there(torch.zeros(3, 3, dtype=torch.int64))
+    options = ((1.0,), 1.0, 0, 1.0, 0.0, 1.0, 5, 0, None, 8, 0)
+    out = module.verify(zeros, False, slots, *options, drafts, None, 1, None, True)
+    assert [tuple(x.shape) for x in out] == [(3, 4), (3,), (3,), (3, 4), (3, 4)] and seen[3] and seen[4] == seen[0]
+    assert module.verify(zeros[:11], False, slots, *options, drafts, None, 1, None, True) is None
+    for ids, count in ((None, 8), (there(torch.zeros(3, 5, dtype=torch.int64)), 5)):
+        with pytest.raises(RuntimeError, match="logprobs: out of threads"):
+            module.logprobs(zeros, False, z[:1], *options, ids)
+        assert seen[5] == count
+    zeros[4] = 1
+    with pytest.raises(RuntimeError, match="verify: counters are not zero"):
+        module.verify(zeros, False, slots, *options, drafts, None, 1, None, True)
+
+
+def test_counters():
+    """A buffer for each stream, kept, and a longer one where it is too short."""
+    cpu = torch.device("cpu")
+    a, b, again = (workspace.counters(5, cpu, stream) for stream in ("a", "b", "a"))
+    assert a.data_ptr() == again.data_ptr() != b.data_ptr() and a.dtype == torch.int32 and not a.any()
+    more = workspace.counters(5000, cpu, "a")
+    assert more.shape[0] >= 5000 and not more.any() and more.data_ptr() == workspace.counters(3, cpu, "a").data_ptr()
+    assert workspace.counters(0, cpu, "a").data_ptr() == more.data_ptr()
+
+
+# --- who takes over ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("built, here, warned", [
+    (True, {"cuda", "triton"}, []),
+    (True, {"triton"}, ["cuda"]),
+    (False, {"triton"}, []),
+    (False, {"reference"}, ["triton"]),
+    (True, {"reference"}, ["cuda", "triton"]),
+])
+def test_auto_on_a_gpu(monkeypatch, built, here, warned):
+    """CUDA, else Triton. It is said where the CUDA extension cannot run, not where it was never built."""
+    extension = types.ModuleType("eft_kernels._cuda")
+    extension.__spec__ = importlib.machinery.ModuleSpec("eft_kernels._cuda", None)
+    monkeypatch.setitem(sys.modules, "eft_kernels._cuda", extension if built else None)
+    monkeypatch.setattr(dispatch, "status", lambda name: (name in here, f"{name} is too old"))
+    monkeypatch.setattr(dispatch, "load", lambda name: name)
+    monkeypatch.delenv("EFT_KERNELS_BACKEND", raising=False)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        chosen = dispatch._choose.__wrapped__("auto", "cuda")
+    assert chosen == next(b.name for b in dispatch.TABLE if b.name in here and b.name != "cpu")
+    assert len(seen) == len(warned)
+    for warning, name in itertools.zip_longest(seen, warned):
+        assert f"the {name} backend is not available ({name} is too old)" in str(warning.message)
