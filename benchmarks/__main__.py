@@ -1,4 +1,4 @@
-"""python -m benchmarks {list, run, add, report, compare, aot, tune}
+"""python -m benchmarks {list, run, add, report, compare, aot, sass, tune}
 
 Exit codes: 0 it worked, 1 our own tokens are wrong (nothing was timed), 2 bad input or refused, 130 interrupted.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import aot, compare, generate, inputs, registry, report, run, tune
+from . import aot, compare, generate, inputs, registry, report, run, sass, tune
 from .baselines import BASELINES
 from .registry import GENERATIONS, OPS, OURS, SUITES, Shape
 from .run import Refused
@@ -44,6 +44,7 @@ def parser(prog: str) -> Parser:
     commands.add_parser("report", help="tables and plots of results", add_help=False)
     commands.add_parser("compare", help="rows against rows", add_help=False)
     commands.add_parser("aot", help="what the Triton kernels compile to", add_help=False)
+    commands.add_parser("sass", help="what the CUDA kernels compile to", add_help=False)
     commands.add_parser("tune", help="how the Triton kernels' launches are cut best, on a GPU", add_help=False)
     return root
 
@@ -172,8 +173,8 @@ def catalogue() -> str:
 def main(argv: list[str] | None = None, prog: str = "python -m benchmarks") -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if argv[:1] in (["report"], ["compare"], ["aot"], ["tune"]):
-            return dict(report=report, compare=compare, aot=aot, tune=tune)[argv[0]].main(argv[1:])
+        if argv[:1] in (["report"], ["compare"], ["aot"], ["sass"], ["tune"]):
+            return dict(report=report, compare=compare, aot=aot, sass=sass, tune=tune)[argv[0]].main(argv[1:])
         args = parser(prog).parse_args(argv)
         if args.command == "list":
             print(catalogue())

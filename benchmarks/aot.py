@@ -45,6 +45,8 @@ class Target(NamedTuple):
     arch: int | str
     lanes: int  # of a warp
     shared: int  # bytes of an SM
+    warps: int = 64  # of an SM
+    blocks: int = 32
 
 
 TARGETS = {
@@ -299,9 +301,8 @@ def blocks(code: list[Instruction]) -> list[tuple[range, list[int]]]:
     return out
 
 
-def loops(code: list[Instruction]) -> list[tuple[set[int], set[int]]]:
-    """Natural loops: the instructions of each, and those of them that every iteration executes."""
-    graph = blocks(code)
+def natural_loops(graph: list[tuple[range, list[int]]]) -> dict[int, tuple[set[int], set[int]]]:
+    """Of a graph of blocks, by the head of each loop: its blocks, and those of them that every iteration executes."""
     before, reached, todo = {n: [] for n in range(len(graph))}, {0}, [0]
     while todo:
         n = todo.pop()
@@ -327,8 +328,13 @@ def loops(code: list[Instruction]) -> list[tuple[set[int], set[int]]]:
                     todo += before[m]
             old = found.get(head, (set(), body))
             found[head] = old[0] | body, old[1] & dominators[n]
-    return [tuple({i for n in part for i in graph[n][0]} for part in (body, always & body))
-            for body, always in found.values()]
+    return {head: (body, always & body) for head, (body, always) in found.items()}
+
+
+def loops(code: list[Instruction]) -> list[tuple[set[int], set[int]]]:
+    """Natural loops: the instructions of each, and those of them that every iteration executes."""
+    graph = blocks(code)
+    return [tuple({i for n in part for i in graph[n][0]} for part in found) for found in natural_loops(graph).values()]
 
 
 def main_loop(code: list[Instruction], nbytes: int) -> set[int] | None:
@@ -394,7 +400,7 @@ def ctas(target: Target, registers: int, warps: int, shared: int) -> int:
     if target.backend == "hip":  # four SIMDs of 512 registers a lane, at most 8 waves each
         return min(4 * min(8, 512 // (math.ceil(registers / 8) * 8)) // warps, target.shared // max(shared, 1))
     fits = 4 * (16384 // (math.ceil(registers / 8) * 8 * 32)) // warps
-    return min(fits, 64 // warps, target.shared // (shared + 1024), 32)
+    return min(fits, target.warps // warps, target.shared // (shared + 1024), target.blocks)
 
 
 def examine(name: str, kernel_name: str, a: dict, kernel) -> dict:

@@ -22,12 +22,12 @@ HERE = sys.platform == "linux" and shutil.which(build.CXX[0])
 pytestmark = pytest.mark.skipif(not HERE, reason="needs g++ on Linux")
 
 METHODS = ops.METHODS
-# compute capability, multiprocessors, shared memory a block, largest cluster
+# compute capability, multiprocessors, shared memory a block, the largest cluster allowed and that there is room for
 DEVICES = {
-    "latency": (90, 132, 232448, 16),  # many blocks a row; without filters a chunk a warp
-    "stream": (90, 1, 232448, 16),  # few blocks a row
-    "staged": (80, 8, 20000, 1),  # no clusters, scores in global memory
-    "starved": (80, 1, 3000, 1),  # what a block keeps of its chunks, too
+    "latency": (90, 132, 232448, 16, 16),  # many blocks a row; without filters a chunk a warp
+    "stream": (90, 1, 232440, 16, 4),  # few blocks a row; a GPU with less than 16 multiprocessors together
+    "staged": (80, 8, 20000, 1, 1),  # no clusters, scores in global memory
+    "starved": (80, 1, 3000, 1, 1),  # what a block keeps of its chunks, too
 }
 
 
@@ -109,14 +109,14 @@ def test_no_cut_changes_a_token(shim, multiprocessors):
     """A vocabulary of some dozen chunks, whatever the split; the winners are not all in one place."""
     case = Case("cuda cuts", rows=6, vocab=(9100,), dtypes=(BF16,), scale=1.0)
     for cluster in (1, 2, 16):
-        shim.simt_set_device(90, multiprocessors, 232448, cluster)
+        shim.simt_set_device(90, multiprocessors, 232448, cluster, cluster)
         for extra in (dict(logprobs=True), dict(top_logprobs=3)):
             assert len(set((check_sample(case, "cuda", **extra).tokens // 1024).tolist())) > 1
 
 
 def test_no_order_of_threads_changes_a_token(shim):
     mixed = dict(temperature=per_row(1.0, 0.0, 0.6), top_p=per_row(1.0, 0.9, 0.3), upscale_top_p=per_row(1.0, 0.8))
-    shim.simt_set_device(90, 16, 232448, 4)
+    shim.simt_set_device(90, 16, 232448, 4, 4)
     for seed in range(10):
         shim.simt_set_seed(seed)
         check_sample(Case("cuda order", rows=4, vocab=(3000,), dtypes=(BF16,)), "cuda", logprobs=True)

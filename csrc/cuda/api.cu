@@ -13,6 +13,7 @@ const char* run_verify(const VerifyCall&, const Place&, const Device&);
 Device device_of(int index) {
   Device d;
   query_device(index, d.capability, d.multiprocessors, d.shared, d.cluster);
+  d.cluster = largest_cluster(index, d.cluster, d.shared);
   return d;
 }
 
@@ -31,7 +32,7 @@ RowCall row_call(const SampleCall& c) {
   r.tokens = c.tokens, r.valid = c.valid, r.logprobs = c.logprobs, r.raw_logprobs = c.raw_logprobs;
   r.top_n = c.top_n, r.top_ids = c.top_ids, r.top_logprobs = c.top_logprobs;
   r.entropy = c.entropy, r.tv = c.tv;
-  r.token_only = !c.logprobs;
+  r.token_only = !c.logprobs, r.keeps = true;
   return r;
 }
 
@@ -39,16 +40,18 @@ RowCall row_call(const LogprobsCall& c) {
   RowCall r{};
   static_cast<Call&>(r) = c;
   r.ids = c.ids, r.n_ids = c.n_ids;
+  // log-probs of given tokens, where nothing is filtered and no row is greedy, need no score but theirs
+  r.keeps = !c.ids || filters(c) || c.temperature.data || c.temperature.value < kGreedy;
   (c.ids ? r.id_logprobs : r.all_logprobs) = c.out;
   return r;
 }
 
 const CudaKernels table = {
     [](const SampleCall& c, int device) {
-      return needs_row(c) ? staged_bytes(c, device_of(device)) : plain_scratch(c, device_of(device));
+      return needs_row(c) ? staged_bytes(row_call(c), device_of(device)) : plain_scratch(c, device_of(device));
     },
     [](const VerifyCall& c, int device) { return verify_scratch(c, device_of(device)); },
-    [](const LogprobsCall& c, int device) { return staged_bytes(c, device_of(device)); },
+    [](const LogprobsCall& c, int device) { return staged_bytes(row_call(c), device_of(device)); },
     [](const SampleCall& c, const Place& p) -> const char* {
       if (c.rows == 0) return nullptr;
       return needs_row(c) ? run_rows(row_call(c), p.scratch, device_of(p.device), p.stream)

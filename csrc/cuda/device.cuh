@@ -31,29 +31,52 @@ struct Grid {
   void* stream;
 };
 
-// null, or what went wrong
-template <class... P, class... A>
-const char* launch(void (*kernel)(P...), const Grid& g, const A&... args) {
+inline cudaLaunchConfig_t config_of(const Grid& g, cudaLaunchAttribute* attribute) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(g.blocks));
   config.blockDim = dim3(g.threads);
   config.dynamicSmemBytes = g.shared;
   config.stream = static_cast<cudaStream_t>(g.stream);
-  cudaLaunchAttribute attribute[1];
+  config.attrs = attribute;
   if (g.cluster > 1) {
-    attribute[0].id = cudaLaunchAttributeClusterDimension;
-    attribute[0].val.clusterDim.x = g.cluster;
-    attribute[0].val.clusterDim.y = attribute[0].val.clusterDim.z = 1;
+    attribute->id = cudaLaunchAttributeClusterDimension;
+    attribute->val.clusterDim.x = g.cluster;
+    attribute->val.clusterDim.y = attribute->val.clusterDim.z = 1;
     config.numAttrs = 1;
   }
-  config.attrs = attribute;
+  return config;
+}
+
+template <class... P>
+cudaError_t allow(void (*kernel)(P...), const Grid& g) {
+  const void* f = reinterpret_cast<const void*>(kernel);
   cudaError_t error = cudaSuccess;
-  if (g.shared > 48 << 10)
-    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, g.shared);
+  if (g.shared > 48 << 10) error = cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, g.shared);
   if (error == cudaSuccess && g.cluster > 8)
-    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    error = cudaFuncSetAttribute(f, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  return error;
+}
+
+// null, or what went wrong
+template <class... P, class... A>
+const char* launch(void (*kernel)(P...), const Grid& g, const A&... args) {
+  cudaLaunchAttribute attribute;
+  const cudaLaunchConfig_t config = config_of(g, &attribute);
+  cudaError_t error = allow(kernel, g);
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// whether the current device can hold such a cluster at all
+template <class... P>
+bool fits(void (*kernel)(P...), const Grid& g) {
+  cudaLaunchAttribute attribute;
+  const cudaLaunchConfig_t config = config_of(g, &attribute);
+  int clusters = 0;
+  const bool known = allow(kernel, g) == cudaSuccess &&
+                     cudaOccupancyMaxActiveClusters(&clusters, reinterpret_cast<const void*>(kernel), &config) == cudaSuccess;
+  if (!known) cudaGetLastError();  // or a later launch would tell of it
+  return known && clusters > 0;
 }
 
 // the block's dynamic shared memory, 16-byte aligned; kernels have no other

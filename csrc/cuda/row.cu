@@ -159,7 +159,7 @@ EFT_KERNEL void __launch_bounds__(kRowThreads, 2) row_kernel(const __grid_consta
   const Field field = field_at(area + (per + 3) / 4 * 16, part.first, part.n);
   const bool tempered = !q.greedy && q.temperature != 1;
   const auto keep = [&](int chunk, const float* s) {
-    store8(part.scores + (chunk - part.first) * kChunkSize + lane_id() * kPerLane, s);
+    if (call.keeps) store8(part.scores + (chunk - part.first) * kChunkSize + lane_id() * kPerLane, s);
   };
   // scores, their best, and sums of exponentials
   ExpSum sum;
@@ -233,15 +233,11 @@ EFT_KERNEL void __launch_bounds__(kRowThreads, 2) row_kernel(const __grid_consta
           call.all_logprobs[r * row.vocab + token] = ok ? logprob(f, q, part.scores[i * kChunkSize + k], token) : NAN;
       }
   if (call.id_logprobs)
-    for (int64_t i = threadIdx.x; i < call.n_ids; i += kRowThreads) {
-      const int64_t id = call.ids[r * call.n_ids + i], place = id - int64_t{part.first} * kChunkSize;
+    for (int64_t i = team.rank * kRowThreads + threadIdx.x; i < call.n_ids; i += team.size * kRowThreads) {
+      const int64_t id = call.ids[r * call.n_ids + i];
       const bool inside = id >= 0 && id < row.vocab;
-      float* out = call.id_logprobs + r * call.n_ids + i;
-      if (!inside || !ok) {
-        if (team.rank == 0) *out = NAN;
-      } else if (place >= 0 && place < part.n * kChunkSize) {
-        *out = logprob(f, q, part.scores[place], static_cast<int>(id));
-      }
+      const int token = inside ? static_cast<int>(id) : 0;
+      call.id_logprobs[r * call.n_ids + i] = inside && ok ? logprob(f, q, score_of(row, token), token) : NAN;
     }
 }
 
@@ -253,10 +249,11 @@ struct Shape {
 };
 
 // Blocks of a row: few where rows are many, as long as scores fit; with few rows so many that a warp has a chunk.
-Shape shape_of(const Call& call, const Device& device) {
+Shape shape_of(const RowCall& call, const Device& device) {
   const int64_t chunks = chunks_of(call), rows = call.rows * call.slots;
   const auto per = [&](int size) { return static_cast<int>((chunks + size - 1) / size); };
-  const auto needs = [&](int size) { return kHead + area_bytes(per(size)) + int64_t{per(size)} * kChunkSize * 4; };
+  const int64_t chunk_bytes = call.keeps ? kChunkSize * 4 : 0;
+  const auto needs = [&](int size) { return kHead + area_bytes(per(size)) + per(size) * chunk_bytes; };
   int size = 1;
   while (size < device.cluster && size * kRowWarps < chunks &&
          (rows * size < 2 * device.multiprocessors || needs(size) > kRoom))
@@ -267,11 +264,29 @@ Shape shape_of(const Call& call, const Device& device) {
   return s;
 }
 
-int64_t scores_bytes(const Call& call) { return call.rows * call.slots * chunks_of(call) * kChunkSize * 4; }
+}  // namespace
+
+int largest_cluster(int index, int most, int shared) {
+  constexpr int kDevices = 64;
+  static struct {
+    int most, shared, size;
+  } known[kDevices];
+  auto& k = known[index % kDevices];
+  if (k.most != most || k.shared != shared || index >= kDevices) {
+    int size = most;
+    while (size > 1 && !fits(row_kernel, {size, kRowThreads, size, shared, nullptr})) size /= 2;
+    k = {most, shared, size};
+  }
+  return k.size;
+}
+
+namespace {
+
+int64_t scores_bytes(const RowCall& call) { return call.rows * call.slots * chunks_of(call) * kChunkSize * 4; }
 
 }  // namespace
 
-int64_t staged_bytes(const Call& call, const Device& device) {
+int64_t staged_bytes(const RowCall& call, const Device& device) {
   const Shape s = shape_of(call, device);
   return (s.staged ? scores_bytes(call) : 0) + (s.area ? call.rows * call.slots * s.size * area_bytes(s.per) : 0);
 }

@@ -21,6 +21,7 @@ struct RowCall : Call {
   uint32_t stream, slot;
   bool samples, exact;  // draw a token; know the exact mass of rows that nothing is filtered from
   bool token_only;      // nothing is returned that depends on the filters but the token
+  bool keeps;           // scores are looked at again
   int64_t* tokens;
   bool* valid;
   float *logprobs, *raw_logprobs;
@@ -50,8 +51,12 @@ EFT_DEVICE float logprob(const State& f, const Knobs& q, float s, int token) {
 
 // --- launches ------------------------------------------------------------------------------------------------------
 
+// The largest cluster that a device has room for, where `most` is what it allows (16 takes a whole GPC, or more than some
+// have); asked once for each device.
+int largest_cluster(int index, int most, int shared);
+
 const char* run_rows(const RowCall& call, void* staged, const Device& device, void* stream);
-int64_t staged_bytes(const Call& call, const Device& device);
+int64_t staged_bytes(const RowCall& call, const Device& device);
 
 }  // namespace cuda
 }  // namespace eft

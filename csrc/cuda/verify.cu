@@ -306,6 +306,16 @@ struct Layout {
   }
 };
 
+// every slot of target or draft, its state
+RowCall rows_of(const Judge& j, bool draft) {
+  RowCall r{};
+  static_cast<Call&>(r) = draft ? j.draft : j.target;
+  r.stream = kSample;
+  r.samples = !draft, r.exact = j.method != kCoupled, r.keeps = true;
+  r.states = draft ? j.draft_states : j.target_states, r.tops = draft ? nullptr : j.tops;
+  return r;
+}
+
 void* lay_out(Layout& at, Judge& j, bool drafts, const Device& device) {
   const int64_t rows = j.target.rows * j.target.slots;
   j.target_states = at.take<State>(rows);
@@ -316,7 +326,7 @@ void* lay_out(Layout& at, Judge& j, bool drafts, const Device& device) {
     j.rest = at.take<int64_t>(rows);
     j.ends = at.take<int>(j.target.rows);
   }
-  const int64_t staged = std::max(staged_bytes(j.target, device), drafts ? staged_bytes(j.draft, device) : 0);
+  const int64_t staged = std::max(staged_bytes(rows_of(j, false), device), drafts ? staged_bytes(rows_of(j, true), device) : 0);
   return at.take<char>(staged);
 }
 
@@ -351,17 +361,8 @@ const char* run_verify(const VerifyCall& call, const Place& place, const Device&
   Judge j = judge_of(call);
   const bool drafts = has_draft(call);
   void* staged = lay_out(at, j, drafts, device);
-  RowCall rows{};
-  static_cast<Call&>(rows) = j.target;
-  rows.stream = kSample;
-  rows.samples = true, rows.exact = j.method != kCoupled;
-  rows.states = j.target_states, rows.tops = j.tops;
-  const char* error = run_rows(rows, staged, device, place.stream);
-  if (drafts && !error) {
-    static_cast<Call&>(rows) = j.draft;
-    rows.samples = false, rows.states = j.draft_states, rows.tops = nullptr;
-    error = run_rows(rows, staged, device, place.stream);
-  }
+  const char* error = run_rows(rows_of(j, false), staged, device, place.stream);
+  if (drafts && !error) error = run_rows(rows_of(j, true), staged, device, place.stream);
   const int64_t chunks = chunks_of(call);
   if (j.method == kBlock && !error) {
     error = launch(ratio_kernel, {call.rows, kLanes, 1, sizeof(JudgeShared), place.stream}, j);

@@ -227,7 +227,7 @@ using std::max;
 using std::min;
 
 struct SimtDevice {
-  int capability = 90, multiprocessors = 4, shared = 232448, cluster = 16;
+  int capability = 90, multiprocessors = 4, shared = 232448, cluster = 16, fits = 16;  // fits: of clusters, in fact
 };
 inline SimtDevice simt_device;
 
@@ -235,11 +235,16 @@ inline void query_device(int, int& capability, int& multiprocessors, int& shared
   capability = simt_device.capability, multiprocessors = simt_device.multiprocessors;
   shared = simt_device.shared, cluster = simt_device.cluster;
 }
+template <class... P>
+bool fits(void (*)(P...), const Grid& g) {
+  return g.cluster <= simt_device.fits;
+}
 inline const char* why_unusable(int) { return nullptr; }
 
 }  // namespace eft
 
 // what launches are cut for
-extern "C" __attribute__((used)) inline void simt_set_device(int capability, int multiprocessors, int shared, int cluster) {
-  eft::simt_device = {capability, multiprocessors, shared, cluster};
+extern "C" __attribute__((used)) inline void simt_set_device(int capability, int multiprocessors, int shared,
+                                                             int cluster, int fits) {
+  eft::simt_device = {capability, multiprocessors, shared, cluster, fits};
 }
