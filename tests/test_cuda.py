@@ -26,8 +26,7 @@ METHODS = ops.METHODS
 DEVICES = {
     "latency": (90, 132, 232448, 16, 16),  # many blocks a row; without filters a chunk a warp
     "stream": (90, 1, 232440, 16, 4),  # few blocks a row; a GPU with less than 16 multiprocessors together
-    "staged": (80, 8, 20000, 1, 1),  # no clusters, scores in global memory
-    "starved": (80, 1, 3000, 1, 1),  # what a block keeps of its chunks, too
+    "staged": (80, 1, 100000, 1, 1),  # no clusters, scores in global memory
 }
 
 
@@ -196,18 +195,13 @@ FAULTS = {
         "static_cast<unsigned>(splits - 2)"),
     "counters are not set back": ("sample.cu", "    counters[b] = 0;\n", ""),
     "another token's noise": ("race.cuh", "token & 1 ? w.r[1] : w.r[0]", "token & 1 ? w.r[0] : w.r[1]"),
-    "noise at the chunk's place twice": ("race.cuh", "(q.greedy || at != place)", "true"),
     "a bound too low": ("race.cuh", "pack(top + q.temperature * g,", "pack(top + q.temperature * g - 3,"),
     "-inf in models that cancel": ("score.cuh", "return low > -kInf && high < kInf ? high : NAN;", "return high;"),
     "vectors that are not aligned": ("score.cuh", "if (off & 4) x[0] = x[1],", "if (off & 2) x[0] = x[1],"),
-    "no exact sum where it is in doubt": (
-        "filter.cuh", "if (total.doubtful(q.top_p, t.sum[0], t.sum[1])) {",
-        "if (false) {"),
-    "the first winner, kept or not": ("filter.cuh", "if (kept) return w;", "return w;"),
+    "no exact sum where it is in doubt": ("filter.cuh", "!total.doubtful(q.top_p, t.sum[0], t.sum[1])", "true"),
+    "the first winner, kept or not": ("filter.cuh", "if (!q.use_k && !q.use_p) return true;", "return true;"),
     "the bracket's lower end": ("filter.cuh", "a = fmaxf(a, at[k]);", "a = fmaxf(a, at[k] + 1e-3f);"),
-    "the tuned model's nucleus": (
-        "row.cu", "mass_limit(p, total), MassOf{best, kLog2e}",
-        "mass_limit(p, total / 2), MassOf{best, kLog2e}"),
+    "the tuned model's nucleus": ("row.cu", "mass_limit(p, total), {best", "mass_limit(p, total / 2), {best"),
     "a residual without the draft": (
         "verify.cu", "const int64_t m = draft ? mass_at",
         "const int64_t m = draft ? 0 * mass_at"),

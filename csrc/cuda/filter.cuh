@@ -33,17 +33,14 @@ EFT_DEVICE void each_chunk(const Part& part, float low, const Visit& visit) {
   }
 }
 
-// What a score counts: 1, or its mass.
-struct One {
-  EFT_MEMBER int64_t operator()(float) const { return 1; }
-};
-struct MassOf {
+// What a score counts: its mass, or 1.
+struct Count {
   float best, c;
-  EFT_MEMBER int64_t operator()(float s) const { return mass(s, best, c); }
+  bool ones;
+  EFT_MEMBER int64_t operator()(float s) const { return ones ? 1 : mass(s, best, c); }
 };
 
 // what the scores above and not below `at` count
-template <class Count>
 EFT_DEVICE Tally<2> count_from(Team& team, const Part& part, float at, const Count& count) {
   Tally<2> t;
   const float low = at == -kInf ? at : below(at);
@@ -61,7 +58,6 @@ EFT_DEVICE Tally<2> count_from(Team& team, const Part& part, float at, const Cou
 
 // The smallest score in [low, best] with less than `limit` counted above it. The bracket (a, b] around it is cut at seven
 // places a turn, and its ends are drawn in to scores that there are.
-template <class Count>
 EFT_DEVICE float cut(Team& team, const Part& part, float low, float best, int64_t limit, const Count& count) {
   constexpr int N = 7;
   float a = low == -kInf ? low : below(low), b = best, from = low == -kInf ? best : low;
@@ -91,14 +87,11 @@ EFT_DEVICE float cut(Team& team, const Part& part, float low, float best, int64_
 #pragma unroll
     for (int k = N - 1; k >= 0; --k) {  // from the highest down, what is counted above rises
       const int64_t above = over + t.sum[k];
-      if (above < limit) {
-        if (at[k] < b) b = at[k], less = above;
-      } else {
-        a = fmaxf(a, at[k]);
-        from = fmaxf(from, a);
-        break;
-      }
+      const bool inside = above < limit;
+      if (!inside) a = fmaxf(a, at[k]);
+      if (inside && at[k] < b) b = at[k], less = above;
     }
+    from = fmaxf(from, a);
     over = less;
   }
 }
@@ -138,8 +131,8 @@ EFT_DEVICE Total total_about(float approximate, int vocab) {
   const double units = static_cast<double>(approximate * 0x1p40f);
   return {units, units * kSlack + vocab};
 }
-EFT_DEVICE Total total_exactly(Team& team, const Part& part, const MassOf& mass) {
-  return {static_cast<double>(count_from(team, part, -kInf, mass).sum[1]), 0};
+EFT_DEVICE Total total_exactly(Team& team, const Part& part, float floor, const Count& mass) {
+  return {static_cast<double>(count_from(team, part, floor, mass).sum[1]), 0};
 }
 
 EFT_DEVICE float least_of(const Knobs& q, float best) {
@@ -147,56 +140,39 @@ EFT_DEVICE float least_of(const Knobs& q, float best) {
 }
 
 EFT_DEVICE Kept keep_of(Team& team, const Part& part, const Knobs& q, float best, float approximate, int vocab) {
-  const MassOf mass{best, q.c};
-  Kept kept{-kInf, 0};
-  if (!q.filtered()) return kept;
+  if (!q.filtered()) return {-kInf, 0};
   const float least = least_of(q, best);
-  float floor = least;
-  if (q.use_k) floor = cut(team, part, -kInf, best, q.top_k, One());
-  if (q.use_p) {
-    if (q.use_k) {
-      const int64_t all = count_from(team, part, floor, mass).sum[1];
-      floor = cut(team, part, floor, best, limit_of(q.top_p, static_cast<double>(all)), mass);
-    } else {
-      const float low = cutoff(best, q.top_p, approximate * (1 - kSlack), q.temperature, vocab);
-      Total total = total_about(approximate, vocab);
-      floor = cut(team, part, low, best, limit_of(q.top_p, total.units), mass);
-      const Tally<2> t = count_from(team, part, floor, mass);
-      if (total.doubtful(q.top_p, t.sum[0], t.sum[1])) {
-        total = total_exactly(team, part, mass);
-        floor = cut(team, part, low, best, limit_of(q.top_p, total.units), mass);
-      } else if (floor >= least) {
-        return {floor, t.sum[1]};
-      }
-    }
+  float floor = -kInf, low = -kInf;
+  int64_t mass = -1;
+  // at most three cuts: for the k-th score; for the nucleus by a float32 sum, unless that is of the k best alone; and, where
+  // the error of the sum leaves the last score in doubt, by an exact one
+  enum { kTopK, kNucleus, kExactly };
+  for (int step = q.use_k ? kTopK : kNucleus; step <= (q.use_p ? kExactly : kTopK); ++step) {
+    Total total = total_about(approximate, vocab);
+    if (step == kNucleus) low = q.use_k ? floor : cutoff(best, q.top_p, approximate * (1 - kSlack), q.temperature, vocab);
+    if (step == kExactly || (step == kNucleus && q.use_k)) total = total_exactly(team, part, q.use_k ? low : -kInf, {best, q.c, false});
+    const int64_t limit = step == kTopK ? q.top_k : limit_of(q.top_p, total.units);
+    floor = cut(team, part, low, best, limit, {best, q.c, step == kTopK});
+    if (step == kTopK) continue;
+    const Tally<2> t = count_from(team, part, floor, {best, q.c, false});
+    mass = t.sum[1];
+    if (total.error == 0 || !total.doubtful(q.top_p, t.sum[0], t.sum[1])) break;
   }
+  if (mass >= 0 && floor >= least) return {floor, mass};
   floor = fmaxf(floor, least);
-  return {floor, count_from(team, part, floor, mass).sum[1]};
+  return {floor, count_from(team, part, floor, {best, q.c, false}).sum[1]};
 }
 
-// Sampling under min-p and top-k or top-p, not both, without their threshold: the winner of all that is left, if it is kept, is the
-// winner of what is kept; else nothing from its score down is, and the race goes on above. Its own mass makes the first
-// winner likely to do. race(floor): the row's winner of the scores from `floor` up.
-template <class Race>
-EFT_DEVICE Winner peel(Team& team, const Part& part, const Knobs& q, float best, float approximate, int vocab, const Race& race) {
-  const MassOf mass{best, q.c};
-  Total total = total_about(approximate, vocab);
-  float floor = least_of(q, best);
-  for (;;) {
-    const Winner w = race(floor);
-    if (w.key == kNone) return w;
-    bool kept = true;  // by min-p
-    if (q.use_k) {
-      kept = count_from(team, part, w.score, One()).sum[0] < q.top_k;
-    } else if (q.use_p) {
-      const int64_t over = count_from(team, part, w.score, mass).sum[0];
-      if ((over < limit_of(q.top_p, total.units - total.error)) != (over < limit_of(q.top_p, total.units + total.error)))
-        total = total_exactly(team, part, mass);
-      kept = over < limit_of(q.top_p, total.units);
-    }
-    if (kept) return w;
-    floor = above(w.score);
-  }
+// Sampling under min-p and top-k or top-p, not both, does without their threshold: the winner of all that is left, if it is
+// kept, is the winner of what is kept; else nothing from its score down is, and the race goes on above. The winner's own
+// mass makes the first one likely to do. Whether it is kept:
+EFT_DEVICE bool keeps(Team& team, const Part& part, const Knobs& q, float score, float best, Total& total) {
+  if (!q.use_k && !q.use_p) return true;
+  const int64_t over = count_from(team, part, score, {best, q.c, q.use_k}).sum[0];
+  if (q.use_k) return over < q.top_k;
+  if ((over < limit_of(q.top_p, total.units - total.error)) != (over < limit_of(q.top_p, total.units + total.error)))
+    total = total_exactly(team, part, -kInf, {best, q.c, false});
+  return over < limit_of(q.top_p, total.units);
 }
 
 }  // namespace cuda

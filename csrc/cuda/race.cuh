@@ -78,7 +78,7 @@ EFT_DEVICE void race_chunk(const float* s, int chunk, float e, int place, float 
   for (int i = 0; i < kPerLane; ++i) {
     const int at = i * kLanes + lane;
     const float x = s[at];
-    const bool runs = x >= floor && x > -kInf && x + most >= key && (q.greedy || at != place);
+    const bool runs = x >= floor && x > -kInf && x + most >= key;  // the place's own is below what it had
     const unsigned which = __ballot_sync(kAll, runs);
     if (runs) list[n + __popc(which & ((1u << lane) - 1))] = static_cast<uint8_t>(at);
     n += __popc(which);
@@ -93,7 +93,10 @@ EFT_DEVICE void race_chunk(const float* s, int chunk, float e, int place, float 
   __syncwarp();
 }
 
-// The race over a block's chunks. Shared: bound, e, place of its n chunks, from `first` on; per warp 256 bytes.
+// The race over a block's chunks, at most kSegment at once. In shared memory: bound, e, place of n chunks from `first` on;
+// per warp 256 bytes.
+constexpr int kSegment = 2048;
+
 struct Field {
   int64_t* bound;
   float* e;
@@ -139,30 +142,26 @@ EFT_DEVICE Winner race_block(const Field& f, const float* tops, float floor, con
   __syncthreads();
   Winner best;
   if (most == kNone) return best;
-  // the likeliest chunk first: its winner passes over most of the others
+  // the likeliest chunk first, by one warp: its winner passes over most of the others
   const int likeliest = packed_token(most) / kChunkSize - f.first;
-  if (warp_id() == 0) {
-    race_chunk(scores(f.first + likeliest), f.first + likeliest, f.e[likeliest], f.place[likeliest], floor, q, source, list, best);
-    best = warp_all(best);
-    if (lane_id() == 0) f.leaders[0] = best.key, f.scores[0] = best.score;
-  }
-  __syncthreads();
-  best.key = f.leaders[0], best.score = f.scores[0];
-  __syncthreads();
-  for (int i = warp_id() * kLanes; i < f.n; i += blockDim.x) {
-    const int mine = i + lane_id();
-    unsigned which = __ballot_sync(kAll, mine < f.n && mine != likeliest && f.bound[mine] > best.key);
-    for (; which; which &= which - 1) {
-      const int c = i + __ffs(which) - 1;
-      if (__any_sync(kAll, f.bound[c] <= best.key)) continue;
-      race_chunk(scores(f.first + c), f.first + c, f.e[c], f.place[c], floor, q, source, list, best);
+  for (int turn = 0; turn < 2; ++turn) {
+    const int from = turn ? warp_id() * kLanes : likeliest / kLanes * kLanes;
+    const int to = turn ? f.n : warp_id() == 0 ? from + 1 : 0;
+    for (int i = from; i < to; i += blockDim.x) {
+      const int mine = i + lane_id();
+      unsigned which = __ballot_sync(kAll, mine < f.n && (mine == likeliest ? turn == 0 : turn && f.bound[mine] > best.key));
+      for (; which; which &= which - 1) {
+        const int c = i + __ffs(which) - 1;
+        if (__any_sync(kAll, f.bound[c] <= best.key)) continue;
+        race_chunk(scores(f.first + c), f.first + c, f.e[c], f.place[c], floor, q, source, list, best);
+      }
     }
+    best = warp_all(best);
+    if (lane_id() == 0) f.leaders[warp_id()] = best.key, f.scores[warp_id()] = best.score;
+    __syncthreads();
+    for (int i = 0; i < warps(); ++i) best.offer(f.leaders[i], f.scores[i]);
+    __syncthreads();
   }
-  best = warp_all(best);
-  if (lane_id() == 0) f.leaders[warp_id()] = best.key, f.scores[warp_id()] = best.score;
-  __syncthreads();
-  for (int i = 0; i < warps(); ++i) best.offer(f.leaders[i], f.scores[i]);
-  __syncthreads();
   return best;
 }
 

@@ -16,10 +16,15 @@ namespace {
 struct RowShared {
   Mail mail;
   Row row;
+  Knobs knobs;
+  Source source;
 };
 
 constexpr int kHead = (sizeof(RowShared) + 15) / 16 * 16;
-EFT_HD constexpr int area_bytes(int per) { return ((per + 3) / 4 * 16 + field_bytes(per, kRowWarps) + 15) / 16 * 16; }
+// beside the scores: the best of every chunk, and the race's field
+EFT_HD constexpr int area_bytes(int per) {
+  return ((per + 3) / 4 * 16 + field_bytes(per < kSegment ? per : kSegment, kRowWarps) + 15) / 16 * 16;
+}
 
 // --- the up-scaling filter -----------------------------------------------------------------------------------------
 
@@ -69,7 +74,7 @@ EFT_DEVICE void find_nucleus(Team& team, Row& row, const Part& part, float p) {
   });
   __syncthreads();
   const float low = cutoff(best, p, static_cast<float>(total) * 9.0949e-13f, 1, row.vocab);  // a little below 2^-40
-  const float tau = cut(team, part, low, best, mass_limit(p, total), MassOf{best, kLog2e});
+  const float tau = cut(team, part, low, best, mass_limit(p, total), {best, kLog2e, false});
   if (threadIdx.x == 0) row.tau = tau, row.inside = inside, row.outside = best + log_total(total);
   __syncthreads();
 }
@@ -138,25 +143,26 @@ EFT_DEVICE void write_diagnostics(Team& team, const Row& row, const Part& part, 
 
 // --- the kernel ----------------------------------------------------------------------------------------------------
 
-// Blocks rows * size; `per` chunks a block. Scores are in shared memory, or in `staged` [rows, chunks, 256]; `area`, if
-// any, has the rest of what a block keeps of its chunks, area_bytes(per) each.
+// Blocks rows * size; `per` chunks a block. Scores are in shared memory, or in `staged` [rows, chunks, 256].
 EFT_KERNEL void __launch_bounds__(kRowThreads, 2) row_kernel(const __grid_constant__ RowCall call, int size, int per,
-                                                             float* staged, char* area) {
+                                                             float* staged) {
   const int64_t r = blockIdx.x / size, b = r / call.slots, slot = r % call.slots;
   RowShared& shared = *reinterpret_cast<RowShared*>(shared_memory());
   Row& row = shared.row;
   Team team{size > 1 ? cluster_rank() : 0, size, 0, &shared.mail};
-  if (threadIdx.x == 0) set_row(row, call, b, slot);
-  const Knobs q = knobs_of(call, b);
+  const Knobs& q = shared.knobs;
+  if (threadIdx.x == 0) {
+    set_row(row, call, b, slot);
+    shared.knobs = knobs_of(call, b);
+    shared.source = source_of(call, b, slot, call.stream, call.slot);
+  }
   __syncthreads();
-  area = area ? area + static_cast<int64_t>(blockIdx.x) * area_bytes(per) : shared_memory() + kHead;
   Part part;
   part.first = team.rank * per;
   part.n = max(min(per, row.chunks - part.first), 0);
   part.scores = staged ? staged + (r * row.chunks + part.first) * kChunkSize
                        : reinterpret_cast<float*>(shared_memory() + kHead + area_bytes(per));
-  part.tops = reinterpret_cast<float*>(area);
-  const Field field = field_at(area + (per + 3) / 4 * 16, part.first, part.n);
+  part.tops = reinterpret_cast<float*>(shared_memory() + kHead);
   const bool tempered = !q.greedy && q.temperature != 1;
   const auto keep = [&](int chunk, const float* s) {
     if (call.keeps) store8(part.scores + (chunk - part.first) * kChunkSize + lane_id() * kPerLane, s);
@@ -190,25 +196,35 @@ EFT_KERNEL void __launch_bounds__(kRowThreads, 2) row_kernel(const __grid_consta
   sum = team.sums(sum, q.c);
   // thresholds
   State f{best, -kInf, 0, 0, 0, -1, row.tau, row.inside, row.outside, ok};
-  const Source source = source_of(call, b, slot, call.stream, call.slot);
-  const auto draw = [&](float floor) {
-    return team.best(race_block(field, part.tops, floor, q, source,
-                                [&](int chunk) { return part.scores + (chunk - part.first) * kChunkSize; }));
-  };
   Winner w;
   const float approximate = tempered ? sum.sum_c : sum.sum;
   const bool peels = call.token_only && q.filtered() && (!q.use_k || !q.use_p);
+  float floor = -kInf;
   if (ok && peels) {
-    w = peel(team, part, q, best, approximate, row.vocab, draw);
+    floor = least_of(q, best);
   } else if (ok) {
     f.lse = log(sum.sum);
     f.log_kept = tempered ? log(sum.sum_c) : f.lse;
     const Kept kept = keep_of(team, part, q, best, approximate, row.vocab);
-    f.floor = kept.floor, f.mass = kept.mass;
+    f.mass = kept.mass;
     if (f.mass > 0) f.log_kept = log_total(f.mass);
-    else if (call.exact && !q.greedy) f.mass = count_from(team, part, -kInf, MassOf{best, q.c}).sum[1];
-    if (q.greedy) f.floor = best, f.log_kept = 0, f.mass = int64_t{1} << kMassBits;
-    if (call.samples || q.greedy) w = draw(f.floor);
+    else if (call.exact && !q.greedy) f.mass = count_from(team, part, -kInf, {best, q.c, false}).sum[1];
+    if (q.greedy) f.log_kept = 0, f.mass = int64_t{1} << kMassBits;
+    f.floor = floor = q.greedy ? best : kept.floor;
+  }
+  if (ok && (call.samples || q.greedy)) {
+    Total total = total_about(approximate, row.vocab);
+    for (;;) {
+      w = Winner();
+      for (int i = 0; i < part.n; i += kSegment) {
+        const Field field = field_at(shared_memory() + kHead + (per + 3) / 4 * 16, part.first + i, min(part.n - i, kSegment));
+        w = both(w, race_block(field, part.tops + i, floor, q, shared.source,
+                               [&](int chunk) { return part.scores + (chunk - part.first) * kChunkSize; }));
+      }
+      w = team.best(w);
+      if (!peels || w.key == kNone || keeps(team, part, q, w.score, best, total)) break;
+      floor = above(w.score);
+    }
   }
   if (w.key != kNone) f.token = packed_token(w.key);
   if (team.rank == 0 && threadIdx.x == 0) {
@@ -245,7 +261,7 @@ EFT_KERNEL void __launch_bounds__(kRowThreads, 2) row_kernel(const __grid_consta
 
 struct Shape {
   int size, per, shared;
-  bool staged, area;  // what global memory holds
+  bool staged;  // scores are in global memory
 };
 
 // Blocks of a row: few where rows are many, as long as scores fit; with few rows so many that a warp has a chunk.
@@ -258,8 +274,7 @@ Shape shape_of(const RowCall& call, const Device& device) {
   while (size < device.cluster && size * kRowWarps < chunks &&
          (rows * size < 2 * device.multiprocessors || needs(size) > kRoom))
     size *= 2;
-  Shape s{size, per(size), kHead, true, true};
-  if (kHead + area_bytes(s.per) <= device.shared) s.shared += area_bytes(s.per), s.area = false;
+  Shape s{size, per(size), kHead + area_bytes(per(size)), true};
   if (needs(size) <= device.shared) s.shared = static_cast<int>(needs(size)), s.staged = false;
   return s;
 }
@@ -287,15 +302,13 @@ int64_t scores_bytes(const RowCall& call) { return call.rows * call.slots * chun
 }  // namespace
 
 int64_t staged_bytes(const RowCall& call, const Device& device) {
-  const Shape s = shape_of(call, device);
-  return (s.staged ? scores_bytes(call) : 0) + (s.area ? call.rows * call.slots * s.size * area_bytes(s.per) : 0);
+  return shape_of(call, device).staged ? scores_bytes(call) : 0;
 }
 
 const char* run_rows(const RowCall& call, void* staged, const Device& device, void* stream) {
   const Shape s = shape_of(call, device);
   return launch(row_kernel, {call.rows * call.slots * s.size, kRowThreads, s.size, s.shared, stream}, call, s.size, s.per,
-                s.staged ? static_cast<float*>(staged) : nullptr,
-                s.area ? static_cast<char*>(staged) + scores_bytes(call) : nullptr);
+                s.staged ? static_cast<float*>(staged) : nullptr);
 }
 
 }  // namespace cuda

@@ -65,6 +65,8 @@ constexpr int kThreads = 256;
 
 struct StreamShared {
   Row row;
+  Knobs knobs;
+  Source source;
   ExpSum sums[kThreads / kLanes];
 };
 
@@ -72,22 +74,29 @@ constexpr int stream_bytes(int per) {
   return sizeof(StreamShared) + 16 + per * 4 + kThreads / kLanes * kChunkSize * 4 + field_bytes(per, kThreads / kLanes);
 }
 
-EFT_KERNEL void __launch_bounds__(kThreads, 3) sample_stream(const __grid_constant__ SampleCall call, int splits, int per,
-                                                          Part* parts, unsigned* counters) {
+EFT_KERNEL void __launch_bounds__(kThreads, 3)
+    sample_stream(const __grid_constant__ SampleCall call, int splits, int per, Part* parts, unsigned* counters) {
   const int64_t b = blockIdx.x / splits;
   const int split = blockIdx.x % splits;
   StreamShared& shared = *reinterpret_cast<StreamShared*>(shared_memory());
   float* own = reinterpret_cast<float*>(shared_memory() + (sizeof(StreamShared) + 15) / 16 * 16);  // [warps, 256]
   float* tops = own + warps() * kChunkSize;
   Row& row = shared.row;
-  if (threadIdx.x == 0) set_row(row, call, b, 0);
-  const Knobs q = knobs_of(call, b);
-  const Source source = source_of(call, b, 0, call.stream, call.slot);
+  const Knobs& q = shared.knobs;
+  if (threadIdx.x == 0) {
+    set_row(row, call, b, 0);
+    shared.knobs = knobs_of(call, b);
+    shared.source = source_of(call, b, 0, call.stream, call.slot);
+  }
   __syncthreads();
   const int first = split * per, n = min(per, row.chunks - first);
   ExpSum sum;
   first_pass(row, first, n, tops, call.logprobs != nullptr, !q.greedy && q.temperature != 1, q.c, sum,
              [](int, const float*) {});
+  if (call.logprobs) {
+    sum = warp_all(sum, q.c);
+    if (lane_id() == 0) shared.sums[warp_id()] = sum;
+  }
   bool bad = false;
   for (int i = threadIdx.x; i < n; i += blockDim.x) bad |= tops[i] == kInf;
   bad = __syncthreads_or(bad);
@@ -95,23 +104,18 @@ EFT_KERNEL void __launch_bounds__(kThreads, 3) sample_stream(const __grid_consta
   best.key = kBad;
   if (!bad) {
     char* at = reinterpret_cast<char*>(tops + (per + 1) / 2 * 2);
-    own += warp_id() * kChunkSize;
-    best = race_block(field_at(at, first, n), tops, -kInf, q, source, [&](int chunk) {
+    best = race_block(field_at(at, first, n), tops, -kInf, q, shared.source, [&](int chunk) {
       float s[kPerLane];
       scores_of(row, chunk, s);
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) own[lane_id() * kPerLane + i] = s[i];
+      for (int i = 0; i < kPerLane; ++i) own[threadIdx.x * kPerLane + i] = s[i];
       __syncwarp();
-      return own;
+      return own + warp_id() * kChunkSize;
     });
   }
-  if (call.logprobs) {
-    sum = warp_all(sum, q.c);
-    if (lane_id() == 0) shared.sums[warp_id()] = sum;
-    __syncthreads();
-    sum = ExpSum();
+  sum = ExpSum();
+  if (call.logprobs)
     for (int i = 0; i < warps(); ++i) sum.merge(shared.sums[i].top, shared.sums[i].sum, shared.sums[i].sum_c, q.c);
-  }
   if (warp_id() == 0) arrive(call, b, splits, split, q, best, sum, parts, counters);
 }
 

@@ -29,7 +29,6 @@ struct Judge {
 };
 
 constexpr int kSlots = 16;         // judged at once
-constexpr int kSegment = 2048;     // chunks of a race
 constexpr float kMargin = 1e-3f;   // nats: over the bound of a chunk's residual, for its logarithm is not quite monotone
 constexpr int64_t kWhole = int64_t{1} << kMassBits;
 
@@ -178,7 +177,7 @@ struct RestShared {
 };
 
 // Blocks B * S * splits: the whole residual at slot i + 1 after draft i passed, each token's truncated to an integer.
-EFT_KERNEL void __launch_bounds__(kRowThreads) rest_kernel(const __grid_constant__ Judge j, int splits, int per) {
+EFT_KERNEL void __launch_bounds__(kRowThreads, 2) rest_kernel(const __grid_constant__ Judge j, int splits, int per) {
   RestShared& shared = *reinterpret_cast<RestShared*>(shared_memory());
   const int64_t at = blockIdx.x / splits, b = at / j.target.slots;
   const int i = static_cast<int>(at % j.target.slots), split = blockIdx.x % splits;
@@ -225,7 +224,7 @@ struct LastShared {
 constexpr int kLastHead = (sizeof(LastShared) + 15) / 16 * 16;
 constexpr int last_bytes(int n) { return kLastHead + (n + 3) / 4 * 16 + field_bytes(n, kRowWarps); }
 
-EFT_KERNEL void __launch_bounds__(kRowThreads) last_kernel(const __grid_constant__ Judge j) {
+EFT_KERNEL void __launch_bounds__(kRowThreads, 2) last_kernel(const __grid_constant__ Judge j) {
   LastShared& shared = *reinterpret_cast<LastShared*>(shared_memory());
   const int64_t b = blockIdx.x, S = j.target.slots;
   if (j.method != kBlock) {
