@@ -12,7 +12,7 @@ TORCH       ?= torch==2.13.0
 TORCH_ARGS  ?=
 # for tests where torch came without triton: the oldest supported one, whose interpreter needs an older numpy
 TRITON      ?= triton==3.6.0 numpy<2.4
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto
 DEMO_ARGS   ?=
 
 .DEFAULT_GOAL := help

@@ -1,4 +1,4 @@
-"""python -m benchmarks {list, run, add, report, compare, aot, sass, tune}
+"""python -m benchmarks {list, run, add, report, compare, aot, sass, tune, cuts}
 
 Exit codes: 0 it worked, 1 our own tokens are wrong (nothing was timed), 2 bad input or refused, 130 interrupted.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import aot, compare, generate, inputs, registry, report, run, sass, tune
+from . import aot, compare, cuts, generate, inputs, registry, report, run, sass, tune
 from .baselines import BASELINES
 from .registry import GENERATIONS, OPS, OURS, SUITES, Shape
 from .run import Refused
@@ -46,6 +46,7 @@ def parser(prog: str) -> Parser:
     commands.add_parser("aot", help="what the Triton kernels compile to", add_help=False)
     commands.add_parser("sass", help="what the CUDA kernels compile to", add_help=False)
     commands.add_parser("tune", help="how the Triton kernels' launches are cut best, on a GPU", add_help=False)
+    commands.add_parser("cuts", help="how the CUDA kernels' launches are cut best, on a GPU", add_help=False)
     return root
 
 
@@ -173,8 +174,9 @@ def catalogue() -> str:
 def main(argv: list[str] | None = None, prog: str = "python -m benchmarks") -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if argv[:1] in (["report"], ["compare"], ["aot"], ["sass"], ["tune"]):
-            return dict(report=report, compare=compare, aot=aot, sass=sass, tune=tune)[argv[0]].main(argv[1:])
+        own = dict(report=report, compare=compare, aot=aot, sass=sass, tune=tune, cuts=cuts)
+        if argv and argv[0] in own:
+            return own[argv[0]].main(argv[1:])
         args = parser(prog).parse_args(argv)
         if args.command == "list":
             print(catalogue())

@@ -3,10 +3,10 @@
 # has, tests, compares a million rows with the CPU, looks for memory errors and races, tunes, measures, prints tables.
 #
 #   PYTHON               interpreter with torch, triton, transformers, pytest and setuptools (python3)
-#   OUT                  folder for gpu.log, rows.jsonl, generate.jsonl, tune.jsonl, tune.txt (benchmarks/out)
+#   OUT                  folder for gpu.log, rows.jsonl, generate.jsonl, cuts.jsonl, tune.jsonl, tune.txt (benchmarks/out)
 #   SUITE                what to measure, with options of `python -m benchmarks run` (gpu)
-#   STEPS                only these, apart by spaces: build versions tests equality memcheck racecheck initcheck tune
-#                        run generate (all)
+#   STEPS                only these, apart by spaces: build versions tests equality memcheck racecheck initcheck cuts
+#                        tune run generate (all)
 #   EFT_KERNELS_COMMIT   the commit, where there is no git
 #
 # Every step has a time limit, and one that fails hides none after it: the exit code is 1 at the end. Without a GPU the
@@ -24,7 +24,7 @@ failures=0
 log=$out/gpu.log
 
 mkdir -p "$out"
-rm -f "$out"/{rows,generate,tune}.jsonl "$out"/tune.txt
+rm -f "$out"/{rows,generate,cuts,tune}.jsonl "$out"/tune.txt
 : >"$log"
 parts=$(mktemp -d)
 trap 'rm -rf "$parts"' EXIT
@@ -34,7 +34,7 @@ if git ls-files --error-unmatch benchmarks/gpu.sh >/dev/null 2>&1; then
   export EFT_KERNELS_COMMIT
 fi
 
-steps="build versions tests equality memcheck racecheck initcheck tune run generate"
+steps="build versions tests equality memcheck racecheck initcheck cuts tune run generate"
 for name in ${STEPS:-}; do
   if [[ " $steps " != *" $name "* ]]; then
     echo "STEPS: got $name, allowed are $steps" >&2
@@ -89,7 +89,14 @@ meet() {
   names=() pids=()
 }
 
-step build 60 make build VENV= PYTHON="$python"
+# both extensions, the CUDA one for this GPU alone; an old one must not stand in for one that does not build
+if command -v nvcc >/dev/null && arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1); then
+  arch=${arch/./}
+  export EFT_KERNELS_CUDA=1 EFT_KERNELS_CUDA_ARCHS=${arch/#90/90a}
+  if wanted build; then rm -f build/.extension eft_kernels/_cuda*.so; fi
+fi
+step build 120 bash -c 'make build VENV= PYTHON="$0" && { [[ -z ${EFT_KERNELS_CUDA:-} ]] || ls eft_kernels/_cuda*.so; }' \
+  "$python"
 step versions 20 env PYTHON="$python" bash <<'EOF'
 date -u
 echo "commit ${EFT_KERNELS_COMMIT:-unknown}"
@@ -140,10 +147,15 @@ done
 meet
 grep -E 'mismatches in [0-9]+ rows' "$log" || true
 
-if ((${#gpu[@]} < 2)); then
+if [[ " ${gpu[*]} " == *" cuda "* ]]; then
+  step cuts 50 "$python" -m benchmarks cuts --seconds 35 --json "$out/cuts.jsonl"
+else
+  skip cuts "no CUDA backend here"
+fi
+if [[ " ${gpu[*]} " != *" triton "* ]]; then
   skip tune "$why"
 else
-  step tune 80 bash -o pipefail -c '"$0" -m benchmarks tune --seconds 60 --json "$1.jsonl" | tee "$1.txt"' \
+  step tune 60 bash -o pipefail -c '"$0" -m benchmarks tune --seconds 40 --json "$1.jsonl" | tee "$1.txt"' \
     "$python" "$out/tune"
 fi
 if ((${#gpu[@]})) || [[ ${suite[0]} != gpu ]]; then
@@ -161,6 +173,7 @@ else
   skip generate "$why"
 fi
 
+grep -E '^\| (B,|\*?\*?[0-9]+ \|)' "$log" | grep -A20 'direct =\|streamed =\|room =' || true
 if [[ -f $out/tune.txt ]]; then grep -E '^(config\.|    )' "$out/tune.txt" || true; fi
 for file in "$out"/{rows,generate}.jsonl; do
   if [[ -s $file ]]; then

@@ -7,13 +7,15 @@ import contextlib
 import sys
 
 from eft_kernels import dispatch, ops
-from eft_kernels.testing import CASES, check_logprobs, check_sample, check_verify
+from eft_kernels.testing import BF16, CASES, Case, check_logprobs, check_sample, check_verify
 from eft_kernels.triton.config import Cut
 
 from .tune import forced
 
 NAMES = ("one token", "a chunk and one", "two chunks and some", "bf16", "greedy ties", "top-p ties", "everything",
          "bad rows filtered", "strided", "unaligned")
+# more chunks than multiprocessors take one each: the CUDA kernel of many rows
+MANY = Case("many chunks", rows=80, vocab=(16000,), dtypes=(BF16,))
 # how Triton cuts a launch: of each table None, what the work asks for, or several small tiles, as with many rows
 CUTS = {"few rows": dict(sample=None, stream=None), "many rows": dict(sample=Cut(4, 1), stream=Cut(2, 2))}
 
@@ -49,6 +51,10 @@ def main(device: str = "cuda") -> int:
     """Runs the cases; how many calls they were."""
     number = sum(calls(case, name, cut, device) for name in backends(device) for cut in cuts(name)
                  for case in CASES if case.name in NAMES)
+    if device != "cpu":
+        for name in backends(device):
+            check_sample(MANY, name, device=device, logprobs=True)
+            number += 1
     print(f"{number} calls on {device}: {', '.join(backends(device)) or 'no backend but the reference'}")
     return number
 

@@ -179,6 +179,22 @@ def test_no_mismatch_in_bulk(device):
     check_sample(Case("cuda bulk plain", rows=300, vocab=(523,), dtypes=(BF16,)), "cuda", logprobs=False)
 
 
+def test_cuts_change_no_token_and_are_set_back(shim):
+    """The knobs that `python -m benchmarks cuts` turns on a GPU."""
+    from benchmarks import cuts
+
+    shim.simt_set_device(90, 3, 232448, 16, 16)
+    backend = dispatch.load("cuda")
+    for name in cuts.KNOBS:
+        assert set(cuts.measure(name, 2, "cpu", "eager", 3000)) == set(cuts.KNOBS[name].values)
+    for direct in (0, 100):
+        with cuts.forced(direct=direct):
+            check_sample(Case("cuda cuts", rows=3, vocab=(300,), dtypes=(BF16,)), "cuda", logprobs=True)
+    for bad in ((1, 2), (1, 0, 1), (-1, 1, 1), ("a", 1, 1)):
+        with pytest.raises(ValueError, match="three integers"):
+            backend._cuda.set_cuts(*bad)
+
+
 # --- faults --------------------------------------------------------------------------------------------------------
 
 # file: a text that is replaced, by what

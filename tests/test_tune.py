@@ -186,6 +186,8 @@ def test_times_of_several_calls_add_up():
 class Here(tune.Gpu):
     """The same on this CPU, whose backend knows no cuts; kernels are compiled for a GPU."""
 
+    ours, backend = tune.OURS[0], "auto"
+
     def __init__(self, target=None):
         self.processors, self.target = 132, target
         self.absent, self.gated, self.pool, self.jobs = {}, set(), None, {}

@@ -92,11 +92,25 @@ PyObject* unusable(PyObject*, PyObject* index) {
   Py_RETURN_NONE;
 }
 
+// set_cuts(direct, streamed, room): Cuts of cuda/variants.h, for measurements and tests
+PyObject* set_cuts(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  Reader r(args, n, kDeviceType);
+  int cuts[3];
+  for (int& x : cuts) x = static_cast<int>(r.integer(0, INT32_MAX));
+  if (r.unusual || n != 3 || cuts[1] == 0) {
+    PyErr_SetString(PyExc_ValueError, "expected three integers >= 0, the second above 0");
+    return nullptr;
+  }
+  cuda_kernels().set_cuts(cuts[0], cuts[1], cuts[2]);
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {{"sample", EFT_FAST(sample), nullptr},
                          {"verify", EFT_FAST(verify), nullptr},
                          {"logprobs", EFT_FAST(logprobs), nullptr},
                          {"attach", EFT_FAST(attach), nullptr},
                          {"unusable", unusable, METH_O, nullptr},
+                         {"set_cuts", EFT_FAST(set_cuts), nullptr},
 #ifdef EFT_SIMT
                          {"set_poison", set_poison, METH_O, nullptr},
 #endif

@@ -64,6 +64,7 @@ const CudaKernels table = {
       return c.rows == 0 ? nullptr : run_rows(row_call(c), p.scratch, device_of(p.device), p.stream);
     },
     [](int device) { return why_unusable(device); },
+    [](int direct, int streamed, int room) { cuts = {direct, streamed, room}; },
 };
 
 }  // namespace

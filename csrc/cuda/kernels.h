@@ -8,7 +8,7 @@ namespace eft {
 struct Place {
   int device;         // its index; the caller has made it current
   void* stream;       // cudaStream_t
-  void* scratch;      // `scratch_bytes` of the call, 256-byte aligned, unset
+  void* scratch;      // `*_scratch` bytes of the call, 256-byte aligned, unset; null where it needs none
   unsigned* counters; // int32 zeros [call.rows * call.slots], which nothing else uses while the launches run; left 0
 };
 
@@ -17,12 +17,14 @@ struct CudaKernels {
   int64_t (*sample_scratch)(const SampleCall&, int device);
   int64_t (*verify_scratch)(const VerifyCall&, int device);
   int64_t (*logprobs_scratch)(const LogprobsCall&, int device);
-  // null, or what went wrong
+  // null, or what went wrong, a text that stays
   const char* (*sample)(const SampleCall&, const Place&);
   const char* (*verify)(const VerifyCall&, const Place&);
   const char* (*logprobs)(const LogprobsCall&, const Place&);
   // null, or why this device cannot run them (too old, driver too old for the runtime, no code for it)
   const char* (*unusable)(int device);
+  // how launches are cut from here on (cuda/variants.h), of every thread; nothing else depends on it
+  void (*set_cuts)(int direct, int streamed, int room);
 };
 
 const CudaKernels& cuda_kernels();

@@ -195,7 +195,7 @@ EFT_KERNEL void __launch_bounds__(kRowThreads, 2) row_kernel(const __grid_consta
   }
   sum = team.sums(sum, q.c);
   // thresholds
-  State f{best, -kInf, 0, 0, 0, -1, row.tau, row.inside, row.outside, ok};
+  State f{best, -kInf, 0, 0, 0, -1, 0, 0, 0, ok};
   Winner w;
   const float approximate = tempered ? sum.sum_c : sum.sum;
   const bool peels = call.token_only && q.filtered() && (!q.use_k || !q.use_p);
@@ -234,7 +234,10 @@ EFT_KERNEL void __launch_bounds__(kRowThreads, 2) row_kernel(const __grid_consta
       call.logprobs[r] = ok ? processed_logprob(f, q, w.score, static_cast<int>(f.token)) : NAN;
       call.raw_logprobs[r] = ok ? raw_logprob(f, w.score) : NAN;
     }
-    if (call.states) call.states[r] = f;
+    if (call.states) {
+      f.tau = row.tau, f.inside = row.inside, f.outside = row.outside;
+      call.states[r] = f;
+    }
   }
   if (call.tops)
     for (int i = threadIdx.x; i < part.n; i += kRowThreads) call.tops[r * row.chunks + part.first + i] = part.tops[i];
@@ -272,7 +275,7 @@ Shape shape_of(const RowCall& call, const Device& device) {
   const auto needs = [&](int size) { return kHead + area_bytes(per(size)) + per(size) * chunk_bytes; };
   int size = 1;
   while (size < device.cluster && size * kRowWarps < chunks &&
-         (rows * size < 2 * device.multiprocessors || needs(size) > kRoom))
+         (rows * size < 2 * device.multiprocessors || needs(size) > cuts.room))
     size *= 2;
   Shape s{size, per(size), kHead + area_bytes(per(size)), true};
   if (needs(size) <= device.shared) s.shared = static_cast<int>(needs(size)), s.staged = false;

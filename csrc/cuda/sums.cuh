@@ -61,12 +61,10 @@ EFT_DEVICE void pass_of(const Row& row, int first, int n, float* tops, bool summ
       float* x = s + k * kPerLane;
       float high = top_if_finite(x);
       const bool fine = __all_sync(kAll, !isnan(high));
-      // sass: rare
       if (fine && row.mask) {
         apply_mask(row, token + k * kChunkSize, x);
         high = top_of(x);
       }
-      // sass: end
       if (!fine || chunk + k < i) continue;  // a chunk that two warps have taken counts once
       const float top = warp_max(high);
       if (lane == 0) tops[chunk + k - first] = top;

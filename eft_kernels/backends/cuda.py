@@ -7,6 +7,7 @@ CPU.
 from __future__ import annotations
 
 import importlib
+from typing import NamedTuple
 
 import torch
 
@@ -50,6 +51,19 @@ def status() -> tuple[bool, str]:
         return False, f"{name}: 8.0 is needed"
     why = _cuda.unusable(torch.cuda.current_device())
     return (False, f"{name}: {why}") if why else (True, name)
+
+
+class Cuts(NamedTuple):
+    """How launches are cut, csrc/cuda/variants.h; nothing else depends on it."""
+
+    direct: int = 32  # chunks of 256 tokens a multiprocessor up to which a warp takes one
+    streamed: int = 4  # blocks a multiprocessor beyond
+    room: int = 110 << 10  # bytes of shared memory of a filtered row's block before the row is spread further
+
+
+def set_cuts(cuts: Cuts) -> None:
+    """Cut the launches of this process so; for tests and measurements."""
+    _cuda.set_cuts(*cuts)
 
 
 def _launch(function, logits, p: Params, *args):

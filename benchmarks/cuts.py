@@ -1,0 +1,112 @@
+"""How the CUDA backend's launches are best cut on this GPU: each number of `Cuts`, one at a time, in CUDA graphs.
+
+    python -m benchmarks cuts                          # a table for csrc/cuda/variants.h; --json FILE saves the times
+
+Exit codes: 0 measured, 1 a candidate gave other tokens, 2 bad input or no such GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import statistics
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+
+from eft_kernels import dispatch
+
+from . import device, registry, report, run
+from .registry import OURS, Shape
+from .run import WrongTokens
+
+ROUNDS = 7
+
+
+class Knob(NamedTuple):
+    """A number of `Cuts`: candidates, the variant of `sample` that it matters to, and the batches."""
+    values: tuple[int, ...]
+    variant: str
+    batches: tuple[int, ...]
+    others: dict = {}  # noqa: RUF012
+
+
+KNOBS = {
+    "direct": Knob((0, 8, 16, 32, 64, 128), "plain", (1, 8, 16, 32, 2, 4, 64)),
+    "streamed": Knob((2, 3, 4, 6, 8, 12), "plain", (256, 64, 512, 32, 128), dict(direct=0)),
+    "room": Knob(tuple(k << 10 for k in (36, 54, 72, 110, 220)), "top_p", (256, 64, 8, 1, 512)),
+}
+
+
+@contextlib.contextmanager
+def forced(**values: int):
+    """Launches of the CUDA backend cut so."""
+    backend = dispatch.load("cuda")
+    backend.set_cuts(backend.Cuts()._replace(**values))
+    try:
+        yield
+    finally:
+        backend.set_cuts(backend.Cuts())
+
+
+def measure(name: str, batch: int, kind: str = "cuda", launch: str = "graph", vocab: int = 128256) -> dict[int, float]:
+    """Median microseconds of every candidate of a knob, in turns."""
+    knob = KNOBS[name]
+    s = Shape("sample", knob.variant, batch, vocab, device=kind, launch=launch, threads=None)
+    sets, call = run.inputs_for(s), registry.ours("sample", knob.variant, registry.problem(s), "cuda")
+    timers, want = {}, None
+    for value in knob.values:
+        with forced(**knob.others, **{name: value}):
+            if want is None:
+                run.gate(s, sets[:1], OURS[0])
+            got = call(*sets[0])
+            want = got if want is None else want
+            if not torch.equal(got, want):
+                raise WrongTokens(f"{name} = {value} changes tokens at {s.label()}")
+            timers[value] = device.timer(call, sets, kind, launch)
+            timers[value](1)
+    gc.disable()
+    try:
+        times = run.interleave(timers, ROUNDS)
+    finally:
+        gc.enable()
+    return {value: statistics.median(t) * 1e6 for value, t in times.items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(prog="python -m benchmarks cuts", description=__doc__.split("\n\n")[0])
+    p.add_argument("--knob", choices=KNOBS, help="only this one")
+    p.add_argument("--seconds", type=float, default=60, help="begin nothing after them (default: 60)")
+    p.add_argument("--json", metavar="FILE", help="save a row for each candidate and batch")
+    args = p.parse_args(argv)
+    available, why = dispatch.status("cuda")
+    if not (available and torch.cuda.is_available()):
+        print(f"python -m benchmarks cuts: the cuda backend is not available: {why}", file=sys.stderr)
+        return 2
+    until, rows = time.monotonic() + args.seconds, []
+    for name in [args.knob] if args.knob else KNOBS:
+        lines = []
+        for batch in KNOBS[name].batches:
+            if time.monotonic() > until:
+                print(f"no time for {name} at B = {batch}", file=sys.stderr)
+                continue
+            try:
+                times = measure(name, batch)
+            except WrongTokens as error:
+                print(f"python -m benchmarks cuts: {error}", file=sys.stderr)
+                return 1
+            rows += [dict(knob=name, value=v, variant=KNOBS[name].variant, batch=batch, median_us=t,
+                          device=torch.cuda.get_device_name()) for v, t in times.items()]
+            best = min(times.values())
+            lines.append([str(batch), *(f"**{t:.1f}**" if t == best else f"{t:.1f}" for t in times.values())])
+        if lines:
+            header = [f"B, {KNOBS[name].variant}, us", *(f"{name} = {v}" for v in KNOBS[name].values)]
+            print("\n".join(report.table(header, lines, left=0)) + "\n")
+    if args.json:
+        with open(args.json, "w") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+    return 0
