@@ -12,7 +12,7 @@ TORCH       ?= torch==2.13.0
 TORCH_ARGS  ?=
 # for tests where torch came without triton: the oldest supported one, whose interpreter needs an older numpy
 TRITON      ?= triton==3.6.0 numpy<2.4
-PYTEST_ARGS ?= -n auto
+PYTEST_ARGS ?=
 DEMO_ARGS   ?=
 
 .DEFAULT_GOAL := help
@@ -43,7 +43,7 @@ demo: $(BUILT) ## what base, tuned and emulated models write, how well, how fast
 	@$(RUN) $(PY) -m eft_kernels demo $(DEMO_ARGS)
 
 test: $(BUILT) ## every test this machine can run
-	@$(RUN) $(PY) -m pytest $(PYTEST_ARGS)
+	@$(RUN) $(PY) -m pytest $$($(PY) -c 'import xdist; print("-n auto --maxprocesses 8")' 2>/dev/null) $(PYTEST_ARGS)
 
 interpreted: $(BUILT) ## the Triton kernels on the whole case table, in Triton's interpreter (half an hour with -n 2)
 	@TRITON_INTERPRET=1 $(RUN) $(PY) -m pytest tests/test_triton.py $(PYTEST_ARGS)

@@ -93,9 +93,12 @@ EFT_DEVICE int cluster_rank() {
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
   return r;
 }
-// every thread of every block; what was written before is seen after
+// every thread of every block; what was written before is seen after. Its halves: none waits for those that have arrived.
+EFT_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+EFT_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 EFT_DEVICE void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  cluster_arrive();
+  cluster_wait();
 }
 // the same place in another block's shared memory
 template <class T>
@@ -106,6 +109,8 @@ EFT_DEVICE T* cluster_pointer(T* p, int rank) {
 }
 #else  // launched with clusters of one
 EFT_DEVICE int cluster_rank() { return 0; }
+EFT_DEVICE void cluster_arrive() {}
+EFT_DEVICE void cluster_wait() {}
 EFT_DEVICE void cluster_sync() { __syncthreads(); }
 template <class T>
 EFT_DEVICE T* cluster_pointer(T* p, int) {

@@ -114,8 +114,9 @@ EFT_DEVICE int64_t limit_of(float p, double total) {
   return limit < 1 ? 1 : limit;
 }
 
-// approximate: the sum of exp2((s - best) c) of the row, within kSlack of it, relatively
-constexpr float kSlack = 2e-5f;
+// The relative error of a row's sum of exp2((s - best) c), generously: exponents that matter are rounded by 5e-6, exp2 by
+// 3e-7, and a lane adds at most V / 2048 parts.
+EFT_DEVICE float slack_of(int vocab) { return 2e-5f + vocab * 3e-11f; }
 
 // The mass of a whole row: of a float32 sum, which may be off by `error`, until something is in doubt.
 struct Total {
@@ -129,7 +130,7 @@ struct Total {
 
 EFT_DEVICE Total total_about(float approximate, int vocab) {
   const double units = static_cast<double>(approximate * 0x1p40f);
-  return {units, units * kSlack + vocab};
+  return {units, units * slack_of(vocab) + vocab};
 }
 EFT_DEVICE Total total_exactly(Team& team, const Part& part, float floor, const Count& mass) {
   return {static_cast<double>(count_from(team, part, floor, mass).sum[1]), 0};
@@ -149,8 +150,10 @@ EFT_DEVICE Kept keep_of(Team& team, const Part& part, const Knobs& q, float best
   enum { kTopK, kNucleus, kExactly };
   for (int step = q.use_k ? kTopK : kNucleus; step <= (q.use_p ? kExactly : kTopK); ++step) {
     Total total = total_about(approximate, vocab);
-    if (step == kNucleus) low = q.use_k ? floor : cutoff(best, q.top_p, approximate * (1 - kSlack), q.temperature, vocab);
-    if (step == kExactly || (step == kNucleus && q.use_k)) total = total_exactly(team, part, q.use_k ? low : -kInf, {best, q.c, false});
+    if (step == kNucleus)
+      low = q.use_k ? floor : cutoff(best, q.top_p, approximate * (1 - slack_of(vocab)), q.temperature, vocab);
+    if (step == kExactly || (step == kNucleus && q.use_k))
+      total = total_exactly(team, part, q.use_k ? low : -kInf, {best, q.c, false});
     const int64_t limit = step == kTopK ? q.top_k : limit_of(q.top_p, total.units);
     floor = cut(team, part, low, best, limit, {best, q.c, step == kTopK});
     if (step == kTopK) continue;

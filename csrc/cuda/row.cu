@@ -163,6 +163,7 @@ EFT_KERNEL void __launch_bounds__(kRowThreads, 2) row_kernel(const __grid_consta
   part.scores = staged ? staged + (r * row.chunks + part.first) * kChunkSize
                        : reinterpret_cast<float*>(shared_memory() + kHead + area_bytes(per));
   part.tops = reinterpret_cast<float*>(shared_memory() + kHead);
+  if (size > 1) cluster_arrive();  // a block's shared memory is there for the others once it has begun
   const bool tempered = !q.greedy && q.temperature != 1;
   const auto keep = [&](int chunk, const float* s) {
     if (call.keeps) store8(part.scores + (chunk - part.first) * kChunkSize + lane_id() * kPerLane, s);
@@ -177,6 +178,7 @@ EFT_KERNEL void __launch_bounds__(kRowThreads, 2) row_kernel(const __grid_consta
   };
   const bool summed = !call.token_only || (q.use_p && !q.use_k);
   first_pass(row, part.first, part.n, part.tops, summed, tempered, q.c, sum, keep);
+  if (size > 1) cluster_wait();
   look();
   const bool ok = best > -kInf && best < kInf;
   if (ok && row.upscaled) {

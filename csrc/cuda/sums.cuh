@@ -16,11 +16,14 @@ struct ExpSum {
       if (tempered) sum_c = sum_c * exp2_approximately((top - high) * c);
       top = high;
     }
+    float part = 0, part_c = 0;  // of their own: a sum of few is exacter
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) sum = sum + exp2_approximately((s[i] - top) * kLog2e);
+    for (int i = 0; i < kPerLane; ++i) part = part + exp2_approximately((s[i] - top) * kLog2e);
+    sum = sum + part;
     if (tempered) {
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) sum_c = sum_c + exp2_approximately((s[i] - top) * c);
+      for (int i = 0; i < kPerLane; ++i) part_c = part_c + exp2_approximately((s[i] - top) * c);
+      sum_c = sum_c + part_c;
     }
   }
   EFT_MEMBER void merge(float other_top, float other_sum, float other_sum_c, float c) {

@@ -115,6 +115,8 @@ const char* launch(void (*kernel)(P...), const Grid& g, const A&... args) {
 
 inline char* shared_memory() { return simt::shared(); }
 inline int cluster_rank() { return simt::rank(); }
+inline void cluster_arrive() {}
+inline void cluster_wait(simt::Site site = simt::Site::here()) { simt::barrier(simt::kClusterSync, 0, site); }
 inline void cluster_sync(simt::Site site = simt::Site::here()) { simt::barrier(simt::kClusterSync, 0, site); }
 template <class T>
 T* cluster_pointer(T* p, int rank, simt::Site site = simt::Site::here()) {
