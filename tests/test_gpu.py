@@ -129,6 +129,23 @@ def test_opcheck(op, name):
             "test_schema", "test_faketensor", *(() if padded else ("test_aot_dispatch_dynamic",))))
 
 
+@on_every_backend
+def test_compiled_whole(name):
+    """torch.compile takes the operators as they are: no graph break, eager's tokens."""
+    logits, _, kwargs = make(Case("compiled", vocab=(3000,), dtypes=(BF16,)), device=DEVICE)
+    slots, _, _ = make(Case("compiled", vocab=(3000,), dtypes=(BF16,)), slots=3, device=DEVICE)
+
+    def step(logits, slots):
+        out = eft.sample(logits, eft.upscale(), top_p=0.9, backend=name, **kwargs)
+        drafts = torch.stack([out.tokens, out.tokens], 1)
+        ver = eft.verify(slots, eft.upscale(), drafts, method="block", backend=name, **kwargs)
+        return out.tokens, ver.tokens, eft.logprobs(logits, eft.upscale(), backend=name).argmax(1)
+
+    torch._dynamo.reset()
+    for got, want in zip(torch.compile(step, fullgraph=True, backend="aot_eager")(logits, slots), step(logits, slots)):
+        assert torch.equal(got, want)
+
+
 # --- a million rows ------------------------------------------------------------------------------------------------
 
 class Bulk(NamedTuple):
