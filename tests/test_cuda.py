@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -185,6 +186,8 @@ def test_cuts_change_no_token_and_are_set_back(shim):
 
     shim.simt_set_device(90, 3, 232448, 16, 16)
     backend = dispatch.load("cuda")
+    written = dict(re.findall(r"int (\w+) = ([^;]+);", (build.ROOT / "csrc/cuda/variants.h").read_text()))
+    assert {name: eval(value) for name, value in written.items()} == backend.Cuts()._asdict()
     for name in cuts.KNOBS:
         assert set(cuts.measure(name, 2, "cpu", "eager", 3000)) == set(cuts.KNOBS[name].values)
     for direct in (0, 100):

@@ -161,12 +161,18 @@ EFT_DEVICE float half_bits_to_float(uint32_t bits) {  // the low 16
 
 // compute capability (90 is 9.0), multiprocessors, shared memory that a block may have, largest cluster
 inline void query_device(int index, int& capability, int& multiprocessors, int& shared, int& cluster) {
-  int major = 0, minor = 0;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index);
-  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-  capability = 10 * major + minor;
+  constexpr int kDevices = 64;
+  static struct {
+    int major, minor, multiprocessors, shared;
+  } known[kDevices];
+  auto& k = known[index % kDevices];
+  if (k.major == 0 || index >= kDevices) {
+    cudaDeviceGetAttribute(&k.minor, cudaDevAttrComputeCapabilityMinor, index);
+    cudaDeviceGetAttribute(&k.multiprocessors, cudaDevAttrMultiProcessorCount, index);
+    cudaDeviceGetAttribute(&k.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+    cudaDeviceGetAttribute(&k.major, cudaDevAttrComputeCapabilityMajor, index);
+  }
+  capability = 10 * k.major + k.minor, multiprocessors = k.multiprocessors, shared = k.shared;
   cluster = capability < 90 ? 1 : capability < 110 ? 16 : 8;
 }
 

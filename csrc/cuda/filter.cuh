@@ -56,16 +56,17 @@ EFT_DEVICE Tally<2> count_from(Team& team, const Part& part, float at, const Cou
   return team.tally(t);
 }
 
-// The smallest score in [low, best] with less than `limit` counted above it. The bracket (a, b] around it is cut at seven
+// The smallest score in [low, best] with less than `limit` counted above it. The bracket (a, b] around it is cut at six
 // places a turn, and its ends are drawn in to scores that there are.
 EFT_DEVICE float cut(Team& team, const Part& part, float low, float best, int64_t limit, const Count& count) {
-  constexpr int N = 7;
+  constexpr int N = 6;
+  constexpr float kStep = 1.0f / (N + 1);
   float a = low == -kInf ? low : below(low), b = best, from = low == -kInf ? best : low;
   int64_t over = 0;  // counted above b
   for (;;) {
     float at[N];
 #pragma unroll
-    for (int i = 0; i < N; ++i) at[i] = fminf(fmaxf(from * (1.0f - i * 0.125f) + b * (i * 0.125f), from), b);
+    for (int i = 0; i < N; ++i) at[i] = fminf(fmaxf(from * (1.0f - i * kStep) + b * (i * kStep), from), b);
     at[0] = from;
     Tally<N> t;
     each_chunk(part, a, [&](int, int, const float* x) {

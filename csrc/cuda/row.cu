@@ -143,9 +143,16 @@ EFT_DEVICE void write_diagnostics(Team& team, const Row& row, const Part& part, 
 
 // --- the kernel ----------------------------------------------------------------------------------------------------
 
+// blocks of a multiprocessor: where registers suffice without spills
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
+#define EFT_ROW_BLOCKS 2
+#else
+#define EFT_ROW_BLOCKS 3
+#endif
+
 // Blocks rows * size; `per` chunks a block. Scores are in shared memory, or in `staged` [rows, chunks, 256].
-EFT_KERNEL void __launch_bounds__(kRowThreads, 2) row_kernel(const __grid_constant__ RowCall call, int size, int per,
-                                                             float* staged) {
+EFT_KERNEL void __launch_bounds__(kRowThreads, EFT_ROW_BLOCKS)
+    row_kernel(const __grid_constant__ RowCall call, int size, int per, float* staged) {
   const int64_t r = blockIdx.x / size, b = r / call.slots, slot = r % call.slots;
   RowShared& shared = *reinterpret_cast<RowShared*>(shared_memory());
   Row& row = shared.row;
@@ -201,9 +208,8 @@ EFT_KERNEL void __launch_bounds__(kRowThreads, 2) row_kernel(const __grid_consta
   Winner w;
   const float approximate = tempered ? sum.sum_c : sum.sum;
   const bool peels = call.token_only && q.filtered() && (!q.use_k || !q.use_p);
-  float floor = -kInf;
   if (ok && peels) {
-    floor = least_of(q, best);
+    f.floor = least_of(q, best);
   } else if (ok) {
     f.lse = log(sum.sum);
     f.log_kept = tempered ? log(sum.sum_c) : f.lse;
@@ -212,7 +218,7 @@ EFT_KERNEL void __launch_bounds__(kRowThreads, 2) row_kernel(const __grid_consta
     if (f.mass > 0) f.log_kept = log_total(f.mass);
     else if (call.exact && !q.greedy) f.mass = count_from(team, part, -kInf, {best, q.c, false}).sum[1];
     if (q.greedy) f.log_kept = 0, f.mass = int64_t{1} << kMassBits;
-    f.floor = floor = q.greedy ? best : kept.floor;
+    f.floor = q.greedy ? best : kept.floor;
   }
   if (ok && (call.samples || q.greedy)) {
     Total total = total_about(approximate, row.vocab);
@@ -220,12 +226,12 @@ EFT_KERNEL void __launch_bounds__(kRowThreads, 2) row_kernel(const __grid_consta
       w = Winner();
       for (int i = 0; i < part.n; i += kSegment) {
         const Field field = field_at(shared_memory() + kHead + (per + 3) / 4 * 16, part.first + i, min(part.n - i, kSegment));
-        w = both(w, race_block(field, part.tops + i, floor, q, shared.source,
+        w = both(w, race_block(field, part.tops + i, f.floor, q, shared.source,
                                [&](int chunk) { return part.scores + (chunk - part.first) * kChunkSize; }));
       }
       w = team.best(w);
       if (!peels || w.key == kNone || keeps(team, part, q, w.score, best, total)) break;
-      floor = above(w.score);
+      f.floor = above(w.score);
     }
   }
   if (w.key != kNone) f.token = packed_token(w.key);

@@ -24,8 +24,8 @@ struct Cuts {
   int direct = 32;
   // ... beyond, so many blocks fall to a multiprocessor, of 8 to 256 chunks each
   int streamed = 4;
-  // bytes of shared memory that a row's block has before its row is spread over more of them: two fit beside each other
-  int room = 110 << 10;
+  // bytes of shared memory that a row's block has before its row is spread over more of them: three fit beside each other
+  int room = 72 << 10;
 };
 inline Cuts cuts;
 

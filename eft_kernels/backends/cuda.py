@@ -58,7 +58,7 @@ class Cuts(NamedTuple):
 
     direct: int = 32  # chunks of 256 tokens a multiprocessor up to which a warp takes one
     streamed: int = 4  # blocks a multiprocessor beyond
-    room: int = 110 << 10  # bytes of shared memory of a filtered row's block before the row is spread further
+    room: int = 72 << 10  # bytes of shared memory of a filtered row's block before the row is spread further
 
 
 def set_cuts(cuts: Cuts) -> None:
