@@ -96,9 +96,9 @@ def choose(name: str, device: torch.device) -> ModuleType:
 
 
 @cache
-def shortcut(function: str, name: str):
-    """What the backend for CPU tensors offers to call before arguments are checked (backends/cpu.py), or None."""
+def shortcut(function: str, name: str, device_type: str = "cpu"):
+    """What the backend for such tensors offers to call before arguments are checked (backends/cpu.py), or None."""
     try:
-        return getattr(_choose(name, "cpu"), function, None)
+        return getattr(_choose(name, device_type), function, None)
     except ValueError:
         return None  # choose() will say why

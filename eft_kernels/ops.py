@@ -76,6 +76,13 @@ def _plain() -> bool:
         torch._C._functorch.peek_interpreter_stack() is None
 
 
+def _device_type(logits) -> str:
+    try:
+        return "cuda" if logits[0].is_cuda else "cpu"
+    except Exception:
+        return "cpu"  # whoever looks closer will say what is wrong
+
+
 def _call(name: str, logits, p: Params, *args, backend: str):
     """The operator; without the dispatcher where nothing listens to it."""
     if _plain() and all(type(z) is torch.Tensor or type(z) is torch.nn.Parameter for z in logits):
@@ -195,7 +202,8 @@ def sample(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
     Returns: `SampleOutput`. A row with NaN, +inf, or nothing left gives token -1 and valid False, that row alone.
     Raises: ValueError naming the argument, before anything is computed.
     """
-    if seed is not None and _plain() and (shortcut := dispatch.shortcut("try_sample", backend)):
+    if seed is not None and not check and _plain() and \
+            (shortcut := dispatch.shortcut("try_sample", backend, _device_type(logits))):
         out = shortcut(logits, _values(weights), temperature, top_k, top_p, min_p, upscale_top_p, seed, position,
                        token_mask, vocab_size, tuned, 0 if stream == "sample" else 1 if stream == "draft" else None,
                        slot, logprobs, top_logprobs, diagnostics)
@@ -241,7 +249,8 @@ def verify(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
 
     Returns: `VerifyOutput`. Raises: ValueError naming the argument, before anything is computed.
     """
-    if seed is not None and _plain() and method in METHODS and (shortcut := dispatch.shortcut("try_verify", backend)):
+    if seed is not None and not check and _plain() and method in METHODS and \
+            (shortcut := dispatch.shortcut("try_verify", backend, _device_type(logits))):
         out = shortcut(logits, _values(weights), temperature, top_k, top_p, min_p, upscale_top_p, seed, position,
                        token_mask, vocab_size, tuned, draft_tokens, draft_lengths, METHODS.index(method), draft,
                        logprobs)

@@ -164,6 +164,22 @@ def test_a_doubtful_nucleus_is_summed_exactly(device):
         assert torch.equal(got.tokens, want.tokens)
 
 
+def test_usual_arguments_are_read_by_the_extension(shim, monkeypatch):
+    """As on the CPU: what is unusual is looked at more closely in Python."""
+    def closer(*_):
+        raise LookupError
+
+    monkeypatch.setattr(ops, "check_logits", closer)
+    logits = [torch.randn(2, 300) for _ in range(3)]
+    slots = [z[:, None].expand(2, 2, 300).contiguous() for z in logits]
+    drafts = torch.zeros(2, 1, dtype=torch.int64)
+    assert eft.sample(logits, eft.upscale(), seed=1, backend="cuda").valid.all()
+    assert eft.verify(slots, eft.upscale(), drafts, seed=1, backend="cuda").valid.all()
+    for kwargs in (dict(temperature=-1.0), dict(top_k="x"), dict(check=True), dict(seed=None)):
+        with pytest.raises(LookupError):
+            eft.sample(logits, eft.upscale(), backend="cuda", **dict(seed=1) | kwargs)
+
+
 def test_counters_are_left_zero(shim):
     shim.simt_set_device(*DEVICES["latency"])
     check_sample(Case("cuda counters", rows=5, vocab=(5000,)), "cuda", logprobs=False)

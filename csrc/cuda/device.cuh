@@ -51,7 +51,11 @@ template <class... P>
 cudaError_t allow(void (*kernel)(P...), const Grid& g) {
   const void* f = reinterpret_cast<const void*>(kernel);
   cudaError_t error = cudaSuccess;
-  if (g.shared > 48 << 10) error = cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, g.shared);
+  if (g.shared > 48 << 10) {
+    error = cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, g.shared);
+    // what is left of a multiprocessor's memory for a cache matters less than another block
+    cudaFuncSetAttribute(f, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  }
   if (error == cudaSuccess && g.cluster > 8)
     error = cudaFuncSetAttribute(f, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   return error;
@@ -94,8 +98,8 @@ EFT_DEVICE int cluster_rank() {
   return r;
 }
 // every thread of every block; what was written before is seen after. Its halves: none waits for those that have arrived.
-EFT_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-EFT_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+EFT_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+EFT_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 EFT_DEVICE void cluster_sync() {
   cluster_arrive();
   cluster_wait();

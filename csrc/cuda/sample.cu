@@ -45,6 +45,7 @@ EFT_DEVICE void arrive(const SampleCall& call, int64_t b, int splits, int split,
     before = count_arrival(counters + b);
   }
   if (__shfl_sync(kAll, before, 0) != static_cast<unsigned>(splits - 1)) return;
+  __syncwarp();  // what lane 0 has acquired is seen by all
   w = Winner();
   sum = ExpSum();
   for (int i = lane; i < splits; i += kLanes) {

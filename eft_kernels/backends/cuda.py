@@ -96,6 +96,29 @@ def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: i
                 None if draft < 0 else int(draft), bool(logprobs))
 
 
+# The same on arguments that nobody has checked, as in backends/cpu.py. Values of tensors are not looked at.
+
+
+def _try(function, logits, *args):
+    z = logits[0]
+    device = z.device
+    if _SIMT:
+        stream = None
+    elif device.index == torch.cuda.current_device():
+        stream = _stream(device.index)
+    else:
+        return None
+    return function(workspace.counters(z.shape[:-1].numel(), device, stream), True, logits, *args)
+
+
+def try_sample(logits, *args):
+    return _try(_cuda.sample, logits, *args)
+
+
+def try_verify(logits, *args):
+    return _try(_cuda.verify, logits, *args)
+
+
 def logprobs(logits, p: Params):
     return _run(_cuda.logprobs, logits, p, None)[0]
 
