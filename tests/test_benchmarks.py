@@ -479,3 +479,9 @@ def test_lists(capsys):
     assert command.main(["run", "--list", "--suite", "cpu", "--op", "verify", "--dtype", "float16"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 18 and all(line.startswith("verify") and "float16" in line for line in lines)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures there")
+def test_cuts_are_measured_on_a_gpu(capsys):
+    assert command.main(["cuts"]) == 2
+    assert "the cuda backend is not available" in capsys.readouterr().err

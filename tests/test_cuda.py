@@ -102,6 +102,15 @@ def test_verify_of_a_deterministic_proposer(case, method, device):
     check_verify(case, "cuda", method, draft=None, seed=1)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_verify_of_many_drafts(method, device):
+    """More than are judged at once, most of them accepted; and none."""
+    case = Case("cuda many drafts", rows=4, vocab=(300,), dtypes=(BF16,), weights=[1.0], slots=40)
+    assert check_verify(case, "cuda", method, draft=0).num_emitted.max() == 40
+    check_verify(Case("cuda many drafts", rows=6, vocab=(300,), scale=6.0, slots=20), "cuda", method)
+    check_verify(Case("cuda no drafts", rows=3, vocab=(300,), slots=1), "cuda", method)
+
+
 # --- paths of their own --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("multiprocessors", (1, 2, 3, 8, 40, 132))
