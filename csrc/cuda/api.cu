@@ -11,6 +11,7 @@ int64_t verify_scratch(const VerifyCall&, const Device&);
 const char* run_verify(const VerifyCall&, const Place&, const Device&);
 
 Device device_of(int index) {
+  use_device(index);
   Device d;
   query_device(index, d.capability, d.multiprocessors, d.shared, d.cluster);
   d.cluster = largest_cluster(index, d.cluster, d.shared);

@@ -180,6 +180,9 @@ inline void query_device(int index, int& capability, int& multiprocessors, int& 
   cluster = capability < 90 ? 1 : capability < 110 ? 16 : 8;
 }
 
+// The runtime linked into this library may not have heard which device the caller's runtime has made current.
+inline void use_device(int index) { cudaSetDevice(index); }
+
 // null, or why kernels cannot run there
 inline const char* why_unusable(int index) {
   int major = 0;

@@ -241,6 +241,7 @@ template <class... P>
 bool fits(void (*)(P...), const Grid& g) {
   return g.cluster <= simt_device.fits;
 }
+inline void use_device(int) {}
 inline const char* why_unusable(int) { return nullptr; }
 
 }  // namespace eft
