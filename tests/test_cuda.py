@@ -77,6 +77,13 @@ def test_sample(case, device):
     check_sample(case, "cuda", seed=2, logprobs=False)
 
 
+@pytest.mark.parametrize("extra", [dict(top_logprobs=3), dict(diagnostics=True)], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("plain", "top-k", "top-p", "min-p", "everything")],
+                         ids=name_of)
+def test_sample_without_logprobs_but_more(case, extra, device):
+    check_sample(case, "cuda", logprobs=False, **extra)
+
+
 @pytest.mark.parametrize("case", small(), ids=name_of)
 def test_logprobs(case, device):
     check_logprobs(case, "cuda")

@@ -44,6 +44,14 @@ def test_sample_alone(case, name):
 
 
 @on_every_backend
+@pytest.mark.parametrize("extra", [dict(top_logprobs=3), dict(diagnostics=True)], ids=str)
+def test_sample_without_logprobs_but_more(extra, name):
+    for case in CASES:
+        if case.name in ("plain", "top-k", "top-p", "min-p", "everything"):
+            check_sample(case, name, device=DEVICE, logprobs=False, **extra)
+
+
+@on_every_backend
 @over_the_table
 def test_logprobs(case, name):
     check_logprobs(case, name, device=DEVICE)

@@ -20,7 +20,7 @@ struct State {
 struct RowCall : Call {
   uint32_t stream, slot;
   bool samples, exact;  // draw a token; know the exact mass of rows that nothing is filtered from
-  bool token_only;      // nothing is returned that depends on the filters but the token
+  bool token_only;      // nothing is returned but the token and whether it is valid
   bool keeps;           // scores are looked at again
   int64_t* tokens;
   bool* valid;
@@ -36,7 +36,6 @@ struct RowCall : Call {
   float* tops;  // [rows, chunks], the best score of each
 };
 
-// staged: `staged_bytes` of device memory, for what multiprocessors have no room for
 // --- log-probs -----------------------------------------------------------------------------------------------------
 
 EFT_DEVICE float raw_logprob(const State& f, float s) { return (s - f.best) - f.lse; }
@@ -55,6 +54,7 @@ EFT_DEVICE float logprob(const State& f, const Knobs& q, float s, int token) {
 // have); asked once for each device.
 int largest_cluster(int index, int most, int shared);
 
+// staged: `staged_bytes` of device memory, for scores that multiprocessors have no room for
 const char* run_rows(const RowCall& call, void* staged, const Device& device, void* stream);
 int64_t staged_bytes(const RowCall& call, const Device& device);
 
