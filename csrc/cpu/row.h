@@ -8,17 +8,11 @@
 #include "pool.h"
 #include "race.h"
 
+#include "../semantics/filters.h"  // after the vectors that its functions are for
+
 namespace eft {
 namespace EFT_ISA {
 namespace {
-
-struct Filters {
-  float temperature, inverse, c;
-  bool greedy;
-  int64_t top_k;
-  float top_p, min_p;
-  bool any() const { return !greedy && (top_k > 0 || top_p < 1 || min_p > 0); }
-};
 
 Scratch& scratch(int which) {  // 0: a row, 1: its draft, 2: one model of it
   static thread_local Scratch all[3];
@@ -220,7 +214,7 @@ struct Row {
     float tau = -kInf;
     if (nucleus && f.top_p < 1)
       tau = nucleus_score(f.top_p, f.top_k == 0 && sum > 0 ? Limits::of(f.top_p, sum) : exact_limits(f.top_p));
-    if (f.min_p > 0) lowest = std::max(lowest, best + f.temperature * log(std::max(f.min_p, 0x1p-126f)));
+    lowest = std::max(lowest, f.least(best));
     lowest = std::max(lowest, tau);
   }
 
@@ -378,19 +372,6 @@ struct Row {
   }
   float upscale_top_p = 1;
 };
-
-Filters filters_of(const Call& call, int64_t row) {
-  Filters f;
-  f.temperature = call.temperature[row];
-  f.greedy = f.temperature < kGreedy;
-  if (f.greedy) f.temperature = 0;
-  f.inverse = f.greedy ? 0 : 1.0f / f.temperature;
-  f.c = f.inverse * kLog2e;
-  f.top_k = call.top_k[row];
-  f.top_p = call.top_p[row];
-  f.min_p = call.min_p[row];
-  return f;
-}
 
 Input input_of(const Call& call, int model, int64_t row, int64_t slot, float w) {
   const Model& m = call.model[model];

@@ -19,7 +19,6 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-constexpr float kGreedy = 1e-5f;
 constexpr int kGroup = 32, kGroups = kChunkSize / kGroup;
 constexpr int kBlockChunks = 16;             // chunks a thread takes at a time within a row
 constexpr int kMaxBlocks = (1 << 22) / kChunkSize / kBlockChunks;  // params.py: MAX_VOCAB

@@ -110,11 +110,6 @@ EFT_DEVICE float cutoff(float best, float p, float share, float temperature, int
   return low - fabsf(low) * 1e-6f;
 }
 
-EFT_DEVICE int64_t limit_of(float p, double total) {
-  const int64_t limit = static_cast<int64_t>(static_cast<double>(p) * total);
-  return limit < 1 ? 1 : limit;
-}
-
 // The relative error of a row's sum of exp2((s - best) c), generously: exponents that matter are rounded by 5e-6, exp2 by
 // 3e-7, and a lane adds at most V / 2048 parts.
 EFT_DEVICE float slack_of(int vocab) { return 2e-5f + vocab * 3e-11f; }
@@ -125,7 +120,7 @@ struct Total {
 
   // whether a score with `above` over it and `upto` not below it may not be the nucleus's last
   EFT_MEMBER bool doubtful(float p, int64_t above, int64_t upto) const {
-    return above >= limit_of(p, units - error) || upto < limit_of(p, units + error);
+    return above >= mass_limit(p, units - error) || upto < mass_limit(p, units + error);
   }
 };
 
@@ -137,13 +132,9 @@ EFT_DEVICE Total total_exactly(Team& team, const Part& part, float floor, const 
   return {static_cast<double>(count_from(team, part, floor, mass).sum[1]), 0};
 }
 
-EFT_DEVICE float least_of(const Knobs& q, float best) {
-  return q.min_p > 0 ? best + q.temperature * log(fmaxf(q.min_p, 0x1p-126f)) : -kInf;
-}
-
 EFT_DEVICE Kept keep_of(Team& team, const Part& part, const Knobs& q, float best, float approximate, int vocab) {
   if (!q.filtered()) return {-kInf, 0};
-  const float least = least_of(q, best);
+  const float least = q.least(best);
   float floor = -kInf, low = -kInf;
   int64_t mass = -1;
   // at most three cuts: for the k-th score; for the nucleus by a float32 sum, unless that is of the k best alone; and, where
@@ -155,7 +146,7 @@ EFT_DEVICE Kept keep_of(Team& team, const Part& part, const Knobs& q, float best
       low = q.use_k ? floor : cutoff(best, q.top_p, approximate * (1 - slack_of(vocab)), q.temperature, vocab);
     if (step == kExactly || (step == kNucleus && q.use_k))
       total = total_exactly(team, part, q.use_k ? low : -kInf, {best, q.c, false});
-    const int64_t limit = step == kTopK ? q.top_k : limit_of(q.top_p, total.units);
+    const int64_t limit = step == kTopK ? q.top_k : mass_limit(q.top_p, total.units);
     floor = cut(team, part, low, best, limit, {best, q.c, step == kTopK});
     if (step == kTopK) continue;
     const Tally<2> t = count_from(team, part, floor, {best, q.c, false});
@@ -174,9 +165,9 @@ EFT_DEVICE bool keeps(Team& team, const Part& part, const Knobs& q, float score,
   if (!q.use_k && !q.use_p) return true;
   const int64_t over = count_from(team, part, score, {best, q.c, q.use_k}).sum[0];
   if (q.use_k) return over < q.top_k;
-  if ((over < limit_of(q.top_p, total.units - total.error)) != (over < limit_of(q.top_p, total.units + total.error)))
+  if ((over < mass_limit(q.top_p, total.units - total.error)) != (over < mass_limit(q.top_p, total.units + total.error)))
     total = total_exactly(team, part, -kInf, {best, q.c, false});
-  return over < limit_of(q.top_p, total.units);
+  return over < mass_limit(q.top_p, total.units);
 }
 
 }  // namespace cuda

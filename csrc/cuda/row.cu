@@ -209,7 +209,7 @@ EFT_KERNEL void __launch_bounds__(kRowThreads, EFT_ROW_BLOCKS)
   const float approximate = tempered ? sum.sum_c : sum.sum;
   const bool peels = call.token_only && q.filtered() && (!q.use_k || !q.use_p);
   if (ok && peels) {
-    f.floor = least_of(q, best);
+    f.floor = q.least(best);
   } else if (ok) {
     f.lse = log(sum.sum);
     f.log_kept = tempered ? log(sum.sum_c) : f.lse;

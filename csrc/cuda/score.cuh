@@ -2,7 +2,7 @@
 #pragma once
 #include <limits>
 
-#include "../semantics/call.h"
+#include "../semantics/filters.h"
 #include "../semantics/mass.h"
 #include "../semantics/noise.h"
 #include "device.cuh"
@@ -15,7 +15,6 @@ using namespace scalar;
 constexpr int kLanes = 32, kPerLane = kChunkSize / kLanes;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kLowest = -std::numeric_limits<float>::max();
-constexpr float kGreedy = 1e-5f;  // temperatures below are greedy
 
 EFT_DEVICE int lane_id() { return threadIdx.x % kLanes; }
 EFT_DEVICE int warp_id() { return threadIdx.x / kLanes; }
@@ -306,21 +305,14 @@ EFT_DEVICE float score_of(const Row& row, int token) {
 
 // --- one row's sampling parameters ---------------------------------------------------------------------------------
 
-struct Knobs {
-  float temperature, inverse, c, top_p, min_p;
-  int64_t top_k;
-  bool greedy, use_k, use_p;
+struct Knobs : Filters {
+  bool use_k, use_p;
   EFT_HD bool filtered() const { return !greedy && (use_k || use_p || min_p > 0); }
 };
 
 EFT_DEVICE Knobs knobs_of(const Call& call, int64_t b) {
   Knobs q;
-  q.temperature = call.temperature[b];
-  q.greedy = q.temperature < kGreedy;
-  if (q.greedy) q.temperature = 0;
-  q.inverse = q.greedy ? 0 : 1.0f / q.temperature;
-  q.c = q.inverse * kLog2e;
-  q.top_k = call.top_k[b], q.top_p = call.top_p[b], q.min_p = call.min_p[b];
+  static_cast<Filters&>(q) = filters_of(call, b);
   q.use_k = q.top_k > 0 && q.top_k < call.vocab_size;
   q.use_p = q.top_p < 1;
   return q;

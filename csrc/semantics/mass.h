@@ -31,10 +31,11 @@ EFT_HD int64_t mass(float s, float best, float c) {
 EFT_HD float log_total(int64_t total) { return log(static_cast<float>(total) * 0x1p-40f); }
 
 // the mass strictly above a token must be below this for the token to be in the nucleus of mass p
-EFT_HD int64_t mass_limit(float p, int64_t total) {
-  int64_t limit = static_cast<int64_t>(static_cast<double>(p) * static_cast<double>(total));
+EFT_HD int64_t mass_limit(float p, double total) {
+  int64_t limit = static_cast<int64_t>(static_cast<double>(p) * total);
   return limit < 1 ? 1 : limit;
 }
+EFT_HD int64_t mass_limit(float p, int64_t total) { return mass_limit(p, static_cast<double>(total)); }
 
 }  // namespace EFT_ISA
 }  // namespace eft
