@@ -79,7 +79,7 @@ def _plain() -> bool:
 def _device_type(logits) -> str:
     try:
         return "cuda" if logits[0].is_cuda else "cpu"
-    except Exception:
+    except (TypeError, AttributeError, LookupError):
         return "cpu"  # whoever looks closer will say what is wrong
 
 
