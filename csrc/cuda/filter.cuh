@@ -33,68 +33,291 @@ EFT_DEVICE void each_chunk(const Part& part, float low, const Visit& visit) {
   }
 }
 
-// What a score counts: its mass, or 1.
-struct Count {
-  float best, c;
-  bool ones;
-  EFT_MEMBER int64_t operator()(float s) const { return ones ? 1 : mass(s, best, c); }
-};
-
-// what the scores above and not below `at` count
-EFT_DEVICE Tally<2> count_from(Team& team, const Part& part, float at, const Count& count) {
-  Tally<2> t;
-  const float low = at == -kInf ? at : below(at);
-  each_chunk(part, low, [&](int, int, const float* x) {
+// visit(x) of those of the block's scores that wanted(x) is true of; it is asked of each in chunks whose best is above
+// `low`. Where few are wanted most lanes have one to visit at a time.
+template <class Wanted, class Visit>
+EFT_DEVICE void each_score(const Part& part, float low, const Wanted& wanted, const Visit& visit) {
+  constexpr int N = 32 / kPerLane;  // chunks at once, a bit for each of a lane's scores
+  for (int i = warp_id(); i < part.n; i += N * kRowWarps) {
+    const float* s = part.scores + i * kChunkSize + lane_id() * kPerLane;
+    uint32_t which = 0;
+#pragma unroll 1
+    for (int j = 0; j < N && i + j * kRowWarps < part.n; ++j) {
+      if (!(part.tops[i + j * kRowWarps] > low)) continue;
+      float x[kPerLane];
+      load8(s + j * kRowWarps * kChunkSize, x);
+      uint32_t of_chunk = 0;
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i)
-      if (x[i] > low) {
-        const int64_t m = count(x[i]);
-        t.sum[0] += x[i] > at ? m : 0;
-        t.sum[1] += m;
-      }
-  });
-  return team.tally(t);
+      for (int k = 0; k < kPerLane; ++k) of_chunk |= wanted(x[k]) ? 1u << k : 0;
+      which |= of_chunk << (j * kPerLane);
+    }
+    for (; which; which &= which - 1) {
+      const int at = __ffs(static_cast<int>(which)) - 1;
+      visit(s[at / kPerLane * kRowWarps * kChunkSize + at % kPerLane]);
+    }
+  }
 }
 
-// The smallest score in [low, best] with less than `limit` counted above it. The bracket (a, b] around it is cut at six
-// places a turn, and its ends are drawn in to scores that there are.
-EFT_DEVICE float cut(Team& team, const Part& part, float low, float best, int64_t limit, const Count& count) {
-  constexpr int N = 6;
-  constexpr float kStep = 1.0f / (N + 1);
-  float a = low == -kInf ? low : below(low), b = best, from = low == -kInf ? best : low;
-  int64_t over = 0;  // counted above b
-  for (;;) {
-    float at[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i) at[i] = fminf(fmaxf(from * (1.0f - i * kStep) + b * (i * kStep), from), b);
-    at[0] = from;
-    Tally<N> t;
-    each_chunk(part, a, [&](int, int, const float* x) {
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i)
-        if (x[i] > a && x[i] <= b) {
-          t.low = fminf(t.low, x[i]), t.high = fmaxf(t.high, x[i]);
-          if (!(x[i] > from)) continue;
-          const int64_t m = count(x[i]);
-#pragma unroll
-          for (int k = 0; k < N; ++k) t.sum[k] += x[i] > at[k] ? m : 0;
-        }
-    });
-    t = team.tally(t);
-    if (!(t.low < t.high)) return t.high;
-    b = t.high;
-    from = t.low;
-    int64_t less = over;
-#pragma unroll
-    for (int k = N - 1; k >= 0; --k) {  // from the highest down, what is counted above rises
-      const int64_t above = over + t.sum[k];
-      const bool inside = above < limit;
-      if (!inside) a = fmaxf(a, at[k]);
-      if (inside && at[k] < b) b = at[k], less = above;
-    }
-    from = fmaxf(from, a);
-    over = less;
+// What the scores above and not below `at` have: mass, or `ones` their number.
+EFT_DEVICE Two count_from(Team& team, const Part& part, float at, float best, float c, bool ones) {
+  Two t;
+  const float low = at == -kInf ? at : below(at);
+  each_score(part, low, [&](float x) { return x > low; }, [&](float x) {
+    const int64_t m = ones ? 1 : mass(x, best, c);
+    t.a += x > at ? m : 0, t.b += m;
+  });
+  return team.sum(t);
+}
+
+// The relative error of a sum of exp2((s - best) c), generously: exponents that matter are rounded by 5e-6, exp2 by
+// 3e-7, and a lane adds at most V / 2048 parts.
+EFT_DEVICE float slack_of(int vocab) { return 2e-5f + vocab * 3e-11f; }
+
+// The mass of a whole row: of a float32 sum, which may be off by `error`, until something is in doubt.
+struct Total {
+  double units, error;
+
+  // whether a score with `above` over it and `upto` not below it may not be the nucleus's last
+  EFT_MEMBER bool doubtful(float p, int64_t above, int64_t upto) const {
+    return above >= mass_limit(p, units - error) || upto < mass_limit(p, units + error);
   }
+};
+
+// `exact` and a float32 sum of the rest
+EFT_DEVICE Total total_about(int64_t exact, float rest, int vocab) {
+  const double units = static_cast<double>(rest) * 0x1p40;
+  return {static_cast<double>(exact) + units, units * slack_of(vocab) + vocab};
+}
+EFT_DEVICE Total total_exactly(Team& team, const Part& part, float best, float c) {
+  return {static_cast<double>(count_from(team, part, -kInf, best, c, false).b), 0};
+}
+
+// --- the search for a threshold ------------------------------------------------------------------------------------
+//
+// Radix select: the row's scores are counted in 256 bins, by number and exact mass; the bin in which the limit is reached
+// is cut into bins again, until few scores are left in it. The row's first block compares these with each other.
+
+constexpr uint32_t kFarthest = 0xFFFFFF00u;  // the last one below 2^32 that is a float
+
+// Larger keys are lower scores: 32 bits of the distance to the best, in units of 2^-32 of a range beyond which all are
+// one, then, should that not tell scores apart, 32 bits of their order as floats.
+struct Key {
+  float best, units;
+
+  EFT_MEMBER Key(float best, float range) : best(best), units(fminf(0x1p32f / range, 3e38f)) {}
+  EFT_MEMBER float distance(float x) const { return fminf((best - x) * units, static_cast<float>(kFarthest)); }
+  EFT_MEMBER uint32_t coarse(float x) const { return static_cast<uint32_t>(distance(x)); }
+  EFT_MEMBER uint32_t fine(float x) const {
+    return static_cast<uint32_t>(ordered(best)) - static_cast<uint32_t>(ordered(x));
+  }
+  // the byte that is cut by at a level, 0 to 7
+  EFT_MEMBER int bin(float x, int level) const {
+    return (level < 4 ? coarse(x) >> (24 - 8 * level) : fine(x) >> (56 - 8 * level)) & 255;
+  }
+};
+
+// The scores above `low` whose keys begin with `level` bytes.
+struct Bracket {
+  Key key;
+  float low;
+  int level;
+  uint64_t prefix;
+  float from, to;  // distances, which tell all while level < 4
+
+  EFT_MEMBER Bracket(const Key& key, float low) : key(key), low(low), level(0), prefix(0), from(0), to(kInf) {}
+  EFT_MEMBER bool holds(float x) const {
+    if (level == 0 || !(x > low)) return x > low;
+    const float d = key.distance(x);
+    if (level < 4) return d >= from && d < to;
+    return (static_cast<uint64_t>(key.coarse(x)) << 32 | key.fine(x)) >> (64 - 8 * level) == prefix;
+  }
+  // the one score that is left at level 8
+  EFT_MEMBER float last() const {
+    return unordered(static_cast<int32_t>(static_cast<uint32_t>(ordered(key.best)) - static_cast<uint32_t>(prefix)));
+  }
+  EFT_MEMBER void enter(int bin) {
+    prefix = prefix << 8 | static_cast<uint32_t>(bin), ++level;
+    const uint64_t first = prefix << (64 - 8 * level) >> 32, unit = level < 4 ? uint64_t{1} << (32 - 8 * level) : 1;
+    from = static_cast<float>(first), to = static_cast<float>(first + unit);
+    if (first + unit > kFarthest) return;  // with all that is farther
+    const float span = (static_cast<float>(first + unit) / key.units) * 1.000001f;  // a little too far
+    low = fmaxf(low, key.best - span - (fabsf(key.best) + span) * 1e-6f);
+  }
+};
+
+// Of a bracket the best and the least score, and a sum of what the row has beside it.
+struct Seen {
+  float best = -kInf, least = kInf, rest = 0;
+};
+
+EFT_DEVICE Seen warp_all(const Seen& x) {
+  return {warp_max(x.best), -warp_max(-x.least), warp_all(x.rest, Sum())};
+}
+
+constexpr int kBins = kRowThreads, kFew = kRowThreads;
+
+struct Cut {
+  float at;
+  int64_t above, upto;  // the mass above it, and not below it
+  bool doubtful;        // as the total is not exact
+};
+
+// In shared memory, each block's own.
+struct Search {
+  unsigned number[kBins];  // of the block's scores in each bin, and the words of their mass
+  union {
+    struct {
+      unsigned low[kBins], high[kBins];
+    } words;
+    int64_t mass[kFew];
+  };
+  float few[kFew];  // of the first block: what is left of the row
+  unsigned left;
+  // the same in all blocks
+  float c;           // of masses
+  int vocab;
+  int64_t k;         // less than so many above, or 0: less than the share p of the total
+  float p;
+  Total total;       // units < 0: not known yet
+  Bracket bracket;
+  int64_t n, mass_of_n;  // the bracket's
+  int64_t over, above;   // above the bracket: what is counted, and mass
+  Cut cut;
+};
+
+// Thread 0 calls this; a barrier follows.
+EFT_DEVICE void begin(Search& search, const Key& key, float low, float c, int64_t k, float p, const Total& total, int vocab) {
+  search.c = c, search.k = k, search.p = p, search.total = total, search.vocab = vocab;
+  search.bracket = Bracket(key, low);
+  search.over = search.above = 0;
+}
+
+EFT_DEVICE Cut cut_at(const Search& search, float at, int64_t above, int64_t upto) {
+  return {at, above, upto, search.total.error > 0 && search.total.doubtful(search.p, above, upto)};
+}
+
+EFT_DEVICE void clear(Search& search) {
+  search.number[threadIdx.x] = search.words.low[threadIdx.x] = search.words.high[threadIdx.x] = 0;
+  if (threadIdx.x == 0) search.left = 0;
+  __syncthreads();
+}
+
+EFT_DEVICE void put_in(Search& search, int bin, int64_t mass) {
+  atomicAdd(&search.number[bin], 1u);
+  const uint32_t low = static_cast<uint32_t>(mass);
+  const unsigned before = atomicAdd(&search.words.low[bin], low);
+  const uint32_t high = static_cast<uint32_t>(mass >> 32) + (before + low < before ? 1 : 0);
+  if (high) atomicAdd(&search.words.high[bin], high);
+}
+
+// Enters the bin of all blocks together with which what is counted reaches the limit, else the last that has any. rest: the
+// sum of what is not in the bracket, where the total is not known. All threads call this after a sync().
+EFT_DEVICE void enter_bin(const Team& team, Search& search, float rest) {
+  const int lane = lane_id(), bin = threadIdx.x;
+  Two mine;  // number, mass
+  for (int r = 0; r < team.size; ++r) {
+    const Search* other = team.at(&search, r);
+    mine.a += other->number[bin];
+    mine.b += static_cast<int64_t>(static_cast<uint64_t>(other->words.high[bin]) << 32) + other->words.low[bin];
+  }
+  Two upto = mine;
+#pragma unroll
+  for (int d = 1; d < kLanes; d *= 2) {
+    const int64_t a = __shfl_up_sync(kAll, upto.a, d), b = __shfl_up_sync(kAll, upto.b, d);
+    if (lane >= d) upto.a += a, upto.b += b;
+  }
+  if (lane == kLanes - 1) team.put(team.mail->warp[warp_id()], upto);
+  __syncthreads();
+  Two sum;
+  for (int i = 0; i < kRowWarps; ++i) {
+    const Two x = team.get<Two>(team.mail->warp[i]);
+    if (i < warp_id()) upto.a += x.a, upto.b += x.b;
+    sum.a += x.a, sum.b += x.b;
+  }
+  const bool numbers = search.k > 0;
+  const Total total = !numbers && search.total.units < 0 ? total_about(sum.b, rest, search.vocab) : search.total;
+  const int64_t limit = numbers ? search.k : mass_limit(search.p, total.units);
+  const int64_t counted = search.over + (numbers ? upto.a : upto.b), own = numbers ? mine.a : mine.b;
+  const bool here = mine.a > 0 && counted - own < limit && (counted >= limit || upto.a == sum.a);
+  __syncthreads();
+  if (here) {
+    search.total = total;
+    search.over = counted - own, search.above += upto.b - mine.b;
+    search.n = mine.a, search.mass_of_n = mine.b;
+    search.bracket.enter(bin);
+  }
+  __syncthreads();
+}
+
+// A score that at least k of a row's reach, by the best scores of its chunks; -inf where these are fewer.
+EFT_DEVICE float kth_top(Team& team, const Part& part, Search& search, int64_t k, float best, float least, int chunks) {
+  if (k > chunks) return -kInf;
+  if (threadIdx.x == 0) begin(search, Key(best, best - least), -kInf, 0, k, 1, {0, 0}, 0);
+  clear(search);
+  for (int i = threadIdx.x; i < part.n; i += kRowThreads)
+    if (part.tops[i] > -kInf) atomicAdd(&search.number[search.bracket.key.bin(part.tops[i], 0)], 1u);
+  team.sync();
+  enter_bin(team, search, 0);
+  const float low = search.over + search.n < k ? -kInf : fmaxf(search.bracket.low, least);
+  team.sync();
+  return low;
+}
+
+// The smallest score of the bracket with less than the limit counted above it. Thread 0 has begun the search.
+EFT_DEVICE Cut cut(Team& team, const Part& part, Search& search) {
+  for (;;) {
+    clear(search);
+    Seen seen;
+    const bool sums = search.k == 0 && search.total.units < 0;
+    const float best = search.bracket.key.best;
+    each_score(part, sums ? -kInf : search.bracket.low, [&](float x) {
+      const bool holds = search.bracket.holds(x);
+      if (sums) seen.rest += holds ? 0.0f : exp2_approximately((x - best) * search.c);
+      return holds;
+    }, [&](float x) {
+      seen.best = fmaxf(seen.best, x), seen.least = fminf(seen.least, x);
+      put_in(search, search.bracket.key.bin(x, search.bracket.level), mass(x, best, search.c));
+    });
+    seen = team.all(seen, Seen(), [](const Seen& a) { return warp_all(a); });
+    enter_bin(team, search, seen.rest);
+    const bool one = seen.best == seen.least, end = search.bracket.level == 8;
+    if (!one && !end && search.n <= kFew) break;
+    const Cut result = cut_at(search, one ? seen.best : search.bracket.last(), search.above, search.above + search.mass_of_n);
+    team.sync();  // bins have been read
+    if (one || end) return result;
+  }
+  Search* first = team.at(&search, 0);
+  each_score(part, search.bracket.low, [&](float x) { return search.bracket.holds(x); }, [&](float x) {
+    first->few[atomicAdd(&first->left, 1u)] = x;
+  });
+  team.sync();
+  if (team.rank == 0) {
+    const int i = threadIdx.x, n = static_cast<int>(search.left);
+    if (i < n) search.mass[i] = mass(search.few[i], search.bracket.key.best, search.c);
+    __syncthreads();
+    if (i < n) {
+      const float x = search.few[i];
+      int higher = 0, lower = 0;
+      int64_t over = 0, own = 0;
+      for (int j = 0; j < n; ++j) {
+        const float y = search.few[j];
+        const int64_t m = search.mass[j];
+        higher += y > x, lower += y < x;
+        over += y > x ? m : 0, own += y == x ? m : 0;
+      }
+      const bool numbers = search.k > 0;
+      const int64_t limit = numbers ? search.k : mass_limit(search.p, search.total.units);
+      const int64_t counted = search.over + (numbers ? higher : over);
+      if (counted < limit && (counted + (numbers ? n - higher - lower : own) >= limit || lower == 0)) {
+        const Cut result = cut_at(search, x, search.above + over, search.above + over + own);
+        for (int r = 0; r < team.size; ++r) team.at(&search, r)->cut = result;
+      }
+    }
+  }
+  team.sync();
+  const Cut result = search.cut;
+  __syncthreads();  // before another use of this memory
+  return result;
 }
 
 // What is kept of a row after top-k, top-p and min-p: scores from `floor` on, their exact mass (0: nothing is filtered).
@@ -110,63 +333,50 @@ EFT_DEVICE float cutoff(float best, float p, float share, float temperature, int
   return low - fabsf(low) * 1e-6f;
 }
 
-// The relative error of a row's sum of exp2((s - best) c), generously: exponents that matter are rounded by 5e-6, exp2 by
-// 3e-7, and a lane adds at most V / 2048 parts.
-EFT_DEVICE float slack_of(int vocab) { return 2e-5f + vocab * 3e-11f; }
-
-// The mass of a whole row: of a float32 sum, which may be off by `error`, until something is in doubt.
-struct Total {
-  double units, error;
-
-  // whether a score with `above` over it and `upto` not below it may not be the nucleus's last
-  EFT_MEMBER bool doubtful(float p, int64_t above, int64_t upto) const {
-    return above >= mass_limit(p, units - error) || upto < mass_limit(p, units + error);
-  }
-};
-
-EFT_DEVICE Total total_about(float approximate, int vocab) {
-  const double units = static_cast<double>(approximate * 0x1p40f);
-  return {units, units * slack_of(vocab) + vocab};
-}
-EFT_DEVICE Total total_exactly(Team& team, const Part& part, float floor, const Count& mass) {
-  return {static_cast<double>(count_from(team, part, floor, mass).sum[1]), 0};
-}
-
-EFT_DEVICE Kept keep_of(Team& team, const Part& part, const Knobs& q, float best, float approximate, int vocab) {
+// start: of the row's scores, with their sum about right where top-p needs it
+EFT_DEVICE Kept keep_of(Team& team, const Part& part, Search& search, const Knobs& q, const Start& start, float sum,
+                        int chunks, int vocab) {
   if (!q.filtered()) return {-kInf, 0};
-  const float least = q.least(best);
-  float floor = -kInf, low = -kInf;
-  int64_t mass = -1;
-  // at most three cuts: for the k-th score; for the nucleus by a float32 sum, unless that is of the k best alone; and, where
-  // the error of the sum leaves the last score in doubt, by an exact one
-  enum { kTopK, kNucleus, kExactly };
-  for (int step = q.use_k ? kTopK : kNucleus; step <= (q.use_p ? kExactly : kTopK); ++step) {
-    Total total = total_about(approximate, vocab);
-    if (step == kNucleus)
-      low = q.use_k ? floor : cutoff(best, q.top_p, approximate * (1 - slack_of(vocab)), q.temperature, vocab);
-    if (step == kExactly || (step == kNucleus && q.use_k))
-      total = total_exactly(team, part, q.use_k ? low : -kInf, {best, q.c, false});
-    const int64_t limit = step == kTopK ? q.top_k : mass_limit(q.top_p, total.units);
-    floor = cut(team, part, low, best, limit, {best, q.c, step == kTopK});
-    if (step == kTopK) continue;
-    const Tally<2> t = count_from(team, part, floor, {best, q.c, false});
-    mass = t.sum[1];
-    if (total.error == 0 || !total.doubtful(q.top_p, t.sum[0], t.sum[1])) break;
+  const float best = start.best, spread = 3 * (best - start.least);
+  Cut kept{-kInf, 0, 0, false};
+  Total total{-1, 0};
+  enum { kTopK, kNucleus, kExactly, kDone };
+  for (int step = q.use_k ? kTopK : q.use_p ? kNucleus : kDone; step < kDone;) {
+    float low, range = spread > 0 ? spread : 32;
+    if (step == kTopK) low = kth_top(team, part, search, q.top_k, best, start.least, chunks);
+    else low = q.use_k ? kept.at : cutoff(best, q.top_p, sum * (1 - slack_of(vocab)), q.temperature, vocab);
+    if (low > -kInf) low = below(low), range = fminf(best - low, spread > 0 ? spread : kInf);
+    if (threadIdx.x == 0)
+      begin(search, Key(best, range), low, q.c, step == kTopK ? q.top_k : 0, q.top_p, total, vocab);
+    kept = cut(team, part, search);
+    if (step == kTopK) {
+      total = {static_cast<double>(kept.upto), 0};
+      step = q.use_p ? kNucleus : kDone;
+    } else if (step == kNucleus && kept.doubtful) {
+      total = total_exactly(team, part, best, q.c);
+      step = kExactly;
+    } else {
+      step = kDone;
+    }
   }
-  if (mass >= 0 && floor >= least) return {floor, mass};
-  floor = fmaxf(floor, least);
-  return {floor, count_from(team, part, floor, {best, q.c, false}).sum[1]};
+  const float least = q.least(best);
+  if (kept.at > -kInf && kept.at >= least) return {kept.at, kept.upto};
+  const float floor = fmaxf(kept.at, least);
+  return {floor, count_from(team, part, floor, best, q.c, false).b};
 }
 
 // Sampling under min-p and top-k or top-p, not both, does without their threshold: the winner of all that is left, if it is
 // kept, is the winner of what is kept; else nothing from its score down is, and the race goes on above. The winner's own
-// mass makes the first one likely to do. Whether it is kept:
+// mass makes the first one likely to do. Whether it is kept (total: in shared memory):
 EFT_DEVICE bool keeps(Team& team, const Part& part, const Knobs& q, float score, float best, Total& total) {
   if (!q.use_k && !q.use_p) return true;
-  const int64_t over = count_from(team, part, score, {best, q.c, q.use_k}).sum[0];
+  const int64_t over = count_from(team, part, score, best, q.c, q.use_k).a;
   if (q.use_k) return over < q.top_k;
-  if ((over < mass_limit(q.top_p, total.units - total.error)) != (over < mass_limit(q.top_p, total.units + total.error)))
-    total = total_exactly(team, part, -kInf, {best, q.c, false});
+  if ((over < mass_limit(q.top_p, total.units - total.error)) != (over < mass_limit(q.top_p, total.units + total.error))) {
+    const Total exact = total_exactly(team, part, best, q.c);
+    if (threadIdx.x == 0) total = exact;
+    __syncthreads();
+  }
   return over < mass_limit(q.top_p, total.units);
 }
 

@@ -18,12 +18,17 @@ struct RowShared {
   Row row;
   Knobs knobs;
   Source source;
+  Part part;
+  State state;
+  Total total;
 };
 
 constexpr int kHead = (sizeof(RowShared) + 15) / 16 * 16;
-// beside the scores: the best of every chunk, and the race's field
+// beside the scores: the best of every chunk, then what the search for a threshold needs and after it the race
+EFT_HD constexpr int tops_bytes(int per) { return (per + 3) / 4 * 16; }
 EFT_HD constexpr int area_bytes(int per) {
-  return ((per + 3) / 4 * 16 + field_bytes(per < kSegment ? per : kSegment, kRowWarps) + 15) / 16 * 16;
+  const int field = field_bytes(per < kSegment ? per : kSegment, kRowWarps), search = sizeof(Search);
+  return tops_bytes(per) + ((field > search ? field : search) + 15) / 16 * 16;
 }
 
 // --- the up-scaling filter -----------------------------------------------------------------------------------------
@@ -57,7 +62,7 @@ EFT_DEVICE int64_t own_mass(Team& team, const Row& row, const Part& part, const 
 }
 
 // Finds the tuned model's own nucleus of mass p and what to take off inside and outside; then the row's scores are others.
-EFT_DEVICE void find_nucleus(Team& team, Row& row, const Part& part, float p) {
+EFT_DEVICE void find_nucleus(Team& team, Row& row, const Part& part, Search& search, float p) {
   float inside = 0, best;
   for (int j = 0; j < row.models; ++j) {
     const float w = row.in[j].w;
@@ -65,7 +70,7 @@ EFT_DEVICE void find_nucleus(Team& team, Row& row, const Part& part, float p) {
     const float lse = log_total(own_mass(team, row, part, row.in[j], best));
     inside = inside + w * (best + lse);
   }
-  const int64_t total = own_mass(team, row, part, row.tuned, best);
+  const int64_t mass = own_mass(team, row, part, row.tuned, best);
   each_own(row, part, row.tuned, [&](int i, const float* z) {
     const float top = warp_max(top_of(z));
     store8(part.scores + i * kChunkSize + lane_id() * kPerLane, z);
@@ -73,9 +78,11 @@ EFT_DEVICE void find_nucleus(Team& team, Row& row, const Part& part, float p) {
     if (lane_id() == 0) part.tops[i] = top;
   });
   __syncthreads();
-  const float low = cutoff(best, p, static_cast<float>(total) * 9.0949e-13f, 1, row.vocab);  // a little below 2^-40
-  const float tau = cut(team, part, low, best, mass_limit(p, total), {best, kLog2e, false});
-  if (threadIdx.x == 0) row.tau = tau, row.inside = inside, row.outside = best + log_total(total);
+  const float low = cutoff(best, p, static_cast<float>(mass) * 9.0949e-13f, 1, row.vocab);  // a little below 2^-40
+  if (threadIdx.x == 0)
+    begin(search, Key(best, best - low), low, kLog2e, 0, p, {static_cast<double>(mass), 0}, row.vocab);
+  const float tau = cut(team, part, search).at;
+  if (threadIdx.x == 0) row.tau = tau, row.inside = inside, row.outside = best + log_total(mass);
   __syncthreads();
 }
 
@@ -117,7 +124,7 @@ EFT_DEVICE void write_diagnostics(Team& team, const Row& row, const Part& part, 
       for (int k = 0; k < kPerLane; ++k) strange += !(z[k] < kInf);
       if (high > -kInf && high < kInf) own.add(z, high, 0, false);
     });
-  own = team.sums(own, 0);
+  own = team.sum(own, 0);
   strange = team.sum(strange);
   const float log_own = log(fmaxf(own.sum, 0x1p-100f));
   double h = 0, distance = 0;
@@ -144,7 +151,7 @@ EFT_DEVICE void write_diagnostics(Team& team, const Row& row, const Part& part, 
 // --- the kernel ----------------------------------------------------------------------------------------------------
 
 // blocks of a multiprocessor: where registers suffice without spills
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 #define EFT_ROW_BLOCKS 2
 #else
 #define EFT_ROW_BLOCKS 3
@@ -162,34 +169,37 @@ EFT_KERNEL void __launch_bounds__(kRowThreads, EFT_ROW_BLOCKS)
     set_row(row, call, b, slot);
     shared.knobs = knobs_of(call, b);
     shared.source = source_of(call, b, slot, call.stream, call.slot);
+    const int first = team.rank * per;
+    shared.part = {staged ? staged + (r * row.chunks + first) * kChunkSize
+                          : reinterpret_cast<float*>(shared_memory() + kHead + area_bytes(per)),
+                   reinterpret_cast<float*>(shared_memory() + kHead), first, max(min(per, row.chunks - first), 0)};
   }
   __syncthreads();
-  Part part;
-  part.first = team.rank * per;
-  part.n = max(min(per, row.chunks - part.first), 0);
-  part.scores = staged ? staged + (r * row.chunks + part.first) * kChunkSize
-                       : reinterpret_cast<float*>(shared_memory() + kHead + area_bytes(per));
-  part.tops = reinterpret_cast<float*>(shared_memory() + kHead);
+  const Part& part = shared.part;
   if (size > 1) cluster_arrive();  // a block's shared memory is there for the others once it has begun
   const bool tempered = !q.greedy && q.temperature != 1;
   const auto keep = [&](int chunk, const float* s) {
     if (call.keeps) store8(part.scores + (chunk - part.first) * kChunkSize + lane_id() * kPerLane, s);
   };
+  Search& search = *reinterpret_cast<Search*>(shared_memory() + kHead + tops_bytes(per));
   // scores, their best, and sums of exponentials
   ExpSum sum;
-  float best = -kInf;
-  const auto look = [&] {
-    best = -kInf;
-    for (int i = threadIdx.x; i < part.n; i += kRowThreads) best = fmaxf(best, part.tops[i]);
-    best = team.max(best);
+  const auto know = [&] {
+    Start start{-kInf, kInf, sum};
+    for (int i = threadIdx.x; i < part.n; i += kRowThreads) {
+      const float top = part.tops[i];
+      start.best = fmaxf(start.best, top);
+      if (top > -kInf) start.least = fminf(start.least, top);
+    }
+    return team.start(start, q.c);
   };
   const bool summed = !call.token_only || (q.use_p && !q.use_k);
   first_pass(row, part.first, part.n, part.tops, summed, tempered, q.c, sum, keep);
   if (size > 1) cluster_wait();
-  look();
-  const bool ok = best > -kInf && best < kInf;
+  Start start = know();
+  const bool ok = start.best > -kInf && start.best < kInf;
   if (ok && row.upscaled) {
-    find_nucleus(team, row, part, call.upscale_top_p[b]);
+    find_nucleus(team, row, part, search, call.upscale_top_p[b]);
     sum = ExpSum();
     for (int i = warp_id(); i < part.n; i += kRowWarps) {
       float s[kPerLane];
@@ -200,53 +210,59 @@ EFT_KERNEL void __launch_bounds__(kRowThreads, EFT_ROW_BLOCKS)
       keep(part.first + i, s);
     }
     __syncthreads();
-    look();
+    start = know();
   }
-  sum = team.sums(sum, q.c);
+  const float best = start.best;
   // thresholds
-  State f{best, -kInf, 0, 0, 0, -1, 0, 0, 0, ok};
+  State& f = shared.state;
+  if (threadIdx.x == 0) f = {best, -kInf, 0, 0, 0, -1, row.tau, row.inside, row.outside, ok};
   Winner w;
-  const float approximate = tempered ? sum.sum_c : sum.sum;
+  float floor = -kInf;
+  const float approximate = tempered ? start.sum.sum_c : start.sum.sum;
   const bool peels = call.token_only && q.filtered() && (!q.use_k || !q.use_p);
   if (ok && peels) {
-    f.floor = q.least(best);
+    floor = q.least(best);
+    if (threadIdx.x == 0) shared.total = total_about(0, approximate, row.vocab);
   } else if (ok) {
-    f.lse = log(sum.sum);
-    f.log_kept = tempered ? log(sum.sum_c) : f.lse;
-    const Kept kept = keep_of(team, part, q, best, approximate, row.vocab);
-    f.mass = kept.mass;
-    if (f.mass > 0) f.log_kept = log_total(f.mass);
-    else if (call.exact && !q.greedy) f.mass = count_from(team, part, -kInf, {best, q.c, false}).sum[1];
-    if (q.greedy) f.log_kept = 0, f.mass = int64_t{1} << kMassBits;
-    f.floor = q.greedy ? best : kept.floor;
+    if (threadIdx.x == 0) f.lse = log(start.sum.sum), f.log_kept = tempered ? log(start.sum.sum_c) : f.lse;
+    Kept kept = keep_of(team, part, search, q, start, approximate, row.chunks, row.vocab);
+    floor = kept.floor;
+    const bool nothing = kept.mass == 0;
+    if (q.greedy) floor = best, kept.mass = int64_t{1} << kMassBits;
+    else if (nothing && call.exact) kept.mass = count_from(team, part, -kInf, best, q.c, false).b;
+    if (threadIdx.x == 0) {
+      f.floor = floor, f.mass = kept.mass;
+      if (q.greedy) f.log_kept = 0;
+      else if (!nothing) f.log_kept = log_total(kept.mass);
+    }
   }
   if (ok && (call.samples || q.greedy)) {
-    Total total = total_about(approximate, row.vocab);
     for (;;) {
       w = Winner();
       for (int i = 0; i < part.n; i += kSegment) {
-        const Field field = field_at(shared_memory() + kHead + (per + 3) / 4 * 16, part.first + i, min(part.n - i, kSegment));
-        w = both(w, race_block(field, part.tops + i, f.floor, q, shared.source,
-                               [&](int chunk) { return part.scores + (chunk - part.first) * kChunkSize; }));
+        const Field field = field_at(reinterpret_cast<char*>(&search), part.first + i, min(part.n - i, kSegment));
+        const Winner x = race_block(field, part.tops + i, floor, q, shared.source,
+                                    [&](int chunk) { return part.scores + (chunk - part.first) * kChunkSize; });
+        w.offer(x.key, x.score);
       }
       w = team.best(w);
-      if (!peels || w.key == kNone || keeps(team, part, q, w.score, best, total)) break;
-      f.floor = above(w.score);
+      if (!peels || w.key == kNone || keeps(team, part, q, w.score, best, shared.total)) break;
+      floor = above(w.score);
     }
   }
-  if (w.key != kNone) f.token = packed_token(w.key);
-  if (team.rank == 0 && threadIdx.x == 0) {
-    if (call.tokens) call.tokens[r] = f.token;
-    if (call.valid) call.valid[r] = ok;
-    if (call.logprobs) {
-      call.logprobs[r] = ok ? processed_logprob(f, q, w.score, static_cast<int>(f.token)) : NAN;
-      call.raw_logprobs[r] = ok ? raw_logprob(f, w.score) : NAN;
-    }
-    if (call.states) {
-      f.tau = row.tau, f.inside = row.inside, f.outside = row.outside;
-      call.states[r] = f;
+  if (threadIdx.x == 0) {
+    if (w.key != kNone) f.token = packed_token(w.key);
+    if (team.rank == 0) {
+      if (call.tokens) call.tokens[r] = f.token;
+      if (call.valid) call.valid[r] = ok;
+      if (call.logprobs) {
+        call.logprobs[r] = ok ? processed_logprob(f, q, w.score, static_cast<int>(f.token)) : NAN;
+        call.raw_logprobs[r] = ok ? raw_logprob(f, w.score) : NAN;
+      }
+      if (call.states) call.states[r] = f;
     }
   }
+  __syncthreads();
   if (call.tops)
     for (int i = threadIdx.x; i < part.n; i += kRowThreads) call.tops[r * row.chunks + part.first + i] = part.tops[i];
   if (call.top_n) write_top(team, part, f, call.top_n, call.top_ids + r * call.top_n, call.top_logprobs + r * call.top_n, ok);

@@ -35,11 +35,10 @@ struct ExpSum {
 };
 
 EFT_DEVICE ExpSum warp_all(ExpSum x, float c) {
-#pragma unroll
-  for (int d = kLanes / 2; d > 0; d /= 2) {
-    const float top = __shfl_xor_sync(kAll, x.top, d), sum = __shfl_xor_sync(kAll, x.sum, d);
-    x.merge(top, sum, __shfl_xor_sync(kAll, x.sum_c, d), c);
-  }
+  const float top = warp_max(x.top);
+  x.sum = warp_all(x.sum * exp2_approximately((x.top - top) * kLog2e), Sum());
+  x.sum_c = warp_all(x.sum_c * exp2_approximately((x.top - top) * c), Sum());
+  x.top = top;
   return x;
 }
 

@@ -5,33 +5,22 @@
 namespace eft {
 namespace cuda {
 
-constexpr int kRowThreads = 256, kRowWarps = kRowThreads / kLanes, kMaxCluster = 16, kWords = 10;
+constexpr int kRowThreads = 256, kRowWarps = kRowThreads / kLanes, kMaxCluster = 16, kWords = 3;
 
-// Several sums, a minimum and a maximum at once.
-template <int N>
-struct Tally {
-  int64_t sum[N] = {};
-  float low = kInf, high = -kInf;
+// What a row's first pass comes to: its best score, the least of its chunks' best ones, and sums of exponentials.
+struct Start {
+  float best = -kInf, least = kInf;
+  ExpSum sum;
 };
 
-template <int N>
-EFT_DEVICE Tally<N> both(Tally<N> a, const Tally<N>& b) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) a.sum[i] += b.sum[i];
-  a.low = fminf(a.low, b.low), a.high = fmaxf(a.high, b.high);
-  return a;
+EFT_DEVICE Start warp_all(Start x, float c) {
+  x.best = warp_max(x.best), x.least = -warp_max(-x.least), x.sum = warp_all(x.sum, c);
+  return x;
 }
-template <int N>
-EFT_DEVICE Tally<N> warp_all(Tally<N> t) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) t.sum[i] = warp_all(t.sum[i], Sum());
-  t.high = warp_max(t.high), t.low = -warp_max(-t.low);
-  return t;
-}
-EFT_DEVICE Winner both(Winner a, const Winner& b) {
-  a.offer(b.key, b.score);
-  return a;
-}
+
+struct Two {  // sums
+  int64_t a = 0, b = 0;
+};
 
 struct Mail {  // in shared memory
   alignas(16) int64_t warp[kRowWarps][kWords];
@@ -42,21 +31,30 @@ struct Team {
   int rank, size, phase;
   Mail* mail;
 
-  // x of all threads of the row's blocks together; within(x): of a warp's lanes, both(a, b): of two. All threads call this
-  // in the same order.
-  template <class T, class Within, class Both>
-  EFT_MEMBER T all(T x, const Within& within, const Both& both) {
+  // the same place in the memory of another of the blocks
+  template <class T>
+  EFT_MEMBER T* at(T* p, int block) const {
+    return size > 1 ? cluster_pointer(p, block) : p;
+  }
+  EFT_MEMBER void sync() const {
+    if (size > 1) cluster_sync();
+    else __syncthreads();
+  }
+
+  // x of all threads of the row's blocks together; within(x): of a warp's lanes, `none`: of no thread. All threads call
+  // this in the same order. It is a sync(), too.
+  template <class T, class Within>
+  EFT_MEMBER T all(T x, T none, const Within& within) {
     static_assert(sizeof(T) <= sizeof(mail->warp[0]), "");
+    const int lane = lane_id();
     x = within(x);
-    if (lane_id() == 0) put(mail->warp[warp_id()], x);
+    if (lane == 0) put(mail->warp[warp_id()], x);
     __syncthreads();
-    x = get<T>(mail->warp[0]);
-    for (int i = 1; i < kRowWarps; ++i) x = both(x, get<T>(mail->warp[i]));
+    if (size == 1 || warp_id() == 0) x = within(lane < kRowWarps ? get<T>(mail->warp[lane]) : none);
     if (size > 1) {
       if (static_cast<int>(threadIdx.x) < size) put(cluster_pointer(&mail->block[phase][rank][0], threadIdx.x), x);
       cluster_sync();
-      x = get<T>(mail->block[phase][0]);
-      for (int i = 1; i < size; ++i) x = both(x, get<T>(mail->block[phase][i]));
+      x = within(lane < size ? get<T>(mail->block[phase][lane]) : none);
       phase ^= 1;
     } else {
       __syncthreads();
@@ -73,13 +71,19 @@ struct Team {
   }
 
   EFT_MEMBER float max(float x) {
-    return all(x, [](float a) { return warp_max(a); }, [](float a, float b) { return fmaxf(a, b); });
+    return all(x, -kInf, [](float a) { return warp_max(a); });
+  }
+  EFT_MEMBER int64_t max(int64_t x) {
+    return all(x, kNone, [](int64_t a) { return warp_all(a, Max()); });
   }
   EFT_MEMBER int64_t sum(int64_t x) {
-    return all(x, [](int64_t a) { return warp_all(a, Sum()); }, Sum());
+    return all(x, int64_t{0}, [](int64_t a) { return warp_all(a, Sum()); });
   }
-  EFT_MEMBER double sum(double x) {  // of few, in one order
-    return all(x, [](double a) {
+  EFT_MEMBER Two sum(const Two& x) {
+    return all(x, Two(), [](const Two& t) { return Two{warp_all(t.a, Sum()), warp_all(t.b, Sum())}; });
+  }
+  EFT_MEMBER double sum(double x) {  // in one order
+    return all(x, 0.0, [](double a) {
 #pragma unroll
       for (int d = kLanes / 2; d > 0; d /= 2) {
         int64_t i;
@@ -90,24 +94,16 @@ struct Team {
         a += o;
       }
       return a;
-    }, Sum());
-  }
-  EFT_MEMBER int64_t max(int64_t x) {
-    return all(x, [](int64_t a) { return warp_all(a, Max()); }, Max());
-  }
-  template <int N>
-  EFT_MEMBER Tally<N> tally(const Tally<N>& x) {
-    return all(x, [](const Tally<N>& a) { return warp_all(a); },
-               [](const Tally<N>& a, const Tally<N>& b) { return both(a, b); });
-  }
-  EFT_MEMBER ExpSum sums(const ExpSum& x, float c) {
-    return all(x, [=](const ExpSum& a) { return warp_all(a, c); }, [=](ExpSum a, const ExpSum& b) {
-      a.merge(b.top, b.sum, b.sum_c, c);
-      return a;
     });
   }
+  EFT_MEMBER Start start(const Start& x, float c) {
+    return all(x, Start(), [=](const Start& s) { return warp_all(s, c); });
+  }
+  EFT_MEMBER ExpSum sum(const ExpSum& x, float c) {
+    return all(x, ExpSum(), [=](const ExpSum& s) { return warp_all(s, c); });
+  }
   EFT_MEMBER Winner best(const Winner& x) {
-    return all(x, [](const Winner& a) { return warp_all(a); }, [](const Winner& a, const Winner& b) { return both(a, b); });
+    return all(x, Winner(), [](const Winner& w) { return warp_all(w); });
   }
 };
 
