@@ -160,6 +160,7 @@ struct Cut {
   float at;
   int64_t above, upto;  // the mass above it, and not below it
   bool doubtful;        // as the total is not exact
+  bool settled;         // of the k best it is the nucleus of mass p already
 };
 
 // In shared memory, each block's own.
@@ -176,7 +177,7 @@ struct Search {
   // the same in all blocks
   float c;           // of masses
   int vocab;
-  int64_t k;         // less than so many above, or 0: less than the share p of the total
+  int64_t k;         // less than so many above (and then the nucleus), or 0: less than the share p of the total
   float p;
   Total total;       // units < 0: not known yet
   Bracket bracket;
@@ -193,7 +194,7 @@ EFT_DEVICE void begin(Search& search, const Key& key, float low, float c, int64_
 }
 
 EFT_DEVICE Cut cut_at(const Search& search, float at, int64_t above, int64_t upto) {
-  return {at, above, upto, search.total.error > 0 && search.total.doubtful(search.p, above, upto)};
+  return {at, above, upto, search.total.error > 0 && search.total.doubtful(search.p, above, upto), false};
 }
 
 EFT_DEVICE void clear(Search& search) {
@@ -259,61 +260,85 @@ EFT_DEVICE float kth_top(Team& team, const Part& part, Search& search, int64_t k
   team.sync();
   enter_bin(team, search, 0);
   const float low = search.over + search.n < k ? -kInf : fmaxf(search.bracket.low, least);
-  team.sync();
+  __syncthreads();
   return low;
 }
 
-// The smallest score of the bracket with less than the limit counted above it. Thread 0 has begun the search.
-EFT_DEVICE Cut cut(Team& team, const Part& part, Search& search) {
-  for (;;) {
-    clear(search);
-    Seen seen;
-    const bool sums = search.k == 0 && search.total.units < 0;
-    const float best = search.bracket.key.best;
-    each_score(part, sums ? -kInf : search.bracket.low, [&](float x) {
-      const bool holds = search.bracket.holds(x);
-      if (sums) seen.rest += holds ? 0.0f : exp2_approximately((x - best) * search.c);
-      return holds;
-    }, [&](float x) {
-      seen.best = fmaxf(seen.best, x), seen.least = fminf(seen.least, x);
-      put_in(search, search.bracket.key.bin(x, search.bracket.level), mass(x, best, search.c));
-    });
-    seen = team.all(seen, Seen(), [](const Seen& a) { return warp_all(a); });
-    enter_bin(team, search, seen.rest);
-    const bool one = seen.best == seen.least, end = search.bracket.level == 8;
-    if (!one && !end && search.n <= kFew) break;
-    const Cut result = cut_at(search, one ? seen.best : search.bracket.last(), search.above, search.above + search.mass_of_n);
-    team.sync();  // bins have been read
-    if (one || end) return result;
+// The first block compares what is left with each other, and tells all.
+EFT_DEVICE void compare(const Team& team, Search& search) {
+  const int i = threadIdx.x, n = static_cast<int>(search.left);
+  if (i < n) search.mass[i] = mass(search.few[i], search.bracket.key.best, search.c);
+  __syncthreads();
+  float x = 0;
+  int higher = 0, lower = 0;
+  int64_t over = search.above, own = 0;  // mass
+  if (i < n) {
+    x = search.few[i];
+    for (int j = 0; j < n; ++j) {
+      const float y = search.few[j];
+      const int64_t m = search.mass[j];
+      higher += y > x, lower += y < x;
+      over += y > x ? m : 0, own += y == x ? m : 0;
+    }
+    const bool numbers = search.k > 0;
+    const int64_t limit = numbers ? search.k : mass_limit(search.p, search.total.units);
+    const int64_t counted = numbers ? search.over + higher : over;
+    if (counted < limit && (counted + (numbers ? n - higher - lower : own) >= limit || lower == 0))
+      search.cut = cut_at(search, x, over, over + own);
   }
-  Search* first = team.at(&search, 0);
-  each_score(part, search.bracket.low, [&](float x) { return search.bracket.holds(x); }, [&](float x) {
-    first->few[atomicAdd(&first->left, 1u)] = x;
-  });
-  team.sync();
-  if (team.rank == 0) {
-    const int i = threadIdx.x, n = static_cast<int>(search.left);
-    if (i < n) search.mass[i] = mass(search.few[i], search.bracket.key.best, search.c);
+  __syncthreads();
+  if (search.k > 0 && search.p < 1) {
+    const Cut k = search.cut;
+    const int64_t limit = mass_limit(search.p, k.upto);
     __syncthreads();
-    if (i < n) {
-      const float x = search.few[i];
-      int higher = 0, lower = 0;
-      int64_t over = 0, own = 0;
-      for (int j = 0; j < n; ++j) {
-        const float y = search.few[j];
-        const int64_t m = search.mass[j];
-        higher += y > x, lower += y < x;
-        over += y > x ? m : 0, own += y == x ? m : 0;
-      }
-      const bool numbers = search.k > 0;
-      const int64_t limit = numbers ? search.k : mass_limit(search.p, search.total.units);
-      const int64_t counted = search.over + (numbers ? higher : over);
-      if (counted < limit && (counted + (numbers ? n - higher - lower : own) >= limit || lower == 0)) {
-        const Cut result = cut_at(search, x, search.above + over, search.above + over + own);
-        for (int r = 0; r < team.size; ++r) team.at(&search, r)->cut = result;
+    if (i < n && x >= k.at && search.above < limit && over < limit && (over + own >= limit || x == k.at))
+      search.cut = {x, over, over + own, false, true};
+    __syncthreads();
+  }
+  if (i > 0 && i < team.size) team.at(&search, i)->cut = search.cut;
+}
+
+// The smallest score of the bracket with less than the limit counted above it. Thread 0 has begun the search. direct: the
+// bracket has few scores, probably.
+EFT_DEVICE Cut cut(Team& team, const Part& part, Search& search, bool direct) {
+  Search* first = team.at(&search, 0);
+  for (;;) {
+    if (direct) {
+      __syncthreads();
+    } else {
+      clear(search);
+      Seen seen;
+      const bool sums = search.k == 0 && search.total.units < 0;
+      const float best = search.bracket.key.best;
+      each_score(part, sums ? -kInf : search.bracket.low, [&](float x) {
+        const bool holds = search.bracket.holds(x);
+        if (sums) seen.rest += holds ? 0.0f : exp2_approximately((x - best) * search.c);
+        return holds;
+      }, [&](float x) {
+        seen.best = fmaxf(seen.best, x), seen.least = fminf(seen.least, x);
+        put_in(search, search.bracket.key.bin(x, search.bracket.level), mass(x, best, search.c));
+      });
+      seen = team.all(seen, Seen(), [](const Seen& a) { return warp_all(a); });
+      enter_bin(team, search, seen.rest);
+      const bool one = seen.best == seen.least, end = search.bracket.level == 8;
+      if (one || end || search.n > kFew) {
+        const Cut result =
+            cut_at(search, one ? seen.best : search.bracket.last(), search.above, search.above + search.mass_of_n);
+        team.sync();  // bins have been read
+        if (one || end) return result;
+        continue;
       }
     }
+    each_score(part, search.bracket.low, [&](float x) { return search.bracket.holds(x); }, [&](float x) {
+      const unsigned i = atomicAdd(&first->left, 1u);
+      if (i < kFew) first->few[i] = x;
+    });
+    team.sync();
+    if (!direct || first->left <= kFew) break;
+    direct = false;
+    team.sync();
   }
+  if (team.rank == 0) compare(team, search);
   team.sync();
   const Cut result = search.cut;
   __syncthreads();  // before another use of this memory
@@ -338,20 +363,26 @@ EFT_DEVICE Kept keep_of(Team& team, const Part& part, Search& search, const Knob
                         int chunks, int vocab) {
   if (!q.filtered()) return {-kInf, 0};
   const float best = start.best, spread = 3 * (best - start.least);
-  Cut kept{-kInf, 0, 0, false};
+  Cut kept{-kInf};
   Total total{-1, 0};
   enum { kTopK, kNucleus, kExactly, kDone };
   for (int step = q.use_k ? kTopK : q.use_p ? kNucleus : kDone; step < kDone;) {
     float low, range = spread > 0 ? spread : 32;
-    if (step == kTopK) low = kth_top(team, part, search, q.top_k, best, start.least, chunks);
-    else low = q.use_k ? kept.at : cutoff(best, q.top_p, sum * (1 - slack_of(vocab)), q.temperature, vocab);
+    bool direct = false;
+    if (step == kTopK) {
+      low = kth_top(team, part, search, q.top_k, best, start.least, chunks);
+      direct = low > -kInf && q.top_k <= kFew / 2;
+      if (!direct) team.sync();  // bins have been read
+    } else {
+      low = q.use_k ? kept.at : cutoff(best, q.top_p, sum * (1 - slack_of(vocab)), q.temperature, vocab);
+    }
     if (low > -kInf) low = below(low), range = fminf(best - low, spread > 0 ? spread : kInf);
     if (threadIdx.x == 0)
       begin(search, Key(best, range), low, q.c, step == kTopK ? q.top_k : 0, q.top_p, total, vocab);
-    kept = cut(team, part, search);
+    kept = cut(team, part, search, direct);
     if (step == kTopK) {
       total = {static_cast<double>(kept.upto), 0};
-      step = q.use_p ? kNucleus : kDone;
+      step = q.use_p && !kept.settled ? kNucleus : kDone;
     } else if (step == kNucleus && kept.doubtful) {
       total = total_exactly(team, part, best, q.c);
       step = kExactly;

@@ -81,7 +81,7 @@ EFT_DEVICE void find_nucleus(Team& team, Row& row, const Part& part, Search& sea
   const float low = cutoff(best, p, static_cast<float>(mass) * 9.0949e-13f, 1, row.vocab);  // a little below 2^-40
   if (threadIdx.x == 0)
     begin(search, Key(best, best - low), low, kLog2e, 0, p, {static_cast<double>(mass), 0}, row.vocab);
-  const float tau = cut(team, part, search).at;
+  const float tau = cut(team, part, search, false).at;
   if (threadIdx.x == 0) row.tau = tau, row.inside = inside, row.outside = best + log_total(mass);
   __syncthreads();
 }

@@ -554,6 +554,8 @@ uint64_t collective(Op op, unsigned mask, uint64_t value, int operand, Site site
   return f.value;
 }
 
+int64_t passed[2];  // barriers of blocks and of clusters
+
 int barrier(Op op, int predicate, Site site) {
   Fiber& f = *current;
   const int blocks = op == kClusterSync ? s.grid.cluster : 1;
@@ -567,6 +569,7 @@ int barrier(Op op, int predicate, Site site) {
   b.any |= predicate != 0;
   if (++b.arrived == s.grid.threads * blocks) {
     b.arrived = 0;
+    ++passed[op == kClusterSync];
     for (int r = 0; r < blocks; ++r) {
       Block& each = blocks > 1 ? *f.block->cluster->block[r] : *f.block;
       for (int t = 0; t < s.grid.threads; ++t) {
@@ -605,4 +608,5 @@ void misaligned(const void* p, Site site) {
 }  // namespace simt
 }  // namespace eft
 
+int64_t simt_barriers(int cluster) { return eft::simt::passed[cluster != 0]; }
 void simt_set_seed(uint64_t seed) { eft::simt::s.random = (seed + 1) * 0xD1342543DE82EF95u | 1; }

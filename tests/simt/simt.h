@@ -45,6 +45,7 @@ struct SimtIndex {
 extern SimtIndex threadIdx, blockIdx, blockDim, gridDim;
 
 extern "C" void simt_set_seed(uint64_t seed);
+extern "C" int64_t simt_barriers(int cluster);  // passed so far, of blocks or of clusters
 
 namespace eft {
 
