@@ -324,10 +324,11 @@ def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logpro
         if logprobs:
             raw[part] = torch.where(ok, full.gather(1, chosen[:, None])[:, 0], nan)
         if top_logprobs:
-            best = full.sort(dim=1, descending=True, stable=True)
-            there = ok[:, None] & (best.values[:, :n] > NEG_INF)
-            top_ids[part, :n] = torch.where(there, best.indices[:, :n], -1)
-            top_lp[part, :n] = torch.where(there, best.values[:, :n], NEG_INF)
+            best = s.sort(dim=1, descending=True, stable=True)  # scores: log-probs are rounded once more
+            values, ids = best.values[:, :n], best.indices[:, :n]
+            there = ok[:, None] & (values > NEG_INF)
+            top_ids[part, :n] = torch.where(there, ids, -1)
+            top_lp[part, :n] = torch.where(there, full.gather(1, ids), NEG_INF)
         if diagnostics:
             prob = full.exp()
             h = -torch.where(prob > 0, prob * full, 0.0).sum(1)

@@ -27,7 +27,7 @@ class Case(NamedTuple):
     weights: object = None  # default: upscale()
     kwargs: dict = {}  # noqa: RUF012
     scale: float = 3.0
-    special: str = ""  # what is planted in the logits: ties, flat, neg_inf, masked, nan, bad, strided, mask, offset
+    special: str = ""  # what is planted in the logits: ties, flat, hard, neg_inf, nan, bad, mask; strided, offset
     slots: int = 4  # K + 1, of verify
 
 
@@ -77,6 +77,12 @@ CASES = [
     Case("min-p", kwargs=dict(min_p=0.05)),
     Case("min-p 1", kwargs=dict(min_p=1.0)),
     Case("all filters", kwargs=dict(temperature=0.8, top_k=40, top_p=0.95, min_p=0.02), vocab=(32000,), dtypes=(BF16,)),
+    Case("top-k hard to find", rows=170, vocab=(2000,), weights=[1.0], special="hard", kwargs=dict(
+        top_k=per_row(1, 2, 5, 8, 9, 100, 128, 129, 256, 257, 300, 301, 560, 601, 700, 1989, 1999))),
+    Case("top-p hard to find", rows=110, vocab=(2000,), weights=[1.0], special="hard", kwargs=dict(
+        top_p=per_row(1e-6, 0.01, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99, 0.999, 0.9999, 0.999999))),
+    Case("all hard to find", rows=90, vocab=(2000,), weights=[1.0], special="hard", kwargs=dict(
+        top_k=per_row(3, 20, 90, 128, 290, 600, 1500), top_p=per_row(0.3, 0.999, 0.9), min_p=per_row(0.0, 0.01, 0.0, 0.5))),
     Case("up-scaling filter", kwargs=dict(upscale_top_p=0.9)),
     Case("up-scaling filter tight", kwargs=dict(upscale_top_p=0.1, top_p=0.9), dtypes=(BF16,)),
     Case("up-scaling filter masked", kwargs=dict(upscale_top_p=0.5), special="mask"),
@@ -107,6 +113,24 @@ CASES = [
 ]
 
 
+def _hard(rows: int, vocab: int, g: torch.Generator) -> torch.Tensor:
+    """[rows, V], thresholds hard to find: ties, neighbouring floats, ranges from a rounding to nearly all floats."""
+    steps, ones = torch.arange(vocab - 10), torch.ones(300)
+    below = torch.nextafter(ones, ones * 0)
+    kinds = [  # some scores, and what the others are
+        ([], 0.5), ([ones, below], -9.0), ([torch.tensor([4000.0]), ones, below], -9.0), ([steps * -1e-7], -50.0),
+        ([steps * -2e-45], -1e-40), ([torch.tensor([3e38, 1e30, 0.0, -1e30, -3e38])], -1e20),
+        ([torch.tensor([30.0])], -30.0), ([steps[:40] * 0.25], float("-inf")), ([steps // 280 * -0.5], -9.0),
+        ([steps * -0.004], -9.0)]
+    z = torch.empty(rows, vocab)
+    for row in range(rows):
+        values, rest = kinds[row % len(kinds)]
+        values = torch.cat([torch.empty(0), *values])
+        z[row] = rest
+        z[row, torch.randperm(vocab, generator=g)[: len(values)]] = values
+    return z
+
+
 def make(case: Case, seed: int = 0, slots: int | None = None, device="cpu"):
     """(logits, weights, kwargs), the same on every device: [rows, V] logits, or [rows, slots, V] with ``slots``."""
     g = torch.Generator().manual_seed(seed * 1000 + sum(map(ord, case.name)))
@@ -125,6 +149,8 @@ def make(case: Case, seed: int = 0, slots: int | None = None, device="cpu"):
         z = shared[..., :v] + torch.randn(*lead, v, generator=g)
         if case.special == "flat":
             z = torch.zeros_like(z)
+        if case.special == "hard":
+            z = _hard(z[..., 0].numel(), v, g).view(z.shape)
         if case.special == "ties":
             z = z.round()
         if case.special == "neg_inf":

@@ -180,6 +180,32 @@ def test_a_doubtful_nucleus_is_summed_exactly(device):
         assert torch.equal(got.tokens, want.tokens)
 
 
+def test_a_nucleus_with_a_sum_in_doubt_is_summed_exactly(device):
+    """What is far below the nucleus is summed in float32; here it decides between one token and two."""
+    logits = [torch.full((80, 4096), -8.0)]
+    logits[0][:, 7], logits[0][:, 2000] = 0, -1
+    share = torch.tensor([1 / (1 + 0.36787944 + 4094 * 3.3546263e-4)])
+    top_p = (share.view(torch.int32) + torch.arange(-40, 40, dtype=torch.int32)).view(torch.float32)
+    got, want = (eft.logprobs(logits, [1.0], top_p=top_p, backend=name) for name in ("cuda", "reference"))
+    kept = (want > float("-inf")).sum(1)
+    assert set(kept.tolist()) == {1, 2}
+    assert torch.equal((got > float("-inf")).sum(1), kept)
+
+
+def test_thresholds_take_few_barriers(shim):
+    """What a row with many blocks waits for: barriers of its cluster, as many whatever it holds."""
+    shim.simt_set_device(*DEVICES["latency"])
+    logits = [torch.randn(1, 40000, generator=torch.Generator().manual_seed(j)) * 4 for j in range(3)]
+    took = {}
+    for name, kwargs in dict(plain={}, top_p=dict(top_p=0.9), top_k=dict(top_k=40), many=dict(top_k=2000),
+                             both=dict(top_k=40, top_p=0.9)).items():
+        before = shim.simt_barriers(1)
+        eft.sample(logits, eft.upscale(), seed=1, top_logprobs=1, backend="cuda", **kwargs)
+        took[name] = shim.simt_barriers(1) - before
+    extra = {name: n - took["plain"] for name, n in took.items() if name != "plain"}
+    assert extra == dict(top_p=3, top_k=3, many=4, both=3), extra
+
+
 def test_usual_arguments_are_read_by_the_extension(shim, monkeypatch):
     """As on the CPU: what is unusual is looked at more closely in Python."""
     def closer(*_):

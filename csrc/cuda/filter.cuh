@@ -41,6 +41,7 @@ EFT_DEVICE void each_score(const Part& part, float low, const Wanted& wanted, co
   for (int i = warp_id(); i < part.n; i += N * kRowWarps) {
     const float* s = part.scores + i * kChunkSize + lane_id() * kPerLane;
     uint32_t which = 0;
+    // sass: group wanted 256 tokens, no budget
 #pragma unroll 1
     for (int j = 0; j < N && i + j * kRowWarps < part.n; ++j) {
       if (!(part.tops[i + j * kRowWarps] > low)) continue;
@@ -48,9 +49,11 @@ EFT_DEVICE void each_score(const Part& part, float low, const Wanted& wanted, co
       load8(s + j * kRowWarps * kChunkSize, x);
       uint32_t of_chunk = 0;
 #pragma unroll
-      for (int k = 0; k < kPerLane; ++k) of_chunk |= wanted(x[k]) ? 1u << k : 0;
+      for (int k = 0; k < kPerLane; ++k)
+        of_chunk += wanted(x[k]) ? 1u << k : 0;
       which |= of_chunk << (j * kPerLane);
     }
+    // sass: end
     for (; which; which &= which - 1) {
       const int at = __ffs(static_cast<int>(which)) - 1;
       visit(s[at / kPerLane * kRowWarps * kChunkSize + at % kPerLane]);
@@ -116,20 +119,17 @@ struct Key {
   }
 };
 
-// The scores above `low` whose keys begin with `level` bytes.
+// The scores whose keys begin with `level` bytes, all of them above `low`.
 struct Bracket {
   Key key;
-  float low;
   int level;
   uint64_t prefix;
-  float from, to;  // distances, which tell all while level < 4
+  float low, high;  // none that it holds is outside (low, high]
 
-  EFT_MEMBER Bracket(const Key& key, float low) : key(key), low(low), level(0), prefix(0), from(0), to(kInf) {}
-  EFT_MEMBER bool holds(float x) const {
-    if (level == 0 || !(x > low)) return x > low;
-    const float d = key.distance(x);
-    if (level < 4) return d >= from && d < to;
-    return (static_cast<uint64_t>(key.coarse(x)) << 32 | key.fine(x)) >> (64 - 8 * level) == prefix;
+  EFT_MEMBER Bracket(const Key& key, float low) : key(key), level(0), prefix(0), low(low), high(kInf) {}
+  EFT_MEMBER bool near(float x) const { return (x > low) & (x <= high); }
+  EFT_MEMBER bool holds(float x) const {  // of one that is near
+    return level == 0 || (static_cast<uint64_t>(key.coarse(x)) << 32 | key.fine(x)) >> (64 - 8 * level) == prefix;
   }
   // the one score that is left at level 8
   EFT_MEMBER float last() const {
@@ -138,10 +138,10 @@ struct Bracket {
   EFT_MEMBER void enter(int bin) {
     prefix = prefix << 8 | static_cast<uint32_t>(bin), ++level;
     const uint64_t first = prefix << (64 - 8 * level) >> 32, unit = level < 4 ? uint64_t{1} << (32 - 8 * level) : 1;
-    from = static_cast<float>(first), to = static_cast<float>(first + unit);
-    if (first + unit > kFarthest) return;  // with all that is farther
-    const float span = (static_cast<float>(first + unit) / key.units) * 1.000001f;  // a little too far
-    low = fmaxf(low, key.best - span - (fabsf(key.best) + span) * 1e-6f);
+    const float from = static_cast<float>(first) / key.units, to = static_cast<float>(first + unit) / key.units;
+    const float best = key.best, slack = (fabsf(best) + to) * 2e-6f;  // of every rounding
+    high = fminf(high, (best - from) + slack);
+    if (first + unit <= kFarthest) low = fmaxf(low, (best - to) - slack);  // the last bin has all that is farther
   }
 };
 
@@ -311,10 +311,11 @@ EFT_DEVICE Cut cut(Team& team, const Part& part, Search& search, bool direct) {
       const bool sums = search.k == 0 && search.total.units < 0;
       const float best = search.bracket.key.best;
       each_score(part, sums ? -kInf : search.bracket.low, [&](float x) {
-        const bool holds = search.bracket.holds(x);
-        if (sums) seen.rest += holds ? 0.0f : exp2_approximately((x - best) * search.c);
-        return holds;
+        const bool near = search.bracket.near(x);
+        seen.rest += exp2_approximately(near ? -kInf : (x - best) * search.c);
+        return near;
       }, [&](float x) {
+        if (!search.bracket.holds(x)) return;
         seen.best = fmaxf(seen.best, x), seen.least = fminf(seen.least, x);
         put_in(search, search.bracket.key.bin(x, search.bracket.level), mass(x, best, search.c));
       });
@@ -329,7 +330,8 @@ EFT_DEVICE Cut cut(Team& team, const Part& part, Search& search, bool direct) {
         continue;
       }
     }
-    each_score(part, search.bracket.low, [&](float x) { return search.bracket.holds(x); }, [&](float x) {
+    each_score(part, search.bracket.low, [&](float x) { return search.bracket.near(x); }, [&](float x) {
+      if (!search.bracket.holds(x)) return;
       const unsigned i = atomicAdd(&first->left, 1u);
       if (i < kFew) first->few[i] = x;
     });

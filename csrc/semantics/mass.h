@@ -18,8 +18,8 @@ EFT_HD IntOf<F> mass_parts(F s, F best, F c, IntOf<F>& shift) {
 }
 
 EFT_HD int64_t mass_of(int32_t q, int32_t shift) {
-  int64_t wide = q;
-  return shift >= 0 ? wide << shift : wide >> (shift < -63 ? 63 : -shift);
+  constexpr int most = kMassBits - 24;  // that a shift is
+  return (int64_t{q} << most) >> (most - shift < 63 ? most - shift : 63);
 }
 
 EFT_HD int64_t mass(float s, float best, float c) {
