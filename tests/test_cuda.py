@@ -84,7 +84,7 @@ def test_sample_without_logprobs_but_more(case, extra, device):
     check_sample(case, "cuda", logprobs=False, **extra)
 
 
-@pytest.mark.parametrize("case", small(), ids=name_of)
+@pytest.mark.parametrize("case", small() + [c for c in CASES if c.special == "hard"], ids=name_of)
 def test_logprobs(case, device):
     check_logprobs(case, "cuda")
 
@@ -275,10 +275,20 @@ FAULTS = {
     "a bound too low": ("race.cuh", "pack(top + q.temperature * g,", "pack(top + q.temperature * g - 3,"),
     "-inf in models that cancel": ("score.cuh", "return low > -kInf && high < kInf ? high : NAN;", "return high;"),
     "vectors that are not aligned": ("score.cuh", "if (off & 4) x[0] = x[1],", "if (off & 2) x[0] = x[1],"),
-    "no exact sum where it is in doubt": ("filter.cuh", "!total.doubtful(q.top_p, t.sum[0], t.sum[1])", "true"),
+    "no exact sum where it is in doubt": ("filter.cuh", "step == kNucleus && kept.doubtful", "false"),
     "the first winner, kept or not": ("filter.cuh", "if (!q.use_k && !q.use_p) return true;", "return true;"),
-    "the bracket's lower end": ("filter.cuh", "a = fmaxf(a, at[k]);", "a = fmaxf(a, at[k] + 1e-3f);"),
-    "the tuned model's nucleus": ("row.cu", "mass_limit(p, total), {best", "mass_limit(p, total / 2), {best"),
+    "a carry is lost": ("filter.cuh", "(before + low < before ? 1 : 0)", "(before > low ? 0 : 0)"),
+    "bins are cleared before all have read them": ("filter.cuh", "team.sync();  // bins have been read\n        if", "if"),
+    "the last bin has an end": ("filter.cuh", "if (first + unit <= kFarthest) low", "low"),
+    "neighbouring floats are one": (
+        "filter.cuh", "static_cast<uint32_t>(ordered(best)) - static_cast<uint32_t>(ordered(x));",
+        "(static_cast<uint32_t>(ordered(best)) - static_cast<uint32_t>(ordered(x))) & ~255u;"),
+    "fewer of the best chunks": ("filter.cuh", "-kInf, 0, k, 1, {0, 0}", "-kInf, 0, (k + 1) / 2, 1, {0, 0}"),
+    "more scores than there is room for": ("filter.cuh", "if (!direct || first->left <= kFew) break;", "break;"),
+    "the nucleus of the k best": ("filter.cuh", "mass_limit(search.p, k.upto);", "mass_limit(search.p, k.above);"),
+    "the tuned model's nucleus": (
+        "row.cu", "{static_cast<double>(mass), 0}, row.vocab);",
+        "{static_cast<double>(mass / 2), 0}, row.vocab);"),
     "a residual without the draft": (
         "verify.cu", "const int64_t m = draft ? mass_at",
         "const int64_t m = draft ? 0 * mass_at"),
