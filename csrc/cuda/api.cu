@@ -49,20 +49,20 @@ RowCall row_call(const LogprobsCall& c) {
 
 const CudaKernels table = {
     [](const SampleCall& c, int device) {
-      return needs_row(c) ? staged_bytes(row_call(c), device_of(device)) : plain_scratch(c, device_of(device));
+      return needs_row(c) ? staged_bytes(row_call(c), nullptr, device_of(device)) : plain_scratch(c, device_of(device));
     },
     [](const VerifyCall& c, int device) { return verify_scratch(c, device_of(device)); },
-    [](const LogprobsCall& c, int device) { return staged_bytes(row_call(c), device_of(device)); },
+    [](const LogprobsCall& c, int device) { return staged_bytes(row_call(c), nullptr, device_of(device)); },
     [](const SampleCall& c, const Place& p) -> const char* {
       if (c.rows == 0) return nullptr;
-      return needs_row(c) ? run_rows(row_call(c), p.scratch, device_of(p.device), p.stream)
+      return needs_row(c) ? run_rows(row_call(c), nullptr, p.scratch, device_of(p.device), p.stream)
                           : plain_sample(c, p, device_of(p.device));
     },
     [](const VerifyCall& c, const Place& p) -> const char* {
       return c.rows == 0 ? nullptr : run_verify(c, p, device_of(p.device));
     },
     [](const LogprobsCall& c, const Place& p) -> const char* {
-      return c.rows == 0 ? nullptr : run_rows(row_call(c), p.scratch, device_of(p.device), p.stream);
+      return c.rows == 0 ? nullptr : run_rows(row_call(c), nullptr, p.scratch, device_of(p.device), p.stream);
     },
     [](int device) { return why_unusable(device); },
     [](int direct, int streamed, int room) { cuts = {direct, streamed, room}; },

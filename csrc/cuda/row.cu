@@ -157,10 +157,17 @@ EFT_DEVICE void write_diagnostics(Team& team, const Row& row, const Part& part, 
 #define EFT_ROW_BLOCKS 3
 #endif
 
-// Blocks rows * size; `per` chunks a block. Scores are in shared memory, or in `staged` [rows, chunks, 256].
+struct RowCalls {  // of as many rows, slots and tokens
+  RowCall call[2];
+};
+
+// Blocks calls * rows * size; `per` chunks a block. Scores are in shared memory, or in `staged` [calls * rows, chunks, 256].
 EFT_KERNEL void __launch_bounds__(kRowThreads, EFT_ROW_BLOCKS)
-    row_kernel(const __grid_constant__ RowCall call, int size, int per, float* staged) {
-  const int64_t r = blockIdx.x / size, b = r / call.slots, slot = r % call.slots;
+    row_kernel(const __grid_constant__ RowCalls calls, int rows, int size, int per, float* staged) {
+  const int at = blockIdx.x / size;
+  const bool second = at >= rows;
+  const RowCall& call = calls.call[second];
+  const int64_t r = second ? at - rows : at, b = r / call.slots, slot = r % call.slots;
   RowShared& shared = *reinterpret_cast<RowShared*>(shared_memory());
   Row& row = shared.row;
   Team team{size > 1 ? cluster_rank() : 0, size, 0, &shared.mail};
@@ -170,7 +177,7 @@ EFT_KERNEL void __launch_bounds__(kRowThreads, EFT_ROW_BLOCKS)
     shared.knobs = knobs_of(call, b);
     shared.source = source_of(call, b, slot, call.stream, call.slot);
     const int first = team.rank * per;
-    shared.part = {staged ? staged + (r * row.chunks + first) * kChunkSize
+    shared.part = {staged ? staged + (int64_t{at} * row.chunks + first) * kChunkSize
                           : reinterpret_cast<float*>(shared_memory() + kHead + area_bytes(per)),
                    reinterpret_cast<float*>(shared_memory() + kHead), first, max(min(per, row.chunks - first), 0)};
   }
@@ -292,8 +299,8 @@ struct Shape {
 };
 
 // Blocks of a row: few where rows are many, as long as scores fit; with few rows so many that a warp has a chunk.
-Shape shape_of(const RowCall& call, const Device& device) {
-  const int64_t chunks = chunks_of(call), rows = call.rows * call.slots;
+Shape shape_of(const RowCall& call, int64_t rows, const Device& device) {
+  const int64_t chunks = chunks_of(call);
   const auto per = [&](int size) { return static_cast<int>((chunks + size - 1) / size); };
   const int64_t chunk_bytes = call.keeps ? kChunkSize * 4 : 0;
   const auto needs = [&](int size) { return kHead + area_bytes(per(size)) + per(size) * chunk_bytes; };
@@ -322,19 +329,16 @@ int largest_cluster(int index, int most, int shared) {
   return k.size;
 }
 
-namespace {
-
-int64_t scores_bytes(const RowCall& call) { return call.rows * call.slots * chunks_of(call) * kChunkSize * 4; }
-
-}  // namespace
-
-int64_t staged_bytes(const RowCall& call, const Device& device) {
-  return shape_of(call, device).staged ? scores_bytes(call) : 0;
+int64_t staged_bytes(const RowCall& call, const RowCall* second, const Device& device) {
+  const int64_t rows = call.rows * call.slots * (second ? 2 : 1);
+  return shape_of(call, rows, device).staged ? rows * chunks_of(call) * kChunkSize * 4 : 0;
 }
 
-const char* run_rows(const RowCall& call, void* staged, const Device& device, void* stream) {
-  const Shape s = shape_of(call, device);
-  return launch(row_kernel, {call.rows * call.slots * s.size, kRowThreads, s.size, s.shared, stream}, call, s.size, s.per,
+const char* run_rows(const RowCall& call, const RowCall* second, void* staged, const Device& device, void* stream) {
+  const int64_t rows = call.rows * call.slots, all = rows * (second ? 2 : 1);
+  const Shape s = shape_of(call, all, device);
+  return launch(row_kernel, {all * s.size, kRowThreads, s.size, s.shared, stream},
+                RowCalls{{call, second ? *second : RowCall{}}}, static_cast<int>(rows), s.size, s.per,
                 s.staged ? static_cast<float*>(staged) : nullptr);
 }
 

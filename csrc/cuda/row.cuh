@@ -54,9 +54,10 @@ EFT_DEVICE float logprob(const State& f, const Knobs& q, float s, int token) {
 // have); asked once for each device.
 int largest_cluster(int index, int most, int shared);
 
-// staged: `staged_bytes` of device memory, for scores that multiprocessors have no room for
-const char* run_rows(const RowCall& call, void* staged, const Device& device, void* stream);
-int64_t staged_bytes(const RowCall& call, const Device& device);
+// One launch for a call, and a second one, if any, of as many rows, slots and tokens. staged: `staged_bytes` of device
+// memory, for scores that multiprocessors have no room for.
+const char* run_rows(const RowCall& call, const RowCall* second, void* staged, const Device& device, void* stream);
+int64_t staged_bytes(const RowCall& call, const RowCall* second, const Device& device);
 
 }  // namespace cuda
 }  // namespace eft

@@ -325,8 +325,8 @@ void* lay_out(Layout& at, Judge& j, bool drafts, const Device& device) {
     j.rest = at.take<int64_t>(rows);
     j.ends = at.take<int>(j.target.rows);
   }
-  const int64_t staged = std::max(staged_bytes(rows_of(j, false), device), drafts ? staged_bytes(rows_of(j, true), device) : 0);
-  return at.take<char>(staged);
+  const RowCall draft = rows_of(j, true);
+  return at.take<char>(staged_bytes(rows_of(j, false), drafts ? &draft : nullptr, device));
 }
 
 Judge judge_of(const VerifyCall& call) {
@@ -360,8 +360,8 @@ const char* run_verify(const VerifyCall& call, const Place& place, const Device&
   Judge j = judge_of(call);
   const bool drafts = has_draft(call);
   void* staged = lay_out(at, j, drafts, device);
-  const char* error = run_rows(rows_of(j, false), staged, device, place.stream);
-  if (drafts && !error) error = run_rows(rows_of(j, true), staged, device, place.stream);
+  const RowCall draft = rows_of(j, true);
+  const char* error = run_rows(rows_of(j, false), drafts ? &draft : nullptr, staged, device, place.stream);
   const int64_t chunks = chunks_of(call);
   if (j.method == kBlock && !error) {
     error = launch(ratio_kernel, {call.rows, kLanes, 1, sizeof(JudgeShared), place.stream}, j);
