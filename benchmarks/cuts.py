@@ -28,17 +28,20 @@ ROUNDS = 7
 
 
 class Knob(NamedTuple):
-    """A number of `Cuts`: candidates, the variant of `sample` that it matters to, and the batches."""
+    """A number of `Cuts`: candidates, the variant of an operation that it matters to, and the batches."""
     values: tuple[int, ...]
     variant: str
     batches: tuple[int, ...]
+    op: str = "sample"
     others: dict = {}  # noqa: RUF012
 
 
 KNOBS = {
     "direct": Knob((0, 8, 16, 32, 64, 128), "plain", (1, 8, 16, 32, 2, 4, 64)),
-    "streamed": Knob((2, 3, 4, 6, 8, 12), "plain", (256, 64, 512, 32, 128), dict(direct=0)),
+    "streamed": Knob((2, 3, 4, 6, 8, 12), "plain", (256, 64, 512, 32, 128), others=dict(direct=0)),
     "room": Knob(tuple(k << 10 for k in (36, 54, 72, 110, 220)), "top_p", (256, 64, 8, 1, 512)),
+    "peel": Knob((0, 1), "top_p", (256, 64, 8, 1)),
+    "early": Knob((0, 1), "block", (1, 8, 64), "verify"),
 }
 
 
@@ -56,16 +59,18 @@ def forced(**values: int):
 def measure(name: str, batch: int, kind: str = "cuda", launch: str = "graph", vocab: int = 128256) -> dict[int, float]:
     """Median microseconds of every candidate of a knob, in turns."""
     knob = KNOBS[name]
-    s = Shape("sample", knob.variant, batch, vocab, device=kind, launch=launch, threads=None)
-    sets, call = run.inputs_for(s), registry.ours("sample", knob.variant, registry.problem(s), "cuda")
+    s = Shape(knob.op, knob.variant, batch, vocab, device=kind, launch=launch, threads=None,
+              draft_tokens=4 if knob.op == "verify" else None)
+    sets, call = run.inputs_for(s), registry.ours(knob.op, knob.variant, registry.problem(s), "cuda")
     timers, want = {}, None
     for value in knob.values:
         with forced(**knob.others, **{name: value}):
             if want is None:
                 run.gate(s, sets[:1], OURS[0])
             got = call(*sets[0])
+            got = got if isinstance(got, tuple) else (got,)
             want = got if want is None else want
-            if not torch.equal(got, want):
+            if not all(map(torch.equal, got, want)):
                 raise WrongTokens(f"{name} = {value} changes tokens at {s.label()}")
             timers[value] = device.timer(call, sets, kind, launch)
             timers[value](1)

@@ -251,8 +251,12 @@ def test_cuts_change_no_token_and_are_set_back(shim):
     for direct in (0, 100):
         with cuts.forced(direct=direct):
             check_sample(Case("cuda cuts", rows=3, vocab=(300,), dtypes=(BF16,)), "cuda", logprobs=True)
-    for bad in ((1, 2), (1, 0, 1), (-1, 1, 1), ("a", 1, 1)):
-        with pytest.raises(ValueError, match="three integers"):
+    with cuts.forced(peel=0):
+        for case in CASES:
+            if case.special == "hard" or case.name in ("top-k", "top-p", "bad rows filtered", "parameters per row"):
+                check_sample(case, "cuda", logprobs=False)
+    for bad in ((1, 2), (1, 0, 1, 1, 1), (-1, 1, 1, 1, 1), ("a", 1, 1, 1, 1)):
+        with pytest.raises(ValueError, match="five integers"):
             backend._cuda.set_cuts(*bad)
 
 

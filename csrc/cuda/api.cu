@@ -34,6 +34,7 @@ RowCall row_call(const SampleCall& c) {
   r.top_n = c.top_n, r.top_ids = c.top_ids, r.top_logprobs = c.top_logprobs;
   r.entropy = c.entropy, r.tv = c.tv;
   r.token_only = !c.logprobs && !c.top_n && !c.entropy, r.keeps = true;
+  r.peels = r.token_only && cuts.peel;
   return r;
 }
 
@@ -65,7 +66,7 @@ const CudaKernels table = {
       return c.rows == 0 ? nullptr : run_rows(row_call(c), nullptr, p.scratch, device_of(p.device), p.stream);
     },
     [](int device) { return why_unusable(device); },
-    [](int direct, int streamed, int room) { cuts = {direct, streamed, room}; },
+    [](int direct, int streamed, int room, int peel, int early) { cuts = {direct, streamed, room, peel, early}; },
 };
 
 }  // namespace

@@ -23,26 +23,33 @@ namespace eft {
 
 constexpr unsigned kAll = 0xFFFFFFFFu;
 
-// A launch: `blocks` in all, `cluster` of them share their memory (1: none does), `shared` bytes each.
+// A launch: `blocks` in all, `cluster` of them share their memory (1: none does), `shared` bytes each. early: it may begin
+// when all blocks of the launch before it have called let_next_begin(), and calls wait_for_last() itself.
 struct Grid {
   int64_t blocks;
   int threads, cluster;
   int shared;
   void* stream;
+  bool early = false;
 };
 
-inline cudaLaunchConfig_t config_of(const Grid& g, cudaLaunchAttribute* attribute) {
+inline cudaLaunchConfig_t config_of(const Grid& g, cudaLaunchAttribute (&attributes)[2]) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(g.blocks));
   config.blockDim = dim3(g.threads);
   config.dynamicSmemBytes = g.shared;
   config.stream = static_cast<cudaStream_t>(g.stream);
-  config.attrs = attribute;
+  config.attrs = attributes;
   if (g.cluster > 1) {
-    attribute->id = cudaLaunchAttributeClusterDimension;
-    attribute->val.clusterDim.x = g.cluster;
-    attribute->val.clusterDim.y = attribute->val.clusterDim.z = 1;
-    config.numAttrs = 1;
+    cudaLaunchAttribute& a = attributes[config.numAttrs++];
+    a.id = cudaLaunchAttributeClusterDimension;
+    a.val.clusterDim.x = g.cluster;
+    a.val.clusterDim.y = a.val.clusterDim.z = 1;
+  }
+  if (g.early) {
+    cudaLaunchAttribute& a = attributes[config.numAttrs++];
+    a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    a.val.programmaticStreamSerializationAllowed = 1;
   }
   return config;
 }
@@ -64,8 +71,8 @@ cudaError_t allow(void (*kernel)(P...), const Grid& g) {
 // null, or what went wrong
 template <class... P, class... A>
 const char* launch(void (*kernel)(P...), const Grid& g, const A&... args) {
-  cudaLaunchAttribute attribute;
-  const cudaLaunchConfig_t config = config_of(g, &attribute);
+  cudaLaunchAttribute attributes[2];
+  const cudaLaunchConfig_t config = config_of(g, attributes);
   cudaError_t error = allow(kernel, g);
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -74,8 +81,8 @@ const char* launch(void (*kernel)(P...), const Grid& g, const A&... args) {
 // whether the current device can hold such a cluster at all
 template <class... P>
 bool fits(void (*kernel)(P...), const Grid& g) {
-  cudaLaunchAttribute attribute;
-  const cudaLaunchConfig_t config = config_of(g, &attribute);
+  cudaLaunchAttribute attributes[2];
+  const cudaLaunchConfig_t config = config_of(g, attributes);
   int clusters = 0;
   const bool known = allow(kernel, g) == cudaSuccess &&
                      cudaOccupancyMaxActiveClusters(&clusters, reinterpret_cast<const void*>(kernel), &config) == cudaSuccess;
@@ -121,6 +128,21 @@ EFT_DEVICE T* cluster_pointer(T* p, int) {
   return p;
 }
 #endif
+
+// --- launches after each other -------------------------------------------------------------------------------------
+
+// Launched before the last one has ended, a kernel waits here for that, and for all that it wrote. Every thread calls this.
+EFT_DEVICE void wait_for_last() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Once all blocks have called this, or ended, an early launch may begin.
+EFT_DEVICE void let_next_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
 
 // --- memory --------------------------------------------------------------------------------------------------------
 

@@ -164,6 +164,7 @@ struct RowCalls {  // of as many rows, slots and tokens
 // Blocks calls * rows * size; `per` chunks a block. Scores are in shared memory, or in `staged` [calls * rows, chunks, 256].
 EFT_KERNEL void __launch_bounds__(kRowThreads, EFT_ROW_BLOCKS)
     row_kernel(const __grid_constant__ RowCalls calls, int rows, int size, int per, float* staged) {
+  let_next_begin();
   const int at = blockIdx.x / size;
   const bool second = at >= rows;
   const RowCall& call = calls.call[second];
@@ -226,7 +227,7 @@ EFT_KERNEL void __launch_bounds__(kRowThreads, EFT_ROW_BLOCKS)
   Winner w;
   float floor = -kInf;
   const float approximate = tempered ? start.sum.sum_c : start.sum.sum;
-  const bool peels = call.token_only && q.filtered() && (!q.use_k || !q.use_p);
+  const bool peels = call.peels && q.filtered() && (!q.use_k || !q.use_p);
   if (ok && peels) {
     floor = q.least(best);
     if (threadIdx.x == 0) shared.total = total_about(0, approximate, row.vocab);

@@ -21,6 +21,7 @@ struct RowCall : Call {
   uint32_t stream, slot;
   bool samples, exact;  // draw a token; know the exact mass of rows that nothing is filtered from
   bool token_only;      // nothing is returned but the token and whether it is valid
+  bool peels;           // of those, draw until the winner is kept (filter.cuh), where that can be done
   bool keeps;           // scores are looked at again
   int64_t* tokens;
   bool* valid;

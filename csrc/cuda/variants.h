@@ -26,6 +26,10 @@ struct Cuts {
   int streamed = 4;
   // bytes of shared memory that a row's block has before its row is spread over more of them: three fit beside each other
   int room = 72 << 10;
+  // where nothing but the token is returned, top-k or top-p: 1 draws until the winner is kept, 0 finds the threshold first
+  int peel = 1;
+  // 1: the later launches of verify may begin before the one before has ended (programmatic dependent launch, from 9.0 on)
+  int early = 0;
 };
 inline Cuts cuts;
 

@@ -161,6 +161,8 @@ EFT_DEVICE void each_residual(const Rest& rest, const Knobs& q, int chunk, const
 // --- block verification --------------------------------------------------------------------------------------------
 
 EFT_KERNEL void __launch_bounds__(kLanes) ratio_kernel(const __grid_constant__ Judge j) {
+  wait_for_last();
+  let_next_begin();
   JudgeShared& shared = *reinterpret_cast<JudgeShared*>(shared_memory());
   const int64_t b = blockIdx.x;
   judge(shared, j, b);
@@ -178,6 +180,8 @@ struct RestShared {
 
 // Blocks B * S * splits: the whole residual at slot i + 1 after draft i passed, each token's truncated to an integer.
 EFT_KERNEL void __launch_bounds__(kRowThreads, 2) rest_kernel(const __grid_constant__ Judge j, int splits, int per) {
+  wait_for_last();
+  let_next_begin();
   RestShared& shared = *reinterpret_cast<RestShared*>(shared_memory());
   const int64_t at = blockIdx.x / splits, b = at / j.target.slots;
   const int i = static_cast<int>(at % j.target.slots), split = blockIdx.x % splits;
@@ -225,6 +229,8 @@ constexpr int kLastHead = (sizeof(LastShared) + 15) / 16 * 16;
 constexpr int last_bytes(int n) { return kLastHead + (n + 3) / 4 * 16 + field_bytes(n, kRowWarps); }
 
 EFT_KERNEL void __launch_bounds__(kRowThreads, 2) last_kernel(const __grid_constant__ Judge j) {
+  wait_for_last();
+  let_next_begin();
   LastShared& shared = *reinterpret_cast<LastShared*>(shared_memory());
   const int64_t b = blockIdx.x, S = j.target.slots;
   if (j.method != kBlock) {
@@ -363,18 +369,19 @@ const char* run_verify(const VerifyCall& call, const Place& place, const Device&
   const RowCall draft = rows_of(j, true);
   const char* error = run_rows(rows_of(j, false), drafts ? &draft : nullptr, staged, device, place.stream);
   const int64_t chunks = chunks_of(call);
+  const bool early = cuts.early && device.capability >= 90;
   if (j.method == kBlock && !error) {
-    error = launch(ratio_kernel, {call.rows, kLanes, 1, sizeof(JudgeShared), place.stream}, j);
+    error = launch(ratio_kernel, {call.rows, kLanes, 1, sizeof(JudgeShared), place.stream, early}, j);
     const int64_t slots = call.rows * call.slots, most = (chunks + kRowWarps - 1) / kRowWarps;
     const int64_t wanted = std::max<int64_t>(1, std::min(most, 4 * device.multiprocessors / slots));
     const int64_t per = (chunks + wanted - 1) / wanted, splits = (chunks + per - 1) / per;
     if (!error)
-      error = launch(rest_kernel, {slots * splits, kRowThreads, 1, sizeof(RestShared), place.stream}, j,
+      error = launch(rest_kernel, {slots * splits, kRowThreads, 1, sizeof(RestShared), place.stream, early}, j,
                      static_cast<int>(splits), static_cast<int>(per));
   }
   if (error) return error;
   const int n = static_cast<int>(std::min<int64_t>(chunks, kSegment));
-  return launch(last_kernel, {call.rows, kRowThreads, 1, last_bytes(n), place.stream}, j);
+  return launch(last_kernel, {call.rows, kRowThreads, 1, last_bytes(n), place.stream, early}, j);
 }
 
 }  // namespace cuda
