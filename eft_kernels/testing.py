@@ -82,7 +82,8 @@ CASES = [
     Case("top-p hard to find", rows=110, vocab=(2000,), weights=[1.0], special="hard", kwargs=dict(
         top_p=per_row(1e-6, 0.01, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99, 0.999, 0.9999, 0.999999))),
     Case("all hard to find", rows=90, vocab=(2000,), weights=[1.0], special="hard", kwargs=dict(
-        top_k=per_row(3, 20, 90, 128, 290, 600, 1500), top_p=per_row(0.3, 0.999, 0.9), min_p=per_row(0.0, 0.01, 0.0, 0.5))),
+        top_k=per_row(3, 20, 90, 128, 290, 600, 1500), top_p=per_row(0.3, 0.999, 0.9),
+        min_p=per_row(0.0, 0.01, 0.0, 0.5))),
     Case("up-scaling filter", kwargs=dict(upscale_top_p=0.9)),
     Case("up-scaling filter tight", kwargs=dict(upscale_top_p=0.1, top_p=0.9), dtypes=(BF16,)),
     Case("up-scaling filter masked", kwargs=dict(upscale_top_p=0.5), special="mask"),

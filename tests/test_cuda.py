@@ -282,7 +282,9 @@ FAULTS = {
     "no exact sum where it is in doubt": ("filter.cuh", "step == kNucleus && kept.doubtful", "false"),
     "the first winner, kept or not": ("filter.cuh", "if (!q.use_k && !q.use_p) return true;", "return true;"),
     "a carry is lost": ("filter.cuh", "(before + low < before ? 1 : 0)", "(before > low ? 0 : 0)"),
-    "bins are cleared before all have read them": ("filter.cuh", "team.sync();  // bins have been read\n        if", "if"),
+    "bins are cleared before all have read them": (
+        "filter.cuh", "team.sync();  // bins have been read\n        if",
+        "if"),
     "the last bin has an end": ("filter.cuh", "if (first + unit <= kFarthest) low", "low"),
     "neighbouring floats are one": (
         "filter.cuh", "static_cast<uint32_t>(ordered(best)) - static_cast<uint32_t>(ordered(x));",
