@@ -48,12 +48,13 @@ def alone(model, ids, seed: int, new_tokens: int, temperature: float, end: int) 
     import torch
 
     import eft_kernels as eft
+    from eft_kernels.integrations.hf import cache_name
 
-    out, cache = [], None
+    out, cache, name = [], None, cache_name(model)
     step = torch.tensor([ids])
     for position in range(new_tokens):
-        o = model(input_ids=step, past_key_values=cache, use_cache=True)
-        cache = o.past_key_values
+        o = model(input_ids=step, use_cache=True, **{name: cache})
+        cache = getattr(o, name)
         token = eft.sample([o.logits[:, -1]], [1.0], temperature=temperature, seed=seed, position=position,
                            logprobs=False).tokens
         out.append(token.item())

@@ -36,6 +36,9 @@ from ..weights import Weights, downscale, interpolate, proxy, upscale
 MODES = {"upscale": ("beta", upscale), "proxy": ("alpha", proxy), "downscale": (None, downscale),
          "interpolate": ("lam", interpolate)}
 
+# What models call their cache: transformers from 5.24 on, before it, and state-space models before it.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+
 # Options of GenerationConfig that are honoured; every other one must be unset or at its default.
 HONOURED = frozenset({
     "max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time", "stop_strings",
@@ -185,12 +188,18 @@ def generate(
     return output
 
 
+def cache_name(model) -> str:
+    """What the model calls its cache, as an argument and in its output."""
+    takes = inspect.signature(model.forward).parameters
+    return next((name for name in CACHE_NAMES if name in takes), "past_key_values")
+
+
 class CausalLM:
     """A transformers causal language model as `eft_kernels.decoding.Model`, with a cache of its own."""
 
     def __init__(self, model, name: str, rollback: bool):
         self.model, self.name, self.takes = model, name, inspect.signature(model.forward).parameters
-        self.width = logits_width(model)
+        self.width, self.cache_name = logits_width(model), cache_name(model)
         self.cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         if rollback:
             # a window's layer forgets what a rollback needs; a full layer is masked to the window by the model
@@ -205,7 +214,7 @@ class CausalLM:
     def __call__(self, ids, attention_mask, position_ids, keep):
         options = dict(attention_mask=attention_mask, position_ids=position_ids, logits_to_keep=keep)
         options = {k: v for k, v in options.items() if k in self.takes}
-        options["cache_params" if "cache_params" in self.takes else "past_key_values"] = self.cache
+        options[self.cache_name] = self.cache
         logits = self.model(input_ids=ids, use_cache=True, return_dict=True, **options).logits
         if logits.shape[-1] != self.width:
             raise ValueError(f"{self.name}: gives logits of width {logits.shape[-1]}, announces {self.width}")
@@ -292,7 +301,7 @@ def _check_options(config, outer: dict, model_kwargs: dict) -> None:
     # what transformers itself hands over: the mask, positions and a cache, empty and not used
     for name, value in model_kwargs.items():
         prepared = name in ("attention_mask", "position_ids", "use_cache") or (name == "logits_to_keep" and value == 1)
-        if name in ("past_key_values", "cache_params"):
+        if name in CACHE_NAMES:
             prepared = not getattr(value, "_is_user_defined", False)
         if not prepared and value is not None and value is not False:
             raise ValueError(f"{name}: emulated decoding cannot honour it for three models; leave it out")
