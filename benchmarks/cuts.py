@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
             except WrongTokens as error:
                 print(f"python -m benchmarks cuts: {error}", file=sys.stderr)
                 return 1
-            rows += [dict(knob=name, value=v, variant=KNOBS[name].variant, batch=batch, median_us=t,
+            rows += [dict(knob=name, value=v, op=KNOBS[name].op, variant=KNOBS[name].variant, batch=batch, median_us=t,
                           device=torch.cuda.get_device_name()) for v, t in times.items()]
             best = min(times.values())
             lines.append([str(batch), *(f"**{t:.1f}**" if t == best else f"{t:.1f}" for t in times.values())])

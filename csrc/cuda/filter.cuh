@@ -49,8 +49,7 @@ EFT_DEVICE void each_score(const Part& part, float low, const Wanted& wanted, co
       load8(s + j * kRowWarps * kChunkSize, x);
       uint32_t of_chunk = 0;
 #pragma unroll
-      for (int k = 0; k < kPerLane; ++k)
-        of_chunk += wanted(x[k]) ? 1u << k : 0;
+      for (int k = 0; k < kPerLane; ++k) of_chunk += wanted(x[k]) ? 1u << k : 0;
       which |= of_chunk << (j * kPerLane);
     }
     // sass: end

@@ -230,7 +230,6 @@ constexpr int last_bytes(int n) { return kLastHead + (n + 3) / 4 * 16 + field_by
 
 EFT_KERNEL void __launch_bounds__(kRowThreads, 2) last_kernel(const __grid_constant__ Judge j) {
   wait_for_last();
-  let_next_begin();
   LastShared& shared = *reinterpret_cast<LastShared*>(shared_memory());
   const int64_t b = blockIdx.x, S = j.target.slots;
   if (j.method != kBlock) {
