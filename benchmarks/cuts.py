@@ -42,6 +42,7 @@ KNOBS = {
     "room": Knob(tuple(k << 10 for k in (36, 54, 72, 110, 220)), "top_p", (256, 64, 8, 1, 512)),
     "peel": Knob((0, 1), "top_p", (256, 64, 8, 1)),
     "early": Knob((0, 1), "block", (1, 8, 64), "verify"),
+    "ask": Knob((0, 3, 6, 12, 1 << 20), "token", (64, 256, 16, 8), "verify"),
 }
 
 

@@ -233,12 +233,41 @@ def test_usual_arguments_are_read_by_the_extension(shim, monkeypatch):
             eft.sample(logits, eft.upscale(), backend="cuda", **dict(seed=1) | kwargs)
 
 
-def test_counters_are_left_zero(shim):
-    shim.simt_set_device(*DEVICES["latency"])
+def test_counters_are_left_zero(device):
     check_sample(Case("cuda counters", rows=5, vocab=(5000,)), "cuda", logprobs=False)
+    for method in METHODS:
+        for slots in (1, 2, 5):
+            check_verify(Case("cuda counters", rows=5, vocab=(700,), slots=slots), "cuda", method)
     workspace = importlib.import_module("eft_kernels.backends.workspace")
-    counters = workspace.counters(5, torch.device("cpu"))
-    assert counters.shape[0] >= 5 and not counters.any()
+    counters = workspace.counters(25, torch.device("cpu"))
+    assert counters.shape[0] >= 25 and not counters.any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_verify_looks_only_where_it_must(method, shim):
+    """Rows beyond the last draft are left alone, and behind a draft that was rejected, should that be known by then."""
+    from benchmarks import cuts
+
+    shim.simt_set_device(90, 1, 232448, 4, 4)
+    rows, slots = 6, 8
+    logits = [torch.randn(rows, slots, 3000, generator=torch.Generator().manual_seed(j)) for j in range(3)]
+    drafts = torch.full((rows, slots - 1), 5)
+    logits[0][..., 5] = -50  # never accepted
+
+    def barriers(ask, lengths):
+        with cuts.forced(ask=ask, room=0):
+            before, launched = shim.simt_barriers(0), shim.simt_launches()
+            got, want = (eft.verify(logits, eft.upscale(), drafts, lengths, method=method, seed=3, backend=name)
+                         for name in ("cuda", "reference"))
+            assert shim.simt_launches() - launched == dict(coupled=1, token=2, block=3)[method]
+        assert torch.equal(got.tokens, want.tokens) and (got.num_emitted == 1).all()
+        return shim.simt_barriers(0) - before
+
+    never, all_of_it = 1 << 20, torch.full((rows,), slots - 1)
+    whole = barriers(never, all_of_it)
+    assert barriers(never, torch.zeros(rows, dtype=torch.int64)) < whole / 4
+    if method != "block":  # the shim's blocks come in any order, half of them too early
+        assert barriers(0, all_of_it) < 0.9 * whole
 
 
 def test_no_mismatch_in_bulk(device):
@@ -266,8 +295,8 @@ def test_cuts_change_no_token_and_are_set_back(shim):
         for case in CASES:
             if case.special == "hard" or case.name in ("top-k", "top-p", "bad rows filtered", "parameters per row"):
                 check_sample(case, "cuda", logprobs=False)
-    for bad in ((1, 2), (1, 0, 1, 1, 1), (-1, 1, 1, 1, 1), ("a", 1, 1, 1, 1)):
-        with pytest.raises(ValueError, match="five integers"):
+    for bad in ((1, 2), (1, 0, 1, 1, 1, 1), (-1, 1, 1, 1, 1, 1), ("a", 1, 1, 1, 1, 1)):
+        with pytest.raises(ValueError, match="six integers"):
             backend._cuda.set_cuts(*bad)
 
 
@@ -312,6 +341,15 @@ FAULTS = {
     "a residual's bound too low": (
         "verify.cu", "log(static_cast<float>(most)) + kMargin",
         "log(static_cast<float>(most)) - 2"),
+    "a pair is judged when one has come": (
+        "judge.cuh", "count_arrival(counters + slot) == 1",
+        "count_arrival(counters + slot) < 2"),
+    "a row stops at another draft": ("judge.cuh", "(call.slots - slot));", "(call.slots - slot - 1));"),
+    "rows are skipped that are needed": ("row.cu", "stop_of(drafts, b, call.slots) < slot;", "true;"),
+    "the last slot comes too early": (
+        "judge.cuh", "count_arrival(counters) + 1 == slots",
+        "count_arrival(counters) + 2 == slots"),
+    "verify's counters are not set back": ("judge.cuh", "d.counters[r] = 0;", ";"),
     "a sum that matters": ("verify.cu", "return u <= ratio * 1.000001 &&", "return u <= ratio * 0.5 &&"),
 }
 

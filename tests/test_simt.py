@@ -375,11 +375,11 @@ def test_atomics(simt):
 
     def case():
         total, count = np.zeros(1, np.int32), np.full(1, 2**32 - 100, np.uint32)
-        wide, largest = np.zeros(1, np.uint64), np.full(1, -(1 << 62))
+        wide, largest = np.zeros(1, np.uint64), np.zeros(1, np.uint32)
         assert simt.atomics(values, total, count, wide, largest) is None
         return total[0], count[0], wide[0], largest[0]
 
-    assert {*results(simt, case)} == {(values.sum(), 192 * 3 - 100, 192 << 33, int(values.max()) << 32)}
+    assert {*results(simt, case)} == {(values.sum(), 192 * 3 - 100, 192 << 33, values.view(np.uint32).max())}
 
 
 # --- the build -----------------------------------------------------------------------------------------------------

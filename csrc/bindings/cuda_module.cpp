@@ -92,16 +92,16 @@ PyObject* unusable(PyObject*, PyObject* index) {
   Py_RETURN_NONE;
 }
 
-// set_cuts(direct, streamed, room, peel, early): Cuts of cuda/variants.h, for measurements and tests
+// set_cuts(direct, streamed, room, peel, early, ask): Cuts of cuda/variants.h, for measurements and tests
 PyObject* set_cuts(PyObject*, PyObject* const* args, Py_ssize_t n) {
   Reader r(args, n, kDeviceType);
-  int cuts[5];
+  int cuts[6];
   for (int& x : cuts) x = static_cast<int>(r.integer(0, INT32_MAX));
-  if (r.unusual || n != 5 || cuts[1] == 0) {
-    PyErr_SetString(PyExc_ValueError, "expected five integers >= 0, the second above 0");
+  if (r.unusual || n != 6 || cuts[1] == 0) {
+    PyErr_SetString(PyExc_ValueError, "expected six integers >= 0, the second above 0");
     return nullptr;
   }
-  cuda_kernels().set_cuts(cuts[0], cuts[1], cuts[2], cuts[3], cuts[4]);
+  cuda_kernels().set_cuts(cuts[0], cuts[1], cuts[2], cuts[3], cuts[4], cuts[5]);
   Py_RETURN_NONE;
 }
 

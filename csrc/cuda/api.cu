@@ -66,7 +66,9 @@ const CudaKernels table = {
       return c.rows == 0 ? nullptr : run_rows(row_call(c), nullptr, p.scratch, device_of(p.device), p.stream);
     },
     [](int device) { return why_unusable(device); },
-    [](int direct, int streamed, int room, int peel, int early) { cuts = {direct, streamed, room, peel, early}; },
+    [](int direct, int streamed, int room, int peel, int early, int ask) {
+      cuts = {direct, streamed, room, peel, early, ask};
+    },
 };
 
 }  // namespace

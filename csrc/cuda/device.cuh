@@ -4,7 +4,7 @@
 // Of CUDA: threadIdx.x, blockIdx.x, blockDim.x, gridDim.x; __syncthreads, __syncwarp(), __syncthreads_or;
 // __shfl_sync, __shfl_xor_sync, __shfl_up_sync, __ballot_sync, __any_sync, __all_sync (all lanes; 32-bit values, and
 // 64-bit integers for the shuffles); __reduce_max_sync, __reduce_min_sync, __reduce_add_sync (32-bit, all lanes);
-// __popc, __ffs, __clz, __funnelshift_r; atomicAdd (int, unsigned, unsigned long long), atomicMax (long long).
+// __popc, __ffs, __clz, __funnelshift_r; atomicAdd (int, unsigned, unsigned long long), atomicMax (unsigned).
 #pragma once
 #include <cstdint>
 
@@ -118,7 +118,15 @@ EFT_DEVICE T* cluster_pointer(T* p, int rank) {
   asm("mapa.u64 %0, %1, %2;" : "=l"(out) : "l"(reinterpret_cast<uint64_t>(p)), "r"(rank));
   return reinterpret_cast<T*>(out);
 }
+// a word of another block's shared memory
+EFT_DEVICE int cluster_load(const int* p, int rank) {
+  int x;
+  asm volatile("{.reg .b32 a; mapa.shared::cluster.u32 a, %1, %2; ld.shared::cluster.b32 %0, [a];}"
+               : "=r"(x) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(p))), "r"(rank) : "memory");
+  return x;
+}
 #else  // launched with clusters of one
+EFT_DEVICE int cluster_load(const int* p, int) { return *p; }
 EFT_DEVICE int cluster_rank() { return 0; }
 EFT_DEVICE void cluster_arrive() {}
 EFT_DEVICE void cluster_wait() {}

@@ -25,7 +25,7 @@ EFT_DEVICE void store8(float* s, const float* x) {
 // visit(i, token, x): a lane's 8 scores of the block's chunk i, for the chunks whose best is above `low` (or any at all)
 template <class Visit>
 EFT_DEVICE void each_chunk(const Part& part, float low, const Visit& visit) {
-  for (int i = warp_id(); i < part.n; i += kRowWarps) {
+  for (int i = warp_id(); i < part.n; i += kWarps) {
     if (!(part.tops[i] > low)) continue;
     float x[kPerLane];
     load8(part.scores + i * kChunkSize + lane_id() * kPerLane, x);
@@ -38,15 +38,15 @@ EFT_DEVICE void each_chunk(const Part& part, float low, const Visit& visit) {
 template <class Wanted, class Visit>
 EFT_DEVICE void each_score(const Part& part, float low, const Wanted& wanted, const Visit& visit) {
   constexpr int N = 32 / kPerLane;  // chunks at once, a bit for each of a lane's scores
-  for (int i = warp_id(); i < part.n; i += N * kRowWarps) {
+  for (int i = warp_id(); i < part.n; i += N * kWarps) {
     const float* s = part.scores + i * kChunkSize + lane_id() * kPerLane;
     uint32_t which = 0;
     // sass: group wanted 256 tokens, no budget
 #pragma unroll 1
-    for (int j = 0; j < N && i + j * kRowWarps < part.n; ++j) {
-      if (!(part.tops[i + j * kRowWarps] > low)) continue;
+    for (int j = 0; j < N && i + j * kWarps < part.n; ++j) {
+      if (!(part.tops[i + j * kWarps] > low)) continue;
       float x[kPerLane];
-      load8(s + j * kRowWarps * kChunkSize, x);
+      load8(s + j * kWarps * kChunkSize, x);
       uint32_t of_chunk = 0;
 #pragma unroll
       for (int k = 0; k < kPerLane; ++k) of_chunk += wanted(x[k]) ? 1u << k : 0;
@@ -55,7 +55,7 @@ EFT_DEVICE void each_score(const Part& part, float low, const Wanted& wanted, co
     // sass: end
     for (; which; which &= which - 1) {
       const int at = __ffs(static_cast<int>(which)) - 1;
-      visit(s[at / kPerLane * kRowWarps * kChunkSize + at % kPerLane]);
+      visit(s[at / kPerLane * kWarps * kChunkSize + at % kPerLane]);
     }
   }
 }
@@ -153,7 +153,7 @@ EFT_DEVICE Seen warp_all(const Seen& x) {
   return {warp_max(x.best), -warp_max(-x.least), warp_all(x.rest, Sum())};
 }
 
-constexpr int kBins = kRowThreads, kFew = kRowThreads;
+constexpr int kBins = kThreads, kFew = kThreads;
 
 struct Cut {
   float at;
@@ -229,7 +229,7 @@ EFT_DEVICE void enter_bin(const Team& team, Search& search, float rest) {
   if (lane == kLanes - 1) team.put(team.mail->warp[warp_id()], upto);
   __syncthreads();
   Two sum;
-  for (int i = 0; i < kRowWarps; ++i) {
+  for (int i = 0; i < kWarps; ++i) {
     const Two x = team.get<Two>(team.mail->warp[i]);
     if (i < warp_id()) upto.a += x.a, upto.b += x.b;
     sum.a += x.a, sum.b += x.b;
@@ -254,7 +254,7 @@ EFT_DEVICE float kth_top(Team& team, const Part& part, Search& search, int64_t k
   if (k > chunks) return -kInf;
   if (threadIdx.x == 0) begin(search, Key(best, best - least), -kInf, 0, k, 1, {0, 0}, 0);
   clear(search);
-  for (int i = threadIdx.x; i < part.n; i += kRowThreads)
+  for (int i = threadIdx.x; i < part.n; i += kThreads)
     if (part.tops[i] > -kInf) atomicAdd(&search.number[search.bracket.key.bin(part.tops[i], 0)], 1u);
   team.sync();
   enter_bin(team, search, 0);

@@ -24,7 +24,7 @@ struct CudaKernels {
   // null, or why this device cannot run them (too old, driver too old for the runtime, no code for it)
   const char* (*unusable)(int device);
   // how launches are cut from here on (cuda/variants.h), of every thread; nothing else depends on it
-  void (*set_cuts)(int direct, int streamed, int room, int peel, int early);
+  void (*set_cuts)(int direct, int streamed, int room, int peel, int early, int ask);
 };
 
 const CudaKernels& cuda_kernels();

@@ -107,15 +107,15 @@ struct Field {
   int first, n;
 };
 
-EFT_HD constexpr int field_bytes(int n, int warps) { return n * 13 + warps * (kChunkSize + 12) + 64; }
+EFT_HD constexpr int field_bytes(int n) { return n * 13 + kWarps * (kChunkSize + 12) + 64; }
 
 EFT_DEVICE Field field_at(char* p, int first, int n) {
   Field f;
   f.bound = reinterpret_cast<int64_t*>(p);
   f.leaders = f.bound + n;
-  f.e = reinterpret_cast<float*>(f.leaders + warps());
+  f.e = reinterpret_cast<float*>(f.leaders + kWarps);
   f.scores = f.e + n;
-  f.place = reinterpret_cast<uint8_t*>(f.scores + warps());
+  f.place = reinterpret_cast<uint8_t*>(f.scores + kWarps);
   f.lists = f.place + n;
   f.first = first, f.n = n;
   return f;
@@ -128,7 +128,7 @@ EFT_DEVICE Winner race_block(const Field& f, const float* tops, float floor, con
                              const Scores& scores) {
   uint8_t* list = f.lists + warp_id() * kChunkSize;
   int64_t most = kNone;
-  for (int i = threadIdx.x; i < f.n; i += blockDim.x) {
+  for (int i = threadIdx.x; i < f.n; i += kThreads) {
     float e = 1;
     int place = 0;
     const int64_t b = bound_of(tops[i], f.first + i, floor, q, source, e, place);
@@ -138,7 +138,7 @@ EFT_DEVICE Winner race_block(const Field& f, const float* tops, float floor, con
   most = warp_all(most, Max());
   if (lane_id() == 0) f.leaders[warp_id()] = most;
   __syncthreads();
-  for (int i = 0; i < warps(); ++i) most = most < f.leaders[i] ? f.leaders[i] : most;
+  for (int i = 0; i < kWarps; ++i) most = most < f.leaders[i] ? f.leaders[i] : most;
   __syncthreads();
   Winner best;
   if (most == kNone) return best;
@@ -147,7 +147,7 @@ EFT_DEVICE Winner race_block(const Field& f, const float* tops, float floor, con
   for (int turn = 0; turn < 2; ++turn) {
     const int from = turn ? warp_id() * kLanes : likeliest / kLanes * kLanes;
     const int to = turn ? f.n : warp_id() == 0 ? from + 1 : 0;
-    for (int i = from; i < to; i += blockDim.x) {
+    for (int i = from; i < to; i += kThreads) {
       const int mine = i + lane_id();
       unsigned which = __ballot_sync(kAll, mine < f.n && (mine == likeliest ? turn == 0 : turn && f.bound[mine] > best.key));
       for (; which; which &= which - 1) {
@@ -159,7 +159,7 @@ EFT_DEVICE Winner race_block(const Field& f, const float* tops, float floor, con
     best = warp_all(best);
     if (lane_id() == 0) f.leaders[warp_id()] = best.key, f.scores[warp_id()] = best.score;
     __syncthreads();
-    for (int i = 0; i < warps(); ++i) best.offer(f.leaders[i], f.scores[i]);
+    for (int i = 0; i < kWarps; ++i) best.offer(f.leaders[i], f.scores[i]);
     __syncthreads();
   }
   return best;

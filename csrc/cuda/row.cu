@@ -5,8 +5,8 @@
 // Bytes: every logit once; the scores stay in the shared memory of the row's blocks (a cluster), or in global memory where
 // that is too small or clusters do not exist. The up-scaling filter reads the logits again, twice a model, from L2.
 // Masses are exact integers; the one sum over the whole row, the total of top-p, is first taken in float32 (filter.cuh).
+#include "judge.cuh"
 #include "kernels.h"
-#include "row.cuh"
 #include "variants.h"
 
 namespace eft {
@@ -21,13 +21,16 @@ struct RowShared {
   Part part;
   State state;
   Total total;
+  int b, slot, length;  // length: of verify's drafts
+  int skips;
+  bool judged, last;  // judged: by this block
 };
 
 constexpr int kHead = (sizeof(RowShared) + 15) / 16 * 16;
 // beside the scores: the best of every chunk, then what the search for a threshold needs and after it the race
 EFT_HD constexpr int tops_bytes(int per) { return (per + 3) / 4 * 16; }
 EFT_HD constexpr int area_bytes(int per) {
-  const int field = field_bytes(per < kSegment ? per : kSegment, kRowWarps), search = sizeof(Search);
+  const int field = field_bytes(per < kSegment ? per : kSegment), search = sizeof(Search);
   return tops_bytes(per) + ((field > search ? field : search) + 15) / 16 * 16;
 }
 
@@ -94,7 +97,7 @@ EFT_DEVICE void write_top(Team& team, const Part& part, const State& f, int64_t 
   for (int64_t i = 0; i < n; ++i) {
     int64_t most = kNone;
     if (ok && last != kNone)
-      for (int c = warp_id(); c < part.n; c += kRowWarps) {
+      for (int c = warp_id(); c < part.n; c += kWarps) {
         if (!__any_sync(kAll, pack(part.tops[c], 0) > most)) continue;
         float x[kPerLane];
         load8(part.scores + c * kChunkSize + lane_id() * kPerLane, x);
@@ -157,34 +160,20 @@ EFT_DEVICE void write_diagnostics(Team& team, const Row& row, const Part& part, 
 #define EFT_ROW_BLOCKS 3
 #endif
 
-struct RowCalls {  // of as many rows, slots and tokens
+// `count` calls of as many rows, slots and tokens: one, or of verify target and draft distribution
+struct RowCalls {
   RowCall call[2];
+  int count;
 };
 
-// Blocks calls * rows * size; `per` chunks a block. Scores are in shared memory, or in `staged` [calls * rows, chunks, 256].
-EFT_KERNEL void __launch_bounds__(kRowThreads, EFT_ROW_BLOCKS)
-    row_kernel(const __grid_constant__ RowCalls calls, int rows, int size, int per, float* staged) {
-  let_next_begin();
-  const int at = blockIdx.x / size;
-  const bool second = at >= rows;
-  const RowCall& call = calls.call[second];
-  const int64_t r = second ? at - rows : at, b = r / call.slots, slot = r % call.slots;
-  RowShared& shared = *reinterpret_cast<RowShared*>(shared_memory());
+EFT_DEVICE int64_t row_of(const RowShared& shared, const RowCall& call) { return shared.b * call.slots + shared.slot; }
+
+// A row's kernel but for what verify makes of it. All threads of its blocks call this, `shared` is set.
+EFT_DEVICE void run_row(Team& team, RowShared& shared, const RowCall& call, int per) {
   Row& row = shared.row;
-  Team team{size > 1 ? cluster_rank() : 0, size, 0, &shared.mail};
   const Knobs& q = shared.knobs;
-  if (threadIdx.x == 0) {
-    set_row(row, call, b, slot);
-    shared.knobs = knobs_of(call, b);
-    shared.source = source_of(call, b, slot, call.stream, call.slot);
-    const int first = team.rank * per;
-    shared.part = {staged ? staged + (int64_t{at} * row.chunks + first) * kChunkSize
-                          : reinterpret_cast<float*>(shared_memory() + kHead + area_bytes(per)),
-                   reinterpret_cast<float*>(shared_memory() + kHead), first, max(min(per, row.chunks - first), 0)};
-  }
-  __syncthreads();
   const Part& part = shared.part;
-  if (size > 1) cluster_arrive();  // a block's shared memory is there for the others once it has begun
+  if (team.size > 1) cluster_arrive();  // a block's shared memory is there for the others once it has begun
   const bool tempered = !q.greedy && q.temperature != 1;
   const auto keep = [&](int chunk, const float* s) {
     if (call.keeps) store8(part.scores + (chunk - part.first) * kChunkSize + lane_id() * kPerLane, s);
@@ -194,7 +183,7 @@ EFT_KERNEL void __launch_bounds__(kRowThreads, EFT_ROW_BLOCKS)
   ExpSum sum;
   const auto know = [&] {
     Start start{-kInf, kInf, sum};
-    for (int i = threadIdx.x; i < part.n; i += kRowThreads) {
+    for (int i = threadIdx.x; i < part.n; i += kThreads) {
       const float top = part.tops[i];
       start.best = fmaxf(start.best, top);
       if (top > -kInf) start.least = fminf(start.least, top);
@@ -203,13 +192,13 @@ EFT_KERNEL void __launch_bounds__(kRowThreads, EFT_ROW_BLOCKS)
   };
   const bool summed = !call.token_only || (q.use_p && !q.use_k);
   first_pass(row, part.first, part.n, part.tops, summed, tempered, q.c, sum, keep);
-  if (size > 1) cluster_wait();
+  if (team.size > 1) cluster_wait();
   Start start = know();
   const bool ok = start.best > -kInf && start.best < kInf;
   if (ok && row.upscaled) {
-    find_nucleus(team, row, part, search, call.upscale_top_p[b]);
+    find_nucleus(team, row, part, search, call.upscale_top_p[shared.b]);
     sum = ExpSum();
-    for (int i = warp_id(); i < part.n; i += kRowWarps) {
+    for (int i = warp_id(); i < part.n; i += kWarps) {
       float s[kPerLane];
       scores_of(row, part.first + i, s);
       const float high = top_of(s), top = warp_max(high);
@@ -223,7 +212,7 @@ EFT_KERNEL void __launch_bounds__(kRowThreads, EFT_ROW_BLOCKS)
   const float best = start.best;
   // thresholds
   State& f = shared.state;
-  if (threadIdx.x == 0) f = {best, -kInf, 0, 0, 0, -1, row.tau, row.inside, row.outside, ok};
+  if (threadIdx.x == 0) f = {best, -kInf, 0, 0, 0, -1, -kInf, 0, row.tau, row.inside, row.outside, ok};
   Winner w;
   float floor = -kInf;
   const float approximate = tempered ? start.sum.sum_c : start.sum.sum;
@@ -259,37 +248,94 @@ EFT_KERNEL void __launch_bounds__(kRowThreads, EFT_ROW_BLOCKS)
     }
   }
   if (threadIdx.x == 0) {
-    if (w.key != kNone) f.token = packed_token(w.key);
+    if (w.key != kNone) f.token = packed_token(w.key), f.score = w.score;
     if (team.rank == 0) {
+      const int64_t r = row_of(shared, call);
+      if (f.valid && call.drafts.tokens && shared.slot < shared.length) {
+        const int64_t id = call.drafts.tokens[r - shared.b];
+        if (id >= 0 && id < row.vocab) f.drafted = mass_at(f, q, score_of(row, static_cast<int>(id)), static_cast<int>(id));
+      }
       if (call.tokens) call.tokens[r] = f.token;
-      if (call.valid) call.valid[r] = ok;
+      if (call.valid) call.valid[r] = f.valid;
       if (call.logprobs) {
-        call.logprobs[r] = ok ? processed_logprob(f, q, w.score, static_cast<int>(f.token)) : NAN;
-        call.raw_logprobs[r] = ok ? raw_logprob(f, w.score) : NAN;
+        call.logprobs[r] = f.valid ? processed_logprob(f, q, w.score, static_cast<int>(f.token)) : NAN;
+        call.raw_logprobs[r] = f.valid ? raw_logprob(f, w.score) : NAN;
       }
       if (call.states) call.states[r] = f;
     }
   }
   __syncthreads();
+  const int64_t r = row_of(shared, call);
   if (call.tops)
-    for (int i = threadIdx.x; i < part.n; i += kRowThreads) call.tops[r * row.chunks + part.first + i] = part.tops[i];
-  if (call.top_n) write_top(team, part, f, call.top_n, call.top_ids + r * call.top_n, call.top_logprobs + r * call.top_n, ok);
+    for (int i = threadIdx.x; i < part.n; i += kThreads) call.tops[r * row.chunks + part.first + i] = part.tops[i];
+  if (call.top_n) write_top(team, part, f, call.top_n, call.top_ids + r * call.top_n, call.top_logprobs + r * call.top_n, f.valid);
   if (call.entropy)
-    write_diagnostics(team, row, part, f, input_of(call, call.tuned, b, slot), call.entropy + r, call.tv + r, ok);
+    write_diagnostics(team, row, part, f, input_of(call, call.tuned, shared.b, shared.slot), call.entropy + r, call.tv + r, f.valid);
   if (call.all_logprobs)
-    for (int i = warp_id(); i < part.n; i += kRowWarps)
+    for (int i = warp_id(); i < part.n; i += kWarps)
       for (int k = lane_id(); k < kChunkSize; k += kLanes) {
         const int token = (part.first + i) * kChunkSize + k;
         if (token < row.vocab)
-          call.all_logprobs[r * row.vocab + token] = ok ? logprob(f, q, part.scores[i * kChunkSize + k], token) : NAN;
+          call.all_logprobs[r * row.vocab + token] = f.valid ? logprob(f, q, part.scores[i * kChunkSize + k], token) : NAN;
       }
   if (call.id_logprobs)
-    for (int64_t i = team.rank * kRowThreads + threadIdx.x; i < call.n_ids; i += team.size * kRowThreads) {
+    for (int64_t i = team.rank * kThreads + threadIdx.x; i < call.n_ids; i += team.size * kThreads) {
       const int64_t id = call.ids[r * call.n_ids + i];
       const bool inside = id >= 0 && id < row.vocab;
       const int token = inside ? static_cast<int>(id) : 0;
-      call.id_logprobs[r * call.n_ids + i] = inside && ok ? logprob(f, q, score_of(row, token), token) : NAN;
+      call.id_logprobs[r * call.n_ids + i] = inside && f.valid ? logprob(f, q, score_of(row, token), token) : NAN;
     }
+}
+
+// Where the row is verify's, what comes of it. All threads call this.
+EFT_DEVICE void judge_row(RowShared& shared, const RowCall& call, bool skipped) {
+  if (!shared.judged) return;
+  if (threadIdx.x == 0) shared.last = judge(call, shared.state, shared.b, shared.slot, shared.length, skipped);
+  __syncthreads();
+  if (!shared.last) return;
+  if (call.drafts.method == kCoupled) write_coupled(call, shared.knobs, shared.b, shared.length);
+  else write_ratios(call, shared.b, shared.length);
+}
+
+// Blocks of rows * size, `per` chunks each, in the order in which verify needs them: slot after slot. Scores are in shared
+// memory, or in `staged` [rows, chunks, 256].
+EFT_KERNEL void __launch_bounds__(kThreads, EFT_ROW_BLOCKS)
+    row_kernel(const __grid_constant__ RowCalls calls, int size, int per, float* staged) {
+  let_next_begin();
+  const int batch = static_cast<int>(calls.call[0].rows), at = blockIdx.x / size;
+  const int b = at % batch, turn = at / batch, slot = turn / calls.count;
+  const bool second = calls.count > 1 && turn & 1;
+  const RowCall& call = calls.call[second];
+  const Drafts& drafts = call.drafts;
+  const int length = drafts.tokens ? length_of(drafts, b, call.slots) : 0;
+  if (slot > length - second) return;
+  RowShared& shared = *reinterpret_cast<RowShared*>(shared_memory());
+  Team team{size > 1 ? cluster_rank() : 0, size, 0, &shared.mail};
+  const bool asks = drafts.asks && slot > 0;
+  if (threadIdx.x == 0) {
+    shared.b = b, shared.slot = slot, shared.length = length;
+    shared.judged = drafts.tokens && team.rank == 0;
+    set_row(shared.row, call, b, slot);
+    shared.knobs = knobs_of(call, b);
+    shared.source = source_of(call, b, slot, call.stream, call.slot);
+    const int first = team.rank * per;
+    shared.part = {staged ? staged + (int64_t{at} * shared.row.chunks + first) * kChunkSize
+                          : reinterpret_cast<float*>(shared_memory() + kHead + area_bytes(per)),
+                   reinterpret_cast<float*>(shared_memory() + kHead), first, max(min(per, shared.row.chunks - first), 0)};
+    if (asks && team.rank == 0) shared.skips = stop_of(drafts, b, call.slots) < slot;
+  }
+  if (asks) {  // the row's blocks must be of one mind
+    team.sync();
+    if (cluster_load(&shared.skips, 0)) {
+      team.sync();
+      judge_row(shared, call, true);
+      return;
+    }
+  } else {
+    __syncthreads();
+  }
+  run_row(team, shared, call, per);
+  judge_row(shared, call, false);
 }
 
 // --- launches ------------------------------------------------------------------------------------------------------
@@ -306,7 +352,7 @@ Shape shape_of(const RowCall& call, int64_t rows, const Device& device) {
   const int64_t chunk_bytes = call.keeps ? kChunkSize * 4 : 0;
   const auto needs = [&](int size) { return kHead + area_bytes(per(size)) + per(size) * chunk_bytes; };
   int size = 1;
-  while (size < device.cluster && size * kRowWarps < chunks &&
+  while (size < device.cluster && size * kWarps < chunks &&
          (rows * size < 2 * device.multiprocessors || needs(size) > cuts.room))
     size *= 2;
   Shape s{size, per(size), kHead + area_bytes(per(size)), true};
@@ -324,7 +370,7 @@ int largest_cluster(int index, int most, int shared) {
   auto& k = known[index % kDevices];
   if (k.most != most || k.shared != shared || index >= kDevices) {
     int size = most;
-    while (size > 1 && !fits(row_kernel, {size, kRowThreads, size, shared, nullptr})) size /= 2;
+    while (size > 1 && !fits(row_kernel, {size, kThreads, size, shared, nullptr})) size /= 2;
     k = {most, shared, size};
   }
   return k.size;
@@ -336,10 +382,12 @@ int64_t staged_bytes(const RowCall& call, const RowCall* second, const Device& d
 }
 
 const char* run_rows(const RowCall& call, const RowCall* second, void* staged, const Device& device, void* stream) {
-  const int64_t rows = call.rows * call.slots, all = rows * (second ? 2 : 1);
-  const Shape s = shape_of(call, all, device);
-  return launch(row_kernel, {all * s.size, kRowThreads, s.size, s.shared, stream},
-                RowCalls{{call, second ? *second : RowCall{}}}, static_cast<int>(rows), s.size, s.per,
+  const int64_t rows = call.rows * call.slots * (second ? 2 : 1);
+  const Shape s = shape_of(call, rows, device);
+  RowCalls calls{{call, second ? *second : RowCall{}}, second ? 2 : 1};
+  for (RowCall& c : calls.call)
+    c.drafts.asks = c.drafts.tokens && c.drafts.method != kBlock && rows * s.size > int64_t{cuts.ask} * device.multiprocessors;
+  return launch(row_kernel, {rows * s.size, kThreads, s.size, s.shared, stream}, calls, s.size, s.per,
                 s.staged ? static_cast<float*>(staged) : nullptr);
 }
 

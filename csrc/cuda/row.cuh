@@ -12,8 +12,32 @@ struct State {
   float lse, log_kept;  // log of the sum of exp(s - best), and of what is kept, at temperature
   int64_t mass;         // exact, of what is kept, where it was asked for or something is filtered
   int64_t token;        // the row's own sample, of a greedy row always; -1: invalid or not asked for
+  float score;          // the sample's
+  int64_t drafted;      // mass of the draft that verify judges here
   float tau, inside, outside;
   bool valid;
+};
+
+// What verify returns.
+struct Verified {
+  int64_t *tokens, *emitted;  // [B, S], [B]
+  bool* valid;                // [B]
+  float *logprobs, *raw_logprobs;
+};
+
+// Of a call by verify, judged as soon as its rows are known (judge.cuh); tokens is null elsewhere.
+struct Drafts {
+  const int64_t* tokens;  // [B, S - 1]
+  PerRow<int64_t> lengths;
+  int method;
+  bool asks;              // a row asks first whether a draft before it is known to be rejected
+  State *target, *draft;  // [B, S]; draft is null where there is no draft distribution (deterministic proposer, or "coupled")
+  unsigned* counters;     // [B, S]
+  Verified out;           // of "coupled", for the launch writes it
+  // of "block": the ratio after each draft, room for sums of residuals, which is set to 0, and how many drafts count
+  double* ratios;         // [B, S]
+  int64_t* rest;          // [B, S]
+  int* ends;              // [B]
 };
 
 // A call with everything that the operations return, null where it is not wanted.
@@ -23,6 +47,7 @@ struct RowCall : Call {
   bool token_only;      // nothing is returned but the token and whether it is valid
   bool peels;           // of those, draw until the winner is kept (filter.cuh), where that can be done
   bool keeps;           // scores are looked at again
+  Drafts drafts;
   int64_t* tokens;
   bool* valid;
   float *logprobs, *raw_logprobs;

@@ -62,17 +62,15 @@ EFT_DEVICE void arrive(const SampleCall& call, int64_t b, int splits, int split,
 
 // --- many rows -----------------------------------------------------------------------------------------------------
 
-constexpr int kThreads = 256;
-
 struct StreamShared {
   Row row;
   Knobs knobs;
   Source source;
-  ExpSum sums[kThreads / kLanes];
+  ExpSum sums[kWarps];
 };
 
 constexpr int stream_bytes(int per) {
-  return sizeof(StreamShared) + 16 + per * 4 + kThreads / kLanes * kChunkSize * 4 + field_bytes(per, kThreads / kLanes);
+  return sizeof(StreamShared) + 16 + per * 4 + kWarps * kChunkSize * 4 + field_bytes(per);
 }
 
 EFT_KERNEL void __launch_bounds__(kThreads, 3)
@@ -81,7 +79,7 @@ EFT_KERNEL void __launch_bounds__(kThreads, 3)
   const int split = blockIdx.x % splits;
   StreamShared& shared = *reinterpret_cast<StreamShared*>(shared_memory());
   float* own = reinterpret_cast<float*>(shared_memory() + (sizeof(StreamShared) + 15) / 16 * 16);  // [warps, 256]
-  float* tops = own + warps() * kChunkSize;
+  float* tops = own + kWarps * kChunkSize;
   Row& row = shared.row;
   const Knobs& q = shared.knobs;
   if (threadIdx.x == 0) {
@@ -99,7 +97,7 @@ EFT_KERNEL void __launch_bounds__(kThreads, 3)
     if (lane_id() == 0) shared.sums[warp_id()] = sum;
   }
   bool bad = false;
-  for (int i = threadIdx.x; i < n; i += blockDim.x) bad |= tops[i] == kInf;
+  for (int i = threadIdx.x; i < n; i += kThreads) bad |= tops[i] == kInf;
   bad = __syncthreads_or(bad);
   Winner best;
   best.key = kBad;
@@ -116,17 +114,17 @@ EFT_KERNEL void __launch_bounds__(kThreads, 3)
   }
   sum = ExpSum();
   if (call.logprobs)
-    for (int i = 0; i < warps(); ++i) sum.merge(shared.sums[i].top, shared.sums[i].sum, shared.sums[i].sum_c, q.c);
+    for (int i = 0; i < kWarps; ++i) sum.merge(shared.sums[i].top, shared.sums[i].sum, shared.sums[i].sum_c, q.c);
   if (warp_id() == 0) arrive(call, b, splits, split, q, best, sum, parts, counters);
 }
 
 // --- few rows ------------------------------------------------------------------------------------------------------
 
-constexpr int kDirectThreads = 128;
+constexpr int kDirectThreads = 128, kDirectWarps = kDirectThreads / kLanes;
 
 struct DirectShared {
   Row row;
-  Part parts[kDirectThreads / kLanes];
+  Part parts[kDirectWarps];
 };
 
 EFT_KERNEL void __launch_bounds__(kDirectThreads) sample_direct(const __grid_constant__ SampleCall call, int splits,
@@ -139,7 +137,7 @@ EFT_KERNEL void __launch_bounds__(kDirectThreads) sample_direct(const __grid_con
   const Knobs q = knobs_of(call, b);
   const Source source = source_of(call, b, 0, call.stream, call.slot);
   __syncthreads();
-  const int chunk = split * warps() + warp_id(), token = chunk * kChunkSize + lane * kPerLane;
+  const int chunk = split * kDirectWarps + warp_id(), token = chunk * kChunkSize + lane * kPerLane;
   const bool quick = chunk >= row.quick_from && chunk < row.quick_to && row.models <= kAhead;
   uint4 v[kAhead][2];
   if (quick) {
@@ -199,7 +197,7 @@ EFT_KERNEL void __launch_bounds__(kDirectThreads) sample_direct(const __grid_con
   if (lane == 0) shared.parts[warp_id()] = {best.key, best.score, sum.top, sum.sum, sum.sum_c};
   __syncthreads();
   if (warp_id() != 0) return;
-  for (int i = 1; i < warps(); ++i) {
+  for (int i = 1; i < kDirectWarps; ++i) {
     const Part& p = shared.parts[i];
     best.offer(p.key, p.score);
     sum.merge(p.top, p.sum, p.sum_c, q.c);

@@ -13,12 +13,12 @@ namespace cuda {
 using namespace scalar;
 
 constexpr int kLanes = 32, kPerLane = kChunkSize / kLanes;
+constexpr int kThreads = 256, kWarps = kThreads / kLanes;  // of a block, but for sample_direct's
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kLowest = -std::numeric_limits<float>::max();
 
 EFT_DEVICE int lane_id() { return threadIdx.x % kLanes; }
 EFT_DEVICE int warp_id() { return threadIdx.x / kLanes; }
-EFT_DEVICE int warps() { return blockDim.x / kLanes; }
 
 // --- order ---------------------------------------------------------------------------------------------------------
 
@@ -167,9 +167,9 @@ constexpr int kAtOnce = D == kF16 || D == kBF16 ? 2 : 1;
 template <int D>
 EFT_DEVICE void sums_of(const Row& row, int token, float (&s)[kAtOnce<D> * kPerLane]) {
   constexpr int N = kAtOnce<D> * kPerLane, kVector = D == kF32 ? 4 : 8;  // of 16 bytes
-#pragma unroll
-  for (int i = 0; i < N; ++i) s[i] = 0;
   if constexpr (D == kAny) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) s[i] = 0;
     for (int j = 0; j < row.models; ++j) {
       float z[kPerLane];
       logits_of(row.in[j], token, z);
@@ -181,20 +181,20 @@ EFT_DEVICE void sums_of(const Row& row, int token, float (&s)[kAtOnce<D> * kPerL
     uint4 v[kAhead][2];
 #pragma unroll
     for (int j = 0; j < kAhead; ++j)
-      if (j < row.models) {
+      if (j == 0 || j < row.models) {
         const char* p = row.in[j].z + int64_t{token} * (D == kF32 ? 4 : 2);
         v[j][0] = load16(p);
         v[j][1] = load16(p + (D == kF32 ? 16 : 2 * kChunkSize));
       }
 #pragma unroll
     for (int j = 0; j < kAhead; ++j)
-      if (j < row.models) {
+      if (j == 0 || j < row.models) {
         const float w = row.in[j].w;
         float z[N];
         widen<D>(v[j][0], z);
         widen<D>(v[j][1], z + kVector);
 #pragma unroll
-        for (int i = 0; i < N; ++i) s[i] = s[i] + w * z[i];
+        for (int i = 0; i < N; ++i) s[i] = j == 0 ? w * z[i] : s[i] + w * z[i];  // from -0 on, but no sum's sign of 0 matters
       }
     // sass: end
   }

@@ -50,11 +50,11 @@ template <int D, class Keep>
 EFT_DEVICE void pass_of(const Row& row, int first, int n, float* tops, bool summed, bool tempered, float c, ExpSum& sum,
                         const Keep& keep) {
   const int lane = lane_id(), from = max(first, row.quick_from), to = min(first + n, row.quick_to);
+  if (to - from < kAtOnce<D>) return;
   // sass: group first_pass 512 tokens
-  for (int i = from + warp_id() * kAtOnce<D>; i < to; i += warps() * kAtOnce<D>) {
-    const int last = to - kAtOnce<D>;
-    const int chunk = i < last ? i : max(last, from);  // the last ones overlap, where there are as many
-    if (chunk + kAtOnce<D> > to) break;
+#pragma unroll 1
+  for (int i = from + warp_id() * kAtOnce<D>; i < to; i += kWarps * kAtOnce<D>) {
+    const int chunk = min(i, to - kAtOnce<D>);  // the last ones overlap
     const int token = chunk * kChunkSize + lane * kPerLane;
     float s[kAtOnce<D> * kPerLane];
     sums_of<D>(row, token, s);
@@ -80,7 +80,7 @@ EFT_DEVICE void pass_of(const Row& row, int first, int n, float* tops, bool summ
 template <class Keep>
 EFT_DEVICE void first_pass(const Row& row, int first, int n, float* tops, bool summed, bool tempered, float c, ExpSum& sum,
                            const Keep& keep) {
-  for (int i = threadIdx.x; i < n; i += blockDim.x) tops[i] = NAN;
+  for (int i = threadIdx.x; i < n; i += kThreads) tops[i] = NAN;
   __syncthreads();
   if (row.dtype == kBF16)
     pass_of<kBF16>(row, first, n, tops, summed, tempered, c, sum, keep);
@@ -92,7 +92,7 @@ EFT_DEVICE void first_pass(const Row& row, int first, int n, float* tops, bool s
     pass_of<kAny>(row, first, n, tops, summed, tempered, c, sum, keep);
   __syncthreads();
   // the ends of the row, and chunks with a value that is not finite
-  for (int i = warp_id(); i < n; i += warps()) {
+  for (int i = warp_id(); i < n; i += kWarps) {
     if (!isnan(tops[i])) continue;
     float s[kPerLane];
     const int token = (first + i) * kChunkSize + lane_id() * kPerLane;

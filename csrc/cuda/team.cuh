@@ -5,7 +5,7 @@
 namespace eft {
 namespace cuda {
 
-constexpr int kRowThreads = 256, kRowWarps = kRowThreads / kLanes, kMaxCluster = 16, kWords = 3;
+constexpr int kMaxCluster = 16, kWords = 3;
 
 // What a row's first pass comes to: its best score, the least of its chunks' best ones, and sums of exponentials.
 struct Start {
@@ -23,7 +23,7 @@ struct Two {  // sums
 };
 
 struct Mail {  // in shared memory
-  alignas(16) int64_t warp[kRowWarps][kWords];
+  alignas(16) int64_t warp[kWarps][kWords];
   alignas(16) int64_t block[2][kMaxCluster][kWords];
 };
 
@@ -50,7 +50,7 @@ struct Team {
     x = within(x);
     if (lane == 0) put(mail->warp[warp_id()], x);
     __syncthreads();
-    if (size == 1 || warp_id() == 0) x = within(lane < kRowWarps ? get<T>(mail->warp[lane]) : none);
+    if (size == 1 || warp_id() == 0) x = within(lane < kWarps ? get<T>(mail->warp[lane]) : none);
     if (size > 1) {
       if (static_cast<int>(threadIdx.x) < size) put(cluster_pointer(&mail->block[phase][rank][0], threadIdx.x), x);
       cluster_sync();

@@ -30,6 +30,9 @@ struct Cuts {
   int peel = 1;
   // 1: the later launches of verify may begin before the one before has ended (programmatic dependent launch, from 9.0 on)
   int early = 0;
+  // beyond so many blocks a multiprocessor a row of verify ("coupled", "token") asks first whether a draft before it is known
+  // to be rejected: where all of them run at once nothing is known yet
+  int ask = 6;
 };
 inline Cuts cuts;
 

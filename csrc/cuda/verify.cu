@@ -1,36 +1,26 @@
-// Judging drafts: acceptance, block verification, and the residual where a row stops.
+// After the drafts are judged (judge.cuh): the token where a row stops, and for block verification the residuals on the way.
 //
-// row_kernel has left the state of every slot of target and draft (row.cu). Then one launch judges and draws the last
-// token; block verification takes two more, for whole residuals. Bytes: the chunks that the residual's race looks into;
-// for block verification target and draft once more (from L2), where a sum can matter.
+// row_kernel has left the state of every slot of target and draft that is needed, and "coupled" ends with it. "token" takes
+// one launch more, "block" two. Bytes: the chunks that the residual's race looks into; for block verification target and
+// draft once more (from L2), where a sum can matter.
 #include <algorithm>
 
-#include "../semantics/accept.h"
+#include "judge.cuh"
 #include "kernels.h"
-#include "row.cuh"
 
 namespace eft {
 namespace cuda {
 namespace {
 
 struct Judge {
-  Call target, draft;           // draft: its one model alone
-  State *target_states, *draft_states;  // [B, S]; null: no draft distribution (deterministic proposer, or "coupled")
-  float* tops;                  // [B, S, chunks] of the target
-  const int64_t* drafts;        // [B, S - 1]
-  PerRow<int64_t> lengths;
-  int method;
-  double* ratios;               // [B, S] after each draft, of "block" as are rest (residuals) and ends [B] (drafts that count)
-  int64_t* rest;
-  int* ends;
-  int64_t *tokens, *emitted;
-  bool* valid;
-  float *logprobs, *raw_logprobs;
+  Call target, draft;  // draft: its one model alone
+  Drafts drafts;
+  float* tops;         // [B, S, chunks] of the target
+  Verified out;
 };
 
-constexpr int kSlots = 16;         // judged at once
+constexpr int kSlots = 16;         // whose log-probs are looked up at once
 constexpr float kMargin = 1e-3f;   // nats: over the bound of a chunk's residual, for its logarithm is not quite monotone
-constexpr int64_t kWhole = int64_t{1} << kMassBits;
 
 // target or draft at one slot
 struct Side {
@@ -45,91 +35,10 @@ EFT_DEVICE void set_side(Side& side, const Call& call, const State* states, int6
   side.row.tau = side.state.tau, side.row.inside = side.state.inside, side.row.outside = side.state.outside;
 }
 
-// the mass of a token of score s after filters; a greedy row has all of it at one token
-EFT_DEVICE int64_t mass_at(const State& state, const Knobs& q, float s, int token) {
-  if (q.greedy) return token == state.token ? kWhole : 0;
-  return s >= state.floor && s > -kInf ? mass(s, state.best, q.c) : 0;
-}
-EFT_DEVICE int64_t total_of(const State& state) { return state.mass < 1 ? 1 : state.mass; }
-
-struct Slot {
-  int64_t t, t_total, d, d_total;  // masses of the draft under target and draft
-  double u;
-};
-
 struct Verdict {
   int accepted;
   double factor;  // of the residual where the row stops
 };
-
-struct JudgeShared {
-  Side target[kSlots], draft[kSlots];
-  Slot slot[kSlots];
-  Verdict verdict;
-  int end;
-};
-
-EFT_DEVICE int length_of(const Judge& j, int64_t b) {  // on a GPU nobody has checked
-  const int64_t n = j.lengths[b], most = j.target.slots - 1;
-  return static_cast<int>(n < 0 ? 0 : n > most ? most : n);
-}
-
-EFT_DEVICE bool slot_valid(const Judge& j, int64_t b, int i, int length) {
-  const int64_t r = b * j.target.slots + i;
-  return j.target_states[r].valid && (!j.draft_states || i >= length || j.draft_states[r].valid);
-}
-
-// How many drafts are accepted, or (block) the ratio after each and how many count. Warp 0 calls this.
-EFT_DEVICE void judge(JudgeShared& shared, const Judge& j, int64_t b) {
-  const int lane = lane_id(), length = length_of(j, b), S = static_cast<int>(j.target.slots);
-  const Knobs q = knobs_of(j.target, b);
-  const int64_t* drafts = j.drafts + b * (S - 1);
-  int end = length;
-  for (int i = lane; i < length; i += kLanes)
-    if (!slot_valid(j, b, i, length)) end = min(end, i);
-  end = __reduce_min_sync(kAll, end);
-  int accepted = 0;
-  double ratio = 1;
-  bool going = true;
-  for (int from = 0; from < end && going; from += kSlots) {
-    const int i = from + lane, n = min(end - from, kSlots);
-    if (lane < n && j.method != kCoupled) {
-      Side& target = shared.target[lane];
-      set_side(target, j.target, j.target_states, b, i);
-      const int64_t id = drafts[i];
-      const bool inside = id >= 0 && id < target.row.vocab;
-      const int token = inside ? static_cast<int>(id) : 0;
-      Slot& slot = shared.slot[lane];
-      slot.t = inside ? mass_at(target.state, q, score_of(target.row, token), token) : 0;
-      slot.t_total = total_of(target.state);
-      slot.d = slot.d_total = kWhole;
-      if (j.draft_states) {
-        Side& draft = shared.draft[lane];
-        set_side(draft, j.draft, j.draft_states, b, i);
-        slot.d = mass_at(draft.state, q, score_of(draft.row, token), token);
-        slot.d_total = total_of(draft.state);
-      }
-      if (!inside) slot.d = 1;
-      slot.u = accept_uniform(source_of(j.target, b, i, kAccept, static_cast<uint32_t>(i)));
-    }
-    __syncwarp();
-    if (lane == 0)
-      for (int k = 0; k < n && going; ++k) {
-        const Slot& s = shared.slot[k];
-        if (j.method == kBlock) {
-          ratio = block_ratio(ratio, s.t, s.t_total, s.d, s.d_total);
-          j.ratios[b * S + from + k] = ratio;
-        } else {
-          going = j.method == kCoupled ? drafts[from + k] == j.target_states[b * S + from + k].token
-                                       : accept_token(s.u, s.t, s.t_total, s.d, s.d_total);
-          accepted += going;
-        }
-      }
-    going = __shfl_sync(kAll, static_cast<int>(going), 0) != 0;
-    __syncwarp();
-  }
-  if (lane == 0) shared.verdict = {accepted, 1.0}, shared.end = end;
-}
 
 // max(0, factor p - q) at one slot
 struct Rest {
@@ -160,16 +69,6 @@ EFT_DEVICE void each_residual(const Rest& rest, const Knobs& q, int chunk, const
 
 // --- block verification --------------------------------------------------------------------------------------------
 
-EFT_KERNEL void __launch_bounds__(kLanes) ratio_kernel(const __grid_constant__ Judge j) {
-  wait_for_last();
-  let_next_begin();
-  JudgeShared& shared = *reinterpret_cast<JudgeShared*>(shared_memory());
-  const int64_t b = blockIdx.x;
-  judge(shared, j, b);
-  if (lane_id() == 0) j.ends[b] = shared.end;
-  for (int i = lane_id(); i < j.target.slots; i += kLanes) j.rest[b * j.target.slots + i] = 0;
-}
-
 // Whether the sum after draft i can decide anything: none passes where u is above the ratio, which bounds it, and any
 // where the ratio is 1.
 EFT_DEVICE bool sum_matters(double u, double ratio) { return u <= ratio * 1.000001 && (ratio < 1 || u > 0.999999); }
@@ -179,41 +78,42 @@ struct RestShared {
 };
 
 // Blocks B * S * splits: the whole residual at slot i + 1 after draft i passed, each token's truncated to an integer.
-EFT_KERNEL void __launch_bounds__(kRowThreads, 2) rest_kernel(const __grid_constant__ Judge j, int splits, int per) {
+EFT_KERNEL void __launch_bounds__(kThreads, 2) rest_kernel(const __grid_constant__ Judge j, int splits, int per) {
   wait_for_last();
   let_next_begin();
   RestShared& shared = *reinterpret_cast<RestShared*>(shared_memory());
   const int64_t at = blockIdx.x / splits, b = at / j.target.slots;
   const int i = static_cast<int>(at % j.target.slots), split = blockIdx.x % splits;
-  if (i + 1 >= j.ends[b]) return;
-  const double ratio = j.ratios[at], u = accept_uniform(source_of(j.target, b, i, kAccept, static_cast<uint32_t>(i)));
+  if (i + 1 >= j.drafts.ends[b]) return;
+  const double ratio = j.drafts.ratios[at], u = accept_uniform(source_of(j.target, b, i, kAccept, static_cast<uint32_t>(i)));
   if (!(ratio > 0) || !sum_matters(u, ratio)) return;
   if (threadIdx.x == 0) {
-    set_side(shared.target, j.target, j.target_states, b, i + 1);
-    if (j.draft_states) set_side(shared.draft, j.draft, j.draft_states, b, i + 1);
+    set_side(shared.target, j.target, j.drafts.target, b, i + 1);
+    if (j.drafts.draft) set_side(shared.draft, j.draft, j.drafts.draft, b, i + 1);
   }
   __syncthreads();
   const Knobs q = knobs_of(j.target, b);
-  const Rest rest = rest_of(shared.target, j.draft_states ? &shared.draft : nullptr, ratio,
-                            j.drafts[b * (j.target.slots - 1) + i + 1]);
+  const Rest rest = rest_of(shared.target, j.drafts.draft ? &shared.draft : nullptr, ratio,
+                            j.drafts.tokens[b * (j.target.slots - 1) + i + 1]);
   const int to = min((split + 1) * per, shared.target.row.chunks);
   int64_t sum = 0;
-  for (int c = split * per + warp_id(); c < to; c += kRowWarps) {
+  for (int c = split * per + warp_id(); c < to; c += kWarps) {
     if (j.tops[(at + 1) * shared.target.row.chunks + c] < shared.target.state.floor) continue;
     each_residual(rest, q, c, [&](int, double r) { sum += static_cast<int64_t>(r); });
   }
   sum = warp_all(sum, Sum());
-  if (lane_id() == 0 && sum > 0) atomicAdd(reinterpret_cast<unsigned long long*>(j.rest + at), static_cast<unsigned long long>(sum));
+  if (lane_id() == 0 && sum > 0) 
+    atomicAdd(reinterpret_cast<unsigned long long*>(j.drafts.rest + at), static_cast<unsigned long long>(sum));
 }
 
 // the longest prefix that passes (Sun et al., arXiv 2403.10444, algorithm 2)
 EFT_DEVICE Verdict block_verdict(const Judge& j, int64_t b) {
-  const int end = j.ends[b];
+  const int end = j.drafts.ends[b];
   Verdict v{0, 1};
   for (int i = 0; i < end; ++i) {
     const double u = accept_uniform(source_of(j.target, b, i, kAccept, static_cast<uint32_t>(i)));
-    const double ratio = j.ratios[b * j.target.slots + i];
-    if (block_passes(u, ratio, j.rest[b * j.target.slots + i], i + 1 == end)) v = {i + 1, ratio};
+    const double ratio = j.drafts.ratios[b * j.target.slots + i];
+    if (block_passes(u, ratio, j.drafts.rest[b * j.target.slots + i], i + 1 == end)) v = {i + 1, ratio};
   }
   return v;
 }
@@ -221,44 +121,43 @@ EFT_DEVICE Verdict block_verdict(const Judge& j, int64_t b) {
 // --- the token after the accepted drafts ---------------------------------------------------------------------------
 
 struct LastShared {
-  JudgeShared judge;
-  float own[kRowWarps][kChunkSize];
+  Side target[kSlots], draft;
+  Verdict verdict;
+  float own[kWarps][kChunkSize];
 };
 
 constexpr int kLastHead = (sizeof(LastShared) + 15) / 16 * 16;
-constexpr int last_bytes(int n) { return kLastHead + (n + 3) / 4 * 16 + field_bytes(n, kRowWarps); }
+constexpr int last_bytes(int n) { return kLastHead + (n + 3) / 4 * 16 + field_bytes(n); }
 
-EFT_KERNEL void __launch_bounds__(kRowThreads, 2) last_kernel(const __grid_constant__ Judge j) {
+EFT_KERNEL void __launch_bounds__(kThreads, 2) last_kernel(const __grid_constant__ Judge j) {
   wait_for_last();
   LastShared& shared = *reinterpret_cast<LastShared*>(shared_memory());
   const int64_t b = blockIdx.x, S = j.target.slots;
-  if (j.method != kBlock) {
-    if (warp_id() == 0) judge(shared.judge, j, b);
-  } else if (threadIdx.x == 0) {
-    shared.judge.verdict = block_verdict(j, b);
-  }
+  const int length = length_of(j.drafts, b, S);
+  if (threadIdx.x == 0)
+    shared.verdict = j.drafts.method == kBlock ? block_verdict(j, b) : Verdict{min(stop_of(j.drafts, b, S), length), 1};
   __syncthreads();
-  const Verdict verdict = shared.judge.verdict;
-  const int i = verdict.accepted, length = length_of(j, b);
+  const Verdict verdict = shared.verdict;
+  const int i = verdict.accepted;
   const int64_t r = b * S + i;
-  const bool ok = j.target_states[r].valid && (j.method == kCoupled || !j.draft_states || i >= length || j.draft_states[r].valid);
+  const bool ok = j.drafts.target[r].valid && (!j.drafts.draft || i >= length || j.drafts.draft[r].valid);
   const Knobs q = knobs_of(j.target, b);
   Winner best;
-  if (ok && j.method != kCoupled && i < length && !q.greedy) {
-    Side &target = shared.judge.target[0], &draft = shared.judge.draft[0];
+  if (ok && i < length && !q.greedy) {
+    Side &target = shared.target[0], &draft = shared.draft;
     if (threadIdx.x == 0) {
-      set_side(target, j.target, j.target_states, b, i);
-      if (j.draft_states) set_side(draft, j.draft, j.draft_states, b, i);
+      set_side(target, j.target, j.drafts.target, b, i);
+      if (j.drafts.draft) set_side(draft, j.draft, j.drafts.draft, b, i);
     }
     __syncthreads();
-    const Rest rest = rest_of(target, j.draft_states ? &draft : nullptr, verdict.factor, j.drafts[b * (S - 1) + i]);
+    const Rest rest = rest_of(target, j.drafts.draft ? &draft : nullptr, verdict.factor, j.drafts.tokens[b * (S - 1) + i]);
     const Source source = source_of(j.target, b, i, kResidual, static_cast<uint32_t>(i));
     Knobs plain = q;
     plain.temperature = 1;
     float *own = shared.own[warp_id()], *tops = reinterpret_cast<float*>(shared_memory() + kLastHead);
     for (int first = 0; first < target.row.chunks; first += kSegment) {
       const int n = min(kSegment, target.row.chunks - first);
-      for (int c = threadIdx.x; c < n; c += kRowThreads) {
+      for (int c = threadIdx.x; c < n; c += kThreads) {
         const float top = j.tops[r * target.row.chunks + first + c];
         const double most = top >= target.state.floor && top > -kInf
                                 ? static_cast<double>(mass(top, target.state.best, q.c)) * rest.residual.a : 0;
@@ -276,23 +175,25 @@ EFT_KERNEL void __launch_bounds__(kRowThreads, 2) last_kernel(const __grid_const
       best.offer(w.key, w.score);
     }
   }
-  const int64_t token = !ok ? -1 : best.key != kNone ? packed_token(best.key) : j.target_states[r].token;
+  const int64_t token = !ok ? -1 : best.key != kNone ? packed_token(best.key) : j.drafts.target[r].token;
   const int emitted = i + ok;
-  for (int k = threadIdx.x; k < S; k += kRowThreads)
-    j.tokens[b * S + k] = k < i ? j.drafts[b * (S - 1) + k] : k == i ? token : -1;
-  if (threadIdx.x == 0) j.emitted[b] = emitted, j.valid[b] = ok;
-  if (!j.logprobs) return;
+  for (int k = threadIdx.x; k < S; k += kThreads) {
+    j.drafts.counters[b * S + k] = 0;
+    j.out.tokens[b * S + k] = k < i ? j.drafts.tokens[b * (S - 1) + k] : k == i ? token : -1;
+  }
+  if (threadIdx.x == 0) j.out.emitted[b] = emitted, j.out.valid[b] = ok;
+  if (!j.out.logprobs) return;
   __syncthreads();
   for (int k = threadIdx.x; threadIdx.x < kSlots && k < S; k += kSlots) {
     float lp = NAN, raw = NAN;
     if (k < emitted) {
-      Side& side = shared.judge.target[threadIdx.x];
-      set_side(side, j.target, j.target_states, b, k);
-      const int id = static_cast<int>(k == i ? token : j.drafts[b * (S - 1) + k]);
+      Side& side = shared.target[threadIdx.x];
+      set_side(side, j.target, j.drafts.target, b, k);
+      const int id = static_cast<int>(k == i ? token : j.drafts.tokens[b * (S - 1) + k]);
       const float s = score_of(side.row, id);
       if (side.state.valid) lp = processed_logprob(side.state, q, s, id), raw = raw_logprob(side.state, s);
     }
-    j.logprobs[b * S + k] = lp, j.raw_logprobs[b * S + k] = raw;
+    j.out.logprobs[b * S + k] = lp, j.out.raw_logprobs[b * S + k] = raw;
   }
 }
 
@@ -315,26 +216,28 @@ RowCall rows_of(const Judge& j, bool draft) {
   RowCall r{};
   static_cast<Call&>(r) = draft ? j.draft : j.target;
   r.stream = kSample;
-  r.samples = !draft, r.exact = j.method != kCoupled, r.keeps = true;
-  r.states = draft ? j.draft_states : j.target_states, r.tops = draft ? nullptr : j.tops;
+  r.samples = !draft, r.exact = j.drafts.method != kCoupled, r.keeps = true;
+  r.token_only = !r.exact && !j.out.logprobs;
+  r.states = draft ? j.drafts.draft : j.drafts.target, r.tops = draft ? nullptr : j.tops;
+  r.drafts = j.drafts, r.drafts.out = j.out;
   return r;
 }
 
 void* lay_out(Layout& at, Judge& j, bool drafts, const Device& device) {
   const int64_t rows = j.target.rows * j.target.slots;
-  j.target_states = at.take<State>(rows);
-  if (drafts) j.draft_states = at.take<State>(rows);
-  if (j.method != kCoupled) j.tops = at.take<float>(rows * chunks_of(j.target));
-  if (j.method == kBlock) {
-    j.ratios = at.take<double>(rows);
-    j.rest = at.take<int64_t>(rows);
-    j.ends = at.take<int>(j.target.rows);
+  j.drafts.target = at.take<State>(rows);
+  if (drafts) j.drafts.draft = at.take<State>(rows);
+  if (j.drafts.method != kCoupled) j.tops = at.take<float>(rows * chunks_of(j.target));
+  if (j.drafts.method == kBlock) {
+    j.drafts.ratios = at.take<double>(rows);
+    j.drafts.rest = at.take<int64_t>(rows);
+    j.drafts.ends = at.take<int>(j.target.rows);
   }
   const RowCall draft = rows_of(j, true);
   return at.take<char>(staged_bytes(rows_of(j, false), drafts ? &draft : nullptr, device));
 }
 
-Judge judge_of(const VerifyCall& call) {
+Judge judge_of(const VerifyCall& call, unsigned* counters) {
   Judge j{};
   j.target = j.draft = call;
   if (call.draft >= 0) {
@@ -343,9 +246,9 @@ Judge judge_of(const VerifyCall& call) {
     j.draft.weights = nullptr, j.draft.weights_stride = 0, j.draft.weight[0] = 1;
     j.draft.upscale_top_p = {nullptr, 1};
   }
-  j.drafts = call.draft_tokens, j.lengths = call.draft_lengths, j.method = call.method;
-  j.tokens = call.tokens, j.emitted = call.emitted, j.valid = call.valid;
-  j.logprobs = call.logprobs, j.raw_logprobs = call.raw_logprobs;
+  j.drafts.tokens = call.draft_tokens, j.drafts.lengths = call.draft_lengths, j.drafts.method = call.method;
+  j.drafts.counters = counters;
+  j.out = {call.tokens, call.emitted, call.valid, call.logprobs, call.raw_logprobs};
   return j;
 }
 
@@ -355,32 +258,31 @@ bool has_draft(const VerifyCall& call) { return call.method != kCoupled && call.
 
 int64_t verify_scratch(const VerifyCall& call, const Device& device) {
   Layout at{nullptr};
-  Judge j = judge_of(call);
+  Judge j = judge_of(call, nullptr);
   lay_out(at, j, has_draft(call), device);
   return at.used;
 }
 
 const char* run_verify(const VerifyCall& call, const Place& place, const Device& device) {
   Layout at{static_cast<char*>(place.scratch)};
-  Judge j = judge_of(call);
+  Judge j = judge_of(call, place.counters);
   const bool drafts = has_draft(call);
   void* staged = lay_out(at, j, drafts, device);
   const RowCall draft = rows_of(j, true);
   const char* error = run_rows(rows_of(j, false), drafts ? &draft : nullptr, staged, device, place.stream);
+  if (error || call.method == kCoupled) return error;
   const int64_t chunks = chunks_of(call);
   const bool early = cuts.early && device.capability >= 90;
-  if (j.method == kBlock && !error) {
-    error = launch(ratio_kernel, {call.rows, kLanes, 1, sizeof(JudgeShared), place.stream, early}, j);
-    const int64_t slots = call.rows * call.slots, most = (chunks + kRowWarps - 1) / kRowWarps;
+  if (call.method == kBlock) {
+    const int64_t slots = call.rows * call.slots, most = (chunks + kWarps - 1) / kWarps;
     const int64_t wanted = std::max<int64_t>(1, std::min(most, 4 * device.multiprocessors / slots));
     const int64_t per = (chunks + wanted - 1) / wanted, splits = (chunks + per - 1) / per;
-    if (!error)
-      error = launch(rest_kernel, {slots * splits, kRowThreads, 1, sizeof(RestShared), place.stream, early}, j,
-                     static_cast<int>(splits), static_cast<int>(per));
+    error = launch(rest_kernel, {slots * splits, kThreads, 1, sizeof(RestShared), place.stream, early}, j,
+                   static_cast<int>(splits), static_cast<int>(per));
+    if (error) return error;
   }
-  if (error) return error;
   const int n = static_cast<int>(std::min<int64_t>(chunks, kSegment));
-  return launch(last_kernel, {call.rows, kRowThreads, 1, last_bytes(n), place.stream, early}, j);
+  return launch(last_kernel, {call.rows, kThreads, 1, last_bytes(n), place.stream, early}, j);
 }
 
 }  // namespace cuda

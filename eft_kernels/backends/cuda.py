@@ -61,6 +61,7 @@ class Cuts(NamedTuple):
     room: int = 72 << 10  # bytes of shared memory of a filtered row's block before the row is spread further
     peel: int = 1  # top-k or top-p for the token alone: draw until the winner is kept, or (0) find the threshold
     early: int = 0  # the later launches of verify may begin before the one before has ended
+    ask: int = 6  # blocks a multiprocessor beyond which verify skips rows behind a draft known to be rejected
 
 
 def set_cuts(cuts: Cuts) -> None:

@@ -66,11 +66,11 @@ def _copy(work: Path, source: Path, replace) -> Path:
 
 
 def load(library: Path):
-    """(module, handle): the handle has simt_set_seed, simt_set_device and simt_barriers."""
+    """(module, handle): the handle has simt_set_seed, simt_set_device, simt_barriers and simt_launches."""
     loader = importlib.machinery.ExtensionFileLoader("eft_kernels._cuda", str(library))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     loader.exec_module(module)
     handle = ctypes.CDLL(str(library))
     handle.simt_set_seed.argtypes = [ctypes.c_uint64]
-    handle.simt_barriers.restype = ctypes.c_int64
+    handle.simt_barriers.restype = handle.simt_launches.restype = ctypes.c_int64
     return module, handle

@@ -172,12 +172,12 @@ EFT_KERNEL void arithmetic(const float* a, const float* b, int n, float* larger,
   }
 }
 
-EFT_KERNEL void atomics(const int* in, int* sum, unsigned* count, unsigned long long* wide, long long* largest) {
+EFT_KERNEL void atomics(const int* in, int* sum, unsigned* count, unsigned long long* wide, unsigned* largest) {
   const int x = in[blockIdx.x * blockDim.x + threadIdx.x];
   atomicAdd(sum, x);
   atomicAdd(count, 3u);
   atomicAdd(wide, 1ull << 33);
-  atomicMax(largest, static_cast<long long>(x) << 32);
+  atomicMax(largest, static_cast<unsigned>(x));
 }
 
 EFT_KERNEL void shuffles(int n, int* out) {
@@ -216,7 +216,7 @@ const char* run_widen(float* out) { return eft::launch(widen, {1, 1024, 1, 0, nu
 const char* run_arithmetic(const float* a, const float* b, int n, float* larger, float* power) {
   return eft::launch(arithmetic, {1, 32, 1, 0, nullptr}, a, b, n, larger, power);
 }
-const char* run_atomics(const int* in, int* sum, unsigned* count, unsigned long long* wide, long long* largest) {
+const char* run_atomics(const int* in, int* sum, unsigned* count, unsigned long long* wide, unsigned* largest) {
   return eft::launch(atomics, {3, 64, 1, 0, nullptr}, in, sum, count, wide, largest);
 }
 const char* run_shuffles(int threads, int n, int* out) {

@@ -437,6 +437,9 @@ void schedule() {
 
 }  // namespace
 
+int64_t passed[2];  // barriers of blocks and of clusters
+int64_t launches;
+
 const char* run(const Grid& g, void (*thread)(void*), void* argument) {
   static std::mutex one;
   std::lock_guard<std::mutex> lock(one);
@@ -454,6 +457,7 @@ const char* run(const Grid& g, void (*thread)(void*), void* argument) {
     const char* seed = getenv("EFT_SIMT_SEED");
     simt_set_seed(seed ? strtoull(seed, nullptr, 0) : 1);
   }
+  ++launches;
   s.grid = g;
   s.thread = thread;
   s.argument = argument;
@@ -554,7 +558,6 @@ uint64_t collective(Op op, unsigned mask, uint64_t value, int operand, Site site
   return f.value;
 }
 
-int64_t passed[2];  // barriers of blocks and of clusters
 
 int barrier(Op op, int predicate, Site site) {
   Fiber& f = *current;
@@ -608,5 +611,6 @@ void misaligned(const void* p, Site site) {
 }  // namespace simt
 }  // namespace eft
 
+int64_t simt_launches() { return eft::simt::launches; }
 int64_t simt_barriers(int cluster) { return eft::simt::passed[cluster != 0]; }
 void simt_set_seed(uint64_t seed) { eft::simt::s.random = (seed + 1) * 0xD1342543DE82EF95u | 1; }

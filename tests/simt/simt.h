@@ -46,6 +46,7 @@ extern SimtIndex threadIdx, blockIdx, blockDim, gridDim;
 
 extern "C" void simt_set_seed(uint64_t seed);
 extern "C" int64_t simt_barriers(int cluster);  // passed so far, of blocks or of clusters
+extern "C" int64_t simt_launches();             // so far
 
 namespace eft {
 
@@ -125,6 +126,9 @@ inline void cluster_sync(simt::Site site = simt::Site::here()) { simt::barrier(s
 template <class T>
 T* cluster_pointer(T* p, int rank, simt::Site site = simt::Site::here()) {
   return reinterpret_cast<T*>(simt::cluster_address((char*)p, rank, site));
+}
+inline int cluster_load(const int* p, int rank, simt::Site site = simt::Site::here()) {
+  return *cluster_pointer(p, rank, site);
 }
 
 inline uint4 load_streaming(const void* p, simt::Site site = simt::Site::here()) { return simt::load(p, site); }
@@ -220,8 +224,8 @@ inline int atomicAdd(int* p, int x) { return static_cast<int>(atomicAdd(reinterp
 inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long x) {
   return eft::simt::atomic(p, [x](unsigned long long y) { return x + y; });
 }
-inline long long atomicMax(long long* p, long long x) {
-  return eft::simt::atomic(p, [x](long long y) { return x < y ? y : x; });
+inline unsigned atomicMax(unsigned* p, unsigned x) {
+  return eft::simt::atomic(p, [x](unsigned y) { return x < y ? y : x; });
 }
 
 // --- what device.cuh has beside ------------------------------------------------------------------------------------
