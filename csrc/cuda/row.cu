@@ -154,7 +154,7 @@ EFT_DEVICE void write_diagnostics(Team& team, const Row& row, const Part& part, 
 // --- the kernel ----------------------------------------------------------------------------------------------------
 
 // blocks of a multiprocessor: where registers suffice without spills
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 #define EFT_ROW_BLOCKS 2
 #else
 #define EFT_ROW_BLOCKS 3

@@ -66,6 +66,7 @@ struct StreamShared {
   Row row;
   Knobs knobs;
   Source source;
+  int b, split;
   ExpSum sums[kWarps];
 };
 
@@ -75,14 +76,14 @@ constexpr int stream_bytes(int per) {
 
 EFT_KERNEL void __launch_bounds__(kThreads, 3)
     sample_stream(const __grid_constant__ SampleCall call, int splits, int per, Part* parts, unsigned* counters) {
-  const int64_t b = blockIdx.x / splits;
-  const int split = blockIdx.x % splits;
+  const int b = blockIdx.x / splits, split = blockIdx.x % splits;
   StreamShared& shared = *reinterpret_cast<StreamShared*>(shared_memory());
   float* own = reinterpret_cast<float*>(shared_memory() + (sizeof(StreamShared) + 15) / 16 * 16);  // [warps, 256]
   float* tops = own + kWarps * kChunkSize;
   Row& row = shared.row;
   const Knobs& q = shared.knobs;
   if (threadIdx.x == 0) {
+    shared.b = b, shared.split = split;
     set_row(row, call, b, 0);
     shared.knobs = knobs_of(call, b);
     shared.source = source_of(call, b, 0, call.stream, call.slot);
@@ -115,7 +116,7 @@ EFT_KERNEL void __launch_bounds__(kThreads, 3)
   sum = ExpSum();
   if (call.logprobs)
     for (int i = 0; i < kWarps; ++i) sum.merge(shared.sums[i].top, shared.sums[i].sum, shared.sums[i].sum_c, q.c);
-  if (warp_id() == 0) arrive(call, b, splits, split, q, best, sum, parts, counters);
+  if (warp_id() == 0) arrive(call, shared.b, splits, shared.split, q, best, sum, parts, counters);
 }
 
 // --- few rows ------------------------------------------------------------------------------------------------------
