@@ -194,8 +194,8 @@ def test_a_nucleus_with_a_sum_in_doubt_is_summed_exactly(device):
 
 # kind of logits: variant: barriers of a row's cluster; the numbers of benchmarks/findings/cuda.md
 BARRIERS = {
-    "peaked": dict(min_p=4, top_p=6, top_k=6, many=7, both=6, token_of_top_p=4, token_of_both=6),
-    "flat": dict(min_p=4, top_p=8, top_k=6, many=7, both=6, token_of_top_p=4, token_of_both=6),
+    "peaked": dict(min_p=4, top_p=6, top_k=6, many=7, both=6, token_of_top_p=4, token_of_both=6, upscaled=9),
+    "flat": dict(min_p=4, top_p=8, top_k=6, many=7, both=6, token_of_top_p=4, token_of_both=6, upscaled=11),
 }
 
 
@@ -206,7 +206,8 @@ def test_thresholds_take_few_barriers(shim, kind):
 
     both = dict(top_k=50, top_p=0.95)
     variants = dict(min_p=dict(min_p=0.05), top_p=dict(top_p=0.9), top_k=dict(top_k=50), many=dict(top_k=2000),
-                    both=both, token_of_top_p=dict(top_p=0.9, logprobs=False), token_of_both=dict(both, logprobs=False))
+                    both=both, token_of_top_p=dict(top_p=0.9, logprobs=False), token_of_both=dict(both, logprobs=False),
+                    upscaled=dict(upscale_top_p=0.9))
     shim.simt_set_device(*DEVICES["latency"])
     logits = inputs.logits(kind, 1, 128256, 3, "bfloat16", 0)
     took = {}
@@ -332,6 +333,7 @@ FAULTS = {
     "fewer of the best chunks": ("filter.cuh", "-kInf, 0, k, 1, {0, 0}", "-kInf, 0, (k + 1) / 2, 1, {0, 0}"),
     "more scores than there is room for": ("filter.cuh", "if (!direct || first->left <= kFew) break;", "break;"),
     "the nucleus of the k best": ("filter.cuh", "mass_limit(search.p, k.upto);", "mass_limit(search.p, k.above);"),
+    "masses by another model's best": ("row.cu", "mass(z[k], own.best[j], kLog2e)", "mass(z[k], own.best[0], kLog2e)"),
     "the tuned model's nucleus": (
         "row.cu", "{static_cast<double>(mass), 0}, row.vocab);",
         "{static_cast<double>(mass / 2), 0}, row.vocab);"),

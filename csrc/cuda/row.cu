@@ -13,6 +13,13 @@ namespace eft {
 namespace cuda {
 namespace {
 
+struct Own {  // of each model alone over the tokens not excluded; of the block and of the row
+  unsigned high[kMaxModels];
+  unsigned long long sum[kMaxModels];
+  float best[kMaxModels];
+  int64_t mass[kMaxModels];
+};
+
 struct RowShared {
   Mail mail;
   Row row;
@@ -21,6 +28,7 @@ struct RowShared {
   Part part;
   State state;
   Total total;
+  Own own;
   int b, slot, length;  // length: of verify's drafts
   int skips;
   bool judged, last;  // judged: by this block
@@ -36,7 +44,7 @@ EFT_HD constexpr int area_bytes(int per) {
 
 // --- the up-scaling filter -----------------------------------------------------------------------------------------
 
-// visit(z, s, n): a lane's logits of one model and scores, of the block's chunks that hold a token
+// visit(i, z): a lane's logits of one model, -inf where excluded, of the block's chunks i that hold a token
 template <class Visit>
 EFT_DEVICE void each_own(const Row& row, const Part& part, const Input& in, const Visit& visit) {
   each_chunk(part, -kInf, [&](int i, int, const float* s) {
@@ -49,31 +57,53 @@ EFT_DEVICE void each_own(const Row& row, const Part& part, const Input& in, cons
   });
 }
 
-// Model `in` alone over the tokens not excluded: its largest logit (0 where that is infinite) and its exact mass.
-EFT_DEVICE int64_t own_mass(Team& team, const Row& row, const Part& part, const Input& in, float& best) {
-  float high = -kInf;
-  each_own(row, part, in, [&](int, const float* z) { high = fmaxf(high, top_of(z)); });
-  high = team.max(high);
-  best = high > -kInf && high < kInf ? high : 0;
-  int64_t total = 0;
-  each_own(row, part, in, [&](int, const float* z) {
+// Each model's largest logit (0 where that is infinite) and its exact mass.
+EFT_DEVICE void own_masses(const Team& team, const Row& row, const Part& part, Own& own) {
+  const int mine = threadIdx.x;  // a model
+  if (mine < row.models) own.high[mine] = 0, own.sum[mine] = 0;
+  __syncthreads();
+  for (int j = 0; j < row.models; ++j) {
+    float high = -kInf;
+    each_own(row, part, row.in[j], [&](int, const float* z) { high = fmaxf(high, top_of(z)); });
+    high = warp_max(high);
+    if (lane_id() == 0) atomicMax(&own.high[j], static_cast<unsigned>(ordered(high)) ^ 0x80000000u);
+  }
+  team.sync();
+  if (mine < row.models) {
+    unsigned most = 0;
+    for (int r = 0; r < team.size; ++r) most = max(most, team.at(&own, r)->high[mine]);
+    const float best = unordered(static_cast<int32_t>(most ^ 0x80000000u));
+    own.best[mine] = best > -kInf && best < kInf ? best : 0;
+  }
+  __syncthreads();
+  for (int j = 0; j < row.models; ++j) {
+    int64_t sum = 0;
+    each_own(row, part, row.in[j], [&](int, const float* z) {
 #pragma unroll
-    for (int k = 0; k < kPerLane; ++k) total += z[k] > -kInf ? mass(z[k], best, kLog2e) : 0;
-  });
-  total = team.sum(total);
-  return total < 1 ? 1 : total;
+      for (int k = 0; k < kPerLane; ++k) sum += z[k] > -kInf ? mass(z[k], own.best[j], kLog2e) : 0;
+    });
+    sum = warp_all(sum, Sum());
+    if (lane_id() == 0) atomicAdd(&own.sum[j], static_cast<unsigned long long>(sum));
+  }
+  team.sync();
+  if (mine < row.models) {
+    int64_t sum = 0;
+    for (int r = 0; r < team.size; ++r) sum += static_cast<int64_t>(team.at(&own, r)->sum[mine]);
+    own.mass[mine] = sum < 1 ? 1 : sum;
+  }
+  __syncthreads();
 }
 
 // Finds the tuned model's own nucleus of mass p and what to take off inside and outside; then the row's scores are others.
-EFT_DEVICE void find_nucleus(Team& team, Row& row, const Part& part, Search& search, float p) {
-  float inside = 0, best;
+EFT_DEVICE void find_nucleus(Team& team, Row& row, const Part& part, Search& search, Own& own, float p) {
+  own_masses(team, row, part, own);
+  float inside = 0;
   for (int j = 0; j < row.models; ++j) {
     const float w = row.in[j].w;
-    if (w == 0) continue;
-    const float lse = log_total(own_mass(team, row, part, row.in[j], best));
-    inside = inside + w * (best + lse);
+    if (w != 0) inside = inside + w * (own.best[j] + log_total(own.mass[j]));
   }
-  const int64_t mass = own_mass(team, row, part, row.tuned, best);
+  const float best = own.best[row.tuned_at];
+  const int64_t mass = own.mass[row.tuned_at];
   each_own(row, part, row.tuned, [&](int i, const float* z) {
     const float top = warp_max(top_of(z));
     store8(part.scores + i * kChunkSize + lane_id() * kPerLane, z);
@@ -196,7 +226,7 @@ EFT_DEVICE void run_row(Team& team, RowShared& shared, const RowCall& call, int 
   Start start = know();
   const bool ok = start.best > -kInf && start.best < kInf;
   if (ok && row.upscaled) {
-    find_nucleus(team, row, part, search, call.upscale_top_p[shared.b]);
+    find_nucleus(team, row, part, search, shared.own, call.upscale_top_p[shared.b]);
     sum = ExpSum();
     for (int i = warp_id(); i < part.n; i += kWarps) {
       float s[kPerLane];

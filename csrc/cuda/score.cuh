@@ -59,6 +59,7 @@ struct Row {
   Input tuned;
   const uint8_t* mask;   // a bit a token, or null
   int models, vocab, chunks;
+  int tuned_at;          // its place in `in`, where upscaled
   int dtype;             // of all models that count, aligned to 16 bytes and at most kAhead of them; else kAny
   int quick_from, quick_to;  // chunks that may be read by vectors
   bool upscaled;
@@ -92,7 +93,7 @@ EFT_DEVICE void set_row(Row& row, const Call& call, int64_t b, int64_t slot) {
   bool aligned = true;
   for (int j = 0; j < call.models; ++j) {
     const Input in = input_of(call, j, b, slot);
-    if (j == call.tuned) row.tuned = in;
+    if (j == call.tuned) row.tuned = in, row.tuned_at = n;
     if (in.w == 0 && !(row.upscaled && j == call.tuned)) continue;
     dtype = n == 0 || dtype == in.dtype ? in.dtype : kAny;
     aligned &= reinterpret_cast<uintptr_t>(in.z) % 16 == 0;
