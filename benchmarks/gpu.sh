@@ -173,7 +173,7 @@ else
   skip generate "$why"
 fi
 
-grep -E '^\| (B,|\*?\*?[0-9]+ \|)' "$log" | grep -A20 'direct =\|streamed =\|room =\|peel =\|early =' || true
+grep -E '^\| (B,|\*?\*?[0-9]+ \|)' "$log" | grep -A20 'direct =\|streamed =\|room =\|peel =\|early =\|ask =' || true
 if [[ -f $out/tune.txt ]]; then grep -E '^(config\.|    )' "$out/tune.txt" || true; fi
 for file in "$out"/{rows,generate}.jsonl; do
   if [[ -s $file ]]; then

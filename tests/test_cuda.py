@@ -116,6 +116,11 @@ def test_verify_of_many_drafts(method, device):
     assert check_verify(case, "cuda", method, draft=0).num_emitted.max() == 40
     check_verify(Case("cuda many drafts", rows=6, vocab=(300,), scale=6.0, slots=20), "cuda", method)
     check_verify(Case("cuda no drafts", rows=3, vocab=(300,), slots=1), "cuda", method)
+    logits, none = [torch.randn(3, 1, 300)], torch.empty(3, 0, dtype=torch.int64)
+    assert none.data_ptr() == 0
+    got, want = (eft.verify(logits, [1.0], none, method=method, draft=None, seed=4, backend=name)
+                 for name in ("cuda", "reference"))
+    assert torch.equal(got.tokens, want.tokens) and got.valid.all()
 
 
 # --- paths of their own --------------------------------------------------------------------------------------------
@@ -194,8 +199,8 @@ def test_a_nucleus_with_a_sum_in_doubt_is_summed_exactly(device):
 
 # kind of logits: variant: barriers of a row's cluster; the numbers of benchmarks/findings/cuda.md
 BARRIERS = {
-    "peaked": dict(min_p=4, top_p=6, top_k=6, many=7, both=6, token_of_top_p=4, token_of_both=6, upscaled=9),
-    "flat": dict(min_p=4, top_p=8, top_k=6, many=7, both=6, token_of_top_p=4, token_of_both=6, upscaled=11),
+    "peaked": dict(min_p=4, top_p=6, top_k=6, many=7, both=6, token_of_top_p=4, token_of_both=6, upscaled=9, top_20=6),
+    "flat": dict(min_p=4, top_p=8, top_k=6, many=7, both=6, token_of_top_p=4, token_of_both=6, upscaled=11, top_20=6),
 }
 
 
@@ -207,7 +212,7 @@ def test_thresholds_take_few_barriers(shim, kind):
     both = dict(top_k=50, top_p=0.95)
     variants = dict(min_p=dict(min_p=0.05), top_p=dict(top_p=0.9), top_k=dict(top_k=50), many=dict(top_k=2000),
                     both=both, token_of_top_p=dict(top_p=0.9, logprobs=False), token_of_both=dict(both, logprobs=False),
-                    upscaled=dict(upscale_top_p=0.9))
+                    upscaled=dict(upscale_top_p=0.9), top_20=dict(top_logprobs=20))
     shim.simt_set_device(*DEVICES["latency"])
     logits = inputs.logits(kind, 1, 128256, 3, "bfloat16", 0)
     took = {}
@@ -216,6 +221,17 @@ def test_thresholds_take_few_barriers(shim, kind):
         assert eft.sample(logits, eft.upscale(), seed=0, backend="cuda", **kwargs).valid.all()
         took[name] = shim.simt_barriers(1) - before
     assert took == BARRIERS[kind]
+
+
+@pytest.mark.parametrize("kind", ("normal", "ties", "one level", "few"))
+def test_the_likeliest_tokens(kind, device):
+    """Few of many chunks at once, one after the other where they are more, or more tie than there is room for."""
+    x = torch.randn(3, 9100, generator=torch.Generator().manual_seed(1))
+    x = {"normal": x, "ties": x.round(), "one level": x * 0, "few": x.where(x > 2.9, float("-inf"))}[kind]
+    for n in (1, 5, 30, 130):
+        got, want = (eft.sample([x], [1.0], seed=1, top_logprobs=n, backend=name) for name in ("cuda", "reference"))
+        assert torch.equal(got.top_ids, want.top_ids)
+        torch.testing.assert_close(got.top_logprobs, want.top_logprobs, rtol=0, atol=1e-5)
 
 
 def test_usual_arguments_are_read_by_the_extension(shim, monkeypatch):
@@ -333,6 +349,9 @@ FAULTS = {
     "fewer of the best chunks": ("filter.cuh", "-kInf, 0, k, 1, {0, 0}", "-kInf, 0, (k + 1) / 2, 1, {0, 0}"),
     "more scores than there is room for": ("filter.cuh", "if (!direct || first->left <= kFew) break;", "break;"),
     "the nucleus of the k best": ("filter.cuh", "mass_limit(search.p, k.upto);", "mass_limit(search.p, k.above);"),
+    "equal scores have one rank": (
+        "row.cu", "rank += search.keys[j] > key;",
+        "rank += search.keys[j] >> 32 > key >> 32;"),
     "masses by another model's best": ("row.cu", "mass(z[k], own.best[j], kLog2e)", "mass(z[k], own.best[0], kLog2e)"),
     "the tuned model's nucleus": (
         "row.cu", "{static_cast<double>(mass), 0}, row.vocab);",

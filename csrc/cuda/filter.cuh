@@ -171,7 +171,10 @@ struct Search {
     } words;
     int64_t mass[kFew];
   };
-  float few[kFew];  // of the first block: what is left of the row
+  union {  // of the first block: what is left of the row
+    float few[kFew];
+    int64_t keys[kFew];
+  };
   unsigned left;
   // the same in all blocks
   float c;           // of masses
@@ -359,25 +362,30 @@ EFT_DEVICE float cutoff(float best, float p, float share, float temperature, int
   return low - fabsf(low) * 1e-6f;
 }
 
-// start: of the row's scores, with their sum about right where top-p needs it
-EFT_DEVICE Kept keep_of(Team& team, const Part& part, Search& search, const Knobs& q, const Start& start, float sum,
+// start: in shared memory, of the row's scores, its sum about right where top-p needs it
+EFT_DEVICE Kept keep_of(Team& team, const Part& part, Search& search, const Knobs& q, const Start& start, bool tempered,
                         int chunks, int vocab) {
   if (!q.filtered()) return {-kInf, 0};
-  const float best = start.best, spread = 3 * (best - start.least);
+  const float& best = start.best;
+  const auto within = [&](float otherwise) {
+    const float spread = 3 * (best - start.least);
+    return spread > 0 ? spread : otherwise;
+  };
   Cut kept{-kInf};
   Total total{-1, 0};
   enum { kTopK, kNucleus, kExactly, kDone };
   for (int step = q.use_k ? kTopK : q.use_p ? kNucleus : kDone; step < kDone;) {
-    float low, range = spread > 0 ? spread : 32;
+    float low, range = within(32);
     bool direct = false;
     if (step == kTopK) {
       low = kth_top(team, part, search, q.top_k, best, start.least, chunks);
       direct = low > -kInf && q.top_k <= kFew / 2;
       if (!direct) team.sync();  // bins have been read
     } else {
-      low = q.use_k ? kept.at : cutoff(best, q.top_p, sum * (1 - slack_of(vocab)), q.temperature, vocab);
+      low = q.use_k ? kept.at : cutoff(best, q.top_p, (tempered ? start.sum.sum_c : start.sum.sum) * (1 - slack_of(vocab)),
+                                          q.temperature, vocab);
     }
-    if (low > -kInf) low = below(low), range = fminf(best - low, spread > 0 ? spread : kInf);
+    if (low > -kInf) low = below(low), range = fminf(best - low, within(kInf));
     if (threadIdx.x == 0)
       begin(search, Key(best, range), low, q.c, step == kTopK ? q.top_k : 0, q.top_p, total, vocab);
     kept = cut(team, part, search, direct);

@@ -27,6 +27,7 @@ struct RowShared {
   Source source;
   Part part;
   State state;
+  Start start;
   Total total;
   Own own;
   int b, slot, length;  // length: of verify's drafts
@@ -121,7 +122,36 @@ EFT_DEVICE void find_nucleus(Team& team, Row& row, const Part& part, Search& sea
 
 // --- outputs -------------------------------------------------------------------------------------------------------
 
-// The n likeliest tokens by raw score, lower ids first among equals.
+// The n likeliest tokens by raw score, lower ids first among equals: what is above a bound, compared by the first block.
+// False where it does not have room for that.
+EFT_DEVICE bool write_few(Team& team, const Row& row, const Part& part, Search& search, const State& f, float least,
+                          int64_t n, int64_t* ids, float* logprobs) {
+  if (n > kFew / 2) return false;
+  const float bound = kth_top(team, part, search, n, f.best, least, row.chunks);
+  if (bound == -kInf) return false;
+  Search* first = team.at(&search, 0);
+  const float low = below(bound);
+  each_chunk(part, low, [&](int, int token, const float* x) {
+#pragma unroll
+    for (int k = 0; k < kPerLane; ++k) {
+      if (!(x[k] > low)) continue;
+      const unsigned i = atomicAdd(&first->left, 1u);
+      if (i < kFew) first->keys[i] = pack(x[k], token + k);
+    }
+  });
+  team.sync();
+  const int left = static_cast<int>(first->left), i = threadIdx.x;
+  if (left <= kFew && team.rank == 0 && i < left) {
+    const int64_t key = search.keys[i];
+    int rank = 0;
+    for (int j = 0; j < left; ++j) rank += search.keys[j] > key;
+    if (rank < n) ids[rank] = packed_token(key), logprobs[rank] = raw_logprob(f, packed_key(key));
+  }
+  team.sync();
+  return left <= kFew;
+}
+
+// The same, one after the other.
 EFT_DEVICE void write_top(Team& team, const Part& part, const State& f, int64_t n, int64_t* ids, float* logprobs, bool ok) {
   int64_t last = INT64_MAX;
   for (int64_t i = 0; i < n; ++i) {
@@ -146,12 +176,12 @@ EFT_DEVICE void write_top(Team& team, const Part& part, const State& f, int64_t 
 }
 
 // Entropy of the emulated distribution, and its total variation from the tuned model's own over the tokens not excluded.
-EFT_DEVICE void write_diagnostics(Team& team, const Row& row, const Part& part, const State& f, const Input& tuned,
-                                  float* entropy, float* tv, bool ok) {
+EFT_DEVICE void write_diagnostics(Team& team, const Row& row, const Part& part, const State& f, float* entropy, float* tv,
+                                  bool ok) {
   ExpSum own;
   int64_t strange = 0;
   if (ok)
-    each_own(row, part, tuned, [&](int, const float* z) {
+    each_own(row, part, row.tuned, [&](int, const float* z) {
       const float high = top_of(z);
 #pragma unroll
       for (int k = 0; k < kPerLane; ++k) strange += !(z[k] < kInf);
@@ -164,7 +194,7 @@ EFT_DEVICE void write_diagnostics(Team& team, const Row& row, const Part& part, 
   if (ok)
     each_chunk(part, -kInf, [&](int i, int, const float* s) {
       float z[kPerLane];
-      own_logits(row, tuned, part.first + i, z);
+      own_logits(row, row.tuned, part.first + i, z);
 #pragma unroll
       for (int k = 0; k < kPerLane; ++k) {
         if (!(s[k] > -kInf)) continue;
@@ -239,20 +269,24 @@ EFT_DEVICE void run_row(Team& team, RowShared& shared, const RowCall& call, int 
     __syncthreads();
     start = know();
   }
-  const float best = start.best;
   // thresholds
   State& f = shared.state;
-  if (threadIdx.x == 0) f = {best, -kInf, 0, 0, 0, -1, -kInf, 0, row.tau, row.inside, row.outside, ok};
+  if (threadIdx.x == 0) {
+    shared.start = start;
+    f = {start.best, -kInf, 0, 0, 0, -1, -kInf, 0, row.tau, row.inside, row.outside, ok};
+  }
+  __syncthreads();
+  const float& best = f.best;
+  const ExpSum& about = shared.start.sum;
   Winner w;
   float floor = -kInf;
-  const float approximate = tempered ? start.sum.sum_c : start.sum.sum;
   const bool peels = call.peels && q.filtered() && (!q.use_k || !q.use_p);
   if (ok && peels) {
     floor = q.least(best);
-    if (threadIdx.x == 0) shared.total = total_about(0, approximate, row.vocab);
+    if (threadIdx.x == 0) shared.total = total_about(0, tempered ? about.sum_c : about.sum, row.vocab);
   } else if (ok) {
-    if (threadIdx.x == 0) f.lse = log(start.sum.sum), f.log_kept = tempered ? log(start.sum.sum_c) : f.lse;
-    Kept kept = keep_of(team, part, search, q, start, approximate, row.chunks, row.vocab);
+    if (threadIdx.x == 0) f.lse = log(about.sum), f.log_kept = tempered ? log(about.sum_c) : f.lse;
+    Kept kept = keep_of(team, part, search, q, shared.start, tempered, row.chunks, row.vocab);
     floor = kept.floor;
     const bool nothing = kept.mass == 0;
     if (q.greedy) floor = best, kept.mass = int64_t{1} << kMassBits;
@@ -281,7 +315,7 @@ EFT_DEVICE void run_row(Team& team, RowShared& shared, const RowCall& call, int 
     if (w.key != kNone) f.token = packed_token(w.key), f.score = w.score;
     if (team.rank == 0) {
       const int64_t r = row_of(shared, call);
-      if (f.valid && call.drafts.tokens && shared.slot < shared.length) {
+      if (f.valid && shared.slot < shared.length) {
         const int64_t id = call.drafts.tokens[r - shared.b];
         if (id >= 0 && id < row.vocab) f.drafted = mass_at(f, q, score_of(row, static_cast<int>(id)), static_cast<int>(id));
       }
@@ -298,9 +332,14 @@ EFT_DEVICE void run_row(Team& team, RowShared& shared, const RowCall& call, int 
   const int64_t r = row_of(shared, call);
   if (call.tops)
     for (int i = threadIdx.x; i < part.n; i += kThreads) call.tops[r * row.chunks + part.first + i] = part.tops[i];
-  if (call.top_n) write_top(team, part, f, call.top_n, call.top_ids + r * call.top_n, call.top_logprobs + r * call.top_n, f.valid);
+  if (const int64_t n = call.top_n) {
+    int64_t* ids = call.top_ids + r * n;
+    float* logprobs = call.top_logprobs + r * n;
+    if (!f.valid || !write_few(team, row, part, search, f, shared.start.least, n, ids, logprobs))
+      write_top(team, part, f, n, ids, logprobs, f.valid);
+  }
   if (call.entropy)
-    write_diagnostics(team, row, part, f, input_of(call, call.tuned, shared.b, shared.slot), call.entropy + r, call.tv + r, f.valid);
+    write_diagnostics(team, row, part, f, call.entropy + r, call.tv + r, f.valid);
   if (call.all_logprobs)
     for (int i = warp_id(); i < part.n; i += kWarps)
       for (int k = lane_id(); k < kChunkSize; k += kLanes) {
@@ -337,14 +376,14 @@ EFT_KERNEL void __launch_bounds__(kThreads, EFT_ROW_BLOCKS)
   const bool second = calls.count > 1 && turn & 1;
   const RowCall& call = calls.call[second];
   const Drafts& drafts = call.drafts;
-  const int length = drafts.tokens ? length_of(drafts, b, call.slots) : 0;
+  const int length = drafts.target ? length_of(drafts, b, call.slots) : 0;
   if (slot > length - second) return;
   RowShared& shared = *reinterpret_cast<RowShared*>(shared_memory());
   Team team{size > 1 ? cluster_rank() : 0, size, 0, &shared.mail};
   const bool asks = drafts.asks && slot > 0;
   if (threadIdx.x == 0) {
     shared.b = b, shared.slot = slot, shared.length = length;
-    shared.judged = drafts.tokens && team.rank == 0;
+    shared.judged = drafts.target && team.rank == 0;
     set_row(shared.row, call, b, slot);
     shared.knobs = knobs_of(call, b);
     shared.source = source_of(call, b, slot, call.stream, call.slot);
@@ -415,8 +454,9 @@ const char* run_rows(const RowCall& call, const RowCall* second, void* staged, c
   const int64_t rows = call.rows * call.slots * (second ? 2 : 1);
   const Shape s = shape_of(call, rows, device);
   RowCalls calls{{call, second ? *second : RowCall{}}, second ? 2 : 1};
-  for (RowCall& c : calls.call)
-    c.drafts.asks = c.drafts.tokens && c.drafts.method != kBlock && rows * s.size > int64_t{cuts.ask} * device.multiprocessors;
+  const bool asks = call.drafts.target && call.drafts.method != kBlock &&
+                    rows * s.size > int64_t{cuts.ask} * device.multiprocessors;
+  for (RowCall& c : calls.call) c.drafts.asks = asks;
   return launch(row_kernel, {rows * s.size, kThreads, s.size, s.shared, stream}, calls, s.size, s.per,
                 s.staged ? static_cast<float*>(staged) : nullptr);
 }

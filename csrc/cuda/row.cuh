@@ -25,7 +25,7 @@ struct Verified {
   float *logprobs, *raw_logprobs;
 };
 
-// Of a call by verify, judged as soon as its rows are known (judge.cuh); tokens is null elsewhere.
+// Of a call by verify, judged as soon as its rows are known (judge.cuh); target is null elsewhere.
 struct Drafts {
   const int64_t* tokens;  // [B, S - 1]
   PerRow<int64_t> lengths;
