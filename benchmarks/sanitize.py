@@ -10,13 +10,15 @@ from eft_kernels import dispatch, ops
 from eft_kernels.testing import BF16, CASES, Case, check_logprobs, check_sample, check_verify
 from eft_kernels.triton.config import Cut
 
+from . import cuts as cuda_cuts
 from .tune import forced
 
 NAMES = ("one token", "a chunk and one", "two chunks and some", "bf16", "greedy ties", "top-p ties", "everything",
          "bad rows filtered", "strided", "unaligned")
 # more chunks than multiprocessors take one each: the CUDA kernel of many rows
 MANY = Case("many chunks", rows=80, vocab=(16000,), dtypes=(BF16,))
-# how Triton cuts a launch: of each table None, what the work asks for, or several small tiles, as with many rows
+# how Triton cuts a launch: of each table None, what the work asks for, or several small tiles, as with many rows; CUDA
+# launches take the way of many rows with a knob
 CUTS = {"few rows": dict(sample=None, stream=None), "many rows": dict(sample=Cut(4, 1), stream=Cut(2, 2))}
 
 
@@ -27,11 +29,17 @@ def backends(device: str) -> list[str]:
 
 def cuts(name: str) -> list[str]:
     """Those of `CUTS` that make a difference to a backend."""
-    return [*CUTS] if name == "triton" else ["few rows"]
+    return [*CUTS] if name in ("triton", "cuda") else ["few rows"]
 
 
 def calls(case, name: str, cut: str, device) -> int:
     """Runs a case under one of `CUTS`; how many calls they were. With many rows only what differs."""
+    if name == "cuda" and cut == "many rows":
+        with cuda_cuts.forced(direct=0, ask=0):
+            check_sample(case, name, device=device, logprobs=True)
+            for method in ("coupled", "token"):
+                check_verify(case, name, method, device=device)
+        return 3
     methods = ops.METHODS if cut == "few rows" else ("block",)
     with contextlib.ExitStack() as stack:
         for table, value in CUTS[cut].items():

@@ -317,6 +317,16 @@ def test_cuts_change_no_token_and_are_set_back(shim):
             backend._cuda.set_cuts(*bad)
 
 
+def test_the_way_of_many_rows_on_small_cases(device):
+    """As the memory checkers on a GPU look at it."""
+    from benchmarks import sanitize
+
+    assert sanitize.cuts("cuda") == ["few rows", "many rows"]
+    for case in CASES:
+        if case.name in sanitize.NAMES:
+            assert sanitize.calls(case, "cuda", "many rows", "cpu") == 3
+
+
 # --- faults --------------------------------------------------------------------------------------------------------
 
 # file: a text that is replaced, by what

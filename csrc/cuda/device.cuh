@@ -104,9 +104,10 @@ EFT_DEVICE int cluster_rank() {
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
   return r;
 }
-// every thread of every block; what was written before is seen after. Its halves: none waits for those that have arrived.
-EFT_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-EFT_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+// every thread of every block, a warp's together; what was written before is seen after. Its halves: none waits for those
+// that have arrived.
+EFT_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+EFT_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 EFT_DEVICE void cluster_sync() {
   cluster_arrive();
   cluster_wait();
