@@ -104,14 +104,14 @@ EFT_DEVICE int cluster_rank() {
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
   return r;
 }
-// every thread of every block, a warp's together; what was written before is seen after. Its halves: none waits for those
-// that have arrived.
-EFT_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// every thread of every block, a warp's together; what was written before is seen after
 EFT_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 EFT_DEVICE void cluster_sync() {
-  cluster_arrive();
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
   cluster_wait();
 }
+// Tells the others, which cluster_wait(), that this block has begun: its shared memory is there. No fence.
+EFT_DEVICE void cluster_begin() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 // the same place in another block's shared memory
 template <class T>
 EFT_DEVICE T* cluster_pointer(T* p, int rank) {
@@ -129,7 +129,7 @@ EFT_DEVICE int cluster_load(const int* p, int rank) {
 #else  // launched with clusters of one
 EFT_DEVICE int cluster_load(const int* p, int) { return *p; }
 EFT_DEVICE int cluster_rank() { return 0; }
-EFT_DEVICE void cluster_arrive() {}
+EFT_DEVICE void cluster_begin() {}
 EFT_DEVICE void cluster_wait() {}
 EFT_DEVICE void cluster_sync() { __syncthreads(); }
 template <class T>

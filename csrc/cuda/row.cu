@@ -233,7 +233,7 @@ EFT_DEVICE void run_row(Team& team, RowShared& shared, const RowCall& call, int 
   Row& row = shared.row;
   const Knobs& q = shared.knobs;
   const Part& part = shared.part;
-  if (team.size > 1) cluster_arrive();  // a block's shared memory is there for the others once it has begun
+  if (team.size > 1) cluster_begin();
   const bool tempered = !q.greedy && q.temperature != 1;
   const auto keep = [&](int chunk, const float* s) {
     if (call.keeps) store8(part.scores + (chunk - part.first) * kChunkSize + lane_id() * kPerLane, s);

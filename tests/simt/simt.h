@@ -120,7 +120,7 @@ inline char* shared_memory() { return simt::shared(); }
 inline void wait_for_last() {}  // a launch has ended when the next begins
 inline void let_next_begin() {}
 inline int cluster_rank() { return simt::rank(); }
-inline void cluster_arrive() {}
+inline void cluster_begin() {}
 inline void cluster_wait(simt::Site site = simt::Site::here()) { simt::barrier(simt::kClusterSync, 0, site); }
 inline void cluster_sync(simt::Site site = simt::Site::here()) { simt::barrier(simt::kClusterSync, 0, site); }
 template <class T>
