@@ -538,10 +538,11 @@ def test_program(zoo, tmp_path):
 
 
 def test_interrupt_is_quiet(zoo):
-    """Ctrl-C while it works: exit code 130 and no traceback."""
+    """Ctrl-C while it works: exit code 130 and no traceback. A shell says 130, too, of a process that SIGINT has ended,
+    as CPython ends itself where the interrupt went through an exec() on the way, of an import for instance."""
     p = program("bench", "--batch", "4", "--rounds", "1000000", "--vocab", "1000")
     assert p.stderr.readline()  # the first line of progress: it is at work
     time.sleep(0.3)
     p.send_signal(signal.SIGINT)
     _, err = p.communicate(timeout=60)
-    assert p.returncode == 130 and "Traceback" not in err, err
+    assert p.returncode in (130, -signal.SIGINT) and "Traceback" not in err, err
