@@ -119,15 +119,7 @@ EFT_DEVICE T* cluster_pointer(T* p, int rank) {
   asm("mapa.u64 %0, %1, %2;" : "=l"(out) : "l"(reinterpret_cast<uint64_t>(p)), "r"(rank));
   return reinterpret_cast<T*>(out);
 }
-// a word of another block's shared memory
-EFT_DEVICE int cluster_load(const int* p, int rank) {
-  int x;
-  asm volatile("{.reg .b32 a; mapa.shared::cluster.u32 a, %1, %2; ld.shared::cluster.b32 %0, [a];}"
-               : "=r"(x) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(p))), "r"(rank) : "memory");
-  return x;
-}
 #else  // launched with clusters of one
-EFT_DEVICE int cluster_load(const int* p, int) { return *p; }
 EFT_DEVICE int cluster_rank() { return 0; }
 EFT_DEVICE void cluster_begin() {}
 EFT_DEVICE void cluster_wait() {}

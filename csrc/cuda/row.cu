@@ -31,8 +31,7 @@ struct RowShared {
   Total total;
   Own own;
   int b, slot, length;  // length: of verify's drafts
-  int skips;
-  bool judged, last;  // judged: by this block
+  bool skips, judged, last;  // judged: by this block
 };
 
 constexpr int kHead = (sizeof(RowShared) + 15) / 16 * 16;
@@ -395,7 +394,7 @@ EFT_KERNEL void __launch_bounds__(kThreads, EFT_ROW_BLOCKS)
   }
   if (asks) {  // the row's blocks must be of one mind
     team.sync();
-    if (cluster_load(&shared.skips, 0)) {
+    if (*team.at(&shared.skips, 0)) {
       team.sync();
       judge_row(shared, call, true);
       return;

@@ -33,7 +33,7 @@ struct Drafts {
   bool asks;              // a row asks first whether a draft before it is known to be rejected
   State *target, *draft;  // [B, S]; draft is null where there is no draft distribution (deterministic proposer, or "coupled")
   unsigned* counters;     // [B, S]
-  Verified out;           // of "coupled", for the launch writes it
+  Verified out;
   // of "block": the ratio after each draft, room for sums of residuals, which is set to 0, and how many drafts count
   double* ratios;         // [B, S]
   int64_t* rest;          // [B, S]

@@ -16,7 +16,6 @@ struct Judge {
   Call target, draft;  // draft: its one model alone
   Drafts drafts;
   float* tops;         // [B, S, chunks] of the target
-  Verified out;
 };
 
 constexpr int kSlots = 16;         // whose log-probs are looked up at once
@@ -102,7 +101,7 @@ EFT_KERNEL void __launch_bounds__(kThreads, 2) rest_kernel(const __grid_constant
     each_residual(rest, q, c, [&](int, double r) { sum += static_cast<int64_t>(r); });
   }
   sum = warp_all(sum, Sum());
-  if (lane_id() == 0 && sum > 0) 
+  if (lane_id() == 0 && sum > 0)
     atomicAdd(reinterpret_cast<unsigned long long*>(j.drafts.rest + at), static_cast<unsigned long long>(sum));
 }
 
@@ -179,10 +178,10 @@ EFT_KERNEL void __launch_bounds__(kThreads, 2) last_kernel(const __grid_constant
   const int emitted = i + ok;
   for (int k = threadIdx.x; k < S; k += kThreads) {
     j.drafts.counters[b * S + k] = 0;
-    j.out.tokens[b * S + k] = k < i ? j.drafts.tokens[b * (S - 1) + k] : k == i ? token : -1;
+    j.drafts.out.tokens[b * S + k] = k < i ? j.drafts.tokens[b * (S - 1) + k] : k == i ? token : -1;
   }
-  if (threadIdx.x == 0) j.out.emitted[b] = emitted, j.out.valid[b] = ok;
-  if (!j.out.logprobs) return;
+  if (threadIdx.x == 0) j.drafts.out.emitted[b] = emitted, j.drafts.out.valid[b] = ok;
+  if (!j.drafts.out.logprobs) return;
   __syncthreads();
   for (int k = threadIdx.x; threadIdx.x < kSlots && k < S; k += kSlots) {
     float lp = NAN, raw = NAN;
@@ -193,7 +192,7 @@ EFT_KERNEL void __launch_bounds__(kThreads, 2) last_kernel(const __grid_constant
       const float s = score_of(side.row, id);
       if (side.state.valid) lp = processed_logprob(side.state, q, s, id), raw = raw_logprob(side.state, s);
     }
-    j.out.logprobs[b * S + k] = lp, j.out.raw_logprobs[b * S + k] = raw;
+    j.drafts.out.logprobs[b * S + k] = lp, j.drafts.out.raw_logprobs[b * S + k] = raw;
   }
 }
 
@@ -217,9 +216,9 @@ RowCall rows_of(const Judge& j, bool draft) {
   static_cast<Call&>(r) = draft ? j.draft : j.target;
   r.stream = kSample;
   r.samples = !draft, r.exact = j.drafts.method != kCoupled, r.keeps = true;
-  r.token_only = !r.exact && !j.out.logprobs;
+  r.token_only = !r.exact && !j.drafts.out.logprobs;
   r.states = draft ? j.drafts.draft : j.drafts.target, r.tops = draft ? nullptr : j.tops;
-  r.drafts = j.drafts, r.drafts.out = j.out;
+  r.drafts = j.drafts;
   return r;
 }
 
@@ -248,7 +247,7 @@ Judge judge_of(const VerifyCall& call, unsigned* counters) {
   }
   j.drafts.tokens = call.draft_tokens, j.drafts.lengths = call.draft_lengths, j.drafts.method = call.method;
   j.drafts.counters = counters;
-  j.out = {call.tokens, call.emitted, call.valid, call.logprobs, call.raw_logprobs};
+  j.drafts.out = {call.tokens, call.emitted, call.valid, call.logprobs, call.raw_logprobs};
   return j;
 }
 

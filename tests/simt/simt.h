@@ -127,9 +127,6 @@ template <class T>
 T* cluster_pointer(T* p, int rank, simt::Site site = simt::Site::here()) {
   return reinterpret_cast<T*>(simt::cluster_address((char*)p, rank, site));
 }
-inline int cluster_load(const int* p, int rank, simt::Site site = simt::Site::here()) {
-  return *cluster_pointer(p, rank, site);
-}
 
 inline uint4 load_streaming(const void* p, simt::Site site = simt::Site::here()) { return simt::load(p, site); }
 inline uint4 load16(const void* p, simt::Site site = simt::Site::here()) { return simt::load(p, site); }
