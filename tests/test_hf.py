@@ -22,6 +22,7 @@ from transformers.generation import logits_process as lp  # noqa: E402
 
 import eft_kernels as eft  # noqa: E402
 from eft_kernels.decoding import target as target_module  # noqa: E402
+from eft_kernels.integrations.hf import arguments  # noqa: E402
 
 V = 24
 PAD, EOS = 0, 1
@@ -620,12 +621,12 @@ def test_vocabularies_of_different_lengths(llamas):
 def test_every_generation_option_is_honoured_or_refused(llamas):
     """Whatever field GenerationConfig has or gets: unknown to us means refused when set."""
     known = {n for n in vars(GenerationConfig()) if not n.startswith("_")}
-    assert eft.hf.HONOURED | eft.hf.NEUTRAL.keys() <= known
-    for name in known - eft.hf.HONOURED:
+    assert arguments.HONOURED | arguments.NEUTRAL.keys() <= known
+    for name in known - arguments.HONOURED:
         config = GenerationConfig()
         object.__setattr__(config, name, "something")
         with pytest.raises(ValueError, match=f"^{name}: got 'something'"):
-            eft.hf._check_options(config, {}, {})
+            arguments.check_options(config, {}, {})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        eft.hf._check_options(llamas[0].generation_config, {}, {})
+        arguments.check_options(llamas[0].generation_config, {}, {})

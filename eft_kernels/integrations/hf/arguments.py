@@ -1,0 +1,186 @@
+"""What `generate` is given: the combination, options, inputs and seeds, checked before anything is computed."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+
+import torch
+from transformers import GenerationConfig, GenerationMixin
+
+from ...ops import row_seeds
+from ...weights import Weights, downscale, interpolate, proxy, upscale
+from .models import CACHE_NAMES, logits_width
+
+# name: the strength it takes, and its weights for [model, tuned, ref] (interpolate: two tuned models)
+MODES = {"upscale": ("beta", upscale), "proxy": ("alpha", proxy), "downscale": (None, downscale),
+         "interpolate": ("lam", interpolate)}
+
+# Options of GenerationConfig that are honoured; every other one must be unset or at its default.
+HONOURED = frozenset({
+    "max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time", "stop_strings",
+    "do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
+    "repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
+    "bad_words_ids", "renormalize_logits", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "sequence_bias",
+    "watermarking_config", "num_return_sequences", "output_scores", "output_logits", "return_dict_in_generate",
+    "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "disable_compile",
+    "transformers_version",
+})
+NEUTRAL = {"use_cache": True, "cache_implementation": "dynamic", "guidance_scale": 1}
+
+
+def refuse_unless(name: str, got, ok: bool, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}: got {got!r}, allowed is {allowed}")
+
+
+def is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def outer_arguments() -> dict:
+    """The arguments of the transformers ``generate`` that called us.
+
+    transformers drops streamer, assistant_model, synced_gpus and the negative prompt on the way to a callable; to
+    ignore them silently would be worse than to look. Empty where `generate` is called directly.
+    """
+    code, frame = inspect.unwrap(GenerationMixin.generate).__code__, sys._getframe(2)
+    for _ in range(4):  # a wrapper around our generate may lie between
+        if frame is None or frame.f_code is code:
+            break
+        frame = frame.f_back
+    return dict(frame.f_locals) if frame is not None and frame.f_code is code else {}
+
+
+def combination_of(model, tuned, ref, mode, beta, alpha, lam):
+    """(models, their names, weights, index of the model that drafts)."""
+    two = isinstance(tuned, (list, tuple))
+    if tuned is None or (two and (len(tuned) != 2 or any(t is None for t in tuned))):
+        raise ValueError(f"tuned: got {'None' if tuned is None else f'{len(tuned)} models'}, allowed is a model or "
+                         "a list of two")
+    if ref is None:
+        raise ValueError("ref: got None, allowed is the model that tuned was fine-tuned from")
+    mode = ("interpolate" if two else "upscale") if mode is None else mode
+    refuse_unless("mode", mode, mode in MODES, f"one of {', '.join(MODES)}")
+    if two != (mode == "interpolate"):
+        raise ValueError(f"tuned: got {2 if two else 1} model(s) with mode={mode!r}; two go with 'interpolate'")
+    own, preset = MODES[mode]
+    given = {k: v for k, v in dict(beta=beta, alpha=alpha, lam=lam).items() if v is not None}
+    for name in given:
+        if name != own:
+            owner = next(m for m, (strength, _) in MODES.items() if strength == name)
+            raise ValueError(f"{name}: goes with mode={owner!r}, got mode={mode!r}")
+    weights: Weights = preset(*given.values())
+    models = [model, *(tuned if two else [tuned]), ref]
+    names = ["model", "tuned[0]", "tuned[1]", "ref"] if two else ["model", "tuned", "ref"]
+    return models, names, weights, 0 if mode == "downscale" else 1
+
+
+def check_options(config, outer: dict, model_kwargs: dict) -> None:
+    defaults = {**vars(GenerationConfig()), **GenerationConfig._get_default_generation_params()}
+    for name, default in defaults.items():
+        value = getattr(config, name, None)
+        if name.startswith("_") or name in HONOURED or value is None or value == default:
+            continue
+        if (value is False and name != "use_cache") or value == NEUTRAL.get(name, default):
+            continue
+        allowed = f"give {name}={NEUTRAL[name]!r}" if name in NEUTRAL else "leave it unset"
+        raise ValueError(f"{name}: got {value!r}, which emulated decoding cannot honour; {allowed}")
+    for name in ("assistant_model", "synced_gpus", "negative_prompt_ids", "negative_prompt_attention_mask"):
+        if outer.get(name) is not None and outer[name] is not False:
+            raise ValueError(f"{name}: emulated decoding cannot honour it; leave it unset")
+    # what transformers itself hands over: the mask, positions and a cache, empty and not used
+    for name, value in model_kwargs.items():
+        prepared = name in ("attention_mask", "position_ids", "use_cache") or (name == "logits_to_keep" and value == 1)
+        if name in CACHE_NAMES:
+            prepared = not getattr(value, "_is_user_defined", False)
+        if not prepared and value is not None and value is not False:
+            raise ValueError(f"{name}: emulated decoding cannot honour it for three models; leave it out")
+
+
+def check_inputs(models, names, input_ids, model_kwargs, vocab_size, tokenizers):
+    """(columns of left padding [B], V)."""
+    for m, name in zip(models, names):
+        if not isinstance(m, GenerationMixin) or not hasattr(m, "config"):
+            raise ValueError(f"{name}: got {type(m).__name__}, allowed is a transformers causal language model")
+        if m.config.is_encoder_decoder:
+            raise ValueError(f"{name}: got {type(m).__name__}, an encoder-decoder model; allowed are decoders")
+        if not m._supports_default_dynamic_cache():
+            raise ValueError(f"{name}: got {type(m).__name__}, whose cache is its own kind; allowed are DynamicCache's")
+        if m.device != models[0].device:
+            raise ValueError(f"{name}: is on {m.device}, model is on {models[0].device}; move them together")
+    if input_ids.dim() != 2 or input_ids.is_floating_point():
+        raise ValueError(f"input_ids: got {input_ids.dtype} {list(input_ids.shape)}, allowed is int64 [rows, columns]")
+    if input_ids.numel() == 0:
+        raise ValueError(f"input_ids: got {list(input_ids.shape)}, allowed is at least one row and one token")
+    if input_ids.device != models[0].device:
+        raise ValueError(f"input_ids: is on {input_ids.device}, the models on {models[0].device}; move it there")
+
+    mask = model_kwargs.get("attention_mask")
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    if mask.shape != input_ids.shape:
+        raise ValueError(f"attention_mask: got {list(mask.shape)}, allowed is {list(input_ids.shape)}, as input_ids")
+    real = mask != 0
+    if not bool(real[:, -1].all()) or bool((real[:, :-1] & ~real[:, 1:]).any()):
+        raise ValueError("attention_mask: allowed are zeros before a prompt (left padding), not after or inside it, "
+                         "and at least one token per row")
+    left = (~real).sum(1)
+    positions = model_kwargs.get("position_ids")
+    usual = (torch.arange(input_ids.shape[1], device=left.device) - left[:, None]).clamp(min=0)
+    if positions is not None and (positions.shape[-1:] != usual.shape[1:] or bool((positions != usual).any())):
+        raise ValueError("position_ids: allowed are those of the attention mask; leave it unset")
+
+    widths = {name: logits_width(m) for m, name in zip(models, names)}
+    shortest = min(widths.values())
+    if vocab_size is not None:
+        refuse_unless("vocab_size", vocab_size, is_int(vocab_size) and 0 < vocab_size <= shortest, f"1 to {shortest}")
+    if tokenizers is not None:
+        check_tokenizers(tokenizers, names, shortest if vocab_size is None else vocab_size, vocab_size is None)
+    elif vocab_size is None and len(set(widths.values())) > 1:
+        raise ValueError("vocab_size: the models' vocabularies differ in length (" +
+                         ", ".join(f"{name} {w}" for name, w in widths.items()) +
+                         f"); give vocab_size={shortest} if ids below it mean the same, or tokenizers=[...]")
+    if int(input_ids.masked_fill(~real, 0).max()) >= shortest or int(input_ids.masked_fill(~real, 0).min()) < 0:
+        raise ValueError(f"input_ids: got an id outside 0 to {shortest - 1}, the shortest model's vocabulary")
+    return left, shortest if vocab_size is None else vocab_size
+
+
+def check_tokenizers(tokenizers, names, vocab_size: int, tails: bool) -> None:
+    """ids below vocab_size mean the same in all; with ``tails``, ids from there on are padding at most."""
+    if not isinstance(tokenizers, (list, tuple)) or len(tokenizers) != len(names):
+        raise ValueError(f"tokenizers: allowed is a list of {len(names)}: {', '.join(names)}")
+    vocabularies = [t.get_vocab() for t in tokenizers]
+    shared = [{token: i for token, i in v.items() if i < vocab_size} for v in vocabularies]
+    for name, tokenizer, vocabulary, own in zip(names, tokenizers, vocabularies, shared):
+        if own != shared[0]:
+            token = min(t for t, _ in own.items() ^ shared[0].items())
+            raise ValueError(f"tokenizers: {token!r} is {own.get(token)} for {name} and {shared[0].get(token)} for "
+                             f"{names[0]}; allowed are models that share their ids")
+        tail = {t for t, i in vocabulary.items() if i >= vocab_size} - {tokenizer.pad_token}
+        if tails and tail:
+            raise ValueError(f"tokenizers: {name} has tokens from id {vocab_size} on ({min(tail)!r}), which another "
+                             "model's logits lack; give vocab_size to leave them out")
+
+
+def check_context(models, names, prompt: int, max_new_tokens: int) -> None:
+    for m, name in zip(models, names):
+        limit = getattr(m.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if isinstance(limit, int) and 0 < limit < prompt + max_new_tokens:
+            raise ValueError(f"input_ids: got {prompt} tokens and max_new_tokens={max_new_tokens}, allowed are "
+                             f"{limit} together, the context of {name}")
+
+
+def seeds_of(seed, rows: int, device, greedy: bool) -> torch.Tensor:
+    if isinstance(seed, torch.Tensor):
+        if seed.shape != (rows,) or seed.is_floating_point() or seed.dtype == torch.bool:
+            raise ValueError(f"seed: got {seed.dtype} {list(seed.shape)}, allowed is an int or int64 [{rows}]")
+        return seed.to(device, torch.int64)
+    if seed is None:
+        seed = 0 if greedy else int(torch.randint(1 << 62, ()))
+    refuse_unless("seed", seed, is_int(seed), f"an int, a tensor int64 [{rows}] or None")
+    return row_seeds(seed, rows, device)

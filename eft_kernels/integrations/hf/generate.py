@@ -1,0 +1,158 @@
+"""Emulated fine-tuning inside transformers' ``generate``.
+
+    base.generate(**inputs, custom_generate=eft.hf.generate, tuned=tuned, ref=ref, beta=1.0,
+                  draft_tokens=4, verify="token", do_sample=True, temperature=0.8, max_new_tokens=64)
+
+transformers prepares the prompt, the logits processors and the stopping criteria and then calls `generate` here. It
+forwards only arguments that `generate` names or that the model's forward takes. Needs transformers >= 5.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from ...decoding import Prompt, Speculation, Target, plain, speculative
+from ...ops import METHODS, sample
+from .arguments import (
+    check_context,
+    check_inputs,
+    check_options,
+    combination_of,
+    is_int,
+    is_number,
+    outer_arguments,
+    refuse_unless,
+    seeds_of,
+)
+from .endings import endings_of
+from .models import CausalLM
+from .processors import STATEFUL, sampling_of
+
+
+@dataclass
+class EmulatedOutput(GenerateDecoderOnlyOutput):
+    """transformers' output: ``sequences``; ``scores``: emulated scores after processors, temperature and filters;
+    ``logits``: before them (a row's entries after its end are a point mass on padding, and 0). And:
+
+    speculation: counts of rounds, drafted, accepted and emitted tokens per row (None in plain decoding).
+    failed: {row: step} of rows that became invalid (``on_invalid="warn"``).
+    """
+
+    speculation: Speculation | None = None
+    failed: dict[int, int] | None = None
+
+
+class InvalidRowError(RuntimeError):
+    """Rows became invalid: a model gave NaN or +inf, or no token was left. ``failed`` is {row: step}, step 0 the
+    first new token; ``output`` is all that was generated, those rows padded from that step on."""
+
+    def __init__(self, failed: dict[int, int], output):
+        super().__init__(invalid_message(failed))
+        self.failed, self.output = failed, output
+
+
+def invalid_message(failed: dict[int, int]) -> str:
+    where = ", ".join(f"row {b} at step {n}" for b, n in failed.items())
+    return f"invalid scores (NaN, +inf or no token left): {where}; their text ends there, other rows are complete"
+
+
+def generate(
+    model, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, *, tuned=None, ref=None,
+    mode=None, beta=None, alpha=None, lam=None, upscale_top_p=1.0, temperature=None, top_k=None, top_p=None,
+    min_p=None, draft_tokens=0, verify="coupled", draft=None, seed=None, vocab_size=None, tokenizers=None,
+    on_invalid="raise", streamer=None, **model_kwargs,
+):
+    """Decodes as if ``model`` had been fine-tuned the way ``tuned`` was from ``ref`` (arXiv 2310.12962).
+
+    Every strength and sampling parameter is a number or a tensor [rows], rows = batch * num_return_sequences.
+
+    Args:
+      tuned, ref: causal language models with the vocabulary of ``model``; ``tuned=[a, b]`` mixes two.
+      mode: "upscale": beta (model - ref) + tuned; "proxy": model + alpha (tuned - ref); "downscale": the same sum for
+        a small model and large tuned and ref; "interpolate": model + lam tuned_a + (1 - lam) tuned_b - ref.
+        Default: "interpolate" for two tuned models, else "upscale".
+      beta, alpha (default 1), lam (default 0.5): the mode's own strength; another mode's is refused.
+      upscale_top_p: nucleus of the tuned model outside which its own probabilities stay (1 is off).
+      temperature, top_k, top_p, min_p: as transformers' options of that name; a temperature of 0 is greedy. As there,
+        do_sample=True without top_k takes the generation config's (50 by default).
+      draft_tokens: K, drafted per round; 0 decodes one token a step.
+      verify: "coupled": the tokens of plain decoding; "token", "block": the same distribution, more accepted.
+      draft: which of [model, *tuned, ref] drafts; default tuned (the first of two), in downscale ``model``.
+      seed: int (row 0 keeps it), tensor int64 [rows], or None: from torch's global generator.
+      vocab_size: use ids below it only; needed where the models' logits differ in width.
+      tokenizers: one per model of [model, *tuned, ref]: refused unless they agree; shows what a longer tail is.
+      on_invalid: "raise" `InvalidRowError` at the end, or "warn" and return.
+      streamer: as in transformers, for one row.
+      model_kwargs: what transformers hands over (attention_mask, position_ids, its cache, which is not used).
+
+    Processors and stopping criteria (options or the caller's) see each token with its own prefix, also under
+    speculation; processors get the emulated scores, float32 [rows, V], drafts do not. temperature, top_k, top_p and
+    min_p alone are the operation's own and never make scores [rows, V].
+
+    Returns: int64 [rows, P + T], or `EmulatedOutput` with ``return_dict_in_generate``.
+    Raises: ValueError naming the argument, before anything is computed; an option that cannot be honoured is refused.
+    """
+    outer = outer_arguments()
+    streamer = outer.get("streamer") if streamer is None else streamer
+    config = generation_config if generation_config is not None else GenerationConfig()
+    models, names, weights, default_draft = combination_of(model, tuned, ref, mode, beta, alpha, lam)
+    draft = default_draft if draft is None else draft
+
+    refuse_unless("verify", verify, verify in METHODS, f"one of {', '.join(METHODS)}")
+    refuse_unless("draft_tokens", draft_tokens, is_int(draft_tokens) and draft_tokens >= 0, "an integer >= 0")
+    refuse_unless("draft", draft, is_int(draft) and 0 <= draft < len(models), f"0 to {len(models) - 1}")
+    refuse_unless("on_invalid", on_invalid, on_invalid in ("raise", "warn"), "'raise' or 'warn'")
+    check_options(config, outer, model_kwargs)
+    left, vocab_size = check_inputs(models, names, input_ids, model_kwargs, vocab_size, tokenizers)
+    rows, device = input_ids.shape[0], input_ids.device
+    if streamer is not None and rows != 1:
+        raise ValueError(f"streamer: got {rows} rows, allowed is one")
+
+    named = {k: v for k, v in dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p).items()
+             if v is not None}
+    if len(models) == 4:
+        refuse_unless("upscale_top_p", upscale_top_p, is_number(upscale_top_p) and upscale_top_p == 1,
+                       "1.0 with two tuned models")
+    processors, filters = sampling_of(logits_processor or [], config, named, outer.get("logits_processor"))
+    if draft_tokens and (bad := [type(p).__name__ for p in processors if isinstance(p, STATEFUL)]):
+        raise ValueError(f"logits_processor: {bad[0]} keeps a state of its own and needs draft_tokens=0")
+    seeds = seeds_of(seed, rows, device, greedy=is_number(t := filters.get("temperature", 1.0)) and t < 1e-5)
+    sample([torch.zeros(rows, 1, device=device)] * len(models), weights, upscale_top_p=upscale_top_p, seed=seeds,
+           logprobs=False, check=True, **named)  # the operation's own checks of every value
+
+    max_new_tokens, eos, criteria = endings_of(stopping_criteria or [], input_ids.shape[1])
+    check_context(models, names, int((input_ids.shape[1] - left).max()), max_new_tokens)
+    pad = getattr(config, "_pad_token_tensor", None)
+    prompt = Prompt(input_ids, left, max_new_tokens, eos, 0 if pad is None else int(pad), criteria or None)
+    verbose = bool(config.return_dict_in_generate)
+    target = Target(weights, seeds, filters, upscale_top_p, vocab_size, processors or None,
+                    keep_logits=bool(verbose and config.output_logits),
+                    keep_scores=bool(verbose and config.output_scores))
+    adapters = [CausalLM(m, name, rollback=draft_tokens > 0) for m, name in zip(models, names)]
+    on_tokens = None
+    if streamer is not None:
+        def on_tokens(tokens, kept):
+            for token in tokens[0, : kept[0]].cpu():
+                streamer.put(token[None])
+
+    if draft_tokens:
+        done = speculative(adapters, target, prompt, draft=draft, draft_tokens=draft_tokens, method=verify,
+                           on_tokens=on_tokens)
+    else:
+        done = plain(adapters, target, prompt, on_tokens=on_tokens)
+    if streamer is not None:
+        streamer.end()
+    output = done.sequences
+    if verbose:
+        output = EmulatedOutput(sequences=output, scores=done.scores, logits=done.logits,
+                                speculation=done.speculation, failed=done.failed or None)
+    if done.failed and on_invalid == "raise":
+        raise InvalidRowError(done.failed, output)
+    if done.failed:
+        warnings.warn(invalid_message(done.failed), RuntimeWarning, stacklevel=2)
+    return output
