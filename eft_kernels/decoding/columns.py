@@ -12,7 +12,11 @@ import torch
 
 
 class Model(Protocol):
-    """A language model and its own cache of columns."""
+    """A language model and its own cache of columns. Optional attributes:
+
+    can_realign: False where positions come from the column, so that rows must stay in step (default True).
+    boundary: a pass that begins with at most so many columns may not end with more (default None).
+    """
 
     def __call__(self, ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor,
                  keep: int) -> torch.Tensor:

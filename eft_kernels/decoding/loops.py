@@ -107,9 +107,11 @@ class Writer:
         return Decoded(self.text.prefix(steps), self.text.length, failed, *records, speculation)
 
 
-def _columns(prompt: Prompt) -> Columns:
+def _layout(prompt: Prompt) -> tuple[Columns, torch.Tensor]:
+    """The layout of the caches, without columns that are padding in every row, and the prompts to begin with."""
     longest = prompt.ids.shape[1] - prompt.left + prompt.max_new_tokens
-    return Columns(prompt.left, longest - 1)
+    spare = int(prompt.left.min())
+    return Columns(prompt.left - spare, longest - 1), prompt.readable()[:, spare:]
 
 
 @torch.no_grad()
@@ -118,8 +120,8 @@ def plain(models: list[Model], target: Target, prompt: Prompt, *, on_tokens: Cal
 
     on_tokens(tokens [B, W], kept): called with the new tokens of every step and how many of them each row keeps.
     """
-    out, columns = Writer(prompt, target, 1, on_tokens), _columns(prompt)
-    feed, step = prompt.readable(), 0
+    out, step = Writer(prompt, target, 1, on_tokens), 0
+    columns, feed = _layout(prompt)
     while True:
         inputs = columns.inputs(feed.shape[1])
         logits = [model(feed, *inputs, 1)[:, -1] for model in models]  # J x [B, V_j]
@@ -142,14 +144,18 @@ def speculative(models: list[Model], target: Target, prompt: Prompt, *, draft: i
 
     method: "coupled", "token" or "block", see `eft_kernels.verify`.
     """
-    out, columns = Writer(prompt, target, draft_tokens + 1, on_tokens), _columns(prompt)
-    text, feed, careful = out.text, prompt.readable(), False
+    out = Writer(prompt, target, draft_tokens + 1, on_tokens)
+    columns, feed = _layout(prompt)
+    text, careful = out.text, False
+    together = not all(getattr(model, "can_realign", True) for model in models)
     rounds, drafted, accepted = (torch.zeros_like(text.length) for _ in range(3))
     while True:
         # K this round; a row near its end takes fewer, for one token more is emitted than accepted
-        most = 1 if careful else draft_tokens + 1
+        most, read = 1 if careful else draft_tokens + 1, columns.width + feed.shape[1]
         reach = [0 if e else min(most, prompt.max_new_tokens - n) for n, e in zip(out.length, out.ended)]
         k = max(reach) - 1
+        k = min([k, *(b - read for m in models if (b := getattr(m, "boundary", None)) and b >= read)])
+        reach = [min(r, k + 1) for r in reach]
         lengths = (prompt.max_new_tokens - 1 - text.length).clamp(0, k).masked_fill(text.ended, 0)  # [B]
 
         start, steps, drafts, step = columns.width, [], [], feed
@@ -180,11 +186,14 @@ def speculative(models: list[Model], target: Target, prompt: Prompt, *, draft: i
                 model.crop(columns.width)
             columns.width, careful = 0, True
             continue
-        writing = ~text.ended
+        writing, emitted, valid = ~text.ended, ver.num_emitted, ver.valid | doubt
+        if together:  # what a row has beyond the others is judged again: drafts of another slot, so with fresh noise
+            least = emitted.masked_fill(text.ended, k + 1).min()
+            valid, emitted = valid | (emitted > least), emitted.clamp(max=least)
         rounds += writing
         drafted += lengths
-        accepted += torch.where(writing, ver.num_emitted - ver.valid.long(), 0)
-        kept = out.write(ver.tokens, ver.num_emitted, ver.valid | doubt, raw, scores)
+        accepted += torch.where(writing, torch.minimum(ver.num_emitted - ver.valid.long(), emitted), 0)
+        kept = out.write(ver.tokens, emitted, valid, raw, scores)
         if all(out.ended):
             stats = (rounds, drafted, accepted, text.length)
             return out.decoded(Speculation(*(s.cpu() for s in stats)))

@@ -110,8 +110,6 @@ def check_inputs(models, names, input_ids, model_kwargs, vocab_size, tokenizers)
             raise ValueError(f"{name}: got {type(m).__name__}, allowed is a transformers causal language model")
         if m.config.is_encoder_decoder:
             raise ValueError(f"{name}: got {type(m).__name__}, an encoder-decoder model; allowed are decoders")
-        if not m._supports_default_dynamic_cache():
-            raise ValueError(f"{name}: got {type(m).__name__}, whose cache is its own kind; allowed are DynamicCache's")
         if m.device != models[0].device:
             raise ValueError(f"{name}: is on {m.device}, model is on {models[0].device}; move them together")
     if input_ids.dim() != 2 or input_ids.is_floating_point():

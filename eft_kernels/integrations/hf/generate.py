@@ -29,8 +29,8 @@ from .arguments import (
     refuse_unless,
     seeds_of,
 )
-from .endings import endings_of
-from .models import CausalLM
+from .endings import end_tokens, endings_of, hold_back
+from .models import CausalLM, check_boundaries
 from .processors import STATEFUL, sampling_of
 
 
@@ -90,6 +90,9 @@ def generate(
       streamer: as in transformers, for one row.
       model_kwargs: what transformers hands over (attention_mask, position_ids, its cache, which is not used).
 
+    A row ends after any model's end token, by the models' generation configs (and ``tokenizers``): a chat model ends its
+    turn with a token that its base may never use. ``eos_token_id`` in the call replaces them all.
+
     Processors and stopping criteria (options or the caller's) see each token with its own prefix, also under
     speculation; processors get the emulated scores, float32 [rows, V], drafts do not. temperature, top_k, top_p and
     min_p alone are the operation's own and never make scores [rows, V].
@@ -118,6 +121,13 @@ def generate(
     if len(models) == 4:
         refuse_unless("upscale_top_p", upscale_top_p, is_number(upscale_top_p) and upscale_top_p == 1,
                        "1.0 with two tuned models")
+    max_new_tokens, eos, criteria = endings_of(stopping_criteria or [], input_ids.shape[1])
+    chosen = "eos_token_id" in outer.get("kwargs", {}) or config.eos_token_id != model.generation_config.eos_token_id
+    if not chosen:
+        ends = {*eos, *end_tokens(models), *(getattr(t, "eos_token_id", None) for t in tokenizers or ())} - {None}
+        if ends != set(eos):
+            eos = sorted(ends)
+            logits_processor = hold_back(logits_processor or [], config, eos, input_ids.shape[1], device)
     processors, filters = sampling_of(logits_processor or [], config, named, outer.get("logits_processor"))
     if draft_tokens and (bad := [type(p).__name__ for p in processors if isinstance(p, STATEFUL)]):
         raise ValueError(f"logits_processor: {bad[0]} keeps a state of its own and needs draft_tokens=0")
@@ -125,15 +135,17 @@ def generate(
     sample([torch.zeros(rows, 1, device=device)] * len(models), weights, upscale_top_p=upscale_top_p, seed=seeds,
            logprobs=False, check=True, **named)  # the operation's own checks of every value
 
-    max_new_tokens, eos, criteria = endings_of(stopping_criteria or [], input_ids.shape[1])
     check_context(models, names, int((input_ids.shape[1] - left).max()), max_new_tokens)
     pad = getattr(config, "_pad_token_tensor", None)
-    prompt = Prompt(input_ids, left, max_new_tokens, eos, 0 if pad is None else int(pad), criteria or None)
+    pad = int(pad) if pad is not None else eos[0] if eos else 0
+    prompt = Prompt(input_ids, left, max_new_tokens, eos, pad, criteria or None)
     verbose = bool(config.return_dict_in_generate)
     target = Target(weights, seeds, filters, upscale_top_p, vocab_size, processors or None,
                     keep_logits=bool(verbose and config.output_logits),
                     keep_scores=bool(verbose and config.output_scores))
     adapters = [CausalLM(m, name, rollback=draft_tokens > 0) for m, name in zip(models, names)]
+    if draft_tokens:
+        check_boundaries(adapters, rows, int((input_ids.shape[1] - left).max()) + max_new_tokens)
     on_tokens = None
     if streamer is not None:
         def on_tokens(tokens, kept):

@@ -1,16 +1,24 @@
-"""A transformers model as the decoding loops see it, with a cache of its own."""
+"""A transformers model as the decoding loops see it, with a cache of its own.
+
+Inputs go through the model's own `prepare_inputs_for_generation`, and what its `_update_model_kwargs_for_generation`
+keeps is given back, because models do what their text needs there: Phi-3 drops its cache where its rotary embedding
+changes, Mamba its mask after the prompt, OpenAI GPT reads the whole text at every step.
+"""
 
 from __future__ import annotations
 
 import inspect
 
-from transformers import DynamicCache
+import torch
+from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ...decoding import take_columns
 
 # What models call their cache: transformers from 5.24 on, before it, and state-space models before it.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+# Older versions find new tokens by `cache_position`, newer ones by their number.
+CACHE_POSITION = "cache_position" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 
 
 def cache_name(model) -> str:
@@ -20,43 +28,136 @@ def cache_name(model) -> str:
 
 
 class CausalLM:
-    """A transformers causal language model as `eft_kernels.decoding.Model`, with a cache of its own."""
+    """A transformers causal language model as `eft_kernels.decoding.Model`, with a cache of its own.
+
+    Args:
+      name: what error messages call it.
+      rollback: rejected tokens will be taken back; ValueError where the model's cache cannot do that.
+    """
 
     def __init__(self, model, name: str, rollback: bool):
-        self.model, self.name, self.takes = model, name, inspect.signature(model.forward).parameters
+        self.model, self.name, self.rollback = model, name, rollback
+        self.takes = inspect.signature(model.forward).parameters
         self.width, self.cache_name = logits_width(model), cache_name(model)
-        self.cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-        if rollback:
+        self.boundary, self.boundary_moves = rope_boundary(model)
+        # positions counted from the cache's length, not from the mask as BLOOM's alibi, are wrong in a row that moved
+        self.can_realign = "position_ids" in self.takes or hasattr(model.base_model, "build_alibi_tensor")
+        self.drops_cache = self.cache_name in inspect.signature(model.prepare_inputs_for_generation).parameters
+        self.ids = self.positions = None  # [B, S] of all columns
+        self.state: dict = {}  # what the model keeps from pass to pass, its cache among it
+        if model._supports_default_dynamic_cache():
+            self.state[self.cache_name] = self._new_cache()
+        elif rollback:
+            self._refuse_rollback("its cache is of its own kind")
+        if rollback and getattr(model, "_is_stateful", False):
+            self._refuse_rollback("it is stateful")
+
+    def _refuse_rollback(self, why: str):
+        raise ValueError(f"draft_tokens: {self.name} ({type(self.model).__name__}) cannot take back rejected tokens "
+                         f"({why}); use draft_tokens=0")
+
+    def _new_cache(self):
+        cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        if self.rollback:
             # a window's layer forgets what a rollback needs; a full layer is masked to the window by the model
-            self.cache.layers = [DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer
-                                 for layer in self.cache.layers]
+            cache.layers = [DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer
+                            for layer in cache.layers]
             # a DummyLayer reads another layer's cache; early 5.x has none to import
-            fixed = {type(layer).__name__ for layer in self.cache.layers} - {"DynamicLayer", "DummyLayer"}
-            if fixed or getattr(model, "_is_stateful", False):
-                raise ValueError(f"draft_tokens: {name} ({type(model).__name__}) cannot take back rejected tokens "
-                                 f"({', '.join(sorted(fixed)) or 'it is stateful'}); use draft_tokens=0")
+            fixed = {type(layer).__name__ for layer in cache.layers} - {"DynamicLayer", "DummyLayer"}
+            if fixed:
+                self._refuse_rollback(", ".join(sorted(fixed)))
+        return cache
 
     def __call__(self, ids, attention_mask, position_ids, keep):
-        options = dict(attention_mask=attention_mask, position_ids=position_ids, logits_to_keep=keep)
+        past = 0 if self.ids is None else self.ids.shape[1]
+        self.ids = torch.cat([self.ids, ids], 1) if past else ids
+        self.positions = torch.cat([self.positions, position_ids], 1) if past else position_ids
+        options = dict(attention_mask=attention_mask, position_ids=self.positions, logits_to_keep=keep)
         options = {k: v for k, v in options.items() if k in self.takes}
-        options[self.cache_name] = self.cache
-        logits = self.model(input_ids=ids, use_cache=True, return_dict=True, **options).logits
-        if logits.shape[-1] != self.width:
-            raise ValueError(f"{self.name}: gives logits of width {logits.shape[-1]}, announces {self.width}")
-        return logits[:, -keep:]
+        if CACHE_POSITION:
+            options["cache_position"] = torch.arange(past, self.ids.shape[1], device=ids.device)
+        else:
+            options["next_sequence_length"] = ids.shape[1] if past else None
+        inputs = self.model.prepare_inputs_for_generation(
+            self.ids, is_first_iteration=past == 0, use_cache=True, **options, **self.state)
+        given = inputs["input_ids"].shape[1]
+        if self.drops_cache and inputs.get(self.cache_name) is None and self.cache_name in self.state:
+            # the model reads the whole text again
+            inputs[self.cache_name] = self.state[self.cache_name] = self._new_cache()
+        elif past and given < self.ids.shape[1] and not self.state:
+            raise ValueError(f"{self.name}: {type(self.model).__name__} keeps no cache and reads {given} tokens of "
+                             f"{self.ids.shape[1]}; allowed are models that keep one or read the whole text")
+        out = self.model(**inputs, return_dict=True)
+        self._keep(out)
+        if out.logits.shape[-1] != self.width:
+            raise ValueError(f"{self.name}: gives logits of width {out.logits.shape[-1]}, announces {self.width}")
+        return out.logits[:, -keep:]
+
+    def _keep(self, out) -> None:
+        """Holds on to what the model wants back at its next pass."""
+        given = self.state.get(self.cache_name)
+        self.state = self.model._update_model_kwargs_for_generation(
+            out, {**self.state, "use_cache": True, "cache_position": torch.zeros(1, dtype=torch.int64)},
+            is_encoder_decoder=False)
+        for name in ("use_cache", "cache_position", "attention_mask", "position_ids"):
+            self.state.pop(name, None)
+        cache = self.state.get(self.cache_name)
+        if isinstance(cache, DynamicCache) and not _holds_states(cache):
+            del self.state[self.cache_name]  # nothing was put there: the model reads the whole text at every pass
+            cache = None
+        self.state = {k: v for k, v in self.state.items() if v is not None}
+        if self.rollback and cache is not given:
+            self._refuse_rollback("it keeps no cache" if cache is None else "it makes its own cache")
 
     def _layers(self):
-        return [layer for layer in self.cache.layers if layer.keys is not None]
+        return [layer for layer in self.state[self.cache_name].layers if layer.keys is not None]
 
     def crop(self, count):
+        self.ids, self.positions = self.ids[:, :-count], self.positions[:, :-count]
         for layer in self._layers():
             layer.crop(-count)
 
     def realign(self, columns):
+        self.ids, self.positions = self.ids.gather(1, columns), self.positions.gather(1, columns)
         for layer in self._layers():
             layer.keys, layer.values = take_columns(layer.keys, columns), take_columns(layer.values, columns)
+
+
+def _holds_states(cache) -> bool:
+    values = [x for layer in cache.layers for x in vars(layer).values()]
+    values += [x for v in values if isinstance(v, dict) for x in v.values()]
+    return any(isinstance(x, torch.Tensor) and x.numel() > 0 for x in values)
 
 
 def logits_width(model) -> int:
     head = model.get_output_embeddings()
     return getattr(head, "out_features", None) or model.config.get_text_config(decoder=True).vocab_size
+
+
+def rope_boundary(model) -> tuple[int | None, bool]:
+    """The length of text beyond which another rotary embedding is used for all of it (None: there is none), and
+    whether it changes again with every token beyond: "longrope" has two sets of frequencies, "dynamic" many."""
+    config = model.config.get_text_config(decoder=True)
+    ropes = getattr(config, "rope_parameters", None) or {}
+    ropes = [r for r in (ropes, *ropes.values()) if isinstance(r, dict)]
+    kinds = {r.get("rope_type") for r in ropes} & {"longrope", "dynamic"}
+    if not kinds:
+        return None, False
+    original = [getattr(config, "original_max_position_embeddings", None)]
+    original += [r.get("original_max_position_embeddings") for r in ropes]
+    original = min((n for n in original if n), default=getattr(config, "max_position_embeddings", None))
+    return original, "dynamic" in kinds
+
+
+def check_boundaries(models: list[CausalLM], rows: int, longest: int) -> None:
+    """Refuses speculation where plain decoding would use another rotary embedding than a round of several tokens.
+
+    One row stops its rounds at the boundary (`CausalLM.boundary`); rows of a batch reach it in different rounds, and a
+    pass has one embedding for all.
+    """
+    for m in models:
+        if m.boundary is not None and longest > m.boundary and (rows > 1 or m.boundary_moves):
+            raise ValueError(
+                f"draft_tokens: the rotary embedding of {m.name} ({type(m.model).__name__}) changes where a text is "
+                f"longer than {m.boundary} tokens, got up to {longest} in {rows} row(s); use draft_tokens=0"
+                + ("" if m.boundary_moves else " or one row"))
