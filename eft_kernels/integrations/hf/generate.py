@@ -90,8 +90,8 @@ def generate(
       streamer: as in transformers, for one row.
       model_kwargs: what transformers hands over (attention_mask, position_ids, its cache, which is not used).
 
-    A row ends after any model's end token, by the models' generation configs (and ``tokenizers``): a chat model ends its
-    turn with a token that its base may never use. ``eos_token_id`` in the call replaces them all.
+    A row ends after any model's end token, by the models' generation configs (and ``tokenizers``): a chat model ends
+    its turn with a token that its base may never use. ``eos_token_id`` in the call replaces them all.
 
     Processors and stopping criteria (options or the caller's) see each token with its own prefix, also under
     speculation; processors get the emulated scores, float32 [rows, V], drafts do not. temperature, top_k, top_p and
