@@ -22,13 +22,14 @@ class Table:
     """logits = table[previous token or V at the text's start, token]; checks the layout it is called with."""
 
     def __init__(self, table, last_position=None):
-        self.table, self.last_position, self.cache, self.calls = table, last_position, None, []
+        self.table, self.last_position, self.cache, self.calls, self.passes = table, last_position, None, [], []
 
     def __call__(self, ids, attention_mask, position_ids, keep):
         assert ids.shape == position_ids.shape and int(ids.min()) >= 0
         self.calls.append(ids.shape[1])
         self.cache = ids if self.cache is None else torch.cat([self.cache, ids], 1)
         width = self.cache.shape[1]
+        self.passes.append((width - ids.shape[1], width))
         mask = torch.ones_like(self.cache) if attention_mask is None else attention_mask
         assert mask.shape == self.cache.shape
         usual = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
@@ -111,6 +112,29 @@ def check_joint(method, k, target, models, process=None, bias=0.0):
 @pytest.mark.parametrize("method, k", [("plain", 0), *((m, k) for m in METHODS for k in (1, 2, 3, 8))])
 def test_joint_distribution_by_enumeration(method, k):
     check_joint(method, k, *tables())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_in_step_keep_the_joint_distribution(method, monkeypatch):
+    """Where no row may move, tokens that a row has beyond the others are judged again, with fresh noise."""
+    monkeypatch.setattr(Table, "can_realign", False, raising=False)
+    monkeypatch.delattr(Table, "realign")
+    check_joint(method, 3, *tables())
+
+
+@pytest.mark.parametrize("boundary", [6, 9, 12])
+def test_no_pass_crosses_a_boundary(boundary, monkeypatch):
+    monkeypatch.setattr(Table, "boundary", boundary, raising=False)
+    _, models = tables(13, scale=1.0)
+    target, start = Target(eft.upscale(), eft.row_seeds(3, 1), {}), prompt(1, 13)  # one row, 5 columns
+    want = run(models, target, start, "plain", 0).sequences
+    for method in METHODS:
+        models_now = [Table(t, start.ids.shape[1] - start.left + 12) for t in models]
+        out = speculative(models_now, target, start, draft=1, draft_tokens=4, method=method)
+        assert method != "coupled" or torch.equal(out.sequences, want)
+        for model in models_now:
+            assert all(end <= boundary or begin >= boundary for begin, end in model.passes)
+        assert max(n for n in models_now[0].calls[1:]) > 2  # rounds with drafts
 
 
 @pytest.mark.parametrize("method", ["plain", *METHODS])
