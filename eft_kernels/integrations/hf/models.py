@@ -40,8 +40,7 @@ class CausalLM:
         self.takes = inspect.signature(model.forward).parameters
         self.width, self.cache_name = logits_width(model), cache_name(model)
         self.boundary, self.boundary_moves = rope_boundary(model)
-        # positions counted from the cache's length, not from the mask as BLOOM's alibi, are wrong in a row that moved
-        self.can_realign = "position_ids" in self.takes or hasattr(model.base_model, "build_alibi_tensor")
+        self.can_realign = can_realign(model)
         self.drops_cache = self.cache_name in inspect.signature(model.prepare_inputs_for_generation).parameters
         self.ids = self.positions = None  # [B, S] of all columns
         self.state: dict = {}  # what the model keeps from pass to pass, its cache among it
@@ -51,6 +50,8 @@ class CausalLM:
             self._refuse_rollback("its cache is of its own kind")
         if rollback and getattr(model, "_is_stateful", False):
             self._refuse_rollback("it is stateful")
+        if rollback and model.config.model_type == "prophetnet":
+            self._refuse_rollback("its cache takes one token at a time")
 
     def _refuse_rollback(self, why: str):
         raise ValueError(f"draft_tokens: {self.name} ({type(self.model).__name__}) cannot take back rejected tokens "
@@ -132,6 +133,18 @@ def _holds_states(cache) -> bool:
 def logits_width(model) -> int:
     head = model.get_output_embeddings()
     return getattr(head, "out_features", None) or model.config.get_text_config(decoder=True).vocab_size
+
+
+def can_realign(model) -> bool:
+    """Whether a row may move to other columns of the cache: nothing but its mask and positions says where a token is.
+
+    Without position_ids positions are counted from the cache's length (unless they come from the mask: BLOOM), and
+    chunked attention (Llama 4) counts its chunks in columns.
+    """
+    takes = inspect.signature(model.forward).parameters
+    config = model.config.get_text_config(decoder=True)
+    positions = "position_ids" in takes or hasattr(model.base_model, "build_alibi_tensor")
+    return positions and not getattr(config, "attention_chunk_size", None)
 
 
 def rope_boundary(model) -> tuple[int | None, bool]:
