@@ -12,6 +12,8 @@ TORCH       ?= torch==2.13.0
 TORCH_ARGS  ?=
 # for tests where torch came without triton: the oldest supported one, whose interpreter needs an older numpy
 TRITON      ?= triton==3.6.0 numpy<2.4
+# versions of transformers that `make test-transformers` tries
+TRANSFORMERS ?= 5.0 5.12 5.24
 PYTEST_ARGS ?=
 DEMO_ARGS   ?=
 
@@ -34,16 +36,29 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 
 HAVE_TORCH := import torch; v = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])); assert v >= (2, 11)
 
-.PHONY: help demo test interpreted bench report lint wheel sanitize build clean
+.PHONY: help demo test test-transformers interpreted bench report lint wheel sanitize build clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
 
 demo: $(BUILT) ## what base, tuned and emulated models write, how well, how fast
 	@$(RUN) $(PY) -m eft_kernels demo $(DEMO_ARGS)
 
 test: $(BUILT) ## every test this machine can run
 	@$(RUN) $(PY) -m pytest $$($(PY) -c 'import xdist; print("-n auto --maxprocesses 8")' 2>/dev/null) $(PYTEST_ARGS)
+
+test-transformers: $(BUILT) ## the tests of the integration with transformers on each version of $(TRANSFORMERS)
+	@for version in $(TRANSFORMERS); do \
+	  env=$(VENV)-transformers-$$version; echo "== transformers $$version ($$env)"; \
+	  if [ ! -f $$env/.ready ]; then \
+	    $$($(PY) -c 'import sys; print(sys._base_executable)') -m venv $$env && \
+	    $(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	      > $$($$env/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth && \
+	    $$env/bin/python -m pip --disable-pip-version-check -qq install "transformers==$$version.*" && \
+	    touch $$env/.ready || exit 1; \
+	  fi; \
+	  PYTHONPATH="$(CURDIR)" $$env/bin/python -m pytest tests/test_hf*.py $(PYTEST_ARGS) || exit 1; \
+	done
 
 interpreted: $(BUILT) ## the Triton kernels on the whole case table, in Triton's interpreter (half an hour with -n 2)
 	@TRITON_INTERPRET=1 $(RUN) $(PY) -m pytest tests/test_triton.py $(PYTEST_ARGS)

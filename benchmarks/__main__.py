@@ -1,4 +1,4 @@
-"""python -m benchmarks {list, run, add, report, compare, aot, sass, tune, cuts}
+"""python -m benchmarks {list, run, add, report, compare, aot, sass, tune, cuts, coupled}
 
 Exit codes: 0 it worked, 1 our own tokens are wrong (nothing was timed), 2 bad input or refused, 130 interrupted.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import aot, compare, cuts, generate, inputs, registry, report, run, sass, tune
+from . import aot, compare, coupled, cuts, generate, inputs, registry, report, run, sass, tune
 from .baselines import BASELINES
 from .registry import GENERATIONS, OPS, OURS, SUITES, Shape
 from .run import Refused
@@ -47,6 +47,8 @@ def parser(prog: str) -> Parser:
     commands.add_parser("sass", help="what the CUDA kernels compile to", add_help=False)
     commands.add_parser("tune", help="how the Triton kernels' launches are cut best, on a GPU", add_help=False)
     commands.add_parser("cuts", help="how the CUDA kernels' launches are cut best, on a GPU", add_help=False)
+    commands.add_parser("coupled", help="in which precision coupled speculation gives plain decoding's texts",
+                        add_help=False)
     return root
 
 
@@ -174,7 +176,7 @@ def catalogue() -> str:
 def main(argv: list[str] | None = None, prog: str = "python -m benchmarks") -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
-        own = dict(report=report, compare=compare, aot=aot, sass=sass, tune=tune, cuts=cuts)
+        own = dict(report=report, compare=compare, aot=aot, sass=sass, tune=tune, cuts=cuts, coupled=coupled)
         if argv and argv[0] in own:
             return own[argv[0]].main(argv[1:])
         args = parser(prog).parse_args(argv)
