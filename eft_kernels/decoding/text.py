@@ -17,12 +17,14 @@ class Prompt:
     max_new_tokens: int
     eos: list[int] = field(default_factory=list)  # a row ends after any of these
     pad: int = 0  # fills a row after its end
+    known: int = 0  # padding below this is given to the models as it is, the rest as id 0
     # criteria(ids [B, P + n], scores so far) -> bool [B]: whether each row ends with its newest token
     criteria: Callable[[torch.Tensor, tuple | None], torch.Tensor] | None = None
 
     def readable(self) -> torch.Tensor:
-        """ids with 0 on the padding, whose id a model may not know."""
-        return self.ids.masked_fill(torch.arange(self.ids.shape[1], device=self.ids.device) < self.left[:, None], 0)
+        """ids with 0 where padding has an id that a model may not know."""
+        padding = torch.arange(self.ids.shape[1], device=self.ids.device) < self.left[:, None]
+        return self.ids.masked_fill(padding & ((self.ids < 0) | (self.ids >= self.known)), 0)
 
 
 class Text:

@@ -30,7 +30,7 @@ from .arguments import (
     seeds_of,
 )
 from .endings import end_tokens, endings_of, hold_back
-from .models import CausalLM, check_boundaries
+from .models import CausalLM, check_boundaries, logits_width
 from .processors import STATEFUL, sampling_of
 
 
@@ -138,7 +138,8 @@ def generate(
     check_context(models, names, int((input_ids.shape[1] - left).max()), max_new_tokens)
     pad = getattr(config, "_pad_token_tensor", None)
     pad = int(pad) if pad is not None else eos[0] if eos else 0
-    prompt = Prompt(input_ids, left, max_new_tokens, eos, pad, criteria or None)
+    known = min(map(logits_width, models))
+    prompt = Prompt(input_ids, left, max_new_tokens, eos, pad, known, criteria or None)
     verbose = bool(config.return_dict_in_generate)
     target = Target(weights, seeds, filters, upscale_top_p, vocab_size, processors or None,
                     keep_logits=bool(verbose and config.output_logits),

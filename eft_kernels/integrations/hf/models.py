@@ -17,6 +17,9 @@ from ...decoding import take_columns
 
 # What models call their cache: transformers from 5.24 on, before it, and state-space models before it.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+# Models whose pass over several tokens is not several passes over one.
+ONE_BY_ONE = {"cpmant": "it reads its text both ways", "flaubert": "it reads a mask token after its text",
+              "prophetnet": "its cache takes one token at a time", "xlm": "it reads a mask token after its text"}
 # Older versions find new tokens by `cache_position`, newer ones by their number.
 CACHE_POSITION = "cache_position" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 
@@ -48,10 +51,9 @@ class CausalLM:
             self.state[self.cache_name] = self._new_cache()
         elif rollback:
             self._refuse_rollback("its cache is of its own kind")
-        if rollback and getattr(model, "_is_stateful", False):
-            self._refuse_rollback("it is stateful")
-        if rollback and model.config.model_type == "prophetnet":
-            self._refuse_rollback("its cache takes one token at a time")
+        kind = model.config.model_type
+        if rollback and (kind in ONE_BY_ONE or getattr(model, "_is_stateful", False)):
+            self._refuse_rollback(ONE_BY_ONE.get(kind, "it is stateful"))
 
     def _refuse_rollback(self, why: str):
         raise ValueError(f"draft_tokens: {self.name} ({type(self.model).__name__}) cannot take back rejected tokens "
@@ -138,13 +140,13 @@ def logits_width(model) -> int:
 def can_realign(model) -> bool:
     """Whether a row may move to other columns of the cache: nothing but its mask and positions says where a token is.
 
-    Without position_ids positions are counted from the cache's length (unless they come from the mask: BLOOM), and
-    chunked attention (Llama 4) counts its chunks in columns.
+    Without position_ids positions are counted from the cache's length (unless they come from the mask: BLOOM); chunked
+    attention (Llama 4) counts its chunks in columns, and GIT builds its mask from the cache's length.
     """
     takes = inspect.signature(model.forward).parameters
     config = model.config.get_text_config(decoder=True)
     positions = "position_ids" in takes or hasattr(model.base_model, "build_alibi_tensor")
-    return positions and not getattr(config, "attention_chunk_size", None)
+    return positions and not getattr(config, "attention_chunk_size", None) and model.config.model_type != "git"
 
 
 def rope_boundary(model) -> tuple[int | None, bool]:
