@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import ops
+from . import ops, reference
 from .params import Params
 from .weights import Weights, interpolate, upscale
 
@@ -305,6 +305,70 @@ def unchecked(operation: str, logits, weights=(1.0, 1.0, -1.0), *args, name: str
                vocab_size=min(z.shape[-1] for z in logits), tuned=len(logits) > 1)
     off["tuned"] = int(off["tuned"])
     return Call(name or operation, operation, logits, Params(weights, **off | params), args)
+
+
+def odd_calls() -> list[Call]:
+    """Values that the checks would have refused, and those that overflow, a row each; row 0 is as it should be."""
+    nan, inf, low, high = float("nan"), float("inf"), -(1 << 63), (1 << 63) - 1
+    values = dict(temperature=(1, nan, inf, -inf, -1, 2e30), top_p=(0.9, nan, inf, 0, -1, 1.5, 1e-40),
+                  min_p=(0.1, nan, 2, -0.5, inf), upscale_top_p=(0.9, nan, inf, 0, -1, 1.5, 1e-40))
+    draw, V = ("sample", 0, True, 3, True), 300
+    calls = []
+
+    def add(name, logits, weights=(1.0, 1.0, -1.0), rows=0, drafts=None, lengths=None, only="", **params):
+        """The call of every operation."""
+        rows = rows or logits[0].shape[0]
+        logits = [z.expand(rows, -1) for z in logits]
+        size = logits[0].shape[1]
+        ids = torch.tensor([0, size - 1, -1, size, low, high]).expand(rows, -1)
+        drafts = torch.full((rows, 3), size - 1) if drafts is None else drafts
+        lengths = torch.full((rows,), 3) if lengths is None else lengths
+        slots = [z[:, None].expand(-1, 4, -1) for z in logits]
+        made = [unchecked("sample", logits, weights, *draw, name=f"{name}, sample", **params),
+                unchecked("sample", logits, weights, "draft", 1, False, 0, False, name=f"{name}, token", **params),
+                unchecked("logprobs", logits, weights, name=f"{name}, logprobs", **params),
+                unchecked("token_logprobs", logits, weights, ids, name=f"{name}, ids", **params)]
+        made += [unchecked("verify", slots, weights, drafts, lengths, method, draft, True, name=f"{name}, {method} {draft}",
+                           **params) for method in ops.METHODS for draft in (len(logits) // 2, -1)]
+        calls.extend(call for call in made if only in call.operation)
+
+    usual = [torch.randn(1, V, generator=torch.Generator().manual_seed(j)) for j in range(3)]
+    for name, odd in values.items():
+        add(f"{name} out of range", usual, rows=len(odd), **{name: torch.tensor(odd)})
+        add(f"{name} out of range, filtered", usual, rows=len(odd), **{**dict(top_p=0.5, top_k=9), name: torch.tensor(odd)})
+    add("top_k below 0 and beyond V", usual, rows=5, top_k=torch.tensor([0, -1, low, high, V]))
+    add("any seed and position", usual, rows=4, seed=torch.tensor([1, low, high, -1]), position=torch.tensor([2, low, high, -1]))
+    for w in (nan, inf, -inf):
+        add(f"weight {w}", usual, torch.tensor([[1.0, 1.0, -1.0], [1.0, w, -1.0], [w, 0.0, 0.0]]), rows=3)
+    add("drafts and lengths of any value", usual, rows=6, only="verify", lengths=torch.tensor([3, 4, high, -1, low, 3]),
+        drafts=torch.tensor([[1, 2, 3], [-1, 2, 3], [V, 0, 0], [low, 1, 2], [high, high, high], [0, V, -1]]))
+    # scores, or normalised scores, that overflow: to NaN, to +inf, to -inf for some tokens, for all but one, for all
+    big, zero = 3.3e38, torch.zeros(1, 4)
+    for name, base in (("NaN", [big, -big, 0, 0]), ("-inf", [-big, 0, 1, 2]), ("+inf", [big, big, 0, 0]),
+                       ("nothing", [-big] * 4)):
+        for p in (1.0, 0.3, 0.9):
+            for beta in (1.0, 1.02, 1.5):
+                add(f"overflow to {name}, weight {beta}, {p}", [torch.tensor([base]), zero, -torch.tensor([base])],
+                    (beta, 1.0, -beta), upscale_top_p=p, top_p=0.5)
+    add("zeros, zeros, overflow", [zero, zero, torch.tensor([[big, -big, 0, 0]])], upscale_top_p=0.3, top_p=0.5)
+    # keys that overflow, of seeds that draw enough noise for it
+    seeds = torch.arange(800)[:, None]
+    noise = reference.gumbel(seeds, 0 * seeds + 2, 0, 0 * seeds, V).amax(1)
+    seeds = torch.cat([torch.arange(1), (noise > 10.2).nonzero()[:5, 0]])
+    most = torch.finfo(F32).max
+    for z in (most, -most):
+        x = torch.full((len(seeds), V), z)
+        x[0, ::7] = float("-inf")
+        add(f"keys of {z}", [x], (1.0,), temperature=1e30, seed=seeds)
+        add(f"keys of {z}, filtered", [x], (1.0,), temperature=1e30, seed=seeds, top_p=0.5)
+    # models of weight 0 are not read
+    dead = torch.full((3, V), nan)
+    dead[1], dead[2] = float("-inf"), float("inf")
+    for weights in ((0.0, 0.0, -0.0), torch.zeros(3), torch.zeros(3, 3)):
+        add("all weights 0", [dead, usual[1].expand(3, -1), dead], weights)
+        add("all weights 0, filtered", [dead, usual[1].expand(3, -1), dead], weights, top_p=0.5, upscale_top_p=0.9)
+    add("tuned of weight 0", [usual[0].expand(3, -1), dead, usual[2].expand(3, -1)], (1.0, 0.0, -1.0))
+    return calls
 
 
 def check_call(call: Call, backend: str, want: dict | None = None):
