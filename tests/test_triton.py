@@ -91,9 +91,9 @@ def test_verify_of_a_deterministic_proposer(case, method):
 @pytest.mark.parametrize("part", range(8))
 def test_odd_values(part):
     calls = testing.odd_calls()
-    if not WHOLE:  # of each kind one operation, in turn
+    if not WHOLE:  # of some kinds one operation, in turn
         kinds = [list(group) for _, group in itertools.groupby(calls, lambda call: call.name.rpartition(",")[0])]
-        calls = [group[i % len(group)] for i, group in enumerate(kinds)]
+        calls = [group[i % len(group)] for i, group in enumerate(kinds[::3])]
     for call in calls[part::8]:
         testing.check_call(call, "triton")
 
@@ -101,7 +101,7 @@ def test_odd_values(part):
 @interpreted
 @pytest.mark.parametrize("part", range(4))
 def test_random_calls(part):
-    for seed in range(part, 200 if WHOLE else 32, 4):
+    for seed in range(part, 200 if WHOLE else 16, 4):
         testing.check_call(testing.random_call(seed), "triton")
 
 
