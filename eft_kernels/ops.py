@@ -58,10 +58,30 @@ def _params(flat) -> Params:
     return Params(weights, *pairs, *flat[-3:])
 
 
+def _checked(name: str, logits, p: Params, args: tuple):
+    """An operator's arguments as a backend relies on them. Values of tensors are not looked at; ValueError."""
+    fields = p._asdict()
+    logits, vocab_size = check_logits(logits, 3 if name == "verify" else 2, fields.pop("vocab_size"))
+    (rows, *slots), device = logits[0].shape[:-1], logits[0].device
+    if name == "sample":
+        _check_draw(*args[:2], args[3])
+    elif name == "verify":
+        drafts, lengths, method, draft, logprobs = args
+        _check_method(logits, method, None if draft == -1 else draft)
+        args = (_integers("draft_tokens", drafts, (rows, slots[0] - 1), device),
+                _integers("draft_lengths", lengths, (rows,), device), method, draft, logprobs)
+    elif name == "token_logprobs":
+        args = (_integers("ids", args[0], (rows, *args[0].shape[1:2]), device),)
+        if args[0].dim() != 2:
+            raise ValueError(f"ids: expected an int64 tensor [{rows}, n], got {list(args[0].shape)}")
+    p = check_params(logits, fields.pop("weights"), rows, vocab_size, needs_tuned=name == "sample" and args[4], **fields)
+    return logits, p, *args
+
+
 def _implementation(name: str):
     def run(logits, *args):
-        function = getattr(dispatch.choose(args[-1], logits[0].device), name)
-        out = function(logits, _params(args[:_COUNT]), *args[_COUNT:-1])
+        checked = _checked(name, logits, _params(args[:_COUNT]), args[_COUNT:-1])
+        out = getattr(dispatch.choose(args[-1], logits[0].device), name)(*checked)
         if isinstance(out, torch.Tensor):
             return out
         # an operator returns tensors: what was not asked for is empty
@@ -129,7 +149,7 @@ class SampleOutput(NamedTuple):
     """What `sample` returns; B rows."""
 
     tokens: torch.Tensor  # int64 [B], -1 where the row is invalid
-    valid: torch.Tensor  # bool [B], False: NaN or +inf in the row, or no token left
+    valid: torch.Tensor  # bool [B], False: NaN or +inf in the row, no token left, or a parameter out of range
     logprobs: torch.Tensor | None  # float32 [B], nats, under the processed distribution (greedy: 0)
     raw_logprobs: torch.Tensor | None  # float32 [B], nats, under the emulated distribution before sampling parameters
     top_ids: torch.Tensor | None  # int64 [B, n], of the emulated distribution, -1 padded
@@ -211,12 +231,7 @@ def sample(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
             return SampleOutput(*out)
     logits, vocab_size = check_logits(logits, 2, vocab_size)
     rows, device = logits[0].shape[0], logits[0].device
-    if stream not in STREAM_NAMES:
-        raise ValueError(f"stream: got {stream!r}, allowed are {', '.join(STREAM_NAMES)}")
-    if not isinstance(slot, int) or not 0 <= slot < 1 << 24:
-        raise ValueError(f"slot: got {slot!r}, allowed is an integer from 0 to 2^24 - 1")
-    if not isinstance(top_logprobs, int) or top_logprobs < 0:
-        raise ValueError(f"top_logprobs: got {top_logprobs!r}, allowed is an integer >= 0")
+    _check_draw(stream, slot, top_logprobs)
     p = check_params(logits, weights, rows, vocab_size, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                      upscale_top_p=upscale_top_p, seed=_fresh_seeds(rows, device) if seed is None else seed,
                      position=position, token_mask=token_mask, tuned=tuned, check=check or _eager_cpu(device),
@@ -259,12 +274,7 @@ def verify(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
     logits, vocab_size = check_logits(logits, 3, vocab_size)
     rows, slots = logits[0].shape[:2]
     device = logits[0].device
-    if slots < 1:
-        raise ValueError("logits[0]: expected [B, K+1, V] with K >= 0, got 0 slots")
-    if method not in METHODS:
-        raise ValueError(f"method: got {method!r}, allowed are {', '.join(METHODS)}")
-    if draft is not None and (not isinstance(draft, int) or not 0 <= draft < len(logits)):
-        raise ValueError(f"draft: got {draft!r}, allowed is None or the index of one of the {len(logits)} models")
+    _check_method(logits, method, draft)
     look = check or _eager_cpu(device)
     draft_tokens = _integers("draft_tokens", draft_tokens, (rows, slots - 1), device)
     if draft_lengths is None:
@@ -283,6 +293,24 @@ def verify(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
                 backend=backend)
     tokens, num_emitted, valid, lp, raw = out
     return VerifyOutput(tokens, num_emitted, valid, *((lp, raw) if logprobs else (None, None)))
+
+
+def _check_draw(stream, slot, top_logprobs):
+    if stream not in STREAM_NAMES:
+        raise ValueError(f"stream: got {stream!r}, allowed are {', '.join(STREAM_NAMES)}")
+    if not isinstance(slot, int) or not 0 <= slot < 1 << 24:
+        raise ValueError(f"slot: got {slot!r}, allowed is an integer from 0 to 2^24 - 1")
+    if not isinstance(top_logprobs, int) or top_logprobs < 0:
+        raise ValueError(f"top_logprobs: got {top_logprobs!r}, allowed is an integer >= 0")
+
+
+def _check_method(logits, method, draft):
+    if logits[0].shape[1] < 1:
+        raise ValueError("logits[0]: expected [B, K+1, V] with K >= 0, got 0 slots")
+    if method not in METHODS:
+        raise ValueError(f"method: got {method!r}, allowed are {', '.join(METHODS)}")
+    if draft is not None and (not isinstance(draft, int) or not 0 <= draft < len(logits)):
+        raise ValueError(f"draft: got {draft!r}, allowed is None or the index of one of the {len(logits)} models")
 
 
 def _integers(name: str, value, shape, device) -> torch.Tensor:

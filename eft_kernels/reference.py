@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from .params import Params
+from .params import SPECS, Params
 
 NEG_INF = float("-inf")
 GREEDY = 1e-5  # temperatures below are greedy
@@ -172,7 +172,12 @@ def nucleus(scores, masses, limit) -> torch.Tensor:
 # --- rows ----------------------------------------------------------------------------------------------------------
 
 class Rows:
-    """Rows with every parameter as a tensor [R]; ``index`` maps rows to the batch when rows are (row, slot) pairs."""
+    """Rows with every parameter as a tensor [R]; ``index`` maps rows to the batch when rows are (row, slot) pairs.
+
+    Nobody need have looked at values. A row is invalid, that row alone, where its temperature, top_p, min_p or
+    upscale_top_p is outside the range of `SPECS` (as float32; NaN is) or a weight is not finite. ``top_k`` <= 0 or >= V
+    is off; draft lengths are clamped to [0, K]; a draft outside [0, V) is never accepted; an id outside has log-prob NaN.
+    """
 
     def __init__(self, logits, p: Params, index=None, mask=None):
         rows, device = logits[0].shape[0], logits[0].device
@@ -184,12 +189,15 @@ class Rows:
             return value if index is None else value[index]
 
         w = torch.as_tensor(p.weights, dtype=torch.float32, device=device)
-        self.weights = w.expand(rows, -1) if w.dim() == 1 else w if index is None else w[index]  # [R, J]
-        self.temperature = per_row(p.temperature, torch.float32)
+        w = w.expand(rows, -1) if w.dim() == 1 else w if index is None else w[index]
+        self.in_range = w.isfinite().all(1)
+        self.weights = torch.where(w.isfinite(), w, 0.0)  # [R, J]
+        for name, off in dict(temperature=1.0, top_p=1.0, min_p=0.0, upscale_top_p=1.0).items():
+            (_, low, high, _), value = SPECS[name], per_row(getattr(p, name), torch.float32)
+            fine = (value >= low) & (value <= high)
+            self.in_range = self.in_range & fine
+            setattr(self, name, torch.where(fine, value, off))
         self.top_k = per_row(p.top_k, torch.int64)
-        self.top_p = per_row(p.top_p, torch.float32)
-        self.min_p = per_row(p.min_p, torch.float32)
-        self.upscale_top_p = per_row(p.upscale_top_p, torch.float32)
         self.seed, self.position = per_row(p.seed, torch.int64), per_row(p.position, torch.int64)
         self.greedy = self.temperature < GREEDY
         self.temperature = torch.where(self.greedy, 0.0, self.temperature)
@@ -202,7 +210,11 @@ class Rows:
             self.allowed = (mask[:, token // 32] >> (token % 32).to(torch.int32)) & 1 != 0
 
     def combine(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Emulated scores [R, V] (-inf: excluded) and whether each row is free of NaN and +inf."""
+        """Emulated scores [R, V] and whether each row is valid.
+
+        -inf is excluded, also where a sum or the up-scaling filter overflows to it; a token that is not excluded and
+        comes to NaN or +inf in either makes the row invalid, and so does having no token left.
+        """
         V, dev = self.vocab_size, self.logits[0].device
         s = torch.zeros(self.logits[0].shape[0], V, device=dev)
         excluded = torch.zeros_like(s, dtype=torch.bool) if self.allowed is None else ~self.allowed
@@ -220,18 +232,18 @@ class Rows:
         if self.allowed is not None:
             bad = bad & self.allowed
         s = torch.where(excluded, NEG_INF, s)
-        valid = ~bad.any(1) & (s != NEG_INF).any(1)
-        s = torch.where(valid[:, None], s, torch.zeros_like(s))  # any scores do: the row is reported invalid
-        return self.upscale(s), valid
+        valid = self.in_range & ~bad.any(1) & (s != NEG_INF).any(1)
+        s = self.upscale(torch.where(valid[:, None], s, 0.0))  # any scores do where the row is reported invalid
+        valid = valid & (s < float("inf")).all(1) & (s != NEG_INF).any(1)
+        return torch.where(valid[:, None], s, 0.0), valid
 
     def own(self, j: int, excluded) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Model j alone over the tokens not excluded: logits, masses, total, log-sum-exp."""
+        """Model j alone over the tokens not excluded: logits, masses, total, the best logit."""
         z = self.logits[j][:, : self.vocab_size].to(torch.float32)
         z = torch.where(excluded, NEG_INF, z)
         best = torch.where(torch.isinf(z.amax(1)), 0.0, z.amax(1))
         masses = torch.where(z == NEG_INF, 0, mass(z, best, torch.full_like(best, LOG2E)))
-        total = masses.sum(1).clamp(min=1)
-        return z, masses, total, best + log_total(total)
+        return z, masses, masses.sum(1).clamp(min=1), best
 
     def upscale(self, s) -> torch.Tensor:
         """The up-scaling filter (arXiv 2310.12962, section 4.4): outside the tuned model's own nucleus of mass
@@ -243,12 +255,13 @@ class Rows:
         d, first = torch.zeros_like(self.top_p), torch.ones_like(on)
         for j in range(len(self.logits)):
             w = self.weights[:, j]
-            lse = self.own(j, excluded)[3]
+            _, _, total, best = self.own(j, excluded)
+            lse = best + log_total(total)
             d = torch.where(w != 0, torch.where(first, w * lse, d + w * lse), d)
             first = first & (w == 0)
-        z, masses, total, lse = self.own(self.tuned, excluded)
+        z, masses, total, best = self.own(self.tuned, excluded)
         inside = z >= nucleus(z, masses, mass_limit(self.upscale_top_p, total))[:, None]
-        scores = torch.where(inside, s - d[:, None], z - lse[:, None])
+        scores = torch.where(inside, s - d[:, None], z - (best + log_total(total))[:, None])
         return torch.where(on[:, None] & ~excluded, scores, s)
 
     def keep(self, s) -> torch.Tensor:
@@ -257,7 +270,7 @@ class Rows:
         lowest = torch.full_like(best, NEG_INF)
         if not bool(((self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)).any()):
             return torch.where(self.greedy, best, lowest)
-        k = self.top_k.clamp(max=self.vocab_size)
+        k = self.top_k.clamp(0, self.vocab_size)
         kth = s.sort(1, descending=True).values.gather(1, (k - 1).clamp(min=0)[:, None])[:, 0]
         lowest = torch.where(k > 0, kth, lowest)
         masses = torch.where(s >= lowest[:, None], mass(s, best, self.c), 0)
@@ -332,9 +345,11 @@ def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logpro
         if diagnostics:
             prob = full.exp()
             h = -torch.where(prob > 0, prob * full, 0.0).sum(1)
-            z, _, _, lse = r.own(r.tuned, s == NEG_INF)
+            z, _, total, best = r.own(r.tuned, s == NEG_INF)
+            own = (z - best[:, None]) - log_total(total)[:, None]
+            fine = (z < float("inf")).all(1)  # a tuned model of weight 0 may hold anything
             entropy[part] = torch.where(ok, h, nan)
-            tv[part] = torch.where(ok, 0.5 * (prob - (z - lse[:, None]).exp()).abs().sum(1), nan)
+            tv[part] = torch.where(ok & fine, 0.5 * (prob - own.exp()).abs().sum(1), nan)
     return tokens, valid, lp, raw, top_ids, top_lp, entropy, tv
 
 
@@ -352,7 +367,9 @@ def logprobs(logits, p: Params):
 
 
 def token_logprobs(logits, p: Params, ids):
-    return logprobs(logits, p).gather(1, ids)
+    inside = (ids >= 0) & (ids < p.vocab_size)
+    lp = logprobs(logits, p).gather(1, ids.clamp(0, p.vocab_size - 1))
+    return torch.where(inside, lp, float("nan"))
 
 
 def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, logprobs: bool):
@@ -360,6 +377,7 @@ def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: i
     B, S = logits[0].shape[:2]
     dev, V = logits[0].device, p.vocab_size
     every = torch.arange(B, device=dev)
+    draft_lengths = draft_lengths.clamp(0, S - 1)
     slots = []
     for i in range(S):
         mask = None if p.token_mask is None else p.token_mask[:, i]

@@ -1,16 +1,19 @@
 """The case table every backend is held to, and the comparison with the reference. Used by tests and benchmarks.
 
 A backend passes a case when its tokens, validity, and acceptance equal the reference's exactly and its log-probs agree
-within `TOLERANCE`. Adding a backend adds nothing here; adding a parameter adds a row.
+within `TOLERANCE`. Adding a backend adds nothing here; adding a parameter adds a row. `random_call` makes calls that no
+table thinks of: any shape, stride, type and value, past the checks of values.
 """
 
 from __future__ import annotations
 
+import random
 from typing import NamedTuple
 
 import torch
 
-from . import ops
+from . import ops, reference
+from .params import Params
 from .weights import Weights, interpolate, upscale
 
 TOLERANCE = 1e-5  # nats: float32 log-sum-exp against the fixed-point one
@@ -275,3 +278,215 @@ def check_logprobs(case: Case, backend: str, seed: int = 0, device="cpu"):
     got = ops.token_logprobs(z, w, ids.to(device), backend=backend, **there)
     _close("token_logprobs", got, want.gather(1, ids), case.name)
     return got
+
+
+# --- calls that nobody has checked ---------------------------------------------------------------------------------
+
+class Call(NamedTuple):
+    """A call of ``torch.ops.eft_kernels.<operation>``, which looks at no tensor's values."""
+
+    name: str
+    operation: str
+    logits: list[torch.Tensor]
+    params: Params
+    args: tuple = ()  # what the operator takes beside these
+
+    def run(self, backend: str) -> dict[str, torch.Tensor]:
+        out = getattr(torch.ops.eft_kernels, self.operation)(
+            self.logits, *ops._flatten(self.params), *self.args, backend)
+        if isinstance(out, torch.Tensor):
+            return {"logprobs": out}
+        return dict(zip((ops.SampleOutput if self.operation == "sample" else ops.VerifyOutput)._fields, out))
+
+
+def unchecked(operation: str, logits, weights=(1.0, 1.0, -1.0), *args, name: str = "", **params) -> Call:
+    """A `Call` with these parameters, the others off."""
+    off = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, upscale_top_p=1.0, seed=1, position=2, token_mask=None,
+               vocab_size=min(z.shape[-1] for z in logits), tuned=len(logits) > 1)
+    off["tuned"] = int(off["tuned"])
+    return Call(name or operation, operation, logits, Params(weights, **off | params), args)
+
+
+def odd_calls() -> list[Call]:
+    """Values that the checks would have refused, and those that overflow, a row each; row 0 is as it should be."""
+    nan, inf, low, high = float("nan"), float("inf"), -(1 << 63), (1 << 63) - 1
+    values = dict(temperature=(1, nan, inf, -inf, -1, 2e30), top_p=(0.9, nan, inf, 0, -1, 1.5, 1e-40),
+                  min_p=(0.1, nan, 2, -0.5, inf), upscale_top_p=(0.9, nan, inf, 0, -1, 1.5, 1e-40))
+    draw, V = ("sample", 0, True, 3, True), 300
+    calls = []
+
+    def add(name, logits, weights=(1.0, 1.0, -1.0), rows=0, drafts=None, lengths=None, only="", **params):
+        """The call of every operation."""
+        rows = rows or logits[0].shape[0]
+        logits = [z.expand(rows, -1) for z in logits]
+        size = logits[0].shape[1]
+        ids = torch.tensor([0, size - 1, -1, size, low, high]).expand(rows, -1)
+        drafts = torch.full((rows, 3), size - 1) if drafts is None else drafts
+        lengths = torch.full((rows,), 3) if lengths is None else lengths
+        slots = [z[:, None].expand(-1, 4, -1) for z in logits]
+        made = [unchecked("sample", logits, weights, *draw, name=f"{name}, sample", **params),
+                unchecked("sample", logits, weights, "draft", 1, False, 0, False, name=f"{name}, token", **params),
+                unchecked("logprobs", logits, weights, name=f"{name}, logprobs", **params),
+                unchecked("token_logprobs", logits, weights, ids, name=f"{name}, ids", **params)]
+        made += [unchecked("verify", slots, weights, drafts, lengths, method, draft, True, name=f"{name}, {method} {draft}",
+                           **params) for method in ops.METHODS for draft in (len(logits) // 2, -1)]
+        calls.extend(call for call in made if only in call.operation)
+
+    usual = [torch.randn(1, V, generator=torch.Generator().manual_seed(j)) for j in range(3)]
+    for name, odd in values.items():
+        add(f"{name} out of range", usual, rows=len(odd), **{name: torch.tensor(odd)})
+        add(f"{name} out of range, filtered", usual, rows=len(odd), **{**dict(top_p=0.5, top_k=9), name: torch.tensor(odd)})
+    add("top_k below 0 and beyond V", usual, rows=5, top_k=torch.tensor([0, -1, low, high, V]))
+    add("any seed and position", usual, rows=4, seed=torch.tensor([1, low, high, -1]), position=torch.tensor([2, low, high, -1]))
+    for w in (nan, inf, -inf):
+        add(f"weight {w}", usual, torch.tensor([[1.0, 1.0, -1.0], [1.0, w, -1.0], [w, 0.0, 0.0]]), rows=3)
+    add("drafts and lengths of any value", usual, rows=6, only="verify", lengths=torch.tensor([3, 4, high, -1, low, 3]),
+        drafts=torch.tensor([[1, 2, 3], [-1, 2, 3], [V, 0, 0], [low, 1, 2], [high, high, high], [0, V, -1]]))
+    # scores, or normalised scores, that overflow: to NaN, to +inf, to -inf for some tokens, for all but one, for all
+    big, zero = 3.3e38, torch.zeros(1, 4)
+    for name, base in (("NaN", [big, -big, 0, 0]), ("-inf", [-big, 0, 1, 2]), ("+inf", [big, big, 0, 0]),
+                       ("nothing", [-big] * 4)):
+        for p in (1.0, 0.3, 0.9):
+            for beta in (1.0, 1.02, 1.5):
+                add(f"overflow to {name}, weight {beta}, {p}", [torch.tensor([base]), zero, -torch.tensor([base])],
+                    (beta, 1.0, -beta), upscale_top_p=p, top_p=0.5)
+    add("zeros, zeros, overflow", [zero, zero, torch.tensor([[big, -big, 0, 0]])], upscale_top_p=0.3, top_p=0.5)
+    # keys that overflow, of seeds that draw enough noise for it
+    seeds = torch.arange(800)[:, None]
+    noise = reference.gumbel(seeds, 0 * seeds + 2, 0, 0 * seeds, V).amax(1)
+    seeds = torch.cat([torch.arange(1), (noise > 10.2).nonzero()[:5, 0]])
+    most = torch.finfo(F32).max
+    for z in (most, -most):
+        x = torch.full((len(seeds), V), z)
+        x[0, ::7] = float("-inf")
+        add(f"keys of {z}", [x], (1.0,), temperature=1e30, seed=seeds)
+        add(f"keys of {z}, filtered", [x], (1.0,), temperature=1e30, seed=seeds, top_p=0.5)
+    # models of weight 0 are not read
+    dead = torch.full((3, V), nan)
+    dead[1], dead[2] = float("-inf"), float("inf")
+    for weights in ((0.0, 0.0, -0.0), torch.zeros(3), torch.zeros(3, 3)):
+        add("all weights 0", [dead, usual[1].expand(3, -1), dead], weights)
+        add("all weights 0, filtered", [dead, usual[1].expand(3, -1), dead], weights, top_p=0.5, upscale_top_p=0.9)
+    add("tuned of weight 0", [usual[0].expand(3, -1), dead, usual[2].expand(3, -1)], (1.0, 0.0, -1.0))
+    return calls
+
+
+def check_call(call: Call, backend: str, want: dict | None = None):
+    """``call`` on ``backend`` against the reference (or what it gave: ``want``)."""
+    got, want = call.run(backend), want or call.run("reference")
+    for name in got:
+        if got[name].is_floating_point():
+            scale = 20 if name in ("entropy", "tv") else 1  # as in `check_sample`
+            torch.testing.assert_close(got[name].cpu(), want[name].cpu(), rtol=1e-5, atol=scale * TOLERANCE, equal_nan=True,
+                                       msg=lambda m: f"{call.name}: {name}: {m}")  # noqa: B023
+        else:
+            _equal(name, got[name], want[name], call.name)
+    return got
+
+
+def _random_values(pick: random.Random, shape, dtype, g: torch.Generator) -> torch.Tensor:
+    """Logits: usual ones, ties, far apart, extremes, and some that are not finite."""
+    most, tiny = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
+    z = torch.randn(shape, generator=g)
+    kind = pick.choice(["usual"] * 6 + ["ties", "flat", "peaked", "offset", "huge", "extremes", "subnormal", "mixed"])
+    if kind == "usual":
+        z = z * 3
+    elif kind == "ties":
+        z = z.round()
+    elif kind == "flat":
+        z = z * 0 + pick.choice([0.0, -0.0, 1.0, -most])
+    elif kind == "peaked":
+        z = z * 40
+    elif kind == "offset":
+        z = z + pick.choice([1000.0, 65000.0, -65000.0])
+    elif kind == "huge":
+        z = z * pick.choice([1e4, 1e30, 1e38])
+    elif kind == "extremes":
+        values = torch.tensor([most, -most, 0.9 * most, -0.9 * most, 0.0, 1.0, tiny])
+        z = values[torch.randint(0, len(values), tuple(shape), generator=g)]
+    elif kind == "subnormal":
+        z = z * tiny
+    else:
+        z = torch.where(torch.rand(shape, generator=g) < 0.1, z * most, z)
+    z = z.clamp(-most, most).to(dtype)
+    for value, often in ((float("-inf"), 0.25), (float("nan"), 0.03), (float("inf"), 0.03)):
+        if pick.random() < often:
+            z[torch.rand(shape, generator=g) < pick.choice([0.002, 0.3])] = value
+    return z
+
+
+def _random_layout(pick: random.Random, z: torch.Tensor) -> torch.Tensor:
+    """The same values with other strides, at another address."""
+    kind = pick.choice(["contiguous"] * 4 + ["wide", "offset", "transposed", "expanded"])
+    if kind == "wide":
+        wide = torch.full((*z.shape[:-1], z.shape[-1] + pick.randint(1, 9)), float("nan"), dtype=z.dtype)
+        wide[..., : z.shape[-1]] = z
+        return wide[..., : z.shape[-1]]
+    if kind == "offset":
+        flat = torch.empty(z.numel() + 7, dtype=z.dtype)[pick.randint(1, 7) :][: z.numel()]
+        return flat.copy_(z.flatten()).view(z.shape)
+    if kind == "transposed":
+        return z.transpose(0, 1).contiguous().transpose(0, 1)
+    return z[:1].expand(z.shape) if kind == "expanded" else z
+
+
+def random_call(seed: int, largest: int = 1000) -> Call:
+    """The call of this number; any operation, shapes up to [5, 4, ``largest``], parameters in and out of range."""
+    pick, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    operation = pick.choice(["sample", "sample", "verify", "verify", "logprobs", "token_logprobs"])
+    rows, models = pick.choice([0, 1, 1, 2, 3, 5]), pick.choice([1, 2, 3, 3, 3, 4, 8])
+    V = min(largest, pick.choice([1, 2, 31, 33, 255, 256, 257, 300, 519, 777, 1000]))
+    lead = (rows, pick.randint(1, 4)) if operation == "verify" else (rows,)
+    dtypes = [pick.choice((F32, F16, BF16))] * models
+    if pick.random() < 0.3:
+        dtypes = [pick.choice((F32, F16, BF16)) for _ in range(models)]
+    lengths = [V + pick.choice([0, 0, 0, 1, 24]) for _ in range(models)]
+    logits = [_random_layout(pick, _random_values(pick, (*lead, v), d, g)) for v, d in zip(lengths, dtypes)]
+
+    def per_row(dtype, usual, *odd):
+        """A number of ``usual``, or a tensor with ``odd`` values among them."""
+        if pick.random() < 0.4:
+            return pick.choice(usual)
+        odd = odd if pick.random() < 0.3 else ()
+        return torch.tensor([pick.choice((*usual, *usual, *odd)) for _ in range(rows)], dtype=dtype)
+
+    nan, inf = float("nan"), float("inf")
+    low, high = -(1 << 63), (1 << 63) - 1
+    values = [0.0, 1.0, -1.0, 0.5, 2.0, 1e-3]
+    weights = tuple(pick.choice(values) for _ in range(models))
+    if pick.random() < 0.4:
+        weights = (*(1.0,) * (models - 1), -1.0)
+    if pick.random() < 0.4:
+        odd = (nan, inf, -inf, 3e38, 1e-40) if pick.random() < 0.3 else ()
+        shape = pick.choice([(models,), (rows, models)])
+        flat = [pick.choice((*values, *values, *odd)) for _ in range(torch.Size(shape).numel())]
+        weights = torch.tensor(flat).view(shape)
+    mask = None
+    if pick.random() < 0.3:
+        mask = torch.randint(-(1 << 31), 1 << 31, (*lead, (V + 31) // 32), generator=g).to(torch.int32)
+        mask *= torch.rand(mask.shape, generator=g) < pick.choice([0.1, 0.9])
+    params = dict(
+        temperature=per_row(F32, (1.0, 1.0, 0.7, 0.0, 1e-5, 1e30), nan, inf, -1.0, 2e30),
+        top_k=per_row(torch.int64, (0, 0, 1, 5, 300), -1, low, high, V, V + 1),
+        top_p=per_row(F32, (1.0, 1.0, 0.9, 0.3, 1e-6), nan, 0.0, -1.0, 1.5, 1e-40, inf),
+        min_p=per_row(F32, (0.0, 0.0, 0.05, 1.0), nan, 2.0, -0.5, -inf),
+        upscale_top_p=per_row(F32, (1.0, 1.0, 1.0, 0.9, 0.3), nan, 0.0, -1.0, 1.5, inf),
+        seed=per_row(torch.int64, (0, 1, -1, high, low)), token_mask=mask, vocab_size=pick.choice([V, V, (V + 1) // 2]),
+        position=per_row(torch.int64, (0, 7, 1 << 40), -1, low, high), tuned=pick.randrange(models))
+    if mask is not None:
+        params["vocab_size"] = V
+    args = ()
+    if operation == "sample":
+        args = (pick.choice(ops.STREAM_NAMES), pick.choice([0, 3, (1 << 24) - 1]), pick.random() < 0.6,
+                pick.choice([0, 0, 3, V + 2]), pick.random() < 0.3)
+    elif operation == "token_logprobs":
+        args = (torch.randint(-2, V + 2, (rows, 3), generator=g),)
+    elif operation == "verify":
+        drafts = torch.randint(-1, V + 1, (rows, lead[1] - 1), generator=g)
+        if pick.random() < 0.6:  # likely ones
+            drafts = torch.nan_to_num(logits[0][..., :V].float()).argmax(-1)[:, : lead[1] - 1]
+        drafts[torch.rand(drafts.shape, generator=g) < pick.choice([0.0, 0.2])] = pick.choice([low, high, -1, V])
+        counts = torch.randint(-1, lead[1] + 2, (rows,), generator=g)
+        counts[torch.rand(rows, generator=g) < 0.1] = pick.choice([low, high])
+        args = (drafts, counts, pick.choice(ops.METHODS), pick.randint(-1, models - 1), pick.random() < 0.7)
+    return unchecked(operation, logits, weights, *args, name=f"random_call({seed})", **params)

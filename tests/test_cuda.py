@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import eft_kernels as eft
-from eft_kernels import dispatch, ops
+from eft_kernels import dispatch, ops, testing
 from eft_kernels.testing import BF16, CASES, F16, F32, Case, check_logprobs, check_sample, check_verify, per_row
 
 sys.path.insert(0, str(Path(__file__).parent / "simt"))
@@ -121,6 +121,32 @@ def test_verify_of_many_drafts(method, device):
     got, want = (eft.verify(logits, [1.0], none, method=method, draft=None, seed=4, backend=name)
                  for name in ("cuda", "reference"))
     assert torch.equal(got.tokens, want.tokens) and got.valid.all()
+
+
+# --- calls that nobody has checked ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("part", range(4))
+def test_odd_values(part, shim):
+    for i, call in enumerate(testing.odd_calls()):
+        if i % 4 == part:
+            shim.simt_set_device(*list(DEVICES.values())[i % 3])
+            testing.check_call(call, "cuda")
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_random_calls(part, shim):
+    for seed in range(part * 40, part * 40 + 40):
+        shim.simt_set_device(*list(DEVICES.values())[seed % 3])
+        testing.check_call(testing.random_call(seed), "cuda")
+
+
+@pytest.mark.parametrize("offset", (0.0, 65000.0, 1e30))
+def test_diagnostics_are_those_of_float64(offset, device):
+    z = [torch.randn(2, 500, generator=torch.Generator().manual_seed(j)) * 2 + offset for j in range(3)]
+    out = eft.sample(z, eft.upscale(), seed=1, diagnostics=True, backend="cuda")
+    p = ((z[0] + z[1]) - z[2]).double().softmax(1)
+    tv = 0.5 * (p - z[1].double().softmax(1)).abs().sum(1)
+    torch.testing.assert_close(out.tv.double(), tv, rtol=0, atol=2e-6)
 
 
 # --- paths of their own --------------------------------------------------------------------------------------------

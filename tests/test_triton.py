@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import eft_kernels as eft
-from eft_kernels import ops, reference
+from eft_kernels import ops, reference, testing
 from eft_kernels.testing import BF16, CASES, F16, F32, Case, check_logprobs, check_sample, check_verify, make, per_row
 
 triton = pytest.importorskip("triton")
@@ -83,6 +83,48 @@ def test_verify(case, method, cut):
 @pytest.mark.parametrize("case", chosen("a chunk and one", largest=520, most=9), ids=name_of)
 def test_verify_of_a_deterministic_proposer(case, method):
     check_verify(case, "triton", method, draft=None, seed=1)
+
+
+# --- calls that nobody has checked ---------------------------------------------------------------------------------
+
+@interpreted
+@pytest.mark.parametrize("part", range(8))
+def test_odd_values(part):
+    calls = testing.odd_calls()
+    if not WHOLE:  # of some kinds one operation, in turn
+        kinds = [list(group) for _, group in itertools.groupby(calls, lambda call: call.name.rpartition(",")[0])]
+        calls = [group[i % len(group)] for i, group in enumerate(kinds[::3])]
+    for call in calls[part::8]:
+        testing.check_call(call, "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("part", range(4))
+def test_random_calls(part):
+    for seed in range(part, 200 if WHOLE else 16, 4):
+        testing.check_call(testing.random_call(seed), "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("cut", CUTS, indirect=True)
+@pytest.mark.parametrize("weights", [(0.0, 0.0), torch.zeros(3, 2)], ids=("numbers", "per row"))
+def test_models_of_weight_0_are_not_read(weights, cut):
+    dead = torch.full((3, 700), float("nan"))
+    dead[1], dead[2] = float("-inf"), float("inf")
+    for kwargs in ({}, dict(top_p=0.5), dict(logprobs=False)):
+        got, want = (eft.sample([dead, dead], weights, seed=torch.arange(3), backend=name, **kwargs)
+                     for name in ("triton", "reference"))
+        assert got.valid.all() and torch.equal(got.tokens, want.tokens)
+
+
+@interpreted
+@pytest.mark.parametrize("offset", (0.0, 65000.0, -65000.0, 1e30))
+def test_diagnostics_are_those_of_float64(offset):
+    z = [torch.randn(2, 500, generator=torch.Generator().manual_seed(j)) * 2 + offset for j in range(3)]
+    out = eft.sample(z, eft.upscale(), seed=1, diagnostics=True, backend="triton")
+    p = ((z[0] + z[1]) - z[2]).double().softmax(1)
+    tv = 0.5 * (p - z[1].double().softmax(1)).abs().sum(1)
+    torch.testing.assert_close(out.tv.double(), tv, rtol=0, atol=2e-6)
 
 
 # --- paths of their own --------------------------------------------------------------------------------------------

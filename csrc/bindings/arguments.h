@@ -32,8 +32,11 @@ struct Reader {
   bool unusual = false;
   bool strict = true;  // look at values, too
   int64_t rows = 0, slots = 1;
+  PyObject* models = nullptr;  // a tuple: a list's items may be replaced while the call runs
 
   Reader(PyObject* const* args, Py_ssize_t n, int32_t device_type) : args(args), n(n), device{device_type, -1} {}
+  ~Reader() { Py_DecRef(models); }
+  Reader(const Reader&) = delete;
 
   bool need(bool ok) {
     unusual |= !ok;
@@ -103,15 +106,20 @@ struct Reader {
   void call(Call& c, int dims) {
     strict = boolean();
     PyObject* logits = next();
-    const bool list = PyList_Check(logits);
-    if (!need(list || PyTuple_Check(logits))) return;
-    const Py_ssize_t models = list ? PyList_Size(logits) : PyTuple_Size(logits);
-    if (!need(models >= 1 && models <= kMaxModels)) return;
-    c.models = static_cast<int>(models);
+    if (PyList_Check(logits)) {
+      models = PyList_AsTuple(logits);
+      if (!models) PyErr_Clear();
+    } else if (PyTuple_Check(logits)) {
+      Py_IncRef(models = logits);
+    }
+    if (!need(models)) return;
+    const Py_ssize_t count = PyTuple_Size(models);
+    if (!need(count >= 1 && count <= kMaxModels)) return;
+    c.models = static_cast<int>(count);
     int64_t vocab = INT64_MAX;
     for (int j = 0; j < c.models; ++j) {
       dlpack::Tensor t;
-      if (!view(list ? PyList_GetItem(logits, j) : PyTuple_GetItem(logits, j), t)) return;
+      if (!view(PyTuple_GetItem(models, j), t)) return;
       if (!need(t.ndim == dims && (t.strides[dims - 1] == 1 || t.shape[dims - 1] < 2))) return;
       if (j == 0) rows = t.shape[0], slots = dims == 3 ? t.shape[1] : 1;
       need(t.shape[0] == rows && (dims == 2 || t.shape[1] == slots) && slots >= 1);
@@ -125,7 +133,7 @@ struct Reader {
     c.slots = slots;
     PyObject* w = next();
     if (PyTuple_Check(w)) {
-      if (!need(PyTuple_Size(w) == models)) return;
+      if (!need(PyTuple_Size(w) == count)) return;
       for (int j = 0; j < c.models; ++j) {
         PyObject* o = PyTuple_GetItem(w, j);
         if (!need(PyFloat_CheckExact(o))) return;
@@ -134,12 +142,13 @@ struct Reader {
     } else {
       dlpack::Tensor t;
       if (!view(w, t)) return;
-      c.weights = t.ndim == 2 ? tensor<float>(w, kFloat32, {rows, models}) : tensor<float>(w, kFloat32, {models});
-      c.weights_stride = t.ndim == 2 ? models : 0;
+      c.weights = t.ndim == 2 ? tensor<float>(w, kFloat32, {rows, count}) : tensor<float>(w, kFloat32, {count});
+      if (!c.weights) return;
+      c.weights_stride = t.ndim == 2 ? count : 0;
     }
     const float* weights = c.weights ? c.weights : c.weight;
     if (c.weights ? values() : strict)
-      for (int64_t k = 0; k < (c.weights_stride ? rows : 1) * models; ++k) need(std::isfinite(weights[k]));
+      for (int64_t k = 0; k < (c.weights_stride ? rows : 1) * count; ++k) need(std::isfinite(weights[k]));
     c.temperature = per_row<float>(0, 1e30f);
     c.top_k = per_row<int64_t>(0, INT64_MAX);
     c.top_p = per_row<float>(kTiny, 1);
@@ -155,7 +164,7 @@ struct Reader {
     const int64_t words = (vocab + 31) / 32;
     if (mask != Py_None)
       c.mask = dims == 3 ? tensor<int32_t>(mask, kInt32, {rows, slots, words}) : tensor<int32_t>(mask, kInt32, {rows, words});
-    c.tuned = static_cast<int>(integer());
+    c.tuned = static_cast<int>(integer(INT32_MIN, INT32_MAX));
     needs_tuned(c, c.upscale_top_p.data || c.upscale_top_p.value != 1);
   }
   void needs_tuned(const Call& c, bool needed) { need(!needed || (c.tuned >= 0 && c.tuned < c.models)); }
@@ -167,7 +176,17 @@ inline void mark(int64_t* x, int64_t n) { std::fill(x, x + n, -77); }
 inline void mark(float* x, int64_t n) { std::fill(x, x + n, NAN); }
 inline void mark(bool* x, int64_t n) { std::fill(x, x + n, true); }
 
-inline void set_error(void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); }
+// What torch says of a tensor that it could not make: torch.OutOfMemoryError of a device, MemoryError of the host.
+inline void set_error(void*, const char*, const char* message) {
+  PyObject *kind = nullptr, *torch = nullptr;
+  if (strstr(message, "out of memory") && (torch = PyImport_ImportModule("torch")))
+    kind = PyObject_GetAttrString(torch, "OutOfMemoryError");
+  PyErr_Clear();
+  const bool host = strstr(message, "allocate memory");
+  PyErr_SetString(kind ? kind : host ? PyExc_MemoryError : PyExc_RuntimeError, message);
+  Py_DecRef(kind);
+  Py_DecRef(torch);
+}
 
 // a tensor of unset values; null, and Python's error is set, where there is no memory
 inline dlpack::Managed* allocate(dlpack::Device device, dlpack::DataType dtype, std::initializer_list<int64_t> shape) {

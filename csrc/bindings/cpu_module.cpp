@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <new>
 
 #include "../cpu/kernels.h"
 #include "../cpu/pool.h"
@@ -30,7 +31,7 @@ const Kernels* choose(const char* wanted) {
 const Kernels* kernels = nullptr;
 
 // Each takes a number of threads, then what prepare() reads. It returns a tuple of tensors (None: not asked for), or None
-// where an argument is unusual. The kernel runs with the interpreter lock released.
+// where an argument is unusual. The kernel runs with the interpreter lock released; MemoryError where it finds no memory.
 template <class C>
 PyObject* run(PyObject* const* args, Py_ssize_t n, void (*kernel)(const C&)) {
   Reader r(args, n, dlpack::kCPU);
@@ -39,11 +40,17 @@ PyObject* run(PyObject* const* args, Py_ssize_t n, void (*kernel)(const C&)) {
   Outputs outputs;
   if (!prepare(r, call, outputs)) Py_RETURN_NONE;
   if (outputs.failed()) return nullptr;
+  bool memory = true;
   if (call.rows) {
     Py_BEGIN_ALLOW_THREADS
-    kernel(call);
+    try {
+      kernel(call);
+    } catch (const std::bad_alloc&) {
+      memory = false;
+    }
     Py_END_ALLOW_THREADS
   }
+  if (!memory) return PyErr_NoMemory();
   return outputs.tuple();
 }
 

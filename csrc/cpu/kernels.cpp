@@ -62,14 +62,15 @@ void sample(const SampleCall& call) {
     // with filters the sum helps to find the nucleus of all tokens
     const bool sum = call.logprobs && !f.greedy && f.temperature != 1 && (!filtered || (f.top_p < 1 && f.top_k == 0));
     r.score(call.logprobs || call.top_n > 0 || call.entropy, sum);
-    call.valid[b] = r.valid;
     Winner w;
     if (r.valid) {
       Source noise = source(call.seed[b], call.position[b], call.stream, call.slot);
       r.filter(call.logprobs);
       w = call.logprobs ? r.draw(noise) : r.pick(noise);
       if (call.logprobs && filtered) r.know_mass();
+      r.valid = w.id >= 0;
     }
+    call.valid[b] = r.valid;
     call.tokens[b] = w.id;
     if (call.logprobs) {
       call.logprobs[b] = r.valid ? r.processed_logprob(w.score) : kNaN;
@@ -119,7 +120,7 @@ void logprobs(const LogprobsCall& call) {
     }
     if (f.greedy) {
       std::fill(out, out + width, -kInf);
-      out[argmax] = 0;
+      if (argmax >= 0) out[argmax] = 0;
       return;
     }
     const float shift = -(processed ? r.processed_logprob(r.best) : r.raw_logprob(r.best)), scale = processed ? f.inverse : 1;

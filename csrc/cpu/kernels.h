@@ -1,4 +1,4 @@
-// The CPU kernels of one instruction set.
+// The CPU kernels of one instruction set. Each throws std::bad_alloc where it finds no memory for scratch.
 #pragma once
 #include "../semantics/call.h"
 

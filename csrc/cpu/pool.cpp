@@ -5,7 +5,9 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
+#include <new>
 #include <thread>
 
 namespace eft {
@@ -19,10 +21,15 @@ struct Job {
   void* context;
   int64_t n;
   std::atomic<int64_t> next{0}, done{0};
+  std::atomic<bool> failed{false};
 
-  void work() {
+  void work() noexcept {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) {
-      body(context, i);
+      try {
+        if (!failed.load(std::memory_order_relaxed)) body(context, i);
+      } catch (...) {
+        failed = true;
+      }
       done.fetch_add(1, std::memory_order_release);
     }
   }
@@ -75,7 +82,10 @@ struct Pool {
   }
 
   void run(int threads, Job& j) {
-    for (; workers < threads - 1; ++workers) std::thread(&Pool::loop, this, workers).detach();
+    try {
+      for (; workers < threads - 1; ++workers) std::thread(&Pool::loop, this, workers).detach();
+    } catch (const std::exception&) {  // no more of them, or no memory: those that are there do it
+    }
     wanted.store(threads - 1);
     job.store(&j);
     epoch.fetch_add(1);
@@ -91,27 +101,31 @@ struct Pool {
 };
 
 // Never destroyed: detached workers may outlive static destructors. A forked child has no workers and starts anew.
+// Null where there was no memory for one.
 std::atomic<Pool*> pool{nullptr};
 
-Pool& get() {
+Pool* get() {
   static std::once_flag once;
   std::call_once(once, [] {
-    pool = new Pool;
-    pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+    pool = new (std::nothrow) Pool;
+    pthread_atfork(nullptr, nullptr, [] { pool = new (std::nothrow) Pool; });
   });
-  return *pool;
+  return pool;
+}
+
+void run(Job& job, int threads) {
+  Pool* p = threads > 1 ? get() : nullptr;
+  if (!p || p->busy.exchange(true)) return job.work();
+  p->run(threads, job);
+  p->busy.store(false);
 }
 
 }  // namespace
 
 void parallel_for(int threads, int64_t n, void (*body)(void*, int64_t), void* context) {
   Job job{body, context, n};
-  if (threads > n) threads = static_cast<int>(n);
-  if (threads <= 1) return job.work();
-  Pool& p = get();
-  if (p.busy.exchange(true)) return job.work();
-  p.run(threads, job);
-  p.busy.store(false);
+  run(job, threads > n ? static_cast<int>(n) : threads);
+  if (job.failed) throw std::bad_alloc();
 }
 
 }  // namespace eft

@@ -15,7 +15,8 @@ struct Winner {
 };
 
 // argmax of s_v + T g_v, lowest id on ties; scores below `lowest` do not run. group_max: the best scores of each chunk's
-// 8 groups; visit(c, which, fn) calls fn(g, scores) for the groups of chunk c whose bits are set in `which`.
+// 8 groups; visit(c, which, fn) calls fn(g, scores) for the groups of chunk c whose bits are set in `which`. Scores are
+// read again, and need not be what they were (another thread may write): then any token, or none, wins.
 template <class Visit>
 Winner race(int chunks, const float* group_max, float lowest, float temperature, const Source& source, Scratch& sc,
             const Visit& visit) {
@@ -28,8 +29,8 @@ Winner race(int chunks, const float* group_max, float lowest, float temperature,
       if (unsigned which = which_of_8(group_max + c * kGroups, lowest, 0, best))
         visit(c, which & -which, [&](int g, const float* s) {
           int i = 0;
-          while (!(s[i] == best)) ++i;
-          winner.offer(best, best, int64_t{c} * kChunkSize + g * kGroup + i);
+          while (i < kGroup && !(s[i] == best)) ++i;
+          if (i < kGroup) winner.offer(best, best, int64_t{c} * kChunkSize + g * kGroup + i);
         });
     return winner;
   }
@@ -125,12 +126,13 @@ inline float kth_largest(float* x, int64_t n, int64_t k) {
 }
 
 // smallest score kept by a nucleus: the mass strictly above it is below `limit`; reorders the candidates, which hold
-// every token of at least the smallest kept score. Weighted quickselect.
+// every token of at least the smallest kept score. +inf where there is none. Weighted quickselect.
 inline float nucleus_of(Candidate* x, int64_t n, int64_t limit) {
   int64_t lo = 0, hi = n, above = 0;
-  for (;;) {
+  float pivot = kInf;
+  while (lo < hi) {
     float a = x[lo].s, b = x[lo + (hi - lo) / 2].s, d = x[hi - 1].s;
-    float pivot = std::max(std::min(a, b), std::min(std::max(a, b), d));
+    pivot = std::max(std::min(a, b), std::min(std::max(a, b), d));
     int64_t gt = lo, eq = lo, end = hi, more = 0, same = 0;
     while (eq < end) {  // three ways: > pivot, = pivot, < pivot
       if (x[eq].s > pivot) {
@@ -151,6 +153,7 @@ inline float nucleus_of(Candidate* x, int64_t n, int64_t limit) {
       lo = end;
     }
   }
+  return pivot;
 }
 
 }  // namespace

@@ -51,8 +51,9 @@ struct Row {
 
   // the first pass; want_raw, want_sum: also raw_sum, sum
   void score(bool want_raw, bool want_sum) {
-    if (scorer.upscaled) prepare_upscaled();
-    combine(want_raw, want_sum);
+    valid = filters.valid;
+    if (valid && scorer.upscaled) prepare_upscaled();
+    if (valid) combine(want_raw, want_sum);
   }
   void combine(bool want_raw, bool want_sum) {
     group_max = sc.group_max.need(int64_t{scorer.chunks} * kGroups);
@@ -107,7 +108,8 @@ struct Row {
     visit(c, 0xFF, [&](int g, const float* s) { memcpy(out + g * kGroup, s, kGroup * sizeof(float)); });
   }
   float score_of(int64_t v) const {
-    float out = 0;
+    float out = -kInf;
+    if (v < 0 || v >= scorer.vocab) return out;
     int c = static_cast<int>(v / kChunkSize), at = static_cast<int>(v % kChunkSize);
     visit(c, 1u << at / kGroup, [&](int, const float* s) { out = s[at % kGroup]; });
     return out;
@@ -238,7 +240,7 @@ struct Row {
     for (int i = 0; i < scorer.chunks * kGroups; i += kGroups) {
       int bin[kGroups];
       for (int g = 0; g < kGroups; ++g)
-        bin[g] = static_cast<int>(std::min((best - group_max[i + g]) * d.scale, float{Depths::kBins}));
+        bin[g] = static_cast<int>(std::min(float{Depths::kBins}, std::max(0.0f, (best - group_max[i + g]) * d.scale)));
       for (int b : bin) ++groups[b];
     }
     double weight = 1;
@@ -288,6 +290,7 @@ struct Row {
     Limits limits(0);
     for (bool first = true;; first = false) {
       Winner w = draw(source);
+      if (w.id < 0) return w;
       const float over = std::nextafter(w.score, kInf);
       Masses<2> m = masses<2>({lowest_of_k, over}, over, c);
       const int64_t above = m.of[1];
@@ -354,13 +357,15 @@ struct Row {
     };
     auto log_sum_exp = [](const Row& r, int64_t total) { return r.best + log_total(total); };
     Row tuned = alone(scorer.tuned);
+    valid = tuned.valid;
+    if (!valid) return;
     const int64_t total = tuned.mass_from(-kInf, kLog2e);
     const float lse = log_sum_exp(tuned, total);
-    const float nucleus = tuned.nucleus_score(upscale_top_p, Limits(mass_limit(upscale_top_p, total)));
+    const float nucleus = tuned.nucleus_score(filters.upscale_top_p, Limits(mass_limit(filters.upscale_top_p, total)));
     float shift = 0;
     for (int j = 0; j < scorer.models; ++j) {
       float own = lse;
-      if (scorer.in[j].data != scorer.tuned.data) {
+      if (scorer.in[j].data != scorer.tuned.data || scorer.in[j].dtype != scorer.tuned.dtype) {
         const Row r = alone(scorer.in[j]);
         own = log_sum_exp(r, r.mass_from(-kInf, kLog2e));
       }
@@ -370,7 +375,6 @@ struct Row {
     scorer.nucleus = nucleus;
     scorer.shift = shift;
   }
-  float upscale_top_p = 1;
 };
 
 Input input_of(const Call& call, int model, int64_t row, int64_t slot, float w) {
@@ -382,6 +386,7 @@ Input input_of(const Call& call, int model, int64_t row, int64_t slot, float w) 
 // only: -1 for the product of all models, else that model alone (a draft distribution)
 Row row_of(const Call& call, int64_t row, int64_t slot, int threads, int only = -1) {
   Row r(scratch(only >= 0), threads);
+  r.filters = filters_of(call, row);
   Scorer& s = r.scorer;
   s.vocab = call.vocab_size;
   if (call.mask)
@@ -389,15 +394,13 @@ Row row_of(const Call& call, int64_t row, int64_t slot, int threads, int only = 
   if (only >= 0) {
     s.in[s.models++] = input_of(call, only, row, slot, 1.0f);
   } else {
-    const float* w = call.weights ? call.weights + row * call.weights_stride : call.weight;
+    const float* weights = call.weights ? call.weights + row * call.weights_stride : call.weight;
     for (int j = 0; j < call.models; ++j)
-      if (w[j] != 0) s.in[s.models++] = input_of(call, j, row, slot, w[j]);
-    r.upscale_top_p = call.upscale_top_p[row];
-    s.upscaled = r.upscale_top_p < 1;
+      if (const float w = weights[j]; w != 0) s.in[s.models++] = input_of(call, j, row, slot, w);
+    s.upscaled = r.filters.upscale_top_p < 1;
     if (call.tuned >= 0 && call.tuned < call.models) s.tuned = input_of(call, call.tuned, row, slot, 1.0f);
   }
   s.finish();
-  r.filters = filters_of(call, row);
   return r;
 }
 

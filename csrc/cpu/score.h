@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <limits>
+#include <new>
 
 #include "kernels.h"
 #include "pool.h"
@@ -33,19 +34,20 @@ class Buffer {
   T* need(int64_t n) {
     if (n > size_) {
       release();
-      size_ = n + n / 4;
-      data_ = static_cast<T*>(aligned_alloc(64, bytes()));
-      if (!data_) abort();
-      scratch_bytes += bytes();
+      const int64_t size = n + n / 4;
+      data_ = static_cast<T*>(aligned_alloc(64, bytes(size)));
+      if (!data_) throw std::bad_alloc();
+      scratch_bytes += bytes(size_ = size);
     }
     return data_;
   }
 
  private:
-  int64_t bytes() const { return (size_ * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64; }
+  static int64_t bytes(int64_t n) { return (n * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64; }
   void release() {
-    if (data_) scratch_bytes -= bytes();
+    scratch_bytes -= bytes(size_);
     free(data_);
+    data_ = nullptr, size_ = 0;
   }
   T* data_ = nullptr;
   int64_t size_ = 0;
@@ -304,10 +306,14 @@ struct Scorer {
     if (upscaled) {
       alignas(64) float t[kGroup];
       finite &= fast_tuned.group(&tuned, 1, first, t);
+      vf bad{};
       for (int i = 0; i < kGroup; i += W) {
         vf x = load(t + i);
-        store(out + i, select(x >= broadcast(nucleus), load(out + i) - broadcast(shift), x - broadcast(tuned_lse)));
+        x = select(x >= broadcast(nucleus), load(out + i) - broadcast(shift), x - broadcast(tuned_lse));
+        bad = fused(x, vf{}, bad);
+        store(out + i, x);
       }
+      finite &= !any_bits(bad != vf{});
     }
     if (mask) {
       vi word = vi{} + static_cast<int32_t>(mask[c * kGroups + g]), lane{};
@@ -318,7 +324,7 @@ struct Scorer {
     return finite;
   }
 
-  // any chunk, its 256 scores into `out`
+  // any chunk, its 256 scores into `out`; false where one that is not excluded is NaN or +inf
   bool careful(int c, float* out, float* group_max) const {
     if (outer) return inner(c, out, group_max);
     int64_t first = int64_t{c} * kChunkSize;
@@ -356,14 +362,15 @@ struct Scorer {
     vi any_bad{};
     for (int i = 0; i < kChunkSize; i += W) {
       vf s = load(out + i);
-      vi ex = load_raw<vi>(excluded + i);
-      vi b = (load_raw<vi>(bad + i) | (~ex & ((s != s) | (s == broadcast(kInf))))) & load_raw<vi>(allowed + i);
-      any_bad |= b;
+      vi ex = load_raw<vi>(excluded + i), b = load_raw<vi>(bad + i) | (~ex & ~(s < broadcast(kInf)));
+      ex |= s == broadcast(-kInf);
       if (upscaled) {  // z holds the tuned model's logits
         vf t = load(z + i);
         s = select(t >= broadcast(nucleus), s - broadcast(shift), t - broadcast(tuned_lse));
+        b |= ~ex & ~(s < broadcast(kInf));
       }
-      s = select(ex | (load(out + i) == broadcast(-kInf)), broadcast(-kInf), s);
+      any_bad |= b & load_raw<vi>(allowed + i);
+      s = select(ex, broadcast(-kInf), s);
       store(out + i, s);
       m[i / kGroup] = maximum(m[i / kGroup], s);
     }

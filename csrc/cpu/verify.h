@@ -13,13 +13,14 @@ namespace {
 struct Slot {
   Row target, draft;
   bool has_draft;
-  int64_t point, target_best, draft_best;  // argmax where greedy
+  int64_t point, target_best = -1, draft_best = -1;  // argmax where greedy
 
-  Slot(const VerifyCall& call, int64_t b, int64_t i, int threads, bool with_draft)
+  // point: the draft, or -1 where it is none of the vocabulary's
+  Slot(const VerifyCall& call, int64_t b, int64_t i, int threads, int64_t point)
       : target(row_of(call, b, i, threads)),
         draft(row_of(call, b, i, threads, std::max(0, call.draft))),
-        has_draft(with_draft && call.draft >= 0),
-        point(with_draft && i < call.slots - 1 ? call.draft_tokens[b * (call.slots - 1) + i] : -1) {
+        has_draft(call.draft >= 0),
+        point(point) {
     prepare(target, target_best);
     if (has_draft) prepare(draft, draft_best);
   }
@@ -142,15 +143,17 @@ struct Slot {
 
 void verify(const VerifyCall& call) {
   each_row(call, [&](int64_t b, int threads) {
-    const int64_t S = call.slots;
-    const int64_t* drafts = call.draft_tokens + b * (S - 1);
-    int64_t length = call.draft_lengths[b], accepted = 0, token = -1;
-    int64_t* tokens = call.tokens + b * S;
+    const int64_t S = call.slots, length = std::max<int64_t>(0, std::min(call.draft_lengths[b], S - 1));
+    int64_t accepted = 0, token = -1;
+    int64_t* drafts = call.tokens + b * S;  // read once; -1: none of the vocabulary's, which is never accepted
+    for (int64_t i = 0; i < S; ++i) {
+      const int64_t d = i < length ? call.draft_tokens[b * (S - 1) + i] : -1;
+      drafts[i] = d >= 0 && d < call.vocab_size ? d : -1;
+    }
     auto at = [&](int64_t i, uint32_t stream, int64_t slot) {
       int64_t position = static_cast<int64_t>(static_cast<uint64_t>(call.position[b]) + static_cast<uint64_t>(i));
       return source(call.seed[b], position, stream, static_cast<uint32_t>(slot));
     };
-    auto inside = [&](int64_t v) { return v >= 0 && v < call.vocab_size; };
     auto plain = [&](int64_t i) {  // the target's own sample, -1 where the slot is invalid
       Row r = row_of(call, b, i, threads);
       r.score(false, false);
@@ -165,10 +168,10 @@ void verify(const VerifyCall& call) {
       }
     } else if (call.method == kTokenwise) {
       for (; accepted < length; ++accepted) {
-        Slot slot(call, b, accepted, threads, true);
-        int64_t d = drafts[accepted];
+        const int64_t d = drafts[accepted];
+        Slot slot(call, b, accepted, threads, d);
         if (!slot.valid()) break;
-        if (inside(d) && slot.accepts(accept_uniform(at(accepted, kAccept, accepted)), d)) continue;
+        if (d >= 0 && slot.accepts(accept_uniform(at(accepted, kAccept, accepted)), d)) continue;
         token = slot.draw_residual(1.0, at(accepted, kResidual, accepted));
         if (token < 0) token = plain(accepted);
         break;
@@ -178,14 +181,15 @@ void verify(const VerifyCall& call) {
       double ratio = 1, factor = 1;
       int64_t end = length;  // drafts up to the first invalid slot
       std::optional<Slot> slot;
-      if (length > 0) slot.emplace(call, b, 0, threads, true);
+      if (length > 0) slot.emplace(call, b, 0, threads, drafts[0]);
       if (slot && !slot->valid()) end = 0;
       for (int64_t i = 0; i < end; ++i) {
         const double u = accept_uniform(at(i, kAccept, i));
-        int64_t d = drafts[i], rest = 0;
-        ratio = inside(d) ? slot->next_ratio(ratio, d) : 0;
+        const int64_t d = drafts[i];
+        int64_t rest = 0;
+        ratio = d >= 0 ? slot->next_ratio(ratio, d) : 0;
         if (i + 1 < length) {
-          slot.emplace(call, b, i + 1, threads, true);
+          slot.emplace(call, b, i + 1, threads, drafts[i + 1]);
           if (!slot->valid())
             end = i + 1;
           else if (u <= ratio * 1.000001 && (ratio < 1 || u > 0.999999))  // else none passes (rest <= ratio), or any does
@@ -194,14 +198,15 @@ void verify(const VerifyCall& call) {
         if (block_passes(u, ratio, rest, i + 1 == end)) accepted = i + 1, factor = ratio;
       }
       if (accepted < end) {
-        slot.emplace(call, b, accepted, threads, true);
-        token = slot->draw_residual(factor, at(accepted, kResidual, accepted));
+        slot.emplace(call, b, accepted, threads, drafts[accepted]);
+        if (slot->valid()) token = slot->draw_residual(factor, at(accepted, kResidual, accepted));
         if (token < 0) token = plain(accepted);
       } else if (end == length) {
         token = plain(accepted);
       }
     }
-    for (int64_t i = 0; i < S; ++i) tokens[i] = i < accepted ? drafts[i] : -1;
+    int64_t* tokens = drafts;
+    std::fill(tokens + accepted, tokens + S, -1);
     tokens[accepted] = token;
     call.valid[b] = token >= 0;
     call.emitted[b] = accepted + (token >= 0);
@@ -211,12 +216,14 @@ void verify(const VerifyCall& call) {
       if (i < call.emitted[b]) {
         Row r = row_of(call, b, i, threads);
         r.score(true, false);
-        r.filter(true);
-        r.know_mass();
-        float s = r.score_of(tokens[i]);
-        bool kept = s >= r.lowest && (!r.filters.greedy || s == r.best);
-        lp = kept ? r.processed_logprob(s) : -kInf;
-        raw = r.raw_logprob(s);
+        if (r.valid) {
+          r.filter(true);
+          r.know_mass();
+          float s = r.score_of(tokens[i]);
+          bool kept = s >= r.lowest && (!r.filters.greedy || s == r.best);
+          lp = kept ? r.processed_logprob(s) : -kInf;
+          raw = r.raw_logprob(s);
+        }
       }
       call.logprobs[b * S + i] = lp;
       call.raw_logprobs[b * S + i] = raw;

@@ -322,8 +322,10 @@ EFT_DEVICE Cut cut(Team& team, const Part& part, Search& search, bool direct) {
         put_in(search, search.bracket.key.bin(x, search.bracket.level), mass(x, best, search.c));
       });
       seen = team.all(seen, Seen(), [](const Seen& a) { return warp_all(a); });
+      const int level = search.bracket.level;
       enter_bin(team, search, seen.rest);
-      const bool one = seen.best == seen.least, end = search.bracket.level == 8;
+      // no bin entered: the nucleus of logits that another thread has changed since their mass was summed
+      const bool one = seen.best == seen.least, end = search.bracket.level == 8 || search.bracket.level == level;
       if (one || end || search.n > kFew) {
         const Cut result =
             cut_at(search, one ? seen.best : search.bracket.last(), search.above, search.above + search.mass_of_n);

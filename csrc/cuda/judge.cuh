@@ -19,14 +19,14 @@ EFT_DEVICE int64_t mass_at(const State& state, const Knobs& q, float s, int toke
 }
 EFT_DEVICE int64_t total_of(const State& state) { return state.mass < 1 ? 1 : state.mass; }
 
-EFT_DEVICE int length_of(const Drafts& d, int64_t b, int64_t slots) {  // on a GPU nobody has checked
+EFT_DEVICE int length_of(const Drafts& d, int64_t b, int64_t slots) {  // nobody need have checked
   const int64_t n = d.lengths[b];
   return static_cast<int>(n < 0 ? 0 : n > slots - 1 ? slots - 1 : n);
 }
 
 // the first draft known not to be accepted, or S
 EFT_DEVICE int stop_of(const Drafts& d, int64_t b, int64_t slots) {
-  return static_cast<int>(slots - load_fresh(d.counters + (b + 1) * slots - 1));
+  return max(static_cast<int>(slots - load_fresh(d.counters + (b + 1) * slots - 1)), 0);
 }
 
 // Of one draft its masses under target and draft distribution, and totals. A deterministic proposer has all of it there.
@@ -49,7 +49,7 @@ EFT_DEVICE bool judge(const RowCall& call, const State& f, int64_t b, int slot, 
   if (slot < length && !skipped && d.method != kBlock) {
     bool accepted = f.valid;
     if (d.method == kCoupled) {
-      accepted &= f.token == d.tokens[r - b];
+      accepted &= f.token >= 0 && f.token == d.tokens[r - b];
     } else if (!d.draft || count_arrival(counters + slot) == 1) {
       const Slot s(d.target[r], d.draft ? d.draft + r : nullptr);
       const double u = accept_uniform(source_of(call, b, slot, kAccept, static_cast<uint32_t>(slot)));

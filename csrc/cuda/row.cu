@@ -253,20 +253,23 @@ EFT_DEVICE void run_row(Team& team, RowShared& shared, const RowCall& call, int 
   first_pass(row, part.first, part.n, part.tops, summed, tempered, q.c, sum, keep);
   if (team.size > 1) cluster_wait();
   Start start = know();
-  const bool ok = start.best > -kInf && start.best < kInf;
+  const auto fine = [&] { return q.valid && start.best > -kInf && start.best < kInf; };
+  bool ok = fine();
   if (ok && row.upscaled) {
-    find_nucleus(team, row, part, search, shared.own, call.upscale_top_p[shared.b]);
+    find_nucleus(team, row, part, search, shared.own, q.upscale_top_p);
     sum = ExpSum();
     for (int i = warp_id(); i < part.n; i += kWarps) {
       float s[kPerLane];
       scores_of(row, part.first + i, s);
-      const float high = top_of(s), top = warp_max(high);
+      const float high = top_or_nan(s);  // a normalised score may overflow
+      const float top = __all_sync(kAll, high < kInf) ? warp_max(high) : kInf;
       if (lane_id() == 0) part.tops[i] = top;
       if (high > -kInf) sum.add(s, high, q.c, tempered);
       keep(part.first + i, s);
     }
     __syncthreads();
     start = know();
+    ok = fine();
   }
   // thresholds
   State& f = shared.state;

@@ -97,7 +97,7 @@ EFT_KERNEL void __launch_bounds__(kThreads, 3)
     sum = warp_all(sum, q.c);
     if (lane_id() == 0) shared.sums[warp_id()] = sum;
   }
-  bool bad = false;
+  bool bad = !q.valid;
   for (int i = threadIdx.x; i < n; i += kThreads) bad |= tops[i] == kInf;
   bad = __syncthreads_or(bad);
   Winner best;
@@ -187,7 +187,7 @@ EFT_KERNEL void __launch_bounds__(kDirectThreads) sample_direct(const __grid_con
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i)
     if (s[i] > -kInf) best.offer(pack(s[i] + key[i], token + i), s[i]);
-  if (!ok) best.key = kBad;
+  if (!ok || !q.valid) best.key = kBad;
   best = warp_all(best);
   ExpSum sum;
   if (call.logprobs) {

@@ -215,6 +215,13 @@ EFT_DEVICE float top_of(const float* s) {
   for (int i = 1; i < kPerLane; ++i) high = fmaxf(high, s[i]);
   return high;
 }
+// the same, NaN where one is
+EFT_DEVICE float top_or_nan(const float* s) {
+  float high = s[0];
+#pragma unroll
+  for (int i = 1; i < kPerLane; ++i) high = max_or_nan(high, s[i]);
+  return high;
+}
 
 // which of a lane's 8 tokens the mask allows
 EFT_DEVICE uint32_t allowed(const Row& row, int token) { return row.mask ? row.mask[token >> 3] : 0xFFu; }
@@ -298,7 +305,7 @@ EFT_DEVICE float score_of(const Row& row, int token) {
     excluded |= z == -kInf;
     if (row.in[j].w != 0) s = s + row.in[j].w * z;
   }
-  if (excluded) return -kInf;
+  if (excluded || !(s > -kInf)) return -kInf;
   if (!row.upscaled) return s;
   const float z = logit(row.tuned, token);
   return z >= row.tau ? s - row.inside : z - row.outside;

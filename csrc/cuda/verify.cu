@@ -83,7 +83,7 @@ EFT_KERNEL void __launch_bounds__(kThreads, 2) rest_kernel(const __grid_constant
   RestShared& shared = *reinterpret_cast<RestShared*>(shared_memory());
   const int64_t at = blockIdx.x / splits, b = at / j.target.slots;
   const int i = static_cast<int>(at % j.target.slots), split = blockIdx.x % splits;
-  if (i + 1 >= j.drafts.ends[b]) return;
+  if (i + 1 >= min(j.drafts.ends[b], static_cast<int>(j.target.slots) - 1)) return;
   const double ratio = j.drafts.ratios[at], u = accept_uniform(source_of(j.target, b, i, kAccept, static_cast<uint32_t>(i)));
   if (!(ratio > 0) || !sum_matters(u, ratio)) return;
   if (threadIdx.x == 0) {
@@ -107,7 +107,7 @@ EFT_KERNEL void __launch_bounds__(kThreads, 2) rest_kernel(const __grid_constant
 
 // the longest prefix that passes (Sun et al., arXiv 2403.10444, algorithm 2)
 EFT_DEVICE Verdict block_verdict(const Judge& j, int64_t b) {
-  const int end = j.drafts.ends[b];
+  const int end = min(j.drafts.ends[b], static_cast<int>(j.target.slots) - 1);
   Verdict v{0, 1};
   for (int i = 0; i < end; ++i) {
     const double u = accept_uniform(source_of(j.target, b, i, kAccept, static_cast<uint32_t>(i)));
@@ -188,7 +188,8 @@ EFT_KERNEL void __launch_bounds__(kThreads, 2) last_kernel(const __grid_constant
     if (k < emitted) {
       Side& side = shared.target[threadIdx.x];
       set_side(side, j.target, j.drafts.target, b, k);
-      const int id = static_cast<int>(k == i ? token : j.drafts.tokens[b * (S - 1) + k]);
+      const int64_t d = k == i ? token : j.drafts.tokens[b * (S - 1) + k];
+      const int id = d >= 0 && d < side.row.vocab ? static_cast<int>(d) : 0;
       const float s = score_of(side.row, id);
       if (side.state.valid) lp = processed_logprob(side.state, q, s, id), raw = raw_logprob(side.state, s);
     }

@@ -12,9 +12,9 @@ constexpr float kGreedy = 1e-5f;  // temperatures below are greedy
 
 struct Filters {
   float temperature, inverse, c;  // c: scores times c are base-2 exponents
-  bool greedy;
+  bool greedy, valid;
   int64_t top_k;
-  float top_p, min_p;
+  float top_p, min_p, upscale_top_p;
   EFT_HD bool any() const { return !greedy && (top_k > 0 || top_p < 1 || min_p > 0); }
   // the smallest score that min-p keeps
   EFT_HD float least(float best) const {
@@ -22,16 +22,24 @@ struct Filters {
   }
 };
 
+EFT_HD bool in_range(float x, float low, float high) { return x >= low && x <= high; }  // NaN is not
+
+// Each parameter is read once. A row with one out of range is not valid, and has all of them off. (A weight that is not
+// finite makes every score NaN, +inf or excluded: the row is found to be invalid as its scores are.)
 EFT_HD Filters filters_of(const Call& call, int64_t row) {
   Filters f;
   f.temperature = call.temperature[row];
+  f.top_k = call.top_k[row];
+  f.top_p = call.top_p[row];
+  f.min_p = call.min_p[row];
+  f.upscale_top_p = call.upscale_top_p[row];
+  f.valid = in_range(f.temperature, 0, 1e30f) && in_range(f.top_p, 0x1p-126f, 1) && in_range(f.min_p, 0, 1) &&
+            in_range(f.upscale_top_p, 0x1p-126f, 1);
+  if (!f.valid) f.temperature = f.top_p = f.upscale_top_p = 1, f.min_p = 0, f.top_k = 0;
   f.greedy = f.temperature < kGreedy;
   if (f.greedy) f.temperature = 0;
   f.inverse = f.greedy ? 0 : 1.0f / f.temperature;
   f.c = f.inverse * kLog2e;
-  f.top_k = call.top_k[row];
-  f.top_p = call.top_p[row];
-  f.min_p = call.min_p[row];
   return f;
 }
 

@@ -18,8 +18,9 @@ EFT_HD IntOf<F> mass_parts(F s, F best, F c, IntOf<F>& shift) {
 }
 
 EFT_HD int64_t mass_of(int32_t q, int32_t shift) {
-  constexpr int most = kMassBits - 24;  // that a shift is
-  return (int64_t{q} << most) >> (most - shift < 63 ? most - shift : 63);
+  constexpr uint32_t most = kMassBits - 24;  // that a shift is
+  const uint32_t right = most - static_cast<uint32_t>(shift);
+  return int64_t{q} * (1 << most) >> (right < 63 ? right : 63);
 }
 
 EFT_HD int64_t mass(float s, float best, float c) {

@@ -1,6 +1,8 @@
 // The CPU kernels on exact heap blocks: every operation, odd vocabularies, types, masks, filters, bad rows, one and
 // several threads, every instruction set of this machine. Results must be equal bit for bit between threads, and tokens
 // between instruction sets. Run under sanitizers by the Makefile beside it; `quick` takes the split and threaded shapes.
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -75,7 +77,7 @@ struct Shape {
   float temperature;
   int64_t top_k;
   float top_p, min_p, upscale_top_p;
-  const char* special;  // mask, bad, ties, -inf
+  const char* special;  // mask, bad, ties, -inf, odd (parameters, drafts and lengths that nobody has checked)
   bool heavy;           // also under ThreadSanitizer
 };
 
@@ -95,6 +97,8 @@ const Shape kShapes[] = {
     {"-inf", 3, 700, 3, kF16, 1, 699, 0.99f, 0, 0.7f, "-inf", false},
     {"bad rows", 6, 601, 3, kF32, 1, 0, 0.9f, 0, 0.9f, "bad", false},
     {"bad rows, plain", 6, 601, 3, kBF16, 1, 0, 1, 0, 1, "bad", false},
+    {"odd values", 9, 601, 3, kF32, 1, 0, 0.9f, 0, 0.9f, "odd", false},
+    {"odd values, plain", 9, 519, 3, kBF16, 1, 0, 1, 0, 1, "odd", false},
     {"top-k beyond", 2, 300, 3, kF32, 1, 1 << 20, 1, 0, 1, "", false},
     {"tiny top-p", 2, 900, 3, kF32, 1, 0, 1e-30f, 0, 1e-30f, "", false},
     {"many rows", 90, 300, 3, kBF16, 1, 0, 0.9f, 0, 1, "", true},
@@ -162,6 +166,15 @@ struct Inputs {
           if (common[(b * slots + i) * s.vocab + v] > common[(b * slots + i) * s.vocab + best]) best = v;
         drafts.data[b * (slots - 1) + i] = random() % 4 ? best : random() % s.vocab;
       }
+    }
+    if (special == "odd") {
+      const float nan = std::numeric_limits<float>::quiet_NaN();
+      temperature.data[1] = nan, top_p.data[2] = -1, min_p.data[3] = 2, upscale.data[4] = nan;
+      weights.data[5 * s.models] = std::numeric_limits<float>::infinity();
+      top_k.data[6] = INT64_MIN, top_k.data[7] = INT64_MAX;
+      lengths.data[7] = INT64_MAX, lengths.data[8] = INT64_MIN;
+      for (size_t i = 0; i < drafts.n; ++i)
+        if (i % 4 == 0) drafts.data[i] = i % 8 ? INT64_MIN : s.vocab;
     }
     for (size_t i = 0; i < mask.n; ++i) mask.data[i] = static_cast<int32_t>(random() | random());
     call.weights = weights.data, call.weights_stride = s.models;
@@ -242,7 +255,7 @@ void run(const Shape& s, const std::vector<const Kernels*>& all, bool quick) {
     for (int64_t b = 0; b < s.rows; ++b) {
       int64_t token = first.tokens.data[b];
       CHECK(first.valid.data[b] ? token >= 0 && token < s.vocab : token == -1, "%s: row %d", s.name, int(b));
-      bool bad = !strcmp(s.special, "bad") && b >= 1 && b <= 4;
+      bool bad = b >= 1 && ((!strcmp(s.special, "bad") && b <= 4) || (!strcmp(s.special, "odd") && b <= 5));
       CHECK(first.valid.data[b] == !bad, "%s: row %d", s.name, int(b));
     }
     for (const Kernels* k : all) {
@@ -261,7 +274,7 @@ void run(const Shape& s, const std::vector<const Kernels*>& all, bool quick) {
       VerifyResult first(s.rows, kSlots);
       verify(*all[0], several, 1, method, draft, first);
       for (int64_t b = 0; b < s.rows; ++b) {
-        int64_t n = first.emitted.data[b], length = several.lengths.data[b];
+        int64_t n = first.emitted.data[b], length = std::max<int64_t>(0, std::min(several.lengths.data[b], kSlots - 1));
         CHECK(n >= 0 && n <= length + 1, "%s: row %d emitted %d", s.name, int(b), int(n));
         for (int64_t i = 0; i < kSlots; ++i) {
           int64_t token = first.tokens.data[b * kSlots + i];
@@ -322,6 +335,53 @@ void concurrent(const Kernels& k) {
   }
 }
 
+// Another thread writes into what a call reads: any token of the vocabulary may come of it, or none.
+void changing(const Kernels& k) {
+  for (const char* special : {"", "mask"}) {
+    const Shape s{"changing", 3, 5003, 3, 3, 1, 0, 0.9f, 0, 0.9f, special, false};
+    Inputs in(s, 4);
+    std::atomic<bool> over{false};
+    std::thread other([&] {
+      Random random{7};
+      while (!over) {
+        Block<char>& z = *in.logits[random() % 3];
+        const size_t n = std::min<size_t>(z.n, random() % 2 ? 64 : z.n), at = random() % (z.n - n + 1);
+        memset(z.data + at, random() % 3 ? random() : 0x7F, n);  // 0x7F7F: large in every type
+        const float odd[] = {1, 0, 0.5f, std::numeric_limits<float>::quiet_NaN(), -1, 1e30f};
+        for (Block<float>* x : {&in.temperature, &in.top_p, &in.min_p, &in.upscale, &in.weights})
+          if (random() % 4 == 0) x->data[random() % x->n] = odd[random() % 6];
+        const int64_t far[] = {0, 1, 3, INT64_MIN, INT64_MAX, 5003, -1};
+        for (Block<int64_t>* x : {&in.top_k, &in.drafts, &in.lengths}) x->data[random() % x->n] = far[random() % 7];
+        in.mask.data[random() % in.mask.n] = static_cast<int32_t>(random());
+        if (random() % 4 == 0)
+          for (int b = 0; b < 3; ++b)
+            in.temperature.data[b] = 1, in.top_p.data[b] = 0.9f, in.min_p.data[b] = 0, in.upscale.data[b] = 0.9f;
+      }
+    });
+    const auto check = [&](const Block<int64_t>& tokens) {
+      for (size_t i = 0; i < tokens.n; ++i)
+        CHECK(tokens.data[i] >= -1 && tokens.data[i] < s.vocab, "token %lld", static_cast<long long>(tokens.data[i]));
+    };
+    for (int i = 0; i < 60; ++i) {
+      SampleResult drawn(3, 5);
+      Call one = in.call;
+      one.slots = 1;
+      sample(k, one, 1 + i % 2, i % 3, 5, drawn);
+      check(drawn.tokens);
+      VerifyResult judged(3, 4);
+      verify(k, in, 1 + i % 2, i % 3, i % 4 - 1 < 2 ? i % 4 - 1 : 0, judged);
+      check(judged.tokens);
+      Block<float> all(3 * 5003), some(9);
+      Block<int64_t> ids(9);
+      for (size_t j = 0; j < 9; ++j) ids.data[j] = j % 3 ? INT64_MAX : 7;
+      logprobs(k, one, 1, nullptr, all);
+      logprobs(k, one, 1, &ids, some);
+    }
+    over = true;
+    other.join();
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -345,6 +405,8 @@ int main(int argc, char** argv) {
     run(s, all, quick);
     ++shapes;
   }
+  if (!quick)
+    for (const Kernels* k : all) changing(*k);
   printf("%d shapes, %d calls,%s: %d failures\n", shapes, calls, names.c_str(), failures);
   return failures != 0;
 }

@@ -102,7 +102,7 @@ class Call:
         upscales = _varies(p.upscale_top_p, 1.0)
         tuned, weights = p.tuned, p.weights
         if not isinstance(weights, torch.Tensor):  # a model of weight 0 is not read
-            live = [j for j, w in enumerate(weights) if w != 0 or (upscales and j == tuned)] or [0]
+            live = [j for j, w in enumerate(weights) if w != 0 or (upscales and j == tuned)]
             logits, weights = [logits[j] for j in live], tuple(_number(weights[j]) for j in live)
             tuned = live.index(tuned) if tuned in live else -1
         tensor = isinstance(weights, torch.Tensor)

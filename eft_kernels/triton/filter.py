@@ -19,6 +19,7 @@ from .rows import (
     combine,
     full_tiles,
     is_allowed,
+    is_valid,
     kept_scores,
     knobs_of,
     own_scores,
@@ -259,7 +260,7 @@ def row_kernel(m, up, sampling, top_k, seed, position, domain, top, sum, sum_c, 
     tops = top + r * chunks
     high = tl.load(tops + chunk, mask=here, other=NEG_INF)
     best = tl.max(high, 0)
-    ok = (best < INF) & (best > NEG_INF)
+    ok = (best < INF) & (best > NEG_INF) & is_valid(up, row, q)
     high = tl.where(ok, high, NEG_INF)
     best = tl.where(ok, best, 0.0)
     lse, approximate = 0.0, 1.0

@@ -117,17 +117,19 @@ def diagnostics_kernel(m, up, state, z, stride, entropy, tv, chunks, TC: tl.cons
     row = row_of(m, up, r)
     z = z + r * stride
     best, sum = tl.full([TC, CHUNK], NEG_INF, tl.float32), tl.zeros([TC, CHUNK], tl.float32)
+    strange = tl.zeros([TC, CHUNK], tl.int32)  # NaN or +inf: a tuned model of weight 0 may hold them
     for t in range(0, chunks, TC):
         token = tokens_of(t + tl.arange(0, TC))
         s, _ = combine(m, up, row, token)
         x = tl.load(z + token, mask=s > NEG_INF, other=NEG_INF).to(tl.float32)
+        strange = tl.where(x < INF, strange, 1)
         higher = tl.maximum(best, x)
         shift = tl.where((higher > NEG_INF) & (higher < INF), higher, 0.0)
         sum = times(sum, tl.exp2((best - shift) * LOG2E)) + tl.exp2((x - shift) * LOG2E)
         best = higher
     high = tl.max(tl.max(best, 1), 0)
     high = tl.where((high > NEG_INF) & (high < INF), high, 0.0)
-    own = high + log(tl.maximum(tl.sum(tl.sum(sum * tl.exp2((best - high) * LOG2E), 1), 0), 1e-30))
+    log_sum = log(tl.maximum(tl.sum(tl.sum(sum * tl.exp2((best - high) * LOG2E), 1), 0), 1e-30))
     h, d = tl.zeros([TC, CHUNK], tl.float32), tl.zeros([TC, CHUNK], tl.float32)
     for t in range(0, chunks, TC):
         token = tokens_of(t + tl.arange(0, TC))
@@ -136,7 +138,8 @@ def diagnostics_kernel(m, up, state, z, stride, entropy, tv, chunks, TC: tl.cons
         p = tl.exp2(lp * LOG2E)
         x = tl.load(z + token, mask=s > NEG_INF, other=NEG_INF).to(tl.float32)
         h += tl.where(p > 0.0, times(p, lp), 0.0)
-        d += tl.abs(p - tl.exp2((x - own) * LOG2E))
+        d += tl.abs(p - tl.exp2(((x - high) - log_sum) * LOG2E))
     nan = tl.where(tl.load(state.valid + r), 0.0, float("nan"))
     tl.store(entropy + r, nan - tl.sum(tl.sum(h, 1), 0))
-    tl.store(tv + r, 0.5 * tl.sum(tl.sum(d, 1), 0) + nan)
+    fine = tl.max(tl.max(strange, 1), 0) == 0
+    tl.store(tv + r, tl.where(fine, 0.5 * tl.sum(tl.sum(d, 1), 0) + nan, float("nan")))

@@ -10,7 +10,7 @@ key order is total, so neither split nor tile can change a token.
 import triton
 import triton.language as tl
 
-from .rows import Kept, combine, full_tiles, kept_scores, knobs_of, quick_scores, row_of, tokens_of
+from .rows import Kept, combine, full_tiles, is_valid, kept_scores, knobs_of, quick_scores, row_of, tokens_of
 from .semantics import (
     BAD,
     CHUNK,
@@ -109,6 +109,7 @@ def sample_kernel(m, up, sampling, top_k, seed, position, domain, tokens, valid,
     split = tl.program_id(0) % SPLITS
     row = row_of(m, up, r)
     q = knobs_of(sampling, top_k, seed, position, r // m.slots, r % m.slots)
+    out_of_range = ~is_valid(up, row, q)
     domain = tl.cast(domain, tl.uint32)
     first = split * (TILES * TC)
     if DIRECT:
@@ -126,7 +127,7 @@ def sample_kernel(m, up, sampling, top_k, seed, position, domain, tokens, valid,
             sum = sums(s, top, LOG2E)
             if PROCESSED:
                 sum_c = sums(s, top, q.c)
-        poisoned = tl.max(tl.max(bad.to(tl.int32), 1), 0) > 0
+        poisoned = out_of_range | (tl.max(tl.max(bad.to(tl.int32), 1), 0) > 0)
     else:
         tile = tl.arange(0, TILES)[:, None]
         tops = tl.full([TILES, TC], NEG_INF, tl.float32)
@@ -155,7 +156,7 @@ def sample_kernel(m, up, sampling, top_k, seed, position, domain, tokens, valid,
         top = tl.reshape(tops, [TILES * TC])
         sum = tl.reshape(all_sum, [TILES * TC])
         sum_c = tl.reshape(all_sum_c, [TILES * TC])
-        poisoned = tl.max(top, 0) == INF
+        poisoned = out_of_range | (tl.max(top, 0) == INF)
         best, score = race_kept(m, up, row, tl.where(poisoned, NEG_INF, top), first + tl.arange(0, TILES * TC),
                                 tl.cast(NEG_INF, tl.float32), q, domain)
     best = tl.where(poisoned, BAD, best)

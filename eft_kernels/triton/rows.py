@@ -9,7 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .semantics import CHUNK, GREEDY, INF, LOG2E, NEG_INF, times
+from .semantics import CHUNK, GREEDY, HOT, INF, LOG2E, NEG_INF, TINY, in_range, times
 
 
 class Models(NamedTuple):
@@ -59,6 +59,7 @@ class Row(NamedTuple):
     z: tuple
     w: tuple
     mask: object
+    valid: object  # upscale_top_p is in range
     on: object  # up-scaling filter, as in Up
     tau: object
     inside: object
@@ -66,8 +67,9 @@ class Row(NamedTuple):
 
 
 class Knobs(NamedTuple):
-    """One row's sampling parameters as numbers."""
+    """One row's sampling parameters as numbers; all off where one is out of range, which makes the row invalid."""
 
+    valid: object
     greedy: object
     temperature: object
     inverse: object
@@ -90,12 +92,16 @@ def value(pointer, number, b, dtype: tl.constexpr):
 @triton.jit
 def knobs_of(s, top_k, seed, position, b, slot):
     temperature = value(s.temperature, s.temperature_value, b, tl.float32)
+    top_p = value(s.top_p, s.top_p_value, b, tl.float32)
+    min_p = value(s.min_p, s.min_p_value, b, tl.float32)
+    valid = in_range(temperature, 0.0, HOT) & in_range(top_p, TINY, 1.0) & in_range(min_p, 0.0, 1.0)
+    temperature = tl.where(valid, temperature, 1.0)
     greedy = temperature < GREEDY
     temperature = tl.where(greedy, 0.0, temperature)
     inverse = tl.where(greedy, 0.0, tl.div_rn(1.0, tl.where(greedy, 1.0, temperature)))
-    return Knobs(greedy, temperature, inverse, inverse * LOG2E,
-                 value(s.top_k, top_k, b, tl.int64), value(s.top_p, s.top_p_value, b, tl.float32),
-                 value(s.min_p, s.min_p_value, b, tl.float32), value(s.seed, seed, b, tl.int64),
+    return Knobs(valid, greedy, temperature, inverse, inverse * LOG2E,
+                 tl.where(valid, value(s.top_k, top_k, b, tl.int64), 0), tl.where(valid, top_p, 1.0),
+                 tl.where(valid, min_p, 0.0), value(s.seed, seed, b, tl.int64),
                  value(s.position, position, b, tl.int64) + slot)
 
 
@@ -110,13 +116,15 @@ def row_of(m, up, r):
             w = w + (tl.cast(m.numbers[j], tl.float32),)
         else:
             w = w + (tl.load(m.w + b * m.w_stride + j).to(tl.float32),)
-    mask, on, tau, inside, outside = r, False, 0.0, 0.0, 0.0  # a function cannot return None
+    mask, valid, on, tau, inside, outside = r, True, False, 0.0, 0.0, 0.0  # a function cannot return None
     if m.mask is not None:
         mask = m.mask + r * m.words
     if up.tau is not None:
-        on = value(up.on, up.on_value, b, tl.float32) < 1.0
+        p = value(up.on, up.on_value, b, tl.float32)
+        valid = in_range(p, TINY, 1.0)
+        on = valid & (p < 1.0)
         tau, inside, outside = tl.load(up.tau + r), tl.load(up.inside + r), tl.load(up.outside + r)
-    return Row(z, w, mask, on, tau, inside, outside)
+    return Row(z, w, mask, valid, on, tau, inside, outside)
 
 
 @triton.jit
@@ -170,13 +178,25 @@ def combine(m, up, row, token):
     s, bad, own = raw_scores(m, up, row, token)
     if up.tau is not None:
         s = scaled(up, row, s, own)
+        bad = bad | ~(s < INF)  # overflown
     return s, bad
+
+
+@triton.jit
+def is_valid(up, row, q):
+    """Whether the row's parameters are in range."""
+    ok = q.valid
+    if up.tau is not None:
+        ok = ok & row.valid
+    return ok
 
 
 @triton.jit
 def quick_scores(m, up, row, token):
     """Emulated scores of tokens below V, and the plain sums: if one of these is not finite `combine` must decide."""
-    s = times(row.w[0], tl.load(row.z[0] + token).to(tl.float32))
+    s = tl.zeros(token.shape, tl.float32)
+    if len(row.z) > 0:
+        s = times(row.w[0], tl.load(row.z[0] + token).to(tl.float32))
     own = s
     for j in tl.static_range(len(row.z)):
         z = tl.load(row.z[j] + token).to(tl.float32)
@@ -185,10 +205,11 @@ def quick_scores(m, up, row, token):
         if up.tau is not None and j == up.tuned:
             own = z
     plain = s
-    if m.mask is not None:
-        s = tl.where(is_allowed(row, token, True), s, NEG_INF)
     if up.tau is not None:
         s = scaled(up, row, s, own)
+        plain = tl.maximum(tl.abs(plain), tl.abs(s), propagate_nan=tl.PropagateNan.ALL)
+    if m.mask is not None:
+        s = tl.where(is_allowed(row, token, True), s, NEG_INF)
     return s, plain
 
 

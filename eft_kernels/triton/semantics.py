@@ -9,6 +9,7 @@ import triton.language as tl
 NEG_INF = tl.constexpr(float("-inf"))
 INF = tl.constexpr(float("inf"))
 GREEDY = tl.constexpr(1e-5)
+TINY, HOT = tl.constexpr(2.0**-126), tl.constexpr(1e30)  # the least top_p, the highest temperature
 LOG2E = tl.constexpr(1.44269504)
 CHUNK = tl.constexpr(256)
 SAMPLE, DRAFT, ACCEPT, RESIDUAL = (tl.constexpr(i) for i in range(4))  # streams
@@ -31,6 +32,12 @@ def times(a, b):
                                          pack=1)
     else:
         return a * b
+
+
+@triton.jit
+def in_range(x, low, high):
+    """NaN is not."""
+    return (x >= low) & (x <= high)
 
 
 # --- math ----------------------------------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def accept_kernel(target, draft, sampling, top_k, seed, position, draft_tokens, 
         while going:
             d = tl.load(draft_tokens + b * (slots - 1) + count)
             if METHOD == COUPLED:
-                going = d == tl.load(own + b * slots + count)
+                going = (d >= 0) & (d == tl.load(own + b * slots + count))
             else:
                 t, t_total, p, p_total, u = judged(target, draft, sampling, top_k, seed, position, b, count, slots, d,
                                                    V)
@@ -274,7 +274,7 @@ def last_kernel(target, draft, sampling, top_k, seed, position, top, draft_token
             if winner == NONE:
                 winner, _ = race_kept(target.m, target.up, at.row, high, chunk, at.floor, q,
                                       tl.cast(SAMPLE << 1, tl.uint32))
-            token = packed_token(winner).to(tl.int64)
+            token = tl.where(winner > NONE, packed_token(winner), -1).to(tl.int64)
     slot = tl.arange(0, SP)
     drafts = tl.load(draft_tokens + b * (slots - 1) + slot, mask=slot < i, other=-1)
     tl.store(tokens + b * slots + slot, tl.where(slot == i, token, drafts), mask=slot < slots)
