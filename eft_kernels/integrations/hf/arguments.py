@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
 
 import torch
@@ -149,16 +150,25 @@ def check_inputs(models, names, input_ids, model_kwargs, vocab_size, tokenizers)
 
 
 def check_tokenizers(tokenizers, names, vocab_size: int, tails: bool) -> None:
-    """ids below vocab_size mean the same in all; with ``tails``, ids from there on are padding at most."""
+    """ids below vocab_size mean the same in all; with ``tails``, ids from there on are padding at most.
+
+    A token that was added to one tokenizer (a chat model's) may be missing in another, or have the place of another
+    added token there (a reserved one): the models' logits cover its id, whatever it is called.
+    """
     if not isinstance(tokenizers, (list, tuple)) or len(tokenizers) != len(names):
         raise ValueError(f"tokenizers: allowed is a list of {len(names)}: {', '.join(names)}")
     vocabularies = [t.get_vocab() for t in tokenizers]
     shared = [{token: i for token, i in v.items() if i < vocab_size} for v in vocabularies]
-    for name, tokenizer, vocabulary, own in zip(names, tokenizers, vocabularies, shared):
-        if own != shared[0]:
-            token = min(t for t, _ in own.items() ^ shared[0].items())
-            raise ValueError(f"tokenizers: {token!r} is {own.get(token)} for {name} and {shared[0].get(token)} for "
-                             f"{names[0]}; allowed are models that share their ids")
+    added = [set(t.get_added_vocab()) if hasattr(t, "get_added_vocab") else set() for t in tokenizers]
+    for a, b in itertools.combinations(range(len(names)), 2):
+        differing = {token for token, _ in shared[a].items() ^ shared[b].items()}
+        own = {shared[x][token] for x in (a, b) for token in differing if token in shared[x] and token not in added[x]}
+        for token in sorted(differing):
+            places = [shared[x].get(token) for x in (b, a)]
+            if None not in places or own.intersection(places):
+                raise ValueError(f"tokenizers: {token!r} is {places[0]} for {names[b]} and {places[1]} for "
+                                 f"{names[a]}; allowed are models that share their ids")
+    for name, tokenizer, vocabulary in zip(names, tokenizers, vocabularies):
         tail = {t for t, i in vocabulary.items() if i >= vocab_size} - {tokenizer.pad_token}
         if tails and tail:
             raise ValueError(f"tokenizers: {name} has tokens from id {vocab_size} on ({min(tail)!r}), which another "
