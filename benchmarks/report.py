@@ -56,7 +56,11 @@ def read(path: str | Path) -> list[dict]:
     """The rows of a file of JSON lines, or of all those in a folder; ValueError says what is no row, and where."""
     path, rows = Path(path), []
     for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            text = file.read_text(encoding="utf-8-sig").removesuffix("\n")
+        except UnicodeDecodeError:
+            raise ValueError(f"{file}: not UTF-8 text") from None
+        for number, line in enumerate(text.split("\n") if text else (), 1):
             try:
                 row = json.loads(line)
                 if row["schema"] != 1 or row["status"] not in ("measured", "absent", "disagrees"):
