@@ -1,20 +1,33 @@
 """`eft-kernels demo | generate | score | bench | doctor`.
 
-Exit codes: 0 it worked, 1 a row or a check failed, 2 bad input (one line on stderr), 130 interrupted.
+Exit codes: 0 it worked, 1 a row or a check failed or the output cannot be written, 2 bad input (one line on stderr),
+130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 
 from ._cli.options import REQUEST_OPTIONS, add_combination, add_models, count, positive
-from ._cli.term import Refused
+from ._cli.term import Refused, drop_output, ready_streams
+
+
+class Once(argparse._StoreAction):
+    """An option whose earlier value nobody should lose by giving it again."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"argument {option_string}: given twice")
+        super().__call__(parser, namespace, values, option_string)
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register("action", "once", Once)
+
     def error(self, message):
         raise Refused(f"{message}; see {self.prog} --help", self.prog)
 
@@ -35,32 +48,37 @@ def parser() -> Parser:
     add_models(p)
     group = p.add_argument_group("prompts and output")
     group.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt (repeat it for several)")
-    group.add_argument("--batch-file", metavar="FILE",
+    group.add_argument("--batch-file", action="append", metavar="FILE",
                        help='a prompt a line, or JSON lines: {"prompt": ..., and options of its own: '
-                            f'{", ".join(REQUEST_OPTIONS)}}}')
-    group.add_argument("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
+                            f'{", ".join(REQUEST_OPTIONS)}}} (UTF-8; repeat it for several files)')
+    group.add_argument("--chat", action="store_true",
+                       help="put prompts into the chat template, whose end-of-turn token then ends a text")
+    group.add_argument("--eos", action="append", default=[], metavar="ID|TOKEN",
+                       help="another token that ends a text, beside those of the models and the tokenizer (repeat it "
+                            "for several)")
     group.add_argument("--batch-size", type=positive, default=8, metavar="N", help="prompts at a time (default 8)")
     group.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="default 64")
     group.add_argument("--stream", action="store_true", help="print as it is written, off a terminal too")
-    group.add_argument("--json", action="store_true", help="one JSON object a prompt: text, token_ids, seed, ...")
+    group.add_argument("--json", action="store_true",
+                       help="one JSON object a prompt: text, token_ids, seed; with speculation what was accepted")
     group = p.add_argument_group("sampling")
-    for name, default, text in [("temperature", 1.0, "default 1; 0 is greedy"), ("top_k", 0, "default 0: off"),
-                                ("top_p", 1.0, "default 1: off"), ("min_p", 0.0, "default 0: off")]:
-        group.add_argument(f"--{name.replace('_', '-')}", type=REQUEST_OPTIONS[name], default=default, metavar="X",
-                           help=text)
+    for name, text in [("temperature", "default 1; 0 is greedy"), ("top_k", "default 0: off"),
+                       ("top_p", "default 1: off"), ("min_p", "default 0: off")]:
+        group.add_argument(f"--{name.replace('_', '-')}", type=REQUEST_OPTIONS[name], metavar="X", help=text)
     group.add_argument("--greedy", action="store_true", help="always the likeliest token")
     group.add_argument("--seed", type=REQUEST_OPTIONS["seed"], metavar="N",
                        help="same seed, same text (default: drawn; --json tells it)")
     add_combination(p)
     group = p.add_argument_group("speculation (the tuned model drafts)")
     group.add_argument("--draft-tokens", type=count, default=0, metavar="K", help="drafts a round (default 0: off)")
-    group.add_argument("--verify", choices=["coupled", "token", "block"], default="coupled",
+    group.add_argument("--verify", choices=["coupled", "token", "block"],
                        help="coupled (default): exactly the tokens of plain decoding; token, block: its distribution")
 
     p = command("score", "perplexity of a text under base, tuned, ref and the emulated model")
     add_models(p)
-    p.add_argument("--text", required=True, metavar="FILE", help="the text (UTF-8)")
-    p.add_argument("--truth", metavar="MODEL",
+    p.add_argument("--text", required=True, action="append", metavar="FILE",
+                   help="the text (UTF-8; repeat it for several, each with a table of its own)")
+    p.add_argument("--truth", action="once", metavar="MODEL",
                    help="the base model really fine-tuned: also report the share of the gap recovered")
     p.add_argument("--context", type=positive, metavar="N", help="tokens a window (default: up to 1024)")
     p.add_argument("--stride", type=positive, metavar="N", help="tokens counted a window (default: half the context)")
@@ -70,9 +88,10 @@ def parser() -> Parser:
     p = command("demo", "the model family: text, perplexities and speed",
                 "What base, tuned, emulated and truly tuned models of the small example family write, how well they "
                 "predict held-out text, and what speculation brings.")
-    p.add_argument("--family", metavar="DIR", help="folder with ref, tuned-a, tuned-b, base, large-a, large-b "
-                                                   "(default: examples/family/weights of the checkout)")
-    p.add_argument("--heldout", metavar="DIR",
+    p.add_argument("--family", action="once", metavar="DIR",
+                   help="folder with ref, tuned-a, tuned-b, base, large-a, large-b "
+                        "(default: examples/family/weights of the checkout)")
+    p.add_argument("--heldout", action="once", metavar="DIR",
                    help="folder with a.txt and b.txt (default: heldout beside the family's folder)")
     p.add_argument("--seed", type=REQUEST_OPTIONS["seed"], default=1, metavar="N", help="default 1")
     p.add_argument("--heldout-tokens", type=positive, default=4096, metavar="N",
@@ -90,8 +109,8 @@ def parser() -> Parser:
                                       ("against", str, "NAME", "implementation to measure beside ours")]:
         p.add_argument(f"--{name}", type=kind, action="append", metavar=metavar, help=f"{text} (repeat it for several)")
     p.add_argument("--rounds", type=positive, metavar="N", help="timed rounds")
-    p.add_argument("--json", metavar="FILE", help="write the rows there, one JSON object a line; refused where the "
-                                                  "sources are not the commit's")
+    p.add_argument("--json", action="once", metavar="FILE",
+                   help="write the rows there, one JSON object a line; refused where the sources are not the commit's")
     group = p.add_argument_group("one run against another (files or folders of such rows)")
     group.add_argument("--compare", nargs=2, metavar=("A", "B"), help="ratios B / A, and whether they are noise")
     group.add_argument("--check", nargs="+", metavar=("A", "B"),
@@ -106,6 +125,7 @@ def parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     name = "eft-kernels"
     try:
+        ready_streams()
         args = parser().parse_args(argv)
         name = f"eft-kernels {args.command}"
         code = importlib.import_module(f"eft_kernels._cli.{args.module}").run(args)
@@ -117,8 +137,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `eft-kernels ... | head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 0
+    except OSError as error:  # a full disk
+        drop_output()
+        print(f"{name}: error: cannot write the output: {error.strerror or error}", file=sys.stderr)
+        return 1
     except SystemExit as stop:  # --help
         return stop.code or 0
 

@@ -1,5 +1,7 @@
 """The command line on tiny random Llama models: what it prints, what it refuses, and that its numbers are right."""
 
+import importlib.util
+import io
 import json
 import os
 import shutil
@@ -16,6 +18,8 @@ from eft_kernels.cli import main
 
 pytest.importorskip("transformers")
 TEXT = "and the king said unto them go and see what the people of the land have done . " * 12
+CHAT = "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|end|> {% endfor %}" \
+       "{% if add_generation_prompt %}<|assistant|> {% endif %}"
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +33,10 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory):
-    """A folder of models: base (large), tuned, other (small), ref, and broken ones beside them."""
+    """A folder of models: base (large), tuned, other (small), ref, and broken ones beside them.
+
+    Logits are 8 wider than the tokenizer; `chat` is `tuned` with a chat template and its tokens there.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config
 
@@ -43,8 +50,8 @@ def zoo(tmp_path_factory):
         return PreTrainedTokenizerFast(tokenizer_object=t, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
                                        unk_token="<unk>")
 
-    words = sorted(set(TEXT.split())) + [f"w{i}" for i in range(40)]
-    size = len(words) + 4
+    words = sorted(set(TEXT.split())) + [f"wé王{i}" for i in range(40)]
+    size = len(words) + 4 + 8
 
     def model(name, seed, hidden, own_words=words, poison=False):
         torch.manual_seed(seed)
@@ -57,6 +64,12 @@ def zoo(tmp_path_factory):
         m.save_pretrained(root / name)
         tokenizer(own_words).save_pretrained(root / name)
 
+    def variant(name, source, **config):
+        shutil.copytree(root / source, root / name)
+        path = root / name / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+        return root / name
+
     for seed, (name, hidden) in enumerate([("base", 32), ("truth", 32), ("tuned", 16), ("other", 16), ("ref", 16)]):
         model(name, seed, hidden)
     model("stranger", 9, 16, own_words=words[::-1])
@@ -65,6 +78,27 @@ def zoo(tmp_path_factory):
     (root / "empty").mkdir()
     shutil.copytree(root / "ref", root / "weightless")
     (root / "weightless" / "model.safetensors").unlink()
+    chat = tokenizer(words)
+    chat.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>"]})
+    chat.chat_template = CHAT
+    chat.save_pretrained(variant("chat", "tuned"))
+    chat.add_tokens([f"<{i}>" for i in range(8)])
+    chat.save_pretrained(variant("chatty", "tuned"))  # with tokens that no logits are for
+    renamed = tokenizer(words)
+    renamed.add_special_tokens({"additional_special_tokens": ["<|reserved|>"]})
+    renamed.save_pretrained(variant("reserved", "base"))
+    tokenizer([*words, "plain"]).save_pretrained(variant("taken", "base"))  # its place is that of a chat token
+    (variant("garbled", "tuned") / "tokenizer.json").write_text("{")
+    (root / "adapter").mkdir()
+    (root / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(root / "ref")}))
+    (root / "same").symlink_to(root / "ref")
+    partial = LlamaForCausalLM.from_pretrained(root / "ref")
+    partial.save_pretrained(variant("headless", "ref"), state_dict={
+        k: v for k, v in partial.state_dict().items() if k != "lm_head.weight"})
+    left = dict(use_cache=False, do_sample=True, num_beams=3, temperature=0.01, repetition_penalty=3.0, max_length=9,
+                forced_eos_token_id=5, suppress_tokens=[6, 7], eos_token_id=2, pad_token_id=0, bos_token_id=1)
+    folder = variant("leftovers", "base", temperature=0.01, num_beams=3)
+    (folder / "generation_config.json").write_text(json.dumps(left))
     (root / "text.txt").write_text(TEXT)
     return root
 
@@ -189,6 +223,191 @@ def test_output_forms(zoo, capsys, monkeypatch):
     assert capsys.readouterr().out == plain
 
 
+def test_a_printed_seed_is_a_seed(zoo, capsys, tmp_path):
+    """All 64 bits of it, negative ones too, as an option and in a line of a file."""
+    prompts = ["go see", "the people", "and the king", "land", "what"]
+    call = ["generate", *models(zoo), "--max-new-tokens", "5", "--json"]
+    assert main([*call, "--seed", str(2**62 + 1), *(x for p in prompts for x in ("--prompt", p))]) == 0
+    rows = lines(capsys)
+    assert min(r["seed"] for r in rows) < 0 and any(r["seed"] != int(float(r["seed"])) for r in rows)
+    (tmp_path / "batch").write_text("\n".join(json.dumps({k: r[k] for k in ("prompt", "seed")}) for r in rows))
+    assert main([*call, "--batch-file", str(tmp_path / "batch")]) == 0
+    assert lines(capsys) == rows
+    for r in rows[:3]:
+        assert main([*call, "--prompt", r["prompt"], "--seed", str(r["seed"])]) == 0
+        assert lines(capsys) == [r]
+
+
+def test_json_tells_what_was_accepted(zoo, capsys):
+    call = ["generate", *models(zoo), "--prompt", "go see", "--prompt", "the people of the land", "--seed", "4",
+            "--max-new-tokens", "12", "--json"]
+    assert main(call) == 0
+    assert not any(k in row for row in lines(capsys) for k in ("rounds", "drafted", "accepted", "acceptance"))
+    assert main([*call, "--draft-tokens", "3", "--greedy"]) == 0
+    for row in lines(capsys):
+        assert 0 <= row["accepted"] <= row["drafted"] <= 3 * row["rounds"] and row["rounds"] > 0
+        assert row["acceptance"] == row["accepted"] / row["drafted"]
+        assert len(row["token_ids"]) <= row["accepted"] + row["rounds"]
+    assert main([*call, "--draft-tokens", "3", "--max-new-tokens", "1"]) == 0
+    assert all(row["acceptance"] is None for row in lines(capsys) if not row["drafted"])
+
+
+def test_every_models_end_of_text_ends_it(zoo, capsys, tmp_path):
+    """Base's, tuned's and ref's, of config and generation config; and what --eos names by id or text."""
+    call = ["--prompt", "and the king said", "--seed", "3", "--max-new-tokens", "20", "--json"]
+    assert main(["generate", *models(zoo), *call]) == 0
+    (free,) = lines(capsys)
+    ids = free["token_ids"]
+    assert len(ids) == 20 and 2 not in ids
+
+    for i, (name, place) in enumerate([("base", "generation_config.json"), ("tuned", "generation_config.json"),
+                                       ("ref", "config.json"), ("tuned", "config.json")]):
+        folder = tmp_path / f"{i}"
+        shutil.copytree(zoo / name, folder)
+        config = json.loads((folder / place).read_text())
+        end = ids[3 + i]
+        (folder / place).write_text(json.dumps(config | {"eos_token_id": [2, end] if "gen" in place else end}))
+        assert main(["generate", *models(zoo, **{name: folder}), *call]) == 0
+        (row,) = lines(capsys)
+        assert row["token_ids"] == ids[: ids.index(end) + 1], (name, place)
+
+    word = next(w for w in free["text"].split() if w.startswith("wé"))
+    from transformers import AutoTokenizer
+    end = AutoTokenizer.from_pretrained(zoo / "base").get_vocab()[word]
+    for option in (str(end), word):
+        assert main(["generate", *models(zoo), *call, "--eos", "0", "--eos", option]) == 0
+        (row,) = lines(capsys)
+        assert row["token_ids"] == ids[: ids.index(end) + 1] and word not in row["text"]
+    assert main(["generate", *models(zoo), *call[:-1], "--stream", "--eos", word]) == 0
+    assert capsys.readouterr().out.strip() == row["text"].strip()
+
+
+@pytest.mark.parametrize("other", [{}, {"base": "reserved"}])
+def test_chat_is_the_tuned_models(zoo, capsys, other):
+    """Its template, its added tokens (the others' logits cover them), its end of turn."""
+    from transformers import AutoTokenizer
+
+    call = ["generate", *models(zoo, tuned="chat", **other), "--chat", "--prompt", "go see", "--json", "--greedy",
+            "--max-new-tokens", "12"]
+    assert main(call) == 0
+    (row,) = lines(capsys)
+    tokenizer = AutoTokenizer.from_pretrained(zoo / "chat")
+    want = tokenizer("<|user|> go see <|end|> <|assistant|>", add_special_tokens=False).input_ids
+    assert row["prompt_tokens"] == len(want) == 5
+
+    from eft_kernels._cli.models import end_of_turn
+    assert end_of_turn(tokenizer) == [tokenizer.get_vocab()["<|end|>"]]
+    tokenizer.chat_template = CHAT.replace(" <|end|>", "")
+    assert end_of_turn(tokenizer) == []
+
+
+def test_chat_stops_at_the_end_of_turn(zoo, capsys, tmp_path):
+    """No model's configuration names it: the template does. It is made a word that the text holds anyway."""
+    from transformers import AutoTokenizer
+
+    call = ["--chat", "--prompt", "go see", "--json", "--seed", "3", "--max-new-tokens", "20"]
+    assert main(["generate", *models(zoo, tuned="chat"), *call]) == 0
+    (free,) = lines(capsys)
+    word = next(w for w in free["text"].split()[3:] if w not in ("go", "see"))
+    shutil.copytree(zoo / "chat", tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "chat")
+    tokenizer.add_tokens([word], special_tokens=True)
+    tokenizer.chat_template = CHAT.replace("<|end|>", "{{ '<|end|>' if m.role == 'user' else '" + word + "' }}")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    assert main(["generate", *models(zoo, tuned=tmp_path / "chat"), *call]) == 0
+    (row,) = lines(capsys)
+    end = tokenizer.get_vocab()[word]
+    assert row["token_ids"] == free["token_ids"][: free["token_ids"].index(end) + 1] and word not in row["text"]
+
+
+def test_an_adapter_is_merged(zoo, capsys, tmp_path):
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(zoo / "ref"), config)
+    model.save_pretrained(tmp_path / "adapter")
+    shutil.copytree(zoo / "ref", tmp_path / "merged")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    rows = []
+    for tuned in ("adapter", "merged"):
+        assert main(["generate", *models(zoo, tuned=tmp_path / tuned), "--prompt", "go", "--seed", "1", "--json"]) == 0
+        rows += lines(capsys)
+    assert rows[0] == rows[1]
+
+
+def test_a_checkpoints_sampling_settings_are_not_ours(zoo, capsys):
+    """Beams, penalties, a length and use_cache=False left in a model folder; the command line alone says how."""
+    call = ["--prompt", "and the king", "--seed", "2", "--max-new-tokens", "12", "--json"]
+    rows = []
+    for base in ("base", "leftovers"):
+        assert main(["generate", *models(zoo, base=base), *call]) == 0
+        rows += lines(capsys)
+    assert rows[0] == rows[1] and len(rows[0]["token_ids"]) > 9
+
+
+def test_batch_files_of_any_make(zoo, capsys, tmp_path):
+    """A byte-order mark, also where files were joined; Windows line ends; what str.splitlines() takes for line ends."""
+    odd = "go\u2028see\u2029the\x85people\x0b\x0c\x1c\x1d\x1e of"
+    text = "\r\n".join(["\ufeff" + json.dumps({"prompt": "the king", "seed": 1}),
+                        "\ufeff" + json.dumps({"prompt": odd}, ensure_ascii=False), "go\u2028see\x0cthe", "", "王 é"])
+    (tmp_path / "one").write_bytes(text.encode())
+    (tmp_path / "two").write_text("land")
+    call = ["generate", *models(zoo), "--max-new-tokens", "3", "--json", "--seed", "1"]
+    assert main([*call, "--batch-file", str(tmp_path / "one"), "--batch-file", str(tmp_path / "two")]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.split("\n")[:-1]]
+    assert [r["prompt"] for r in rows] == ["the king", odd, "go\u2028see\x0cthe", "王 é", "land"]
+    assert rows[0]["seed"] == 1
+
+
+def test_standard_input_of_any_make(zoo, capsys, monkeypatch):
+    call = ["generate", *models(zoo), "--max-new-tokens", "3", "--json", "--seed", "1"]
+
+    def given(data):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="ascii"))
+        return main(call)
+
+    assert given("\ufeffthe king\r\n王 é\r\n".encode()) == 0
+    assert lines(capsys)[0]["prompt"] == "the king\n王 é"
+    for data in (b"the \xff king", b"the \0 king", "the king".encode("utf-16")):
+        assert given(data) == 2
+        err = capsys.readouterr().err
+        assert len(err.splitlines()) == 1 and "standard input: cannot read it: not" in err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_no_encoding_of_the_output_loses_work(zoo, encoding, monkeypatch, capsys):
+    call = ["generate", *models(zoo), "--max-new-tokens", "9", "--seed", "1", "--prompt", "the king 王"]
+    assert main([*call, "--json"]) == 0
+    (want,) = lines(capsys)
+    assert "王" in want["text"]
+    for form in (["--json"], ["--stream"], [], ["--prompt", "é"]):
+        with io.BytesIO() as out:
+            monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding=encoding))
+            assert main([*call, *form]) == 0, form
+            got = out.getvalue().decode(encoding)
+        if form == ["--json"]:
+            assert json.loads(got) == want
+        else:
+            assert want["text"].encode(encoding, "backslashreplace").decode(encoding) in got
+    capsys.readouterr()
+
+
+def test_colour(monkeypatch):
+    """On terminals, unless NO_COLOR is set to something."""
+    from eft_kernels._cli.term import BOLD, paint
+
+    ours, theirs = os.openpty()
+    with open(ours, "rb"), open(theirs, "w") as terminal:
+        for value, coloured in [(None, True), ("", True), ("1", False)]:
+            monkeypatch.setenv("TERM", "xterm")
+            monkeypatch.delenv("NO_COLOR", raising=False)
+            if value is not None:
+                monkeypatch.setenv("NO_COLOR", value)
+            assert (paint("x", BOLD, stream=terminal) != "x") == coloured
+
+
 def test_combinations(zoo, capsys):
     """Every mode reaches the library: interpolation at its ends is one tuned model; strengths matter."""
     call = ["--prompt", "and the king said", "--seed", "1", "--max-new-tokens", "10", "--json"]
@@ -273,6 +492,32 @@ def test_score_table(zoo, capsys):
     assert "interpolate lam 0.5; windows of 128 tokens, stride 64" in out
 
 
+def test_score_of_any_make_and_of_several(zoo, capsys, tmp_path):
+    """A byte-order mark and Windows line ends do not count; every --text is scored."""
+    (tmp_path / "windows").write_bytes(b"\xef\xbb\xbf" + TEXT.replace(". ", ".\r\n").encode())
+    (tmp_path / "short").write_text(TEXT[:200])
+    call = ["score", *models(zoo)]
+    texts = [str(zoo / "text.txt"), str(tmp_path / "windows"), str(tmp_path / "short")]
+    assert main([*call, "--json", *(x for t in texts for x in ("--text", t))]) == 0
+    rows = lines(capsys)
+    assert [r["text"] for r in rows] == texts
+    assert rows[0]["scores"] == rows[1]["scores"] != rows[2]["scores"]
+    assert main([*call, "--json", "--text", texts[2]]) == 0
+    assert lines(capsys) == rows[2:]
+    assert main([*call, "--text", texts[0], "--text", texts[2]]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [t in out for t in texts] == [True, False, True] and sum("emulated" in line for line in out) == 2
+
+
+def test_score_of_a_sick_model(zoo, capsys):
+    """NaN is no score: exit code 1, a line for each, null in JSON."""
+    assert main(["score", *models(zoo, ref="sick"), "--text", str(zoo / "text.txt"), "--json"]) == 1
+    out, err = capsys.readouterr()
+    scores = json.loads(out, parse_constant=lambda name: pytest.fail(name))["scores"]
+    assert scores["ref"]["perplexity"] is scores["emulated"]["nats_per_token"] is None and scores["base"]["perplexity"]
+    assert [": ref: " in line or ": emulated: " in line for line in err.splitlines()] == [True, True]
+
+
 # --- demo, bench, doctor -------------------------------------------------------------------------------------------
 
 def test_demo(family, capsys):
@@ -292,7 +537,7 @@ def test_demo_scores_agree_with_score(family, capsys):
     from eft_kernels._cli import demo
 
     tokenizer = AutoTokenizer.from_pretrained(family / "weights" / "base")
-    rows = demo.heldout_windows(family / "heldout" / "a.txt", tokenizer, 600)
+    rows = demo.heldout_windows((family / "heldout" / "a.txt").read_text(), tokenizer, 600)
     assert len(rows) == 2 and all(len(row) == 257 and row[0] == 1 and first == 1 for row, first in rows)
     flat = [token for row, _ in rows for token in row[1:]]
     chapter = [*tokenizer(TEXT, add_special_tokens=False).input_ids, 2]
@@ -363,6 +608,11 @@ def test_bench_compare_and_check(bench_rows, tmp_path, capsys):
     assert "no measurement in common" in capsys.readouterr().err
     assert main(["bench", "--check", str(empty)]) == 2
     assert "no measurement of ours on this device" in capsys.readouterr().err
+    odd = tmp_path / "odd"
+    text = [json.dumps(r | {"command": "x\u2028y"}, ensure_ascii=False) for r in rows]
+    odd.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(text).encode())
+    assert main(["bench", "--compare", str(bench_rows), str(odd)]) == 0
+    capsys.readouterr()
 
 
 def test_bench_refuses_wrong_tokens(monkeypatch, capsys):
@@ -443,7 +693,42 @@ BAD = {
                              "upscale_top_p"),
     "vocab size": (["generate", "{models}", "--vocab-size", "100000"], "--vocab-size: got 100000"),
     "device": (["generate", "{models}", "--device", "abacus"], "--device abacus"),
+    "device without values": (["generate", "{models}", "--device", "meta"], "--device meta"),
     "no chat template": (["generate", "{models}", "--chat"], "no chat template"),
+    "tuned is ref": (["generate", "{models}", "--tuned", "{zoo}/ref"], "{zoo}/ref: is the model of --ref"),
+    "tuned is ref, otherwise spelled": (["score", "{models}", "--text", "{zoo}/text.txt", "--tuned", "{zoo}/same"],
+                                        "is the model of --ref"),
+    "adapter without peft": (["generate", "{models}", "--tuned", "{zoo}/adapter"], "{zoo}/adapter: is a PEFT adapter")
+    if importlib.util.find_spec("peft") is None else (["generate", "{models}", "--tuned", "{zoo}/adapter"],
+                                                      "cannot load the adapter"),
+    "token that no logits are for": (["generate", "{models}", "--base", "{zoo}/chatty"], "has tokens from id "),
+    "chat token in a word's place": (["generate", "{models}", "--base", "{zoo}/taken", "--tuned", "{zoo}/chat"],
+                                     "allowed are models that share their ids"),
+    "tokenizer does not load": (["generate", "{models}", "--ref", "{zoo}/garbled"], "cannot load its tokenizer"),
+    "weights are missing": (["generate", "{models}", "--ref", "{zoo}/headless"], "weights are missing: lm_head.weight"),
+    "name too long": (["generate", "{models}", "--ref", "x" * 5000], "File name too long"),
+    "no such user": (["generate", "{models}", "--ref", "~nobody-here/x"], "~nobody-here/x: no such folder"),
+    "base twice": (["generate", "{models}", "--base", "{zoo}/base"], "argument --base: given twice"),
+    "eos": (["generate", "{models}", "--eos", "no such token"], "--eos: got 'no such token', allowed is an id from 0"),
+    "eos range": (["generate", "{models}", "--eos", "100000"], "--eos: got '100000'"),
+    "eos bytes": (["generate", "{models}", "--eos", "\udcff"], "--eos: not valid Unicode text"),
+    "greedy and temperature": (["generate", "{models}", "--greedy", "--top-k", "3"], "--top-k: goes without --greedy"),
+    "greedy and a line's": (["generate", "{models}", "--greedy", "--batch-file", "{zoo}/warm"], "line 1: temperature"),
+    "verify alone": (["generate", "{models}", "--verify", "token"], "--verify token: goes with --draft-tokens"),
+    "threads": (["generate", "{models}", "--threads", "1000000000"], "--threads: got 1000000000, allowed is 1 to "),
+    "prompt bytes": (["generate", "{models}", "--prompt", "go \udcff"], "--prompt: not valid Unicode text ('\\udcff'"),
+    "batch file, surrogate": (["generate", "{models}", "--batch-file", "{zoo}/bad6"], "line 1: not valid Unicode text"),
+    "batch file, twice": (["generate", "{models}", "--batch-file", "{zoo}/bad7"], "not JSON: a name occurs twice"),
+    "batch file, deep": (["generate", "{models}", "--batch-file", "{zoo}/bad8"], "line 1: not JSON"),
+    "batch file, seed": (["generate", "{models}", "--batch-file", "{zoo}/bad9"], "seed: got 9223372036854775808"),
+    "batch file, UTF-16": (["generate", "{models}", "--batch-file", "{zoo}/utf16"], "not UTF-8 text but UTF-16"),
+    "batch file, zero": (["generate", "{models}", "--batch-file", "{zoo}/zero"], "a zero byte at offset 2"),
+    "batch file, bytes": (["generate", "{models}", "--batch-file", "{zoo}/bytes"], "byte 0xff at offset 3"),
+    "batch file, folder": (["generate", "{models}", "--batch-file", "{zoo}"], "Is a directory"),
+    "UTF-32 text": (["score", "{models}", "--text", "{zoo}/utf32"], "not UTF-8 text but UTF-32"),
+    "one of two texts": (["score", "{models}", "--text", "{zoo}/text.txt", "--text", "{zoo}/blank"], "file is empty"),
+    "held-out text": (["demo", "--family", "{family}/weights", "--heldout", "{zoo}/heldout"], "not UTF-8 text"),
+    "bench bytes": (["bench", "--compare", "{zoo}/binary", "{zoo}/binary"], "binary: not UTF-8 text"),
     "stream and json": (["generate", "{models}", "--stream", "--json"], "--stream: goes with one prompt"),
     "no text": (["score", "{models}", "--text", "{zoo}/none"], "No such file"),
     "text is a folder": (["score", "{models}", "--text", "{zoo}"], "Is a directory"),
@@ -479,9 +764,17 @@ BAD = {
 def bad_files(zoo):
     for name, text in {"blank": " \n", "short": "king", "bad1": 'go\n{"prompt": \n', "bad2": '{"text": "go"}',
                        "bad3": '{"prompt": "go", "heat": 1}', "bad4": '{"prompt": "go", "top_p": 2}',
-                       "bad5": '{"prompt": "go", "alpha": 2}'}.items():
+                       "bad5": '{"prompt": "go", "alpha": 2}', "bad6": '{"prompt": "go \\ud800"}',
+                       "bad7": '{"prompt": "go", "prompt": "see"}', "bad8": '{"prompt": ' + "[" * 100000,
+                       "bad9": '{"prompt": "go", "seed": 9223372036854775808}',
+                       "warm": '{"prompt": "go", "temperature": 0.5}', "zero": "go\0"}.items():
         (zoo / name).write_text(text)
-    (zoo / "binary").write_bytes(b"\xff\xfe\x00")
+    for name, data in {"binary": b"\xff\xfe\x00", "bytes": b"go \xff", "utf16": "go".encode("utf-16"),
+                       "utf32": "go".encode("utf-32")}.items():
+        (zoo / name).write_bytes(data)
+    (zoo / "heldout").mkdir()
+    for style in "ab":
+        (zoo / "heldout" / f"{style}.txt").write_bytes(b"go \xff")
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -493,8 +786,8 @@ def test_bad_input_is_one_line_and_code_2(case, zoo, family, bad_files, capsys, 
     argv = [y for a in argv for y in (models(zoo) if a == "{models}" else [a])]
     if "generate" in argv[:1] and not own & {"--prompt", "--batch-file"}:
         argv += ["--prompt", "go"]
-    if "--ref" in own and "{models}" in BAD[case][0]:  # the case's own --ref replaces the good one
-        at = argv.index("--ref")
+    for option in own & {"--ref", "--base"} if case != "base twice" else ():  # the case's own replaces the good one
+        at = argv.index(option)
         del argv[at : at + 2]
     argv, (expected,) = ([x.format(zoo=zoo, family=family) if "{zoo}" in x or "{family}" in x else x for x in part]
                          for part in (argv, [expected]))
@@ -535,6 +828,80 @@ def test_program(zoo, tmp_path):
     p = program("score", cwd=tmp_path, env=environment)
     out, err = p.communicate(timeout=120)
     assert p.returncode == 2 and out == "" and len(err.splitlines()) == 1
+
+
+def test_output_that_cannot_be_written(zoo, tmp_path):
+    """A full disk, a closed stream: one line and a code other than 0; a line lost on a closed stderr is lost alone."""
+    call = ["generate", *models(zoo), "--max-new-tokens", "4", "--seed", "1", "--prompt"]
+    with open("/dev/full", "w") as full:
+        p = subprocess.run([sys.executable, "-m", "eft_kernels", *call, "go"], stdout=full, stderr=subprocess.PIPE,
+                           text=True)
+    assert p.returncode == 1 and len(p.stderr.splitlines()) == 1 and "No space left on device" in p.stderr
+    p = program(*call, "go", preexec_fn=lambda: os.close(1))
+    _, err = p.communicate(timeout=120)
+    assert p.returncode == 2 and err == "eft-kernels: error: standard output is closed\n"
+    p = program(*call, " ", preexec_fn=lambda: os.close(2))
+    out, _ = p.communicate(timeout=120)
+    assert p.returncode == 2 and out == ""
+
+
+def test_an_argument_is_utf8_whatever_the_locale(zoo):
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    p = program("generate", *models(zoo), "--json", "--prompt", "wé王1", "--max-new-tokens", "2", env=environment)
+    out, err = p.communicate(timeout=120)
+    assert p.returncode == 0 and json.loads(out)["prompt"] == "wé王1" and json.loads(out)["prompt_tokens"] == 2, err
+
+
+FOREIGN = """
+open({mark!r}, "a").write("ran ")
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+class Config(LlamaConfig):
+    model_type = "foreign"
+class Model(LlamaForCausalLM):
+    config_class = Config
+class Words(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.mark.parametrize("where", ["model", "tokenizer"])
+def test_a_models_own_code_runs_only_when_told(zoo, tmp_path, where):
+    """Not for a "y" on standard input either, which transformers takes for consent."""
+    folder, mark = tmp_path / "foreign", tmp_path / "mark"
+    shutil.copytree(zoo / "tuned", folder)
+    (folder / "code.py").write_text(FOREIGN.format(mark=str(mark)))
+    name, own = {
+        "model": ("config.json", {"model_type": "foreign", "auto_map": {"AutoConfig": "code.Config",
+                                                                        "AutoModelForCausalLM": "code.Model"}}),
+        "tokenizer": ("tokenizer_config.json", {"tokenizer_class": "Words",
+                                                "auto_map": {"AutoTokenizer": [None, "code.Words"]}}),
+    }[where]
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | own))
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    for option in ([], ["--trust-remote-code"]):
+        p = program("generate", *models(zoo, tuned=folder), "--prompt", "go", "--json", *option, stdin=subprocess.PIPE,
+                    env=environment)
+        out, err = p.communicate("y\n" * 9, timeout=120)
+        assert mark.exists() == bool(option), err
+        if option:
+            assert p.returncode == 0 and json.loads(out)["token_ids"], err
+        else:
+            assert p.returncode == 2 and out == "" and len(err.splitlines()) == 1 and "--trust-remote-code" in err
+
+
+def test_interrupt_keeps_what_is_done(zoo, tmp_path):
+    """Rows are printed as they are done, in the file's order; at Ctrl-C also those that wait for an earlier one."""
+    path = tmp_path / "batch"
+    path.write_text("go\n" + "go see the people\n" * 5 + "go see\n" * 5000)
+    p = program("generate", *models(zoo), "--batch-file", str(path), "--batch-size", "1", "--json", "--max-new-tokens",
+                "4", "--threads", "1")
+    first = p.stdout.readline()  # it is at work: the shortest prompt is first
+    time.sleep(1)
+    p.send_signal(signal.SIGINT)
+    out, err = p.communicate(timeout=60)
+    prompts = [json.loads(line)["prompt"] for line in [first, *out.splitlines()]]
+    assert p.returncode in (130, -signal.SIGINT) and "Traceback" not in err
+    assert 1 < len(prompts) < 5000 and prompts[0] == "go" and set(prompts[1:]) == {"go see"}
 
 
 def test_interrupt_is_quiet(zoo):

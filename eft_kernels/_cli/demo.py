@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from .files import expand, read_text
 from .models import Family, check_folder, load_model, load_tokenizer, set_threads
 from .score import recovered, score, windows
 from .term import BOLD, CYAN, DIM, GREEN, YELLOW, Progress, Refused, beside, heading, paint, table
@@ -18,9 +19,10 @@ UNIT_END = "\n\f\n"  # between the chapters of a held-out file
 KS, METHODS = (2, 4, 8), ("coupled", "token", "block")
 
 
-def find_family(given: str | None, heldout: str | None) -> tuple[Path, Path]:
+def find_family(given: str | None, heldout: str | None) -> tuple[Path, dict[str, str]]:
+    """The models' folder and each style's held-out text."""
     if given:
-        folder = Path(given).expanduser()
+        folder = expand(given)
     else:
         places = [p / "examples/family/weights" for p in (Path(__file__).resolve().parents[2], Path.cwd())]
         folder = next((p for p in places if p.is_dir()), None)
@@ -31,11 +33,11 @@ def find_family(given: str | None, heldout: str | None) -> tuple[Path, Path]:
         if not (folder / name).is_dir():
             raise Refused(f"--family {folder}: no folder {name} in it; expected are {', '.join(NAMES)}")
         check_folder(str(folder / name), "--family")
-    texts = Path(heldout).expanduser() if heldout else folder.parent / "heldout"
+    texts = expand(heldout) if heldout else folder.parent / "heldout"
     for style in STYLES:
         if not (texts / f"{style}.txt").is_file():
             raise Refused(f"--heldout {texts}: no file {style}.txt in it")
-    return folder, texts
+    return folder, {style: read_text(str(texts / f"{style}.txt"), "--heldout") for style in STYLES}
 
 
 def size(model) -> str:
@@ -112,10 +114,10 @@ def show_texts(models, tokenizer, args) -> None:
     print(beside(["all a", "half a, half b", "all b"], texts), flush=True)
 
 
-def heldout_windows(path: Path, tokenizer, tokens: int):
+def heldout_windows(text: str, tokenizer, tokens: int):
     """The first ``tokens`` of the chapters in a row, each closed by the end token, in windows that do not overlap."""
     ids: list[int] = []
-    for unit in path.read_text(encoding="utf-8").rstrip("\n").split(UNIT_END):
+    for unit in text.rstrip("\n").split(UNIT_END):
         ids += tokenizer(unit, add_special_tokens=False, verbose=False).input_ids + [tokenizer.eos_token_id]
         if len(ids) >= tokens:
             break
@@ -123,13 +125,13 @@ def heldout_windows(path: Path, tokenizer, tokens: int):
     return windows(ids, tokenizer.bos_token_id, CONTEXT, CONTEXT)
 
 
-def show_scores(models, tokenizer, texts: Path, args) -> None:
+def show_scores(models, tokenizer, texts: dict[str, str], args) -> None:
     import eft_kernels as eft
 
     heading("2  How well they predict held-out text (perplexity, lower is better)")
     lines, verdicts = [], []
     for style, title in STYLES.items():
-        rows = heldout_windows(texts / f"{style}.txt", tokenizer, args.heldout_tokens)
+        rows = heldout_windows(texts[style], tokenizer, args.heldout_tokens)
         tuned, truth = f"tuned-{style}", f"large-{style}"
         s = score({n: models[n] for n in ("base", tuned, "ref", truth)}, rows,
                   {"emulated": (["base", tuned, "ref"], eft.upscale(), 1.0)}, label=f"scoring style {style}")
@@ -147,10 +149,10 @@ def show_scores(models, tokenizer, texts: Path, args) -> None:
         print("  " + paint(line, GREEN if good else YELLOW))
 
 
-def show_speed(models, tokenizer, texts: Path, args) -> None:
+def show_speed(models, tokenizer, texts: dict[str, str], args) -> None:
     heading("3  Speculation: the small tuned model drafts K tokens, the large one checks them at once")
     family = Family(models["base"], [models["tuned-a"]], models["ref"], tokenizer)
-    chapters = (texts / "a.txt").read_text(encoding="utf-8").split(UNIT_END)[:4]
+    chapters = texts["a"].split(UNIT_END)[:4]
     prompts = [tokenizer(chapter, verbose=False).input_ids[:33] for chapter in chapters]
     runs = [("plain", 0)] + [(m, k) for m in METHODS for k in KS]
     seconds, written, stats = {r: 0.0 for r in runs}, {r: [] for r in runs}, {r: [] for r in runs}
@@ -197,7 +199,7 @@ def run(args) -> int:
         for name in NAMES:
             models[name] = load_model(str(folder / name), "--family", "float32")
             progress.step(f"loaded {name}")
-    tokenizer = load_tokenizer(str(folder / "base"))
+    tokenizer = load_tokenizer(str(folder / "base"), "--family")
     if tokenizer is None:
         raise Refused(f"--family {folder}: no tokenizer in {folder / 'base'}")
     here = ", ".join(n for n, b in backends().items() if b["available"])

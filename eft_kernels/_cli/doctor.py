@@ -9,6 +9,7 @@ import os
 import platform
 import warnings
 
+from .models import cores
 from .term import BOLD, DIM, GREEN, YELLOW, paint
 
 NEEDED_FOR = {"torch": "everything", "triton": "GPU kernels; comes with torch on GPU machines",
@@ -66,8 +67,7 @@ def collect() -> dict:
         eft_kernels=eft.__version__, python=platform.python_version(), machine=platform.machine(),
         packages={name: version(name) for name in NEEDED_FOR}, folder=os.path.dirname(eft.__file__),
         extension=dict(built=built, detail=where),
-        threads=dict(torch=torch.get_num_threads(), cores=len(os.sched_getaffinity(0))
-                     if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        threads=dict(torch=torch.get_num_threads(), cores=cores()),
         backends=backends(), forced_backend=forced, works=works, check=what)
 
 

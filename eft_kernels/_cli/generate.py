@@ -7,11 +7,13 @@ import json
 import secrets
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from .models import first_line, load_family
+from .files import argument_text, check_text, read_stdin, read_text
+from .models import end_of_turn, first_line, load_family, token_id
 from .options import REQUEST_OPTIONS, mode_settings
-from .term import BOLD, Refused, paint
+from .term import BOLD, Refused, json_line, paint
+
+SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # their defaults: temperature 1, no filter
 
 
 @dataclass
@@ -26,29 +28,30 @@ class Request:
     ids: list[int] = field(default_factory=list)  # generated token ids
     text: str = ""
     error: str | None = None
+    speculation: dict = field(default_factory=dict)  # counts of rounds, drafted and accepted tokens
+    done: bool = False
 
 
-def read_text(path: str, option: str) -> str:
-    try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise Refused(f"{option} {path}: cannot read it: {reason}") from None
+def unique(pairs: list[tuple]) -> dict:
+    given = dict(pairs)
+    if len(given) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return given
 
 
 def read_batch(path: str) -> list[Request]:
     """One request a line: a prompt as it is, or a JSON object with "prompt" and options of its own."""
     requests = []
-    for number, line in enumerate(read_text(path, "--batch-file").splitlines(), 1):
-        where = f"--batch-file {path}, line {number}"
+    for number, line in enumerate(read_text(path, "--batch-file").split("\n"), 1):
+        where, line = f"--batch-file {path}, line {number}", line.removeprefix("\ufeff")  # files joined by `cat`
         if not line.strip():
             continue
         if not line.lstrip().startswith("{"):
             requests.append(Request(line, where))
             continue
         try:
-            given = json.loads(line)
-        except ValueError as error:
+            given = json.loads(line, object_pairs_hook=unique)
+        except (ValueError, RecursionError) as error:
             raise Refused(f"{where}: not JSON: {error}") from None
         prompt = given.pop("prompt", None)
         if not isinstance(prompt, str):
@@ -72,15 +75,16 @@ def read_requests(args) -> list[Request]:
     if args.prompt and args.batch_file:
         raise Refused("--prompt and --batch-file: pass one of them")
     if args.batch_file:
-        requests = read_batch(args.batch_file)
+        requests = [request for path in args.batch_file for request in read_batch(path)]
     elif args.prompt:
-        requests = [Request(p, f"--prompt {i}" if len(args.prompt) > 1 else "--prompt")
-                    for i, p in enumerate(args.prompt, 1)]
+        names = [f"--prompt {i}" if len(args.prompt) > 1 else "--prompt" for i in range(1, len(args.prompt) + 1)]
+        requests = [Request(argument_text(p, name), name) for p, name in zip(args.prompt, names)]
     elif sys.stdin is None or sys.stdin.isatty():
         raise Refused("no prompt: pass --prompt, --batch-file or text on standard input")
     else:
-        requests = [Request(sys.stdin.read().removesuffix("\n"), "standard input")]
+        requests = [Request(read_stdin().removesuffix("\n"), "standard input")]
     for r in requests:
+        check_text(r.prompt, r.where)
         if not r.prompt.strip():
             raise Refused(f"{r.where}: the prompt is empty")
     return requests
@@ -91,8 +95,11 @@ def encode(requests: list[Request], tokenizer, chat: bool) -> None:
         raise Refused("--chat: the tokenizer has no chat template")
     for r in requests:
         if chat:
-            text = tokenizer.apply_chat_template([{"role": "user", "content": r.prompt}], tokenize=False,
-                                                 add_generation_prompt=True)
+            try:
+                text = tokenizer.apply_chat_template([{"role": "user", "content": r.prompt}], tokenize=False,
+                                                     add_generation_prompt=True)
+            except Exception as error:  # a template may refuse what it likes, and needs jinja2
+                raise Refused(f"--chat: the chat template fails: {first_line(error)}") from None
             r.inputs = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         else:
             r.inputs = tokenizer(r.prompt, verbose=False).input_ids
@@ -113,8 +120,14 @@ def batches(requests: list[Request], size: int):
 def run(args) -> int:
     requests = read_requests(args)
     mode = mode_settings(args)
-    defaults = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "upscale_top_p",
-                                                       "max_new_tokens")}
+    if args.verify and not args.draft_tokens:
+        raise Refused(f"--verify {args.verify}: goes with --draft-tokens")
+    given = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
+    for r, settings in [(None, given), *((r, r.settings) for r in requests)]:
+        for name in SAMPLING if args.greedy else ():
+            if settings.get(name) is not None and (name, settings[name]) != ("temperature", 0):
+                raise Refused(f"{r.where + ': ' + name if r else '--' + name.replace('_', '-')}: goes without --greedy")
+    defaults = {**SAMPLING, **given, "upscale_top_p": args.upscale_top_p, "max_new_tokens": args.max_new_tokens}
     for r in requests:
         own = {k: v for k, v in r.settings.items() if k != "seed"}
         for name in own.keys() & {"beta", "alpha", "lam"}:
@@ -134,19 +147,47 @@ def run(args) -> int:
         r.settings, own = r.settings
         r.seed = row_seeds[i] if own is None else own
     encode(requests, family.tokenizer, args.chat)
+    check_lengths(requests, family)
+    ends = {*family.ends, *(token_id(e, family.tokenizer, family.vocab_size) for e in args.eos)}
+    family.ends = sorted(ends.union(end_of_turn(family.tokenizer) if args.chat else ()))
 
-    streamer = None
-    if stream:
-        from transformers import TextStreamer
-
-        streamer = TextStreamer(family.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    for batch in batches(requests, args.batch_size):
-        decode(batch, family, args, streamer)
-    report(requests, args, streamed=stream)
+    streamer = until_end(family) if stream else None
+    printed = 0
+    try:
+        for batch in batches(requests, args.batch_size):
+            decode(batch, family, args, streamer)
+            while printed < len(requests) and requests[printed].done:
+                report(requests, printed, args, streamed=stream)
+                printed += 1
+    finally:  # also when it is interrupted: what is done is printed
+        for i in range(printed, len(requests)):
+            if requests[i].done:
+                report(requests, i, args, streamed=stream)
     for r in requests:
         if r.error:
             print(f"eft-kernels generate: {r.where}: {r.error}", file=sys.stderr)
     return 1 if any(r.error for r in requests) else 0
+
+
+def check_lengths(requests: list[Request], family) -> None:
+    """Before anything is computed."""
+    for r in requests:
+        new = r.settings["max_new_tokens"]
+        if family.context and len(r.inputs) + new > family.context:
+            raise Refused(f"{r.where}: the prompt has {len(r.inputs)} tokens and --max-new-tokens is {new}; allowed "
+                          f"are {family.context} together, the shortest context of the models")
+
+
+def until_end(family):
+    """Prints a text as it is written, without the token that ends it."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def put(self, value):
+            if self.next_tokens_are_prompt or value.item() not in family.ends:
+                super().put(value)
+
+    return Streamer(family.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def decode(batch: list[Request], family, args, streamer=None) -> None:
@@ -157,7 +198,7 @@ def decode(batch: list[Request], family, args, streamer=None) -> None:
 
     tokenizer, device = family.tokenizer, family.base.device
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    longest = max(len(r.inputs) for r in batch)
+    longest, new = max(len(r.inputs) for r in batch), batch[0].settings["max_new_tokens"]
     ids = torch.tensor([[pad] * (longest - len(r.inputs)) + r.inputs for r in batch], device=device)
     mask = torch.tensor([[0] * (longest - len(r.inputs)) + [1] * len(r.inputs) for r in batch], device=device)
     settings = {}
@@ -166,37 +207,41 @@ def decode(batch: list[Request], family, args, streamer=None) -> None:
         settings[name] = first if values.count(first) == len(values) else torch.tensor(values, device=device)
     greedy = args.greedy or (isinstance(settings["temperature"], float) and settings["temperature"] == 0)
     if greedy:  # transformers refuses sampling options that greedy decoding does not read
-        settings = {k: v for k, v in settings.items() if k not in ("temperature", "top_k", "top_p", "min_p")}
+        settings = {k: v for k, v in settings.items() if k not in SAMPLING}
     try:
         out = family.base.generate(
             input_ids=ids, attention_mask=mask, custom_generate=eft.hf.generate,
             tuned=family.tuned if len(family.tuned) > 1 else family.tuned[0], ref=family.ref,
-            draft_tokens=args.draft_tokens, verify=args.verify, vocab_size=family.vocab_size, do_sample=not greedy,
-            seed=torch.tensor([r.seed for r in batch], dtype=torch.int64, device=device), pad_token_id=pad,
-            streamer=streamer, **settings)
+            draft_tokens=min(args.draft_tokens, new), verify=args.verify or "coupled", vocab_size=family.vocab_size,
+            do_sample=not greedy, seed=torch.tensor([r.seed for r in batch], dtype=torch.int64, device=device),
+            pad_token_id=pad, eos_token_id=family.ends or None, streamer=streamer,
+            return_dict_in_generate=True, **settings)
     except eft.hf.InvalidRowError as error:
         out, failed = error.output, error.failed
         for row, step in failed.items():
             batch[row].error = f"invalid scores (NaN, +inf or no token left) at step {step}; its text ends there"
-    except ValueError as error:
+    except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
         where = batch[0].where if len(batch) == 1 else f"{batch[0].where} and {len(batch) - 1} more"
         raise Refused(f"{where}: {first_line(error)}") from None
     else:
         failed = {}
-    ends = family.base.generation_config.eos_token_id
-    ends = {ends} if isinstance(ends, int) else set(ends or ())
-    for i, (r, row) in enumerate(zip(batch, out[:, longest:].tolist())):
-        stop = failed.get(i, next((n + 1 for n, token in enumerate(row) if token in ends), len(row)))
-        r.ids = row[:stop]
-        r.text = tokenizer.decode(r.ids, skip_special_tokens=True)
+    for i, (r, row) in enumerate(zip(batch, out.sequences[:, longest:].tolist())):
+        stop = next((n for n, token in enumerate(row) if token in family.ends), len(row))
+        r.ids = row[: failed.get(i, stop + 1)]
+        r.text = tokenizer.decode(r.ids[:stop], skip_special_tokens=True)
+        if out.speculation is not None:
+            counts = {name: int(getattr(out.speculation, name)[i]) for name in ("rounds", "drafted", "accepted")}
+            share = counts["accepted"] / counts["drafted"] if counts["drafted"] else None
+            r.speculation = {**counts, "acceptance": share}
+        r.done = True
 
 
-def report(requests: list[Request], args, streamed: bool) -> None:
-    for i, r in enumerate(requests):
-        if args.json:
-            row = dict(prompt=r.prompt, text=r.text, token_ids=r.ids, prompt_tokens=len(r.inputs), seed=r.seed)
-            print(json.dumps({**row, **({"error": r.error} if r.error else {})}, ensure_ascii=False), flush=True)
-        elif len(requests) > 1:
-            print(("\n" if i else "") + paint(f"[{i + 1}] {r.prompt}", BOLD) + f"\n{r.text}", flush=True)
-        elif not streamed:
-            print(r.text, flush=True)
+def report(requests: list[Request], i: int, args, streamed: bool) -> None:
+    r = requests[i]
+    if args.json:
+        row = dict(prompt=r.prompt, text=r.text, token_ids=r.ids, prompt_tokens=len(r.inputs), seed=r.seed)
+        print(json_line({**row, **r.speculation, **({"error": r.error} if r.error else {})}), flush=True)
+    elif len(requests) > 1:
+        print(("\n" if i else "") + paint(f"[{i + 1}] {r.prompt}", BOLD) + f"\n{r.text}", flush=True)
+    elif not streamed:
+        print(r.text, flush=True)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import urllib.parse
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from .files import argument_text, expand
 from .term import Refused
+
+ADAPTER = "adapter_config.json"  # what makes a folder a PEFT adapter
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+                   "spiece.model", "sentencepiece.bpe.model", "*.tiktoken", "tekken.json")
 
 
 @dataclass
@@ -21,6 +26,7 @@ class Family:
     tokenizer: object
     tokenizers: list = field(default_factory=list)  # of base, tuned..., ref; None where a folder has none
     vocab_size: int | None = None  # ids that the models share
+    ends: list[int] = field(default_factory=list)  # ids that end a text
 
     @property
     def models(self) -> list:
@@ -52,14 +58,17 @@ def first_line(error: BaseException) -> str:
 
 def check_folder(name: str, option: str) -> None:
     """Refuses what is plainly no model folder; anything else may be a hub id."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise Refused(f"{option} {name}: not a model folder (it has no config.json)")
-    elif path.exists():
-        raise Refused(f"{option} {name}: is a file; a model folder or a hub id is expected")
-    elif not name or name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
-        raise Refused(f"{option} {name}: no such folder")
+    path = expand(name)
+    try:
+        if path.is_dir():
+            if not (path / "config.json").is_file() and not (path / ADAPTER).is_file():
+                raise Refused(f"{option} {name}: not a model folder (it has no config.json)")
+        elif path.exists():
+            raise Refused(f"{option} {name}: is a file; a model folder or a hub id is expected")
+        elif not name or name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
+            raise Refused(f"{option} {name}: no such folder")
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise Refused(f"{option} {name[:100]}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def hub_reachable() -> bool:
@@ -77,45 +86,112 @@ def hub_reachable() -> bool:
     return True
 
 
-def load_model(name: str, option: str, dtype: str = "auto", device: str = "cpu"):
+def source_of(name: str) -> tuple[str, dict]:
+    """What transformers is to load, and where it may look for it."""
+    path = expand(name)
+    if path.is_dir():
+        return str(path), {}
+    return name, {} if hub_reachable() else {"local_files_only": True}
+
+
+def load_model(name: str, option: str, dtype: str = "auto", device: str = "cpu", trust: bool = False):
     transformers = quiet_transformers()
     check_folder(name, option)
-    path, given = Path(name).expanduser(), {}
-    if path.is_dir():
-        source = str(path)
-    else:
-        source, given = name, {} if hub_reachable() else {"local_files_only": True}
+    if (expand(name) / ADAPTER).is_file():
+        return load_adapter(name, option, dtype, device, trust)
+    source, given = source_of(name)
     try:
-        config = transformers.AutoConfig.from_pretrained(source, **given)
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust, **given)
         if getattr(config, "is_encoder_decoder", False):
             raise Refused(f"{option} {name}: {config.model_type} is an encoder-decoder model; decoder-only models "
                           "are supported")
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **given)
-        return model.to(device).eval()
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, trust_remote_code=trust, output_loading_info=True, **given)
+        if info["missing_keys"]:  # transformers would go on with random numbers
+            missing = sorted(info["missing_keys"])
+            raise Refused(f"{option} {name}: cannot load it: weights are missing: {', '.join(missing[:3])}"
+                          f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}")
+        model = model.to(device).eval()
     except Refused:
         raise
     except Exception as error:  # whatever a broken folder makes transformers raise
+        refuse_foreign_code(error, f"{option} {name}")
         if given:
             raise Refused(f"{option} {name}: no such folder, and the hub cannot be reached (or HF_HUB_OFFLINE is "
                           "set)") from None
         raise Refused(f"{option} {name}: cannot load it: {first_line(error)}") from None
+    # Only the command line says how to sample; of the checkpoint's own settings the special tokens stay.
+    kept = {k: getattr(model.generation_config, k, None) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = transformers.GenerationConfig(**kept)
+    vars(model).pop("generate", None)  # a folder's own decoding loop, which --trust-remote-code lets in
+    return model
 
 
-def load_tokenizer(name: str):
+def load_adapter(name: str, option: str, dtype: str, device: str, trust: bool):
+    """A PEFT adapter, merged into the model that it names."""
+    base = adapter_base(name, option)
+    try:
+        import peft
+    except ImportError:
+        raise Refused(f"{option} {name}: is a PEFT adapter; pip install peft, or merge it into {base} and save the "
+                      "result") from None
+    model = load_model(base, f"{option} {name}, adapter of", dtype, device, trust)
+    kept = model.generation_config
+    try:
+        model = peft.PeftModel.from_pretrained(model, str(expand(name))).merge_and_unload().eval()
+    except Exception as error:
+        raise Refused(f"{option} {name}: cannot load the adapter: {first_line(error)}") from None
+    model.generation_config = kept
+    return model
+
+
+def adapter_base(name: str, option: str) -> str:
+    """The model that a PEFT adapter belongs to."""
+    try:
+        base = json.loads((expand(name) / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str) or not base or same_model(base, name):
+        raise Refused(f"{option} {name}: {ADAPTER} does not name the model that it belongs to")
+    return base
+
+
+def refuse_foreign_code(error: Exception, what: str) -> None:
+    if "trust_remote_code" in str(error):
+        raise Refused(f"{what}: comes with Python code of its own; pass --trust-remote-code to run it") from None
+
+
+def load_tokenizer(name: str, option: str, trust: bool = False):
     """The folder's tokenizer, or None when it has none."""
     transformers = quiet_transformers()
+    source, given = source_of(name)
+    path = expand(name)
+    there = [f for pattern in TOKENIZER_FILES for f in path.glob(pattern)] if path.is_dir() else []
+    if path.is_dir() and not there:
+        return load_tokenizer(adapter_base(name, option), option, trust) if (path / ADAPTER).is_file() else None
     try:
-        path = Path(name).expanduser()
-        return transformers.AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name,
-                                                          local_files_only=not path.is_dir() and not hub_reachable())
-    except Exception:
+        return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust, **given)
+    except Exception as error:
+        refuse_foreign_code(error, f"{option} {name}")
+        if there:
+            raise Refused(f"{option} {name}: cannot load its tokenizer: {first_line(error)}") from None
         return None
+
+
+def same_model(a: str, b: str) -> bool:
+    return a == b or (os.path.isdir(expand(a)) and os.path.realpath(expand(a)) == os.path.realpath(expand(b)))
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def set_threads(threads: int | None) -> None:
     if threads:
         import torch
 
+        if threads > cores():
+            raise Refused(f"--threads: got {threads}, allowed is 1 to {cores()}, the cores of this process")
         torch.set_num_threads(threads)
 
 
@@ -125,7 +201,7 @@ def pick_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except Exception as error:
         raise Refused(f"--device {device}: cannot use it: {first_line(error)}") from None
     return device
@@ -136,21 +212,60 @@ def load_family(args) -> Family:
     options = [("--base", args.base), *(("--tuned", t) for t in args.tuned), ("--ref", args.ref)]
     for option, name in options:
         check_folder(name, option)
+    for name in args.tuned:
+        if same_model(name, args.ref):
+            raise Refused(f"--tuned {name}: is the model of --ref; the two would cancel and leave the base model alone")
     quiet_transformers()
     set_threads(args.threads)
-    device, loaded = pick_device(args.device), {}
+    device, trust, loaded = pick_device(args.device), args.trust_remote_code, {}
     for option, name in options:
         if name not in loaded:
-            loaded[name] = (load_model(name, option, args.dtype, device), load_tokenizer(name))
+            loaded[name] = load_model(name, option, args.dtype, device, trust), load_tokenizer(name, option, trust)
     models, tokenizers = zip(*(loaded[name] for _, name in options))
-    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else next((t for t in tokenizers if t), None)
+    if args.tokenizer:
+        tokenizer = load_tokenizer(args.tokenizer, "--tokenizer", trust)
+    else:  # the fine-tuned model knows the tokens that fine-tuning added
+        tokenizer = next((t for t in (*tokenizers[1:-1], tokenizers[0], tokenizers[-1]) if t), None)
     if tokenizer is None:
         raise Refused(f"no tokenizer in {args.tokenizer or 'the model folders'}; name a folder that has one with "
                       "--tokenizer")
     family = Family(models[0], list(models[1:-1]), models[-1], tokenizer, list(tokenizers))
     names = [f"{option} {name}" for option, name in options]
     family.vocab_size = shared_vocabulary(names, models, tokenizers, args.vocab_size)
+    family.ends = end_tokens(family)
     return family
+
+
+def end_tokens(family: Family) -> list[int]:
+    """What ends a text: the end tokens of every model (its generation config and config) and of the tokenizer."""
+    places = [place for m in family.models for place in (m.generation_config, m.config, m.config.get_text_config())]
+    found = [getattr(place, "eos_token_id", None) for place in (*places, family.tokenizer)]
+    ids = {i for ids in found for i in (ids if isinstance(ids, (list, tuple)) else [ids]) if i is not None}
+    return sorted(i for i in ids if 0 <= i < family.vocab_size)
+
+
+def end_of_turn(tokenizer) -> list[int]:
+    """The special token that the chat template puts behind an answer, if it does."""
+    answer = "answer"
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # a template may refuse what it likes
+        return []
+    after = tokenizer(text.rpartition(answer)[2].strip(), add_special_tokens=False).input_ids[:1]
+    return after if set(after) & {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()} else []
+
+
+def token_id(given: str, tokenizer, vocab_size: int) -> int:
+    """What --eos names: an id, a token as the vocabulary spells it, or a text that is one token."""
+    given = argument_text(given, "--eos")
+    found = int(given) if given.isdecimal() and len(given) < 19 else tokenizer.get_vocab().get(given)
+    if found is None:
+        ids = tokenizer(given, add_special_tokens=False).input_ids
+        found = ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else -1
+    if not 0 <= found < vocab_size:
+        raise Refused(f"--eos: got {given!r}, allowed is an id from 0 to {vocab_size - 1} or the text of one token")
+    return found
 
 
 def shared_vocabulary(names: list[str], models, tokenizers, vocab_size: int | None) -> int:

@@ -9,12 +9,12 @@ from .term import Refused
 
 
 def number(kind, allowed, words):
-    """An argparse type: ``kind`` of the text if ``allowed``, else a line with what was given and what is allowed."""
+    """An argparse type: ``kind`` of a text or number if ``allowed``, else a line with what is given and allowed."""
 
     def convert(text):
         try:
             value = kind(text)
-            good = value == float(text) and allowed(value)
+            good = (kind is float or isinstance(text, str) or value == text) and allowed(value)
         except (ValueError, TypeError, OverflowError):
             good = False
         if not good:
@@ -46,11 +46,16 @@ REQUEST_OPTIONS = {
 
 def add_models(parser) -> None:
     group = parser.add_argument_group("models (folders or hub ids)")
-    group.add_argument("--base", required=True, metavar="MODEL", help="the large model that was not fine-tuned")
+    group.add_argument("--base", required=True, action="once", metavar="MODEL",
+                       help="the large model that was not fine-tuned")
     group.add_argument("--tuned", required=True, metavar="MODEL", action="append",
                        help="the small fine-tuned model; give it twice to mix two behaviours (see --lam)")
-    group.add_argument("--ref", required=True, metavar="MODEL", help="the small model before fine-tuning")
-    group.add_argument("--tokenizer", metavar="MODEL", help="whose tokenizer to use (default: the base model's)")
+    group.add_argument("--ref", required=True, action="once", metavar="MODEL",
+                       help="the small model before fine-tuning")
+    group.add_argument("--tokenizer", action="once", metavar="MODEL",
+                       help="whose tokenizer and chat template to use (default: the tuned model's)")
+    group.add_argument("--trust-remote-code", action="store_true",
+                       help="run Python code that comes with a model (default: refuse such a model)")
     group.add_argument("--vocab-size", type=positive, metavar="N",
                        help="the first N ids that the models share, where their vocabularies differ in length")
     group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
+import sys
 from dataclasses import dataclass
 
-from .generate import read_text
+from .files import read_text
 from .models import first_line, load_family, load_model, load_tokenizer, shared_vocabulary
 from .options import mode_settings
-from .term import Progress, Refused, table
+from .term import BOLD, Progress, Refused, json_line, paint, table
 
 
 @dataclass
@@ -19,7 +19,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.nats, 700.0))
+        return math.exp(self.nats) if self.nats < 700 else math.nan if math.isnan(self.nats) else math.inf
 
 
 def windows(ids: list[int], bos: int | None, context: int, stride: int) -> list[tuple[list[int], int]]:
@@ -87,13 +87,14 @@ def score(models: dict, rows: list[tuple[list[int], int]], emulations: dict, voc
 
 def recovered(base: float, emulated: float, truth: float) -> float | None:
     """Share of the loss that true fine-tuning of the base model saves which emulation saves as well."""
-    return (base - emulated) / (base - truth) if base > truth else None
+    return (base - emulated) / (base - truth) if base > truth and math.isfinite(base - emulated) else None
 
 
 def run(args) -> int:
-    text = read_text(args.text, "--text")
-    if not text.strip():
-        raise Refused(f"--text {args.text}: the file is empty")
+    texts = {path: read_text(path, "--text") for path in args.text}  # a file given twice counts once
+    for path, text in texts.items():
+        if not text.strip():
+            raise Refused(f"--text {path}: the file is empty")
     mode = mode_settings(args)
     family = load_family(args)
     limit = family.context or 1024
@@ -110,38 +111,50 @@ def run(args) -> int:
         bos = None
     if context + (bos is not None) < 2:
         raise Refused(f"--context: got {context}, allowed is 2 and more (the tokenizer has no start token)")
-    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    if len(ids) < 2:
-        raise Refused(f"--text {args.text}: too short: {len(ids)} token(s), at least 2 are needed")
+    rows = {}
+    for path, text in texts.items():
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        if len(ids) < 2:
+            raise Refused(f"--text {path}: too short: {len(ids)} token(s), at least 2 are needed")
+        rows[path] = windows(ids, bos, context, stride)
     names = ["base", *(["tuned"] if len(family.tuned) == 1 else ["tuned 1", "tuned 2"]), "ref"]
     models = dict(zip(names, family.models))
     emulations = {"emulated": (names, combination(mode), args.upscale_top_p)}
     if args.truth:
-        models["truth"] = load_model(args.truth, "--truth", args.dtype, family.base.device)
-        shared_vocabulary(["--base " + args.base, "--truth " + args.truth], [family.base, models["truth"]],
-                          [tokenizer, load_tokenizer(args.truth)], family.vocab_size)
-    try:
-        scores = score(models, windows(ids, bos, context, stride), emulations, family.vocab_size)
-    except ValueError as error:
-        raise Refused(first_line(error)) from None
+        models["truth"] = load_model(args.truth, "--truth", args.dtype, family.base.device, args.trust_remote_code)
+        known = [tokenizer, load_tokenizer(args.truth, "--truth", args.trust_remote_code)]
+        shared_vocabulary(["the tokenizer", "--truth " + args.truth], [family.base, models["truth"]], known,
+                          family.vocab_size)
 
-    share = recovered(*(scores[n].nats for n in ("base", "emulated", "truth"))) if args.truth else None
     settings = {k: v for k, v in mode.items() if k != "mode"} | {"upscale_top_p": args.upscale_top_p}
-    if args.json:
-        print(json.dumps(dict(
-            text=args.text, context=context, stride=stride, bos=bos is not None, mode=mode["mode"], **settings,
-            scores={n: dict(tokens=s.tokens, nats_per_token=s.nats, perplexity=s.perplexity)
-                    for n, s in scores.items()},
-            **({"recovered": share} if args.truth else {}))))
-        return 0
-    best = min((n for n in scores if n != "truth"), key=lambda n: scores[n].nats)
-    print(table(["model", "tokens", "nats/token", "perplexity"],
-                [[n, f"{s.tokens}", f"{s.nats:.4f}", f"{s.perplexity:.3f}"] for n, s in scores.items()],
-                best=list(scores).index(best)))
     told = ", ".join(f"{k} {v:g}" for k, v in settings.items() if (k, v) != ("upscale_top_p", 1.0))
-    print(f"  {mode['mode']}{' ' + told if told else ''}; windows of {context} tokens, stride {stride}"
-          f"{', each behind the start token' if bos is not None else ', the first token not counted'}")
-    if args.truth:
-        print("  share of the gap from base to truth recovered: " + (f"{share:.0%}" if share is not None else
-              "none (the truth is no better than the base model here)"))
-    return 0
+    invalid = []
+    for path in texts:
+        try:
+            scores = score(models, rows[path], emulations, family.vocab_size)
+        except ValueError as error:
+            raise Refused(f"--text {path}: {first_line(error)}") from None
+        invalid += [(path, n) for n, s in scores.items() if math.isnan(s.nats)]
+        share = recovered(*(scores[n].nats for n in ("base", "emulated", "truth"))) if args.truth else None
+        if args.json:
+            numbers = {n: {k: v if v is None or math.isfinite(v) else None for k, v in
+                           dict(tokens=s.tokens, nats_per_token=s.nats, perplexity=s.perplexity).items()}
+                       for n, s in scores.items()}
+            print(json_line(dict(text=path, context=context, stride=stride, bos=bos is not None, mode=mode["mode"],
+                                 **settings, scores=numbers, **({"recovered": share} if args.truth else {}))),
+                  flush=True)
+            continue
+        best = min((n for n in scores if n != "truth"), key=lambda n: scores[n].nats)
+        if len(texts) > 1:
+            print(("\n" if path != args.text[0] else "") + paint(path, BOLD))
+        print(table(["model", "tokens", "nats/token", "perplexity"],
+                    [[n, f"{s.tokens}", f"{s.nats:.4f}", f"{s.perplexity:.3f}"] for n, s in scores.items()],
+                    best=list(scores).index(best)))
+        print(f"  {mode['mode']}{' ' + told if told else ''}; windows of {context} tokens, stride {stride}"
+              f"{', each behind the start token' if bos is not None else ', the first token not counted'}", flush=True)
+        if args.truth:
+            print("  share of the gap from base to truth recovered: " + (f"{share:.0%}" if share is not None else
+                  "none (the truth is no better than the base model here)"), flush=True)
+    for path, name in invalid:
+        print(f"eft-kernels score: --text {path}: {name}: invalid scores (NaN, +inf or no token left)", file=sys.stderr)
+    return 1 if invalid else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -18,9 +19,37 @@ class Refused(Exception):
         self.prog = prog
 
 
+def ready_streams() -> None:
+    """Output that no encoding, closed stream or unfinished line can lose: what cannot be encoded is escaped."""
+    if sys.stdout is None:
+        raise Refused("standard output is closed")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+    if hasattr(sys.stdout, "reconfigure"):  # a stream that replaces it may lack it
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def drop_output() -> None:
+    """Nothing more is written, at the interpreter's end neither."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        sys.stdout = open(os.devnull, "w")
+
+
+def json_line(value) -> str:
+    """JSON on one line, in characters that standard output has."""
+    line = json.dumps(value, ensure_ascii=False)
+    try:
+        line.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        line = json.dumps(value)
+    return line
+
+
 def paint(text: str, *codes: str, stream=None) -> str:
     stream = stream or sys.stdout
-    if not stream.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb":
+    if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
     return f"\x1b[{';'.join(codes)}m{text}\x1b[0m"
 
