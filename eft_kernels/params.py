@@ -36,16 +36,30 @@ class Params(NamedTuple):
     top_p: float | torch.Tensor
     min_p: float | torch.Tensor
     upscale_top_p: float | torch.Tensor
-    seed: int | torch.Tensor
+    seed: int | torch.Tensor  # a scalar is expanded by row_seed
     position: int | torch.Tensor
     token_mask: torch.Tensor | None  # int32 [rows, ceil(V / 32)] (verify: [rows, K+1, ceil(V / 32)]), bit 1 = allowed
     vocab_size: int
     tuned: int
 
 
+class DraftParams(NamedTuple):
+    """What `verify`'s drafts were drawn by: each value a Python scalar, a tensor [rows], or None: as the target."""
+
+    temperature: float | torch.Tensor | None = None
+    top_k: int | torch.Tensor | None = None
+    top_p: float | torch.Tensor | None = None
+    min_p: float | torch.Tensor | None = None
+
+    def of(self, p: Params) -> Params:
+        """`Params` of the draft distribution: one model alone."""
+        own = {name: x for name, x in self._asdict().items() if x is not None}
+        return p._replace(weights=(1.0,), upscale_top_p=1.0, tuned=0, **own)
+
+
 def scalar_or_rows(name: str, value, rows: int, device: torch.device, check: bool):
     """``value`` as a Python scalar or a contiguous tensor [rows] on ``device``; ValueError names ``name``."""
-    dtype, low, high, words = SPECS[name]
+    dtype, low, high, words = SPECS[name.removeprefix("draft_")]
     kind = type(value)
     if kind is (float if dtype is torch.float32 else int) and low <= value <= high and value < 1 << 63:
         return value

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..params import Params
+from ..params import DraftParams, Params
 from . import workspace
 
 try:
@@ -94,9 +94,10 @@ def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logpro
                 bool(diagnostics))
 
 
-def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, logprobs: bool):
+def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, drawn_by: DraftParams,
+           logprobs: bool):
     return _run(_cuda.verify, logits, p, draft_tokens, draft_lengths, _METHOD[method],
-                None if draft < 0 else int(draft), bool(logprobs))
+                None if draft < 0 else int(draft), *drawn_by, bool(logprobs))
 
 
 # The same on arguments that nobody has checked, as in backends/cpu.py. Values of tensors are not looked at.
