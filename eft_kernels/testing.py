@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from . import ops, reference
-from .params import Params
+from .params import DraftParams, Params
 from .weights import Weights, interpolate, upscale
 
 TOLERANCE = 1e-5  # nats: float32 log-sum-exp against the fixed-point one
@@ -311,14 +311,16 @@ class Call(NamedTuple):
 
     def run(self, backend: str) -> dict[str, torch.Tensor]:
         out = getattr(torch.ops.eft_kernels, self.operation)(
-            self.logits, *ops._flatten(self.params), *self.args, backend)
+            self.logits, *ops._flatten(self.params, *self.args), backend)
         if isinstance(out, torch.Tensor):
             return {"logprobs": out}
         return dict(zip((ops.SampleOutput if self.operation == "sample" else ops.VerifyOutput)._fields, out))
 
 
-def unchecked(operation: str, logits, weights=(1.0, 1.0, -1.0), *args, name: str = "", **params) -> Call:
-    """A `Call` with these parameters, the others off."""
+def unchecked(operation: str, logits, weights=(1.0, 1.0, -1.0), *args, name: str = "", drawn_by=None, **params) -> Call:
+    """A `Call` with these parameters, the others off; drawn_by: of verify's drafts."""
+    if operation == "verify":
+        args = (*args[:4], drawn_by or DraftParams(), *args[4:])
     off = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, upscale_top_p=1.0, seed=1, position=2, token_mask=None,
                vocab_size=min(z.shape[-1] for z in logits), tuned=len(logits) > 1)
     off["tuned"] = int(off["tuned"])
@@ -355,6 +357,10 @@ def odd_calls() -> list[Call]:
         add(f"{name} out of range", usual, rows=len(odd), **{name: torch.tensor(odd)})
         add(f"{name} out of range, filtered", usual, rows=len(odd), **{**dict(top_p=0.5, top_k=9), name: torch.tensor(odd)})
     add("top_k below 0 and beyond V", usual, rows=5, top_k=torch.tensor([0, -1, low, high, V]))
+    for name, odd in dict(values, top_k=(0, -1, low, high, V)).items():
+        if name != "upscale_top_p":
+            add(f"drafts drawn with any {name}", usual, rows=len(odd), only="verify",
+                drawn_by=DraftParams(**{name: torch.tensor(odd)}))
     add("any seed and position", usual, rows=4, seed=torch.tensor([1, low, high, -1]), position=torch.tensor([2, low, high, -1]))
     for w in (nan, inf, -inf):
         add(f"weight {w}", usual, torch.tensor([[1.0, 1.0, -1.0], [1.0, w, -1.0], [w, 0.0, 0.0]]), rows=3)
@@ -483,11 +489,16 @@ def random_call(seed: int, largest: int = 1000) -> Call:
     if pick.random() < 0.3:
         mask = torch.randint(-(1 << 31), 1 << 31, (*lead, (V + 31) // 32), generator=g).to(torch.int32)
         mask *= torch.rand(mask.shape, generator=g) < pick.choice([0.1, 0.9])
+
+    def filters():
+        return dict(
+            temperature=per_row(F32, (1.0, 1.0, 0.7, 0.0, 1e-5, 1e30), nan, inf, -1.0, 2e30),
+            top_k=per_row(torch.int64, (0, 0, 1, 5, 300), -1, low, high, V, V + 1),
+            top_p=per_row(F32, (1.0, 1.0, 0.9, 0.3, 1e-6), nan, 0.0, -1.0, 1.5, 1e-40, inf),
+            min_p=per_row(F32, (0.0, 0.0, 0.05, 1.0), nan, 2.0, -0.5, -inf))
+
     params = dict(
-        temperature=per_row(F32, (1.0, 1.0, 0.7, 0.0, 1e-5, 1e30), nan, inf, -1.0, 2e30),
-        top_k=per_row(torch.int64, (0, 0, 1, 5, 300), -1, low, high, V, V + 1),
-        top_p=per_row(F32, (1.0, 1.0, 0.9, 0.3, 1e-6), nan, 0.0, -1.0, 1.5, 1e-40, inf),
-        min_p=per_row(F32, (0.0, 0.0, 0.05, 1.0), nan, 2.0, -0.5, -inf),
+        filters(),
         upscale_top_p=per_row(F32, (1.0, 1.0, 1.0, 0.9, 0.3), nan, 0.0, -1.0, 1.5, inf),
         seed=per_row(torch.int64, (0, 1, -1, high, low)), token_mask=mask, vocab_size=pick.choice([V, V, (V + 1) // 2]),
         position=per_row(torch.int64, (0, 7, 1 << 40), -1, low, high), tuned=pick.randrange(models))
@@ -507,4 +518,5 @@ def random_call(seed: int, largest: int = 1000) -> Call:
         counts = torch.randint(-1, lead[1] + 2, (rows,), generator=g)
         counts[torch.rand(rows, generator=g) < 0.1] = pick.choice([low, high])
         args = (drafts, counts, pick.choice(ops.METHODS), pick.randint(-1, models - 1), pick.random() < 0.7)
+        params["drawn_by"] = DraftParams(**{name: x for name, x in filters().items() if pick.random() < 0.4})
     return unchecked(operation, logits, weights, *args, name=f"random_call({seed})", **params)
