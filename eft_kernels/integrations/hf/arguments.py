@@ -12,6 +12,7 @@ from transformers import GenerationConfig, GenerationMixin
 from ...ops import row_seeds
 from ...weights import Weights, downscale, interpolate, proxy, upscale
 from .models import CACHE_NAMES, logits_width
+from .peft import Off, layers_of, unwrapped
 
 # name: the strength it takes, and its weights for [model, tuned, ref] (interpolate: two tuned models)
 MODES = {"upscale": ("beta", upscale), "proxy": ("alpha", proxy), "downscale": (None, downscale),
@@ -65,7 +66,10 @@ def combination_of(model, tuned, ref, mode, beta, alpha, lam):
         raise ValueError(f"tuned: got {'None' if tuned is None else f'{len(tuned)} models'}, allowed is a model or "
                          "a list of two")
     if ref is None:
-        raise ValueError("ref: got None, allowed is the model that tuned was fine-tuned from")
+        if two or not layers_of(unwrapped(tuned, "tuned")):
+            raise ValueError("ref: got None, allowed is the model that tuned was fine-tuned from" +
+                             ("" if two else ", or None where tuned is a model with an adapter (PEFT)"))
+        ref = Off(tuned)  # the same weights, held once
     mode = ("interpolate" if two else "upscale") if mode is None else mode
     refuse_unless("mode", mode, mode in MODES, f"one of {', '.join(MODES)}")
     if two != (mode == "interpolate"):

@@ -31,6 +31,7 @@ from .arguments import (
 )
 from .endings import end_tokens, endings_of, hold_back
 from .models import CausalLM, check_boundaries, logits_width
+from .peft import calling, resolved
 from .processors import STATEFUL, sampling_of
 
 
@@ -72,7 +73,8 @@ def generate(
     Every strength and sampling parameter is a number or a tensor [rows], rows = batch * num_return_sequences.
 
     Args:
-      tuned, ref: causal language models with the vocabulary of ``model``; ``tuned=[a, b]`` mixes two.
+      tuned, ref: causal language models with the vocabulary of ``model``; ``tuned=[a, b]`` mixes two. With an adapter
+        of PEFT in ``tuned`` (the active one counts), ref=None or its base module is the same weights with it off.
       mode: "upscale": beta (model - ref) + tuned; "proxy": model + alpha (tuned - ref); "downscale": the same sum for
         a small model and large tuned and ref; "interpolate": model + lam tuned_a + (1 - lam) tuned_b - ref.
         Default: "interpolate" for two tuned models, else "upscale".
@@ -103,7 +105,9 @@ def generate(
     outer = outer_arguments()
     streamer = outer.get("streamer") if streamer is None else streamer
     config = generation_config if generation_config is not None else GenerationConfig()
-    models, names, weights, default_draft = combination_of(model, tuned, ref, mode, beta, alpha, lam)
+    models, names, weights, default_draft = combination_of(calling(model), tuned, ref, mode, beta, alpha, lam)
+    models, contexts = resolved(models, names)
+    model = models[0]
     draft = default_draft if draft is None else draft
 
     refuse_unless("verify", verify, verify in METHODS, f"one of {', '.join(METHODS)}")
@@ -144,7 +148,8 @@ def generate(
     target = Target(weights, seeds, filters, upscale_top_p, vocab_size, processors or None,
                     keep_logits=bool(verbose and config.output_logits),
                     keep_scores=bool(verbose and config.output_scores))
-    adapters = [CausalLM(m, name, rollback=draft_tokens > 0) for m, name in zip(models, names)]
+    adapters = [CausalLM(m, name, rollback=draft_tokens > 0, context=context)
+                for m, name, context in zip(models, names, contexts)]
     if draft_tokens:
         check_boundaries(adapters, rows, int((input_ids.shape[1] - left).max()) + max_new_tokens)
     on_tokens = None

@@ -8,6 +8,7 @@ changes, Mamba its mask after the prompt, OpenAI GPT reads the whole text at eve
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 
 import torch
 from transformers import DynamicCache, GenerationMixin
@@ -36,10 +37,11 @@ class CausalLM:
     Args:
       name: what error messages call it.
       rollback: rejected tokens will be taken back; ValueError where the model's cache cannot do that.
+      context: gives what is entered for each of its passes, such as one that switches an adapter off.
     """
 
-    def __init__(self, model, name: str, rollback: bool):
-        self.model, self.name, self.rollback = model, name, rollback
+    def __init__(self, model, name: str, rollback: bool, context=nullcontext):
+        self.model, self.name, self.rollback, self.context = model, name, rollback, context
         self.takes = inspect.signature(model.forward).parameters
         self.width, self.cache_name = logits_width(model), cache_name(model)
         self.boundary, self.boundary_moves = rope_boundary(model)
@@ -90,7 +92,8 @@ class CausalLM:
         elif past and given < self.ids.shape[1] and not self.state:
             raise ValueError(f"{self.name}: {type(self.model).__name__} keeps no cache and reads {given} tokens of "
                              f"{self.ids.shape[1]}; allowed are models that keep one or read the whole text")
-        out = self.model(**inputs, return_dict=True)
+        with self.context():
+            out = self.model(**inputs, return_dict=True)
         self._keep(out)
         if out.logits.shape[-1] != self.width:
             raise ValueError(f"{self.name}: gives logits of width {out.logits.shape[-1]}, announces {self.width}")
