@@ -319,6 +319,8 @@ def test_sampling_processors_against_transformers_order(llamas, options):
 class NoRepeat(LogitsProcessor):
     """Forbids the last token; remembers the prefixes it saw."""
 
+    stateless = True
+
     def __init__(self):
         self.seen = []
 

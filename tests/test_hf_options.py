@@ -4,12 +4,19 @@ The oracles are those of tests/test_hf.py: full forwards without a cache, one un
 """
 
 import copy
+import inspect
+import itertools
+import math
+import re
 
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
-from test_hf import PAD, PROMPTS, SAMPLED, V, llamas, make, oracle, padded, run  # noqa: E402, F401
+from test_hf import EOS, METHODS, PAD, PROMPTS, SAMPLED, V, llamas, make, oracle, padded, run  # noqa: E402, F401
+from transformers import LogitsProcessor, LogitsProcessorList  # noqa: E402
+
+import eft_kernels as eft  # noqa: E402
 
 # --- adapters ------------------------------------------------------------------------------------------------------
 
@@ -128,3 +135,183 @@ def test_adapters_that_cannot_be_switched_off_are_refused(llamas):  # noqa: F811
         run([base, model, None])
     with pytest.raises(ValueError, match="ref: got None, allowed is the model"):
         run([base, tuned, None])
+
+
+# --- processors that keep a state ----------------------------------------------------------------------------------
+
+class Counter(LogitsProcessor):
+    """Another token is forbidden at each call."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        scores[:, self.calls % V] = -math.inf
+        return scores
+
+
+class Hidden(LogitsProcessor):
+    """As Counter, with its state where no attribute shows it."""
+
+    def __init__(self):
+        self.next = itertools.count(1)
+
+    def __call__(self, input_ids, scores):
+        scores[:, next(self.next) % V] = -math.inf
+        return scores
+
+
+class Flag(LogitsProcessor):
+    """What outlines does: the first call is another, later ones take the newest token alone."""
+
+    def __init__(self):
+        self.is_first, self.state = True, itertools.count()
+
+    def __call__(self, input_ids, scores):
+        self.is_first = False
+        return scores
+
+
+class Late(LogitsProcessor):
+    """Makes its state at the first call and tells calls apart by their lengths."""
+
+    def __init__(self):
+        self.sums = None
+
+    def __call__(self, input_ids, scores):
+        if self.sums is None:
+            self.sums = {input_ids.shape[1]: input_ids.sum(1)}
+        elif input_ids.shape[1] not in self.sums:
+            self.sums[input_ids.shape[1]] = self.sums[input_ids.shape[1] - 1] + input_ids[:, -1]
+        return scores.scatter(1, self.sums[input_ids.shape[1]][:, None] % V, -math.inf)
+
+
+class Table(LogitsProcessor):
+    """A function of its arguments with a table that is made at the first call."""
+
+    def __init__(self):
+        self.table = None
+
+    def __call__(self, input_ids, scores):
+        if self.table is None:
+            self.table = torch.arange(V)
+        return scores.scatter(1, self.table[(input_ids.sum(1) * 7 + 3) % V][:, None], -math.inf)
+
+
+class Memo(Table):
+    """Keeps every result by its prefix."""
+
+    stateless = True
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __call__(self, input_ids, scores):
+        self.seen[str(input_ids.tolist())] = out = super().__call__(input_ids, scores)
+        return out
+
+
+class Sums(LogitsProcessor):
+    """The sum of a row's new tokens is forbidden; kept row by row, and taken back."""
+
+    def __init__(self):
+        self.texts = {}
+
+    def __call__(self, input_ids, scores):
+        return self.process_rows(range(len(scores)), input_ids, scores)
+
+    def process_rows(self, rows, input_ids, scores):
+        for i, row in enumerate(rows):
+            text = self.texts.setdefault(row, [])
+            new = input_ids[i, 6:].tolist()
+            while text != new[: len(text)]:
+                text.pop()
+            text += new[len(text) :]
+            scores[i, sum(text) % V] = -math.inf
+        return scores
+
+
+def closure(kind):
+    calls = []
+
+    def allowed(batch, ids):
+        calls.append(batch)
+        return [t for t in range(3, V) if t % 3 != (len(calls) if kind else int(ids.sum()) + batch) % 3]
+
+    return allowed
+
+
+def generated(models, k, processor, **options):
+    return run(models, draft_tokens=k, logits_processor=LogitsProcessorList([processor]), **{**SAMPLED, **options})
+
+
+@pytest.mark.parametrize("kind, why", [
+    (Counter, "`calls` changes"), (Hidden, "its result is another"), (Flag, "`is_first` changes"),
+    (Late, "`sums` changes"),
+])
+def test_a_processor_that_keeps_a_state_is_refused_under_speculation(llamas, kind, why):  # noqa: F811
+    models = [llamas[0], llamas[1], llamas[3]]
+    with pytest.raises(ValueError, match=f"logits_processor: {kind.__name__} keeps a state.*{why}.*draft_tokens=0"):
+        generated(models, 3, kind())
+    out = generated(models, 0, kind())  # called once a step, in order, as transformers does
+    for b, prompt in enumerate(PROMPTS if kind is Counter else ()):
+        want = oracle(models, prompt, 12, dict(temperature=0.9, top_p=0.95), processors=kind(), pads=6 - len(prompt),
+                      seed=int(eft.row_seeds(3, 4)[b]))
+        assert torch.equal(out[b, 6:], want)
+
+
+@pytest.mark.parametrize("kind", [Table, Memo, Sums])
+def test_a_processor_that_can_go_back_is_right_under_speculation(llamas, kind):  # noqa: F811
+    models = [llamas[0], llamas[1], llamas[3]]
+    want = generated(models, 0, kind())
+    assert not torch.equal(want, run(models, **SAMPLED))
+    for k in (1, 3, 8):
+        assert torch.equal(generated(models, k, kind()), want)
+    for method in ("token", "block"):
+        generated(models, 3, kind(), verify=method)
+
+
+def test_prefix_allowed_tokens_that_keep_a_state(llamas):  # noqa: F811
+    models = [llamas[0], llamas[1], llamas[3]]
+    want = run(models, prefix_allowed_tokens_fn=closure(False), **SAMPLED)
+    assert torch.equal(run(models, draft_tokens=3, prefix_allowed_tokens_fn=closure(False), **SAMPLED), want)
+    run(models, prefix_allowed_tokens_fn=closure(True), **SAMPLED)
+    with pytest.raises(ValueError, match="prefix_allowed_tokens_fn: gives different tokens.*draft_tokens=0"):
+        run(models, draft_tokens=3, prefix_allowed_tokens_fn=closure(True), **SAMPLED)
+
+
+GRAMMAR = 'root ::= ("a" | "b" "c" | "d")* "." | "x" "y" "z" "."'
+
+
+def grammar():
+    """(xgrammar's processor, the letters of the V tokens)."""
+    xgrammar = pytest.importorskip("xgrammar")
+    from xgrammar.contrib import hf
+    letters = ["<pad>", "<eos>", "<bos>", *"abcdxyz.", "aa", "bc", "ad", "d.", "ab", "xy", *"efghi"][:V]
+    info = xgrammar.TokenizerInfo(letters, vocab_size=V, stop_token_ids=[EOS])
+    return hf.LogitsProcessor(xgrammar.GrammarCompiler(info).compile_grammar(GRAMMAR)), letters
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_xgrammar_under_speculation(llamas, method):  # noqa: F811
+    models = [llamas[0], llamas[1], llamas[3]]
+    options = dict(do_sample=True, top_k=0, temperature=2.0, eos_token_id=EOS)
+    letters = grammar()[1]
+    seeds = eft.row_seeds(5, 4 * 6)
+    options.update(seed=seeds, num_return_sequences=6)
+    want = generated(models, 0, grammar()[0], **options)
+    for k in (1, 3, 8):
+        processor = grammar()[0]
+        out = generated(models, k, processor, verify=method, **options)
+        if method == "coupled":
+            assert torch.equal(out, want)
+            assert torch.equal(generated(models, k, processor, **options), want)  # a processor serves twice
+        ended = 0
+        for row in out[:, 6:].tolist():
+            text = "".join(letters[t] for t in row if t > 2)
+            assert re.fullmatch(r"(a|bc|d|b$)*\.?|xyz\.|xyz?|x", text), text
+            ended += EOS in row
+            assert (EOS in row) <= text.endswith(".")
+        assert 0 < ended

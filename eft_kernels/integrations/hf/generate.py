@@ -30,9 +30,10 @@ from .arguments import (
     seeds_of,
 )
 from .endings import end_tokens, endings_of, hold_back
+from .grammar import RowProcessors
 from .models import CausalLM, check_boundaries, logits_width
 from .peft import calling, resolved
-from .processors import STATEFUL, sampling_of
+from .processors import sampling_of
 
 
 @dataclass
@@ -97,7 +98,11 @@ def generate(
 
     Processors and stopping criteria (options or the caller's) see each token with its own prefix, also under
     speculation; processors get the emulated scores, float32 [rows, V], drafts do not. temperature, top_k, top_p and
-    min_p alone are the operation's own and never make scores [rows, V].
+    min_p alone are the operation's own and never make scores [rows, V]. Under speculation a processor is a function of
+    (input_ids, scores). xgrammar's own follows each row's drafts and back; another that keeps a state is refused where
+    that shows, unless it declares ``stateless = True`` (the result depends on the arguments alone) or has
+    ``process_rows(rows, input_ids, scores) -> scores``: the indices of n rows, their whole prefixes int64 [n, P + m],
+    of which the last tokens may differ from the call before, and scores [n, V]. draft_tokens=0 takes all as they are.
 
     Returns: int64 [rows, P + T], or `EmulatedOutput` with ``return_dict_in_generate``.
     Raises: ValueError naming the argument, before anything is computed; an option that cannot be honoured is refused.
@@ -133,8 +138,7 @@ def generate(
             eos = sorted(ends)
             logits_processor = hold_back(logits_processor or [], config, eos, input_ids.shape[1], device)
     processors, filters = sampling_of(logits_processor or [], config, named, outer.get("logits_processor"))
-    if draft_tokens and (bad := [type(p).__name__ for p in processors if isinstance(p, STATEFUL)]):
-        raise ValueError(f"logits_processor: {bad[0]} keeps a state of its own and needs draft_tokens=0")
+    process = RowProcessors(processors) if draft_tokens and processors else processors or None
     seeds = seeds_of(seed, rows, device, greedy=is_number(t := filters.get("temperature", 1.0)) and t < 1e-5)
     sample([torch.zeros(rows, 1, device=device)] * len(models), weights, upscale_top_p=upscale_top_p, seed=seeds,
            logprobs=False, check=True, **named)  # the operation's own checks of every value
@@ -145,7 +149,7 @@ def generate(
     known = min(map(logits_width, models))
     prompt = Prompt(input_ids, left, max_new_tokens, eos, pad, known, criteria or None)
     verbose = bool(config.return_dict_in_generate)
-    target = Target(weights, seeds, filters, upscale_top_p, vocab_size, processors or None,
+    target = Target(weights, seeds, filters, upscale_top_p, vocab_size, process,
                     keep_logits=bool(verbose and config.output_logits),
                     keep_scores=bool(verbose and config.output_scores))
     adapters = [CausalLM(m, name, rollback=draft_tokens > 0, context=context)
