@@ -315,3 +315,53 @@ def test_xgrammar_under_speculation(llamas, method):  # noqa: F811
             ended += EOS in row
             assert (EOS in row) <= text.endswith(".")
         assert 0 < ended
+
+
+# --- text prompts on models that can also see ------------------------------------------------------------------------
+
+TEXT = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=4, max_position_embeddings=64, pad_token_id=PAD, bos_token_id=2,
+            eos_token_id=EOS, initializer_range=0.3)
+SIGHT = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28,
+             patch_size=14)
+SEEING = {
+    "gemma3": dict(text_config=dict(TEXT, sliding_window=4, query_pre_attn_scalar=4), vision_config=SIGHT,
+                   mm_tokens_per_image=4, image_token_index=60, boi_token_index=61, eoi_token_index=62),
+    "qwen2_5_vl": dict(
+        text_config=dict(TEXT, rope_parameters=dict(rope_type="default", mrope_section=[1, 1, 0], rope_theta=1e4)),
+        vision_config=dict(depth=1, hidden_size=16, intermediate_size=32, num_heads=2, patch_size=14,
+                           out_hidden_size=16, fullatt_block_indexes=[0]),
+        image_token_id=60, video_token_id=59, vision_start_token_id=61, vision_end_token_id=62),
+    "llava": dict(text_config=dict(TEXT, model_type="llama"), image_token_index=60,
+                  vision_config=dict(SIGHT, projection_dim=16, model_type="clip_vision_model")),
+    "mistral3": dict(text_config=dict(TEXT, model_type="mistral", sliding_window=None), image_token_index=60,
+                     vision_config=dict(SIGHT, model_type="pixtral")),
+}
+
+
+@pytest.mark.parametrize("family", SEEING)
+def test_text_prompts_on_models_that_can_also_see(family):
+    """tuned with ref's weights is base alone: transformers' own greedy text."""
+    def seeing(seed):
+        torch.manual_seed(seed)
+        config = transformers.AutoConfig.for_model(family, **copy.deepcopy(SEEING[family]))
+        model = transformers.AutoModelForImageTextToText.from_config(config).eval()
+        model.generation_config.eos_token_id = None
+        return model
+
+    base, tuned = seeing(1), seeing(2)
+    types = {"gemma3": "token_type_ids", "qwen2_5_vl": "mm_token_type_ids"}.get(family)
+    if types not in inspect.signature(base.forward).parameters:
+        types = None
+    options = dict(padded(), max_new_tokens=12, pad_token_id=PAD)
+    want = base.generate(**options)
+    for k in (0, 3):
+        for extra in ({}, {types: torch.zeros_like(options["input_ids"])} if types else {}):
+            assert torch.equal(run([base, tuned, copy.deepcopy(tuned)], draft_tokens=k, **extra), want)
+    pixels = {"gemma3": torch.zeros(1, 3, 28, 28), "llava": torch.zeros(1, 3, 28, 28)}.get(family)
+    if pixels is not None:
+        with pytest.raises(ValueError, match="pixel_values: emulated decoding"):
+            run([base, tuned, copy.deepcopy(tuned)], pixel_values=pixels)
+    if types:
+        with pytest.raises(ValueError, match=f"{types}: emulated decoding"):
+            run([base, tuned, copy.deepcopy(tuned)], **{types: torch.ones_like(options["input_ids"])})

@@ -86,7 +86,8 @@ def combination_of(model, tuned, ref, mode, beta, alpha, lam):
     return models, names, weights, 0 if mode == "downscale" else 1
 
 
-def check_options(config, outer: dict, model_kwargs: dict) -> None:
+def check_options(config, outer: dict, model_kwargs: dict, sees: bool = False) -> None:
+    """Refuses what cannot be honoured; ``sees``: the model is one for images, too, and its prompt is text."""
     defaults = {**vars(GenerationConfig()), **GenerationConfig._get_default_generation_params()}
     for name, default in defaults.items():
         value = getattr(config, name, None)
@@ -99,9 +100,18 @@ def check_options(config, outer: dict, model_kwargs: dict) -> None:
     for name in ("assistant_model", "synced_gpus", "negative_prompt_ids", "negative_prompt_attention_mask"):
         if outer.get(name) is not None and outer[name] is not False:
             raise ValueError(f"{name}: emulated decoding cannot honour it; leave it unset")
+    # pixels that transformers encoded are told by the name that they were given by
+    encoded = {k: v for k, v in (model_kwargs.get("mm_encoder_outputs") or {}).items() if v is not None}
+    for name in outer.get("kwargs", {}) if encoded else ():
+        if name.startswith(("pixel_values", "image", "video")):
+            raise ValueError(f"{name}: emulated decoding reads text alone; leave it out")
     # what transformers itself hands over: the mask, positions and a cache, empty and not used
     for name, value in model_kwargs.items():
         prepared = name in ("attention_mask", "position_ids", "use_cache") or (name == "logits_to_keep" and value == 1)
+        if name == "mm_encoder_outputs":
+            prepared = not encoded
+        if name in ("token_type_ids", "mm_token_type_ids"):  # 0 is text; without images that is what None is, too
+            prepared = sees and isinstance(value, torch.Tensor) and not bool(value.any())
         if name in CACHE_NAMES:
             prepared = not getattr(value, "_is_user_defined", False)
         if not prepared and value is not None and value is not False:
@@ -135,7 +145,8 @@ def check_inputs(models, names, input_ids, model_kwargs, vocab_size, tokenizers)
     left = (~real).sum(1)
     positions = model_kwargs.get("position_ids")
     usual = (torch.arange(input_ids.shape[1], device=left.device) - left[:, None]).clamp(min=0)
-    if positions is not None and (positions.shape[-1:] != usual.shape[1:] or bool((positions != usual).any())):
+    if positions is not None and (positions.shape[-1:] != usual.shape[1:] or
+                                  bool(((positions != usual) & real).any())):
         raise ValueError("position_ids: allowed are those of the attention mask; leave it unset")
 
     widths = {name: logits_width(m) for m, name in zip(models, names)}

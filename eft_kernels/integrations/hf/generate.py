@@ -119,7 +119,7 @@ def generate(
     refuse_unless("draft_tokens", draft_tokens, is_int(draft_tokens) and draft_tokens >= 0, "an integer >= 0")
     refuse_unless("draft", draft, is_int(draft) and 0 <= draft < len(models), f"0 to {len(models) - 1}")
     refuse_unless("on_invalid", on_invalid, on_invalid in ("raise", "warn"), "'raise' or 'warn'")
-    check_options(config, outer, model_kwargs)
+    check_options(config, outer, model_kwargs, sees=model.config.get_text_config(decoder=True) is not model.config)
     left, vocab_size = check_inputs(models, names, input_ids, model_kwargs, vocab_size, tokenizers)
     rows, device = input_ids.shape[0], input_ids.device
     if streamer is not None and rows != 1:
