@@ -9,6 +9,7 @@ import itertools
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -365,3 +366,102 @@ def test_text_prompts_on_models_that_can_also_see(family):
     if types:
         with pytest.raises(ValueError, match=f"{types}: emulated decoding"):
             run([base, tuned, copy.deepcopy(tuned)], **{types: torch.ones_like(options["input_ids"])})
+
+
+# --- stop strings, devices, types and leftovers ----------------------------------------------------------------------
+
+def letters():
+    """A tokenizer of the V ids: <pad>, <eos>, <bos> and letters."""
+    tokenizers = pytest.importorskip("tokenizers")
+    ids = {t: i for i, t in enumerate(["<pad>", "<eos>", "<bos>", *"abcdefghijklmnopqrstu"[: V - 3]])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(ids, []))
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def test_stop_strings(llamas):  # noqa: F811
+    models, tokenizer = [llamas[0], llamas[1], llamas[3]], letters()
+    plain = run(models, **SAMPLED)
+    stop = [tokenizer.decode(plain[0, 10:12]).replace(" ", ""), tokenizer.decode(plain[1, 8:9])]
+    want = run(models, stopping_criteria=[transformers.StopStringCriteria(tokenizer, stop)], **SAMPLED)
+    assert bool((want[:, -1] == PAD).any()) and not torch.equal(want, plain)
+    for k in (0, 3):
+        for how in (dict(tokenizer=tokenizer), dict(tokenizers=[tokenizer] * 3)):
+            assert torch.equal(run(models, stop_strings=stop, draft_tokens=k, **how, **SAMPLED), want)
+    with pytest.raises(ValueError, match="stop_strings: needs a tokenizer"):
+        run(models, stop_strings=stop)
+
+
+def test_leftovers_of_a_checkpoints_generation_config(llamas):  # noqa: F811
+    models = [copy.deepcopy(llamas[0]), llamas[1], llamas[3]]
+    want = run(models, do_sample=False)
+    left = dict(use_cache=False, cache_implementation="hybrid", temperature=0.6, top_p=0.9, top_k=20, num_beams=1,
+                length_penalty=0.8, early_stopping=True, num_assistant_tokens=5)
+    for name, value in left.items():
+        setattr(models[0].generation_config, name, value)
+    for k in (0, 3):
+        assert torch.equal(run(models, do_sample=False, draft_tokens=k), want)
+    for name in ("use_cache", "length_penalty"):
+        with pytest.raises(ValueError, match=f"{name}: got {left[name]}"):
+            run(models, do_sample=False, **{name: left[name]})
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_ids_and_masks_of_other_types(llamas, dtype):  # noqa: F811
+    models, given = [llamas[0], llamas[1], llamas[3]], padded()
+    want = run(models, **SAMPLED)
+    for mask in (torch.bool, torch.float32, torch.int32):
+        inputs = dict(input_ids=given["input_ids"].to(dtype), attention_mask=given["attention_mask"].to(mask))
+        for k in (0, 3):
+            out = run(models, inputs, draft_tokens=k, **SAMPLED)
+            assert torch.equal(out, want) and out.dtype == torch.int64
+
+
+def test_arrays_and_lists_of_parameters(llamas):  # noqa: F811
+    models = [llamas[0], llamas[1], llamas[3]]
+    rows = dict(temperature=[0.0, 0.5, 1.0, 1.5], top_k=[0, 3, -1, 5], top_p=[1.0, 0.9, 0.7, 1.0],
+                min_p=[0.0, 0.1, 0.0, 0.02], beta=[0.5, 1.0, 1.5, 2.0], upscale_top_p=[1.0, 0.5, 0.9, 1.0],
+                seed=[5, 6, 7, 8])
+    want = run(models, do_sample=True, **{k: torch.tensor(v).clamp(min=0) for k, v in rows.items()})
+    for kind in (list, tuple, np.array):
+        assert torch.equal(run(models, do_sample=True, draft_tokens=2, **{k: kind(v) for k, v in rows.items()}), want)
+    large = torch.tensor([5, -6, 7, -8])
+    want = run(models, do_sample=True, seed=large)
+    assert torch.equal(run(models, do_sample=True, seed=large.numpy().view(np.uint64)), want)
+    want = run(models, do_sample=True, seed=3, temperature=0.5, top_k=0)
+    one = dict(seed=np.int64(3), temperature=np.float32(0.5))
+    for top_k in (-1, np.int32(-1)):
+        assert torch.equal(run(models, do_sample=True, top_k=top_k, **one), want)
+    assert torch.equal(run(models, do_sample=True, top_k=None, **one),
+                       run(models, do_sample=True, top_k=50, **one))
+    with pytest.raises(ValueError, match="seed: got an array"):
+        run(models, do_sample=True, seed=np.array(["a"] * 4))
+
+
+def test_weights_that_hooks_bring(llamas):  # noqa: F811
+    """accelerate's hooks, as device_map leaves them; several devices at once need several devices."""
+    accelerate = pytest.importorskip("accelerate")
+    models, want = [llamas[0], llamas[1], llamas[3]], None
+    want = run(models, **SAMPLED)
+    held = [copy.deepcopy(m) for m in models]
+    held[0] = accelerate.dispatch_model(held[0], {"": "cpu"}, main_device="cpu", force_hooks=True)
+    for model in held[1:]:
+        accelerate.cpu_offload(model, torch.device("cpu"))  # its weights are on meta between passes
+    assert held[1].lm_head.weight.device.type == "meta"
+    for k in (0, 3):
+        assert torch.equal(run(held, draft_tokens=k, **SAMPLED), want)
+        assert torch.equal(run([held[1], held[0], held[2]], draft_tokens=k, **SAMPLED),
+                           run([models[1], models[0], models[2]], **SAMPLED))
+
+
+def test_quantised_models(llamas):  # noqa: F811
+    quantization = pytest.importorskip("torchao.quantization")
+    models = [copy.deepcopy(llamas[0]).bfloat16(), copy.deepcopy(llamas[1]), llamas[3]]
+    for model in models[:2]:
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    assert not torch.equal(run(models, **SAMPLED), run([llamas[0], llamas[1], llamas[3]], **SAMPLED))
+    for prompt in PROMPTS[:2]:
+        want = oracle(models[1:], prompt, 8, dict(temperature=0.0), weights=(1.0, 0.0))
+        out = run([models[1], copy.deepcopy(models[2]), models[2]], padded([prompt]), max_new_tokens=8)
+        assert torch.equal(out[0, -8:], want)
+    run(models, draft_tokens=3, **SAMPLED)

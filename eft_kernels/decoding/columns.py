@@ -34,7 +34,7 @@ class Model(Protocol):
 
 def take_columns(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Keys or values [B, heads, S, dim] with columns [B, S'] of every row: [B, heads, S', dim]."""
-    index = columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+    index = columns.to(states.device)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
     return states.gather(2, index)
 
 

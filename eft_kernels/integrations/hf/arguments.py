@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import numbers
 import sys
 
+import numpy as np
 import torch
 from transformers import GenerationConfig, GenerationMixin
 
@@ -28,6 +30,13 @@ HONOURED = frozenset({
     "watermarking_config", "num_return_sequences", "output_scores", "output_logits", "return_dict_in_generate",
     "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "disable_compile",
     "transformers_version",
+})
+# Left in a checkpoint's generation config these mean nothing here: its cache is not used, there are no beams and no
+# assistant. What the caller gives is refused all the same.
+LEFTOVERS = frozenset({
+    "use_cache", "cache_implementation", "cache_config", "return_legacy_cache", "length_penalty", "early_stopping",
+    "num_beam_groups", "diversity_penalty", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind", "max_matching_ngram_size",
 })
 NEUTRAL = {"use_cache": True, "cache_implementation": "dynamic", "guidance_scale": 1}
 
@@ -56,7 +65,45 @@ def outer_arguments() -> dict:
         if frame is None or frame.f_code is code:
             break
         frame = frame.f_back
-    return dict(frame.f_locals) if frame is not None and frame.f_code is code else {}
+    if frame is None or frame.f_code is not code:
+        return {}
+    found = dict(frame.f_locals)
+    for _ in range(2):  # its decorator holds what was given before transformers took the tokenizer out
+        frame = frame.f_back
+        given = frame.f_locals.get("kwargs") if frame is not None else None
+        if isinstance(given, dict) and "custom_generate" in given:
+            return {**found, "given": given, "tokenizer": given.get("tokenizer")}
+    return found
+
+
+def given_of(outer: dict) -> set[str] | None:
+    """Names of the generation options that the caller gave, not a checkpoint; None: unknown, so all."""
+    if not outer:
+        return None
+    given = outer.get("given", outer.get("kwargs", {}))
+    config = given.get("generation_config")
+    own = {} if config is None else {k for k, v in vars(config).items() if v is not None}
+    return {*given, *own}
+
+
+def per_row(name: str, value, device):
+    """A parameter that may be an array, a list or one of NumPy's numbers, as a number or a tensor on ``device``."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, (list, tuple)) and value and all(isinstance(v, numbers.Real) for v in value):
+        value = np.array(value)
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind not in "iuf":
+            raise ValueError(f"{name}: got an array of {value.dtype}, allowed are numbers")
+        value = torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, torch.Tensor):
+        if value.dtype == torch.uint64:
+            value = value.view(torch.int64)  # the same 64 bits
+        value = value.to(device)
+    if name == "top_k" and isinstance(value, torch.Tensor) and not value.is_floating_point():
+        value = value.to(torch.int64)
+        return torch.where(value == -1, 0, value)
+    return 0 if name == "top_k" and is_int(value) and value == -1 else value  # -1 is off elsewhere
 
 
 def combination_of(model, tuned, ref, mode, beta, alpha, lam):
@@ -88,10 +135,13 @@ def combination_of(model, tuned, ref, mode, beta, alpha, lam):
 
 def check_options(config, outer: dict, model_kwargs: dict, sees: bool = False) -> None:
     """Refuses what cannot be honoured; ``sees``: the model is one for images, too, and its prompt is text."""
+    given = given_of(outer)
     defaults = {**vars(GenerationConfig()), **GenerationConfig._get_default_generation_params()}
     for name, default in defaults.items():
         value = getattr(config, name, None)
         if name.startswith("_") or name in HONOURED or value is None or value == default:
+            continue
+        if name in LEFTOVERS and given is not None and name not in given:
             continue
         if (value is False and name != "use_cache") or value == NEUTRAL.get(name, default):
             continue
@@ -125,26 +175,25 @@ def check_inputs(models, names, input_ids, model_kwargs, vocab_size, tokenizers)
             raise ValueError(f"{name}: got {type(m).__name__}, allowed is a transformers causal language model")
         if m.config.is_encoder_decoder:
             raise ValueError(f"{name}: got {type(m).__name__}, an encoder-decoder model; allowed are decoders")
-        if m.device != models[0].device:
-            raise ValueError(f"{name}: is on {m.device}, model is on {models[0].device}; move them together")
-    if input_ids.dim() != 2 or input_ids.is_floating_point():
+        if m.device.type == "meta" and not hasattr(m, "_hf_hook"):
+            raise ValueError(f"{name}: is on meta, where weights have no values; load it on a device")
+    if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         raise ValueError(f"input_ids: got {input_ids.dtype} {list(input_ids.shape)}, allowed is int64 [rows, columns]")
     if input_ids.numel() == 0:
         raise ValueError(f"input_ids: got {list(input_ids.shape)}, allowed is at least one row and one token")
-    if input_ids.device != models[0].device:
-        raise ValueError(f"input_ids: is on {input_ids.device}, the models on {models[0].device}; move it there")
 
     mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask
     if mask.shape != input_ids.shape:
         raise ValueError(f"attention_mask: got {list(mask.shape)}, allowed is {list(input_ids.shape)}, as input_ids")
-    real = mask != 0
+    real = mask.to(input_ids.device) != 0
     if not bool(real[:, -1].all()) or bool((real[:, :-1] & ~real[:, 1:]).any()):
         raise ValueError("attention_mask: allowed are zeros before a prompt (left padding), not after or inside it, "
                          "and at least one token per row")
     left = (~real).sum(1)
     positions = model_kwargs.get("position_ids")
     usual = (torch.arange(input_ids.shape[1], device=left.device) - left[:, None]).clamp(min=0)
+    positions = positions if positions is None else positions.to(input_ids.device)
     if positions is not None and (positions.shape[-1:] != usual.shape[1:] or
                                   bool(((positions != usual) & real).any())):
         raise ValueError("position_ids: allowed are those of the attention mask; leave it unset")

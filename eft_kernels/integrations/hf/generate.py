@@ -13,7 +13,7 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from ...decoding import Prompt, Speculation, Target, plain, speculative
@@ -26,12 +26,13 @@ from .arguments import (
     is_int,
     is_number,
     outer_arguments,
+    per_row,
     refuse_unless,
     seeds_of,
 )
 from .endings import end_tokens, endings_of, hold_back
 from .grammar import RowProcessors
-from .models import CausalLM, check_boundaries, logits_width
+from .models import CausalLM, check_boundaries, device_of, logits_width
 from .peft import calling, resolved
 from .processors import sampling_of
 
@@ -67,7 +68,7 @@ def generate(
     model, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, *, tuned=None, ref=None,
     mode=None, beta=None, alpha=None, lam=None, upscale_top_p=1.0, temperature=None, top_k=None, top_p=None,
     min_p=None, draft_tokens=0, verify="coupled", draft=None, seed=None, vocab_size=None, tokenizers=None,
-    on_invalid="raise", streamer=None, **model_kwargs,
+    on_invalid="raise", streamer=None, stop_strings=None, tokenizer=None, **model_kwargs,
 ):
     """Decodes as if ``model`` had been fine-tuned the way ``tuned`` was from ``ref`` (arXiv 2310.12962).
 
@@ -91,6 +92,7 @@ def generate(
       tokenizers: one per model of [model, *tuned, ref]: refused unless they agree; shows what a longer tail is.
       on_invalid: "raise" `InvalidRowError` at the end, or "warn" and return.
       streamer: as in transformers, for one row.
+      stop_strings, tokenizer: as in transformers; ``tokenizers[0]`` serves where no tokenizer is given.
       model_kwargs: what transformers hands over (attention_mask, position_ids, its cache, which is not used).
 
     A row ends after any model's end token, by the models' generation configs (and ``tokenizers``): a chat model ends
@@ -108,12 +110,18 @@ def generate(
     Raises: ValueError naming the argument, before anything is computed; an option that cannot be honoured is refused.
     """
     outer = outer_arguments()
+    device = device_of(model)
+    beta, alpha, lam, upscale_top_p, temperature, top_k, top_p, min_p, seed = (
+        per_row(name, value, device) for name, value in dict(
+            beta=beta, alpha=alpha, lam=lam, upscale_top_p=upscale_top_p, temperature=temperature, top_k=top_k,
+            top_p=top_p, min_p=min_p, seed=seed).items())
     streamer = outer.get("streamer") if streamer is None else streamer
     config = generation_config if generation_config is not None else GenerationConfig()
     models, names, weights, default_draft = combination_of(calling(model), tuned, ref, mode, beta, alpha, lam)
     models, contexts = resolved(models, names)
     model = models[0]
     draft = default_draft if draft is None else draft
+    home, input_ids = input_ids.device, input_ids.to(device)
 
     refuse_unless("verify", verify, verify in METHODS, f"one of {', '.join(METHODS)}")
     refuse_unless("draft_tokens", draft_tokens, is_int(draft_tokens) and draft_tokens >= 0, "an integer >= 0")
@@ -121,7 +129,8 @@ def generate(
     refuse_unless("on_invalid", on_invalid, on_invalid in ("raise", "warn"), "'raise' or 'warn'")
     check_options(config, outer, model_kwargs, sees=model.config.get_text_config(decoder=True) is not model.config)
     left, vocab_size = check_inputs(models, names, input_ids, model_kwargs, vocab_size, tokenizers)
-    rows, device = input_ids.shape[0], input_ids.device
+    input_ids = input_ids.long()
+    rows = input_ids.shape[0]
     if streamer is not None and rows != 1:
         raise ValueError(f"streamer: got {rows} rows, allowed is one")
 
@@ -130,6 +139,12 @@ def generate(
     if len(models) == 4:
         refuse_unless("upscale_top_p", upscale_top_p, is_number(upscale_top_p) and upscale_top_p == 1,
                        "1.0 with two tuned models")
+    if stop_strings is not None:
+        tokenizer = tokenizer or outer.get("tokenizer") or (tokenizers[0] if tokenizers else None)
+        if tokenizer is None:
+            raise ValueError("stop_strings: needs a tokenizer; give tokenizer=... or tokenizers=[...], or put a "
+                             "StopStringCriteria among stopping_criteria")
+        stopping_criteria = [*(stopping_criteria or []), StopStringCriteria(tokenizer, stop_strings)]
     max_new_tokens, eos, criteria = endings_of(stopping_criteria or [], input_ids.shape[1])
     chosen = "eos_token_id" in outer.get("kwargs", {}) or config.eos_token_id != model.generation_config.eos_token_id
     if not chosen:
@@ -169,7 +184,7 @@ def generate(
         done = plain(adapters, target, prompt, on_tokens=on_tokens)
     if streamer is not None:
         streamer.end()
-    output = done.sequences
+    output = done.sequences.to(home)
     if verbose:
         output = EmulatedOutput(sequences=output, scores=done.scores, logits=done.logits,
                                 speculation=done.speculation, failed=done.failed or None)
