@@ -14,7 +14,20 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
-from test_hf import EOS, METHODS, PAD, PROMPTS, SAMPLED, V, llamas, make, oracle, padded, run  # noqa: E402, F401
+from test_hf import (  # noqa: E402, F401
+    EOS,
+    METHODS,
+    PAD,
+    PROMPTS,
+    SAMPLED,
+    V,
+    full_logits,
+    llamas,
+    make,
+    oracle,
+    padded,
+    run,
+)
 from transformers import LogitsProcessor, LogitsProcessorList  # noqa: E402
 
 import eft_kernels as eft  # noqa: E402
@@ -465,3 +478,90 @@ def test_quantised_models(llamas):  # noqa: F811
         out = run([models[1], copy.deepcopy(models[2]), models[2]], padded([prompt]), max_new_tokens=8)
         assert torch.equal(out[0, -8:], want)
     run(models, draft_tokens=3, **SAMPLED)
+
+
+# --- any combination, and a prompt per model -------------------------------------------------------------------------
+
+NEGATIVE = [[3, 4], [5, 6, 7, 8, 9, 10, 11, 12], [13], [14, 15, 16]]
+
+
+def guided(models, weights, prompts, steps=12, seed=3, **sampling):
+    """Slow: every model's full forward over its own prompt and the new tokens. prompts: [B][J] lists of ids."""
+    rows, seeds = [], eft.row_seeds(seed, len(prompts))
+    for b, own in enumerate(prompts):
+        new = []
+        for n in range(steps):
+            scores = sum(w * full_logits(m, p + new)[-1] for w, m, p in zip(weights, models, own))[None].float()
+            new.append(int(eft.sample([scores], [1.0], seed=seeds[b : b + 1], position=n, **sampling).tokens))
+        rows.append(new)
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "bloom"])
+def test_classifier_free_guidance_with_prompts_of_any_length(family, llamas):  # noqa: F811
+    """Every row's prompt and negative prompt differ in length, both ways round."""
+    model = llamas[0] if family == "llama" else make(family, 1)
+    want = guided([model, model], [2.5, -1.5], list(zip(PROMPTS, NEGATIVE)), temperature=0.9, top_p=0.95)
+    assert not torch.equal(want, model.generate(**padded(), max_new_tokens=12, pad_token_id=PAD)[:, 6:])
+    options = dict(custom_generate=eft.hf.generate, max_new_tokens=12, pad_token_id=PAD, seed=3, **SAMPLED)
+    free = dict(models=[model], weights=[2.5, -1.5], prompts=[padded(NEGATIVE)])
+    for k, draft in ((0, None), (3, 0), (3, 1)):
+        out = model.generate(**padded(), draft_tokens=k, draft=draft, **free, **options)
+        assert torch.equal(out[:, 6:], want), (k, draft)
+    out = model.generate(**padded(), draft_tokens=3, return_dict_in_generate=True, **free, **options)
+    assert torch.equal(out.sequences[:, 6:], want) and len(set(out.speculation.accepted.tolist())) > 1  # rows go apart
+
+
+def test_any_number_of_models_and_weights(llamas):  # noqa: F811
+    base, a, b, ref = llamas
+    options = dict(custom_generate=eft.hf.generate, max_new_tokens=12, pad_token_id=PAD, seed=3, **SAMPLED)
+    want = run([base, a, ref], beta=1.5, **SAMPLED)
+    for k, draft in ((0, None), (3, None), (3, 1)):
+        for weights in ([1.5, 1.0, -1.5], eft.upscale(1.5), torch.tensor([1.5, 1.0, -1.5]),
+                        [torch.full((4,), 1.5), 1.0, [-1.5] * 4], np.array([1.5, 1.0, -1.5])):
+            out = base.generate(**padded(), models=[a, ref], weights=weights, draft_tokens=k, draft=draft, **options)
+            assert torch.equal(out, want)
+    eight = [copy.deepcopy(m) for m in (*llamas, *llamas)][:7]
+    weights = [1.0, 0.5, -0.25, 0.5, -0.5, 0.25, 0.75, -0.5]
+    prompts = [None, padded(NEGATIVE), None, torch.tensor([[9, 8, 7]]), None, None, padded(NEGATIVE)]
+    own = [[p, p, n, p, [9, 8, 7], p, p, n] for p, n in zip(PROMPTS, NEGATIVE)]
+    want = guided([base, *eight], weights, own, temperature=0.9, top_p=0.95)
+    for k in (0, 2):
+        out = base.generate(**padded(), models=eight, weights=weights, prompts=prompts, draft_tokens=k, **options)
+        assert torch.equal(out[:, 6:], want)
+
+
+def test_a_negative_prompt_for_every_returned_sequence(llamas):  # noqa: F811
+    base = llamas[0]
+    options = dict(custom_generate=eft.hf.generate, max_new_tokens=12, pad_token_id=PAD, seed=3, num_return_sequences=2,
+                   models=[base], weights=[2.0, -1.0], prompts=[padded(NEGATIVE)], **SAMPLED)
+    want = guided([base, base], [2.0, -1.0], [pair for pair in zip(PROMPTS, NEGATIVE) for _ in range(2)],
+                  temperature=0.9, top_p=0.95)
+    for k in (0, 3):
+        assert torch.equal(base.generate(**padded(), draft_tokens=k, **options)[:, 6:], want)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(weights=[2.0, -1.0]), "weights: got 2 for 1 models"),
+    (dict(weights=[1.0], tuned="x"), "tuned: goes with tuned and ref"),
+    (dict(models=["m"] * 8, weights=[1.0] * 8), "models: got 8 models"),
+    (dict(models=["llama"], weights=[2.0, -1.0]), "models.0.: got str"),
+    (dict(models=[0], weights=[2.0, -1.0]), "models.0.: is model .*same prompt"),
+    (dict(models=[0], weights=[2.0, -1.0], prompts=[]), "prompts: got 0, allowed is a list of 1"),
+    (dict(models=[0], weights=[2.0, -1.0], prompts=[torch.ones(3, 2).long()]), "prompts.0.: got torch.int64 .3, 2."),
+    (dict(models=[0], weights=[2.0, -1.0], prompts=[[1, 2]]), "prompts.0.: got list"),
+    (dict(models=[0], weights=[2.0, -1.0], prompts=[torch.full((1, 2), V)]), "prompts.0.: got an id outside"),
+    (dict(models=[0], weights=[2.0, -1.0], prompts=[dict(input_ids=torch.ones(1, 2).long(),
+                                                         attention_mask=torch.tensor([[1, 0]]))]),
+     "prompts.0.: attention_mask.*left padding"),
+    (dict(models=[0], weights=[2.0, -1.0], prompts=[torch.ones(1, 60).long()]),
+     "got 60 tokens.*64.*context of models.0."),
+    (dict(prompts=[None], tuned=1, ref=2), "prompts: go with models and weights"),
+])
+def test_bad_combinations(llamas, options, message):  # noqa: F811
+    def model(x):
+        return llamas[x] if isinstance(x, int) else x
+    options = {k: [model(m) for m in v] if k == "models" else model(v) if k in ("tuned", "ref") else v
+               for k, v in options.items()}
+    with pytest.raises(ValueError, match=message):
+        llamas[0].generate(**padded(), custom_generate=eft.hf.generate, max_new_tokens=12, pad_token_id=PAD, **options)

@@ -6,6 +6,7 @@ import inspect
 import itertools
 import numbers
 import sys
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from transformers import GenerationConfig, GenerationMixin
 
 from ...ops import row_seeds
 from ...weights import Weights, downscale, interpolate, proxy, upscale
-from .models import CACHE_NAMES, logits_width
+from .models import CACHE_NAMES, device_of, logits_width
 from .peft import Off, layers_of, unwrapped
 
 # name: the strength it takes, and its weights for [model, tuned, ref] (interpolate: two tuned models)
@@ -133,6 +134,71 @@ def combination_of(model, tuned, ref, mode, beta, alpha, lam):
     return models, names, weights, 0 if mode == "downscale" else 1
 
 
+def free_combination_of(model, models, weights, given: dict):
+    """As `combination_of`, for any number of models with weights of their own: model drafts."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name}: goes with tuned and ref, got weights, too; give one of the two")
+    models = [] if models is None else models
+    if not isinstance(models, (list, tuple)) or len(models) > 7 or any(m is None for m in models):
+        got = f"{len(models)} models" if isinstance(models, (list, tuple)) else type(models).__name__
+        raise ValueError(f"models: got {got}, allowed is a list of up to 7 beside model")
+    device = device_of(model)
+    if isinstance(weights, (list, tuple)):
+        weights = [per_row("weights", w, device) for w in weights]
+    elif isinstance(weights, Weights):
+        weights = list(weights.values) if weights.tensor is None else weights.tensor.to(device)
+    else:
+        weights = per_row("weights", weights, device)
+    weights = Weights(weights)
+    if len(weights) != 1 + len(models):
+        raise ValueError(f"weights: got {len(weights)} for {1 + len(models)} models, model and models")
+    return [model, *models], ["model", *(f"models[{j}]" for j in range(len(models)))], weights, 0
+
+
+def own_prompts(prompts, names, rows: int, device, vocab_size: int):
+    """(ids int64 [rows, P] with 0 on padding, left int64 [rows]) or None, for model (None) and each of ``models``."""
+    if prompts is None:
+        return [None] * len(names)
+    if not isinstance(prompts, (list, tuple)) or len(prompts) != len(names) - 1:
+        got = len(prompts) if isinstance(prompts, (list, tuple)) else type(prompts).__name__
+        raise ValueError(f"prompts: got {got}, allowed is a list of {len(names) - 1}, one for each of models (None: "
+                         "the prompt of model)")
+    out: list = [None]
+    for j, given in enumerate(prompts):
+        name = f"prompts[{j}]"
+        if given is None:
+            out.append(None)
+            continue
+        held = given if isinstance(given, Mapping) else {"input_ids": given}
+        ids, mask = held.get("input_ids"), held.get("attention_mask")
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool \
+                or ids.numel() == 0 or rows % ids.shape[0]:
+            got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
+            raise ValueError(f"{name}: got {got}, allowed is int64 [n, columns] where {rows} rows are a multiple of n, "
+                             "or a dict of input_ids and attention_mask")
+        mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)
+        left = left_padding(mask.to(device), ids.shape, f"{name}: attention_mask")
+        ids = ids.to(device, torch.int64)
+        ids = ids.masked_fill(torch.arange(ids.shape[1], device=device) < left[:, None], 0)
+        if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+            raise ValueError(f"{name}: got an id outside 0 to {vocab_size - 1}, the vocabulary")
+        times = rows // ids.shape[0]
+        out.append((ids.repeat_interleave(times, 0), left.repeat_interleave(times, 0)))
+    return out
+
+
+def left_padding(mask: torch.Tensor, shape, name: str) -> torch.Tensor:
+    """Columns of padding before each row's prompt [B], by its mask."""
+    if mask.shape != shape:
+        raise ValueError(f"{name}: got {list(mask.shape)}, allowed is {list(shape)}, as input_ids")
+    real = mask != 0
+    if not bool(real[:, -1].all()) or bool((real[:, :-1] & ~real[:, 1:]).any()):
+        raise ValueError(f"{name}: allowed are zeros before a prompt (left padding), not after or inside it, "
+                         "and at least one token per row")
+    return (~real).sum(1)
+
+
 def check_options(config, outer: dict, model_kwargs: dict, sees: bool = False) -> None:
     """Refuses what cannot be honoured; ``sees``: the model is one for images, too, and its prompt is text."""
     given = given_of(outer)
@@ -184,13 +250,8 @@ def check_inputs(models, names, input_ids, model_kwargs, vocab_size, tokenizers)
 
     mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask
-    if mask.shape != input_ids.shape:
-        raise ValueError(f"attention_mask: got {list(mask.shape)}, allowed is {list(input_ids.shape)}, as input_ids")
-    real = mask.to(input_ids.device) != 0
-    if not bool(real[:, -1].all()) or bool((real[:, :-1] & ~real[:, 1:]).any()):
-        raise ValueError("attention_mask: allowed are zeros before a prompt (left padding), not after or inside it, "
-                         "and at least one token per row")
-    left = (~real).sum(1)
+    left = left_padding(mask.to(input_ids.device), input_ids.shape, "attention_mask")
+    real = torch.arange(input_ids.shape[1], device=left.device) >= left[:, None]
     positions = model_kwargs.get("position_ids")
     usual = (torch.arange(input_ids.shape[1], device=left.device) - left[:, None]).clamp(min=0)
     positions = positions if positions is None else positions.to(input_ids.device)
@@ -239,8 +300,8 @@ def check_tokenizers(tokenizers, names, vocab_size: int, tails: bool) -> None:
                              "model's logits lack; give vocab_size to leave them out")
 
 
-def check_context(models, names, prompt: int, max_new_tokens: int) -> None:
-    for m, name in zip(models, names):
+def check_context(models, names, prompts: list[int], max_new_tokens: int) -> None:
+    for m, name, prompt in zip(models, names, prompts):
         limit = getattr(m.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if isinstance(limit, int) and 0 < limit < prompt + max_new_tokens:
             raise ValueError(f"input_ids: got {prompt} tokens and max_new_tokens={max_new_tokens}, allowed are "

@@ -16,16 +16,18 @@ import torch
 from transformers import GenerationConfig, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from ...decoding import Prompt, Speculation, Target, plain, speculative
+from ...decoding import OwnPrompt, Prompt, Speculation, Target, plain, speculative
 from ...ops import METHODS, sample
 from .arguments import (
     check_context,
     check_inputs,
     check_options,
     combination_of,
+    free_combination_of,
     is_int,
     is_number,
     outer_arguments,
+    own_prompts,
     per_row,
     refuse_unless,
     seeds_of,
@@ -33,6 +35,7 @@ from .arguments import (
 from .endings import end_tokens, endings_of, hold_back
 from .grammar import RowProcessors
 from .models import CausalLM, check_boundaries, device_of, logits_width
+from .peft import calling, check_distinct, resolved
 from .peft import calling, resolved
 from .processors import sampling_of
 
@@ -66,9 +69,10 @@ def invalid_message(failed: dict[int, int]) -> str:
 
 def generate(
     model, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, *, tuned=None, ref=None,
-    mode=None, beta=None, alpha=None, lam=None, upscale_top_p=1.0, temperature=None, top_k=None, top_p=None,
-    min_p=None, draft_tokens=0, verify="coupled", draft=None, seed=None, vocab_size=None, tokenizers=None,
-    on_invalid="raise", streamer=None, stop_strings=None, tokenizer=None, **model_kwargs,
+    models=None, weights=None, prompts=None, mode=None, beta=None, alpha=None, lam=None, upscale_top_p=1.0,
+    temperature=None, top_k=None, top_p=None, min_p=None, draft_tokens=0, verify="coupled", draft=None, seed=None,
+    vocab_size=None, tokenizers=None, on_invalid="raise", streamer=None, stop_strings=None, tokenizer=None,
+    **model_kwargs,
 ):
     """Decodes as if ``model`` had been fine-tuned the way ``tuned`` was from ``ref`` (arXiv 2310.12962).
 
@@ -77,6 +81,12 @@ def generate(
     Args:
       tuned, ref: causal language models with the vocabulary of ``model``; ``tuned=[a, b]`` mixes two. With an adapter
         of PEFT in ``tuned`` (the active one counts), ref=None or its base module is the same weights with it off.
+      models, weights: instead of tuned, ref and mode, any combination: up to 7 models beside ``model`` (which may be
+        among them, with a prompt of its own), and a weight for each of [model, *models]. Contrastive decoding is
+        ``models=[amateur], weights=[1 + a, -a]``.
+      prompts: one for each of ``models``: ids [n, columns] or a dict of input_ids and attention_mask (left padding), n
+        dividing rows; None is the prompt of ``model``. All go on with the same new tokens. Classifier-free guidance
+        (arXiv 2306.17806) is ``models=[model], weights=[1 + g, -g], prompts=[negative]``.
       mode: "upscale": beta (model - ref) + tuned; "proxy": model + alpha (tuned - ref); "downscale": the same sum for
         a small model and large tuned and ref; "interpolate": model + lam tuned_a + (1 - lam) tuned_b - ref.
         Default: "interpolate" for two tuned models, else "upscale".
@@ -86,7 +96,8 @@ def generate(
         do_sample=True without top_k takes the generation config's (50 by default).
       draft_tokens: K, drafted per round; 0 decodes one token a step.
       verify: "coupled": the tokens of plain decoding; "token", "block": the same distribution, more accepted.
-      draft: which of [model, *tuned, ref] drafts; default tuned (the first of two), in downscale ``model``.
+      draft: which of [model, *tuned, ref] or [model, *models] drafts; default tuned (the first of two), in downscale
+        and with ``models`` ``model``.
       seed: int (row 0 keeps it), tensor int64 [rows], or None: from torch's global generator.
       vocab_size: use ids below it only; needed where the models' logits differ in width.
       tokenizers: one per model of [model, *tuned, ref]: refused unless they agree; shows what a longer tail is.
@@ -117,7 +128,13 @@ def generate(
             top_p=top_p, min_p=min_p, seed=seed).items())
     streamer = outer.get("streamer") if streamer is None else streamer
     config = generation_config if generation_config is not None else GenerationConfig()
-    models, names, weights, default_draft = combination_of(calling(model), tuned, ref, mode, beta, alpha, lam)
+    free = weights is not None or models is not None
+    if free:
+        given = dict(tuned=tuned, ref=ref, mode=mode, beta=beta, alpha=alpha, lam=lam)
+        combination = free_combination_of(calling(model), models, weights, given)
+    else:
+        combination = combination_of(calling(model), tuned, ref, mode, beta, alpha, lam)
+    models, names, weights, default_draft = combination
     models, contexts = resolved(models, names)
     model = models[0]
     draft = default_draft if draft is None else draft
@@ -136,9 +153,14 @@ def generate(
 
     named = {k: v for k, v in dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p).items()
              if v is not None}
-    if len(models) == 4:
+    if free or len(models) == 4:
         refuse_unless("upscale_top_p", upscale_top_p, is_number(upscale_top_p) and upscale_top_p == 1,
-                       "1.0 with two tuned models")
+                       "1.0 with weights or two tuned models")
+    if prompts is not None and not free:
+        raise ValueError("prompts: go with models and weights; leave them out beside tuned and ref")
+    prompts = own_prompts(prompts, names, rows, device, vocab_size)
+    if free:
+        check_distinct(models, contexts, prompts, names)
     if stop_strings is not None:
         tokenizer = tokenizer or outer.get("tokenizer") or (tokenizers[0] if tokenizers else None)
         if tokenizer is None:
@@ -158,7 +180,8 @@ def generate(
     sample([torch.zeros(rows, 1, device=device)] * len(models), weights, upscale_top_p=upscale_top_p, seed=seeds,
            logprobs=False, check=True, **named)  # the operation's own checks of every value
 
-    check_context(models, names, int((input_ids.shape[1] - left).max()), max_new_tokens)
+    lengths = [int((ids.shape[1] - pads).max()) for ids, pads in (p or (input_ids, left) for p in prompts)]
+    check_context(models, names, lengths, max_new_tokens)
     pad = getattr(config, "_pad_token_tensor", None)
     pad = int(pad) if pad is not None else eos[0] if eos else 0
     known = min(map(logits_width, models))
@@ -170,7 +193,9 @@ def generate(
     adapters = [CausalLM(m, name, rollback=draft_tokens > 0, context=context)
                 for m, name, context in zip(models, names, contexts)]
     if draft_tokens:
-        check_boundaries(adapters, rows, int((input_ids.shape[1] - left).max()) + max_new_tokens)
+        check_boundaries(adapters, rows, max(lengths) + max_new_tokens)
+    shared = input_ids.shape[1] - int(left.min())
+    adapters = [m if p is None else OwnPrompt(m, shared, *p, max_new_tokens) for m, p in zip(adapters, prompts)]
     on_tokens = None
     if streamer is not None:
         def on_tokens(tokens, kept):

@@ -115,6 +115,16 @@ def resolved(models, names):
     return inner, contexts
 
 
+def check_distinct(models, contexts, prompts, names) -> None:
+    """No two terms of a combination may be one: the same weights, adapter and prompt."""
+    for j in range(1, len(models)):
+        for i in range(j):
+            if prompts[i] is None and prompts[j] is None and same_weights(models[i], models[j]) and \
+                    (contexts[i] is nullcontext) == (contexts[j] is nullcontext):
+                raise ValueError(f"{names[j]}: is {names[i]} (one module, or shared memory) with the same prompt; give "
+                                 "it another prompt in prompts, or add their weights")
+
+
 def _check_switch(module, name: str) -> None:
     pure = {"bias": (None, "none"), "init_lora_weights": PURE_INITS, "layer_replication": (None,)}
     for config in getattr(module, "peft_config", {}).values():
