@@ -389,7 +389,7 @@ def letters():
     ids = {t: i for i, t in enumerate(["<pad>", "<eos>", "<bos>", *"abcdefghijklmnopqrstu"[: V - 3]])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(ids, []))
     tokenizer.decoder = tokenizers.decoders.Fuse()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
 
 
 def test_stop_strings(llamas):  # noqa: F811
