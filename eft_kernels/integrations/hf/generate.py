@@ -36,7 +36,6 @@ from .endings import end_tokens, endings_of, hold_back
 from .grammar import RowProcessors
 from .models import CausalLM, check_boundaries, device_of, logits_width
 from .peft import calling, check_distinct, resolved
-from .peft import calling, resolved
 from .processors import sampling_of
 
 
