@@ -94,7 +94,8 @@ def generate(
       temperature, top_k, top_p, min_p: as transformers' options of that name; a temperature of 0 is greedy. As there,
         do_sample=True without top_k takes the generation config's (50 by default).
       draft_tokens: K, drafted per round; 0 decodes one token a step.
-      verify: "coupled": the tokens of plain decoding; "token", "block": the same distribution, more accepted.
+      verify: "coupled": the tokens of plain decoding where the logits are equal: float32 (a pass over K + 1 tokens
+        rounds bfloat16 in another order than one over 1); "token", "block": the same distribution, more accepted.
       draft: which of [model, *tuned, ref] or [model, *models] drafts; default tuned (the first of two), in downscale
         and with ``models`` ``model``.
       seed: int (row 0 keeps it), tensor int64 [rows], or None: from torch's global generator.
