@@ -92,7 +92,8 @@ def _checked(name: str, logits, p: Params, args: tuple):
         args = (_integers("ids", args[0], (rows, *args[0].shape[1:2]), device),)
         if args[0].dim() != 2:
             raise ValueError(f"ids: expected an int64 tensor [{rows}, n], got {list(args[0].shape)}")
-    p = check_params(logits, fields.pop("weights"), rows, vocab_size, needs_tuned=name == "sample" and args[4], **fields)
+    p = check_params(logits, fields.pop("weights"), rows, vocab_size, **fields,
+                     needs_tuned=name == "sample" and args[4])
     return logits, p, *args
 
 
