@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 
 from . import dispatch
-from .params import Params, check_logits, check_params
+from .checks import INTEGERS, dense, from_host, index, readable, stands_for_others
+from .params import MAX_VOCAB, Params, check_logits, check_params
 from .weights import Weights
 
 STREAM_NAMES = ("sample", "draft")
@@ -105,9 +106,17 @@ def _device_type(logits) -> str:
 
 def _call(name: str, logits, p: Params, *args, backend: str):
     """The operator; without the dispatcher where nothing listens to it."""
-    if _plain() and all(type(z) is torch.Tensor or type(z) is torch.nn.Parameter for z in logits):
+    plain = all(type(z) is torch.Tensor or type(z) is torch.nn.Parameter for z in logits)
+    if plain and _plain() and logits[0].device.type != "meta":
         return getattr(dispatch.choose(backend, logits[0].device), name)(logits, p, *args)
-    return getattr(torch.ops.eft_kernels, name)(logits, *_flatten(p), *args, backend)
+    try:
+        return getattr(torch.ops.eft_kernels, name)(logits, *_flatten(p), *args, backend)
+    except Exception as error:
+        if plain or torch.compiler.is_compiling():
+            raise
+        j = next(j for j, z in enumerate(logits) if stands_for_others(z))
+        raise ValueError(f"logits[{j}]: expected a plain tensor, got a {type(logits[j]).__name__} "
+                         f"that fails with {type(error).__name__}: {error}") from error
 
 
 def _values(weights):
@@ -231,7 +240,7 @@ def sample(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
             return SampleOutput(*out)
     logits, vocab_size = check_logits(logits, 2, vocab_size)
     rows, device = logits[0].shape[0], logits[0].device
-    _check_draw(stream, slot, top_logprobs)
+    slot, top_logprobs = _check_draw(stream, slot, top_logprobs)
     p = check_params(logits, weights, rows, vocab_size, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                      upscale_top_p=upscale_top_p, seed=_fresh_seeds(rows, device) if seed is None else seed,
                      position=position, token_mask=token_mask, tuned=tuned, check=check or _eager_cpu(device),
@@ -274,13 +283,13 @@ def verify(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
     logits, vocab_size = check_logits(logits, 3, vocab_size)
     rows, slots = logits[0].shape[:2]
     device = logits[0].device
-    _check_method(logits, method, draft)
+    draft = _check_method(logits, method, draft)
     look = check or _eager_cpu(device)
     draft_tokens = _integers("draft_tokens", draft_tokens, (rows, slots - 1), device)
     if draft_lengths is None:
         draft_lengths = torch.full((rows,), slots - 1, dtype=torch.int64, device=device)
     draft_lengths = _integers("draft_lengths", draft_lengths, (rows,), device)
-    if look and rows:
+    if look and rows and readable(draft_tokens) and readable(draft_lengths):
         if int(draft_lengths.min()) < 0 or int(draft_lengths.max()) > slots - 1:
             raise ValueError(f"draft_lengths: got {draft_lengths.tolist()}, allowed is 0 to {slots - 1}")
         counts = torch.arange(slots - 1, device=device) < draft_lengths[:, None]
@@ -295,26 +304,28 @@ def verify(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
     return VerifyOutput(tokens, num_emitted, valid, *((lp, raw) if logprobs else (None, None)))
 
 
-def _check_draw(stream, slot, top_logprobs):
+def _check_draw(stream, slot, top_logprobs) -> tuple[int, int]:
     if stream not in STREAM_NAMES:
         raise ValueError(f"stream: got {stream!r}, allowed are {', '.join(STREAM_NAMES)}")
-    if not isinstance(slot, int) or not 0 <= slot < 1 << 24:
-        raise ValueError(f"slot: got {slot!r}, allowed is an integer from 0 to 2^24 - 1")
-    if not isinstance(top_logprobs, int) or top_logprobs < 0:
-        raise ValueError(f"top_logprobs: got {top_logprobs!r}, allowed is an integer >= 0")
+    return (index("slot", slot, 0, (1 << 24) - 1, "an integer from 0 to 2^24 - 1"),
+            index("top_logprobs", top_logprobs, 0, MAX_VOCAB, f"an integer from 0 to {MAX_VOCAB}"))
 
 
-def _check_method(logits, method, draft):
+def _check_method(logits, method, draft) -> int | None:
     if logits[0].shape[1] < 1:
         raise ValueError("logits[0]: expected [B, K+1, V] with K >= 0, got 0 slots")
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, allowed are {', '.join(METHODS)}")
-    if draft is not None and (not isinstance(draft, int) or not 0 <= draft < len(logits)):
-        raise ValueError(f"draft: got {draft!r}, allowed is None or the index of one of the {len(logits)} models")
+    if draft is None:
+        return None
+    return index("draft", draft, 0, len(logits) - 1, f"None or the index of one of the {len(logits)} models")
 
 
 def _integers(name: str, value, shape, device) -> torch.Tensor:
-    if not isinstance(value, torch.Tensor) or value.dtype not in (torch.int64, torch.int32) or value.shape != shape:
+    value = from_host(name, value, device)
+    if isinstance(value, torch.Tensor):
+        value = dense(name, value)
+    if not isinstance(value, torch.Tensor) or value.dtype not in INTEGERS or value.shape != shape:
         got = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
         raise ValueError(f"{name}: expected an int64 tensor {list(shape)}, got {got}")
     if value.device != device:
@@ -348,13 +359,14 @@ def token_logprobs(logits: Sequence[torch.Tensor], weights: Weights | Sequence[f
     """
     logits, vocab_size = check_logits(logits, 2, vocab_size)
     rows, device = logits[0].shape[0], logits[0].device
-    if not isinstance(ids, torch.Tensor) or ids.dim() not in (1, 2) or ids.shape[0] != rows:
+    ids = from_host("ids", ids, device)
+    if not isinstance(ids, torch.Tensor) or dense("ids", ids).dim() not in (1, 2) or ids.shape[0] != rows:
         got = list(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
         raise ValueError(f"ids: expected an int64 tensor [{rows}] or [{rows}, n], got {got}")
     shape = ids.shape
     ids = _integers("ids", ids, shape, device).reshape(rows, shape[1] if len(shape) == 2 else 1)
     look = check or _eager_cpu(device)
-    if look and ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
+    if look and ids.numel() and readable(ids) and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
         raise ValueError(f"ids: got an id outside 0 to {vocab_size - 1}")
     p = check_params(logits, weights, rows, vocab_size, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                      upscale_top_p=upscale_top_p, token_mask=token_mask, tuned=tuned, check=look)
