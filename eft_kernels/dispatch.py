@@ -6,7 +6,7 @@ A backend is a module with ``sample``, ``verify``, ``logprobs``, ``token_logprob
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import warnings
 from functools import cache
@@ -14,6 +14,8 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+
+from .backends import extension
 
 
 class Backend(NamedTuple):
@@ -46,7 +48,7 @@ def status(name: str) -> tuple[bool, str]:
     """(available, what it is or why it is not here)."""
     try:
         module = load(name)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         return False, str(error)
     return module.status() if hasattr(module, "status") else (True, "always here")
 
@@ -58,6 +60,11 @@ def backends() -> dict[str, dict]:
         available, reason = status(b.name)
         rows[b.name] = dict(available=available, devices=list(b.devices) or ["any"], summary=b.summary, reason=reason)
     return rows
+
+
+def not_allowed(reason: str) -> bool:
+    """What is wrong with a backend is a setting, which is to be mended and not passed over."""
+    return reason.startswith("EFT_KERNELS_")
 
 
 @cache
@@ -72,6 +79,8 @@ def _choose(name: str, device_type: str) -> ModuleType:
     if name != "auto":
         backend = TABLE[names.index(name)]
         available, reason = status(name)
+        if not_allowed(reason):
+            raise ValueError(reason)
         if not available:
             raise ValueError(f"backend: {name!r} is not available: {reason}")
         if backend.devices and device_type not in backend.devices:
@@ -81,9 +90,9 @@ def _choose(name: str, device_type: str) -> ModuleType:
         if b.devices and device_type not in b.devices:
             continue
         available, reason = status(b.name)
-        if available:
+        if available or not_allowed(reason):
             return load(b.name)
-        if b.optional and importlib.util.find_spec(b.optional) is None:
+        if b.optional and not extension.built(b.optional):
             continue
         warnings.warn(f"eft_kernels: the {b.name} backend is not available ({reason}); using a slower one",
                       stacklevel=3)

@@ -671,6 +671,34 @@ def test_function_transforms():
     with pytest.raises(ValueError, match="temperature: is batched by torch.vmap"):
         torch.vmap(lambda x: eft.sample(z, eft.upscale(), temperature=x, seed=1, position=0).tokens)(torch.ones(2, B))
 
+@pytest.mark.parametrize("default", (torch.float64, torch.bfloat16, "meta"), ids=str)
+def test_torchs_defaults_change_nothing(default, backend):
+    """torch.set_default_dtype and set_default_device are other code's business."""
+    def run():
+        out = []
+        for kwargs in ({}, dict(TENSORS, token_mask=words), dict(temperature=0.7, top_k=9, top_p=0.9, min_p=0.01)):
+            kwargs = dict(kwargs, backend=backend)
+            m = kwargs.pop("token_mask", None)
+            out += sample(z=z, token_mask=m, top_logprobs=5, diagnostics=True, seed=seeds, position=3, **kwargs)
+            out += [logprobs(z=z, token_mask=m, **kwargs), token_logprobs(z=z, ids=ids, **kwargs)]
+            for method in ops.METHODS:
+                out += verify(z=zz, drafts=drafts, method=method, logprobs=True, seed=seeds, position=3, **kwargs)
+        return out
+
+    z, zz, ids = models(B, V), models(B, K + 1, V), torch.tensor([[1, 2], [3, 4], [5, 6]])
+    drafts, seeds, words = torch.tensor([[1, 2], [3, 4], [5, 39]]), torch.tensor([1, 2, 3]), mask(B)
+    want = run()
+    try:
+        if default == "meta":
+            torch.set_default_device(default)
+        else:
+            torch.set_default_dtype(default)
+        got = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    same(got, want)
+
 SHAPES = st.lists(st.integers(0, 5), min_size=0, max_size=4)
 ANY_DTYPE = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32,
                              torch.bool, torch.complex64])
