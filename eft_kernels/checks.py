@@ -16,11 +16,23 @@ def readable(x: torch.Tensor) -> bool:
     return not torch.compiler.is_compiling() and x.device.type != "meta" and not is_fake(x)
 
 
+def shown(value) -> str:
+    """What an error says that it got; tensors by their shape, for their values may be gone."""
+    return f"a tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:200]
+
+
 def index(name: str, value, low: int, high: int, words: str) -> int:
     """``value`` as an int from ``low`` to ``high``; ValueError says that allowed is ``words``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= value <= high:
-        raise ValueError(f"{name}: got {value!r}, allowed is {words}")
+        raise ValueError(f"{name}: got {shown(value)}, allowed is {words}")
     return int(value)
+
+
+def flag(name: str, value) -> bool:
+    """``value`` as a bool; ValueError for what is neither that nor a number."""
+    if isinstance(value, numbers.Integral) or type(value).__module__ == "numpy" and not is_array(value):
+        return bool(value)
+    raise ValueError(f"{name}: got {shown(value)}, allowed are True and False")
 
 
 def stands_for_others(x: torch.Tensor) -> bool:

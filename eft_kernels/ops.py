@@ -6,13 +6,15 @@ an optional tensor [rows], which wins, and a scalar. Public functions check argu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 
 from . import dispatch
-from .checks import INTEGERS, dense, from_host, index, readable, stands_for_others
+from .checks import INTEGERS, dense, flag, from_host, index, readable, shown, stands_for_others
 from .params import MAX_VOCAB, Params, check_logits, check_params
 from .weights import Weights
 
@@ -124,6 +126,16 @@ def _values(weights):
     return weights.tensor if weights.values is None else weights.values
 
 
+def _shapes_alone(fake):
+    """A fake for tensors without values. One of them beside real logits would have it make up the results."""
+    @functools.wraps(fake)
+    def run(logits, *args):
+        if logits[0].device.type != "meta" and not is_fake(logits[0]):
+            raise ValueError(f"an argument is on meta, the logits are on {logits[0].device}; move it there")
+        return fake(logits, *args)
+    return run
+
+
 def _fake_sample(logits, *args):
     B, (_, _, logprobs, n, diagnostics, _) = logits[0].shape[0], args[_COUNT:]
     shapes = [(B,), (B,)] + [(B if logprobs else 0,)] * 2 + [(B, n) if n else (0,)] * 2
@@ -151,7 +163,7 @@ for _name, _fake in dict(sample=_fake_sample, verify=_fake_verify, logprobs=_fak
     library.define(_name + SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
     for _key in ("CPU", "CUDA", "XPU", "MPS"):
         library.impl(_name, _implementation(_name), _key)
-    torch.library.register_fake(f"eft_kernels::{_name}", _fake, lib=library)
+    torch.library.register_fake(f"eft_kernels::{_name}", _shapes_alone(_fake), lib=library)
 
 
 class SampleOutput(NamedTuple):
@@ -241,6 +253,7 @@ def sample(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
     logits, vocab_size = check_logits(logits, 2, vocab_size)
     rows, device = logits[0].shape[0], logits[0].device
     slot, top_logprobs = _check_draw(stream, slot, top_logprobs)
+    logprobs, diagnostics = flag("logprobs", logprobs), flag("diagnostics", diagnostics)
     p = check_params(logits, weights, rows, vocab_size, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                      upscale_top_p=upscale_top_p, seed=_fresh_seeds(rows, device) if seed is None else seed,
                      position=position, token_mask=token_mask, tuned=tuned, check=check or _eager_cpu(device),
@@ -283,7 +296,7 @@ def verify(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
     logits, vocab_size = check_logits(logits, 3, vocab_size)
     rows, slots = logits[0].shape[:2]
     device = logits[0].device
-    draft = _check_method(logits, method, draft)
+    draft, logprobs = _check_method(logits, method, draft), flag("logprobs", logprobs)
     look = check or _eager_cpu(device)
     draft_tokens = _integers("draft_tokens", draft_tokens, (rows, slots - 1), device)
     if draft_lengths is None:
@@ -306,7 +319,7 @@ def verify(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
 
 def _check_draw(stream, slot, top_logprobs) -> tuple[int, int]:
     if stream not in STREAM_NAMES:
-        raise ValueError(f"stream: got {stream!r}, allowed are {', '.join(STREAM_NAMES)}")
+        raise ValueError(f"stream: got {shown(stream)}, allowed are {', '.join(STREAM_NAMES)}")
     return (index("slot", slot, 0, (1 << 24) - 1, "an integer from 0 to 2^24 - 1"),
             index("top_logprobs", top_logprobs, 0, MAX_VOCAB, f"an integer from 0 to {MAX_VOCAB}"))
 
@@ -315,7 +328,7 @@ def _check_method(logits, method, draft) -> int | None:
     if logits[0].shape[1] < 1:
         raise ValueError("logits[0]: expected [B, K+1, V] with K >= 0, got 0 slots")
     if method not in METHODS:
-        raise ValueError(f"method: got {method!r}, allowed are {', '.join(METHODS)}")
+        raise ValueError(f"method: got {shown(method)}, allowed are {', '.join(METHODS)}")
     if draft is None:
         return None
     return index("draft", draft, 0, len(logits) - 1, f"None or the index of one of the {len(logits)} models")

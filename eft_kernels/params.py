@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .checks import INTEGERS, dense, from_host, index, is_array, readable
+from .checks import INTEGERS, dense, from_host, index, is_array, readable, shown
 from .weights import Weights
 
 # name: (dtype of the tensor form, smallest and largest value, what is allowed)
@@ -120,7 +120,7 @@ def check_logits(logits, dims: int, vocab_size: int | None) -> tuple[list[torch.
     if vocab_size is None:
         vocab_size = shortest
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, numbers.Integral) or not 1 <= vocab_size <= shortest:
-        raise ValueError(f"vocab_size: got {vocab_size}, allowed is 1 to {shortest} (the shortest model's logits)")
+        raise ValueError(f"vocab_size: got {shown(vocab_size)}, allowed is 1 to {shortest} (the shortest model's logits)")
     if vocab_size > MAX_VOCAB:
         raise ValueError(f"vocab_size: got {vocab_size}, allowed is at most {MAX_VOCAB}")
     return out, int(vocab_size)

@@ -20,11 +20,20 @@ def _per_row(value: Number):
     return from_host("weights", value, torch.device("cpu"), torch.float64)
 
 
-def _real(value: torch.Tensor) -> torch.Tensor:
-    value = dense("weights", value)
-    if value.is_complex() or value.dtype is torch.bool:
-        raise ValueError(f"weights: expected real numbers, got {value.dtype}")
-    return value.to(torch.float32)
+def _real(value) -> float | torch.Tensor:
+    """A float, or a float32 tensor with dimensions; ValueError for what is neither."""
+    if isinstance(value, torch.Tensor):
+        value = dense("weights", value)
+        if value.is_complex() or value.dtype is torch.bool:
+            raise ValueError(f"weights: expected real numbers, got {value.dtype}")
+        if value.dim():
+            return value.to(torch.float32)
+    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"weights: expected numbers, got {type(value).__name__}")
+    try:
+        return float(value)
+    except (OverflowError, RuntimeError) as error:
+        raise ValueError(f"weights: {error}") from error
 
 
 class Weights:
@@ -49,24 +58,19 @@ class Weights:
             if values.dim() not in (1, 2):
                 raise ValueError(f"weights: expected a tensor [J] or [rows, J], got shape {list(values.shape)}")
             self.tensor = _real(values)
-        elif not isinstance(values, Sequence) or isinstance(values, str):
+        elif not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
             raise ValueError(f"weights: expected J numbers, a tensor or Weights, got {type(values).__name__}")
-        elif any(isinstance(v, torch.Tensor) and v.dim() > 0 for v in values):
-            values = [_real(v) if isinstance(v, torch.Tensor) else v for v in values]
-            rows = [v for v in values if isinstance(v, torch.Tensor) and v.dim() > 0]
-            n, device = rows[0].shape[0], rows[0].device
-            if any(v.dim() != 1 or v.shape[0] != n for v in rows):
-                raise ValueError(f"weights: per-row values must share one length, got {[list(v.shape) for v in rows]}")
-            columns = [torch.as_tensor(v, dtype=torch.float32, device=device).expand(n) for v in values]
-            self.tensor = torch.stack(columns, dim=1)
         else:
-            for v in values:
-                if isinstance(v, bool) or not isinstance(v, (numbers.Real, torch.Tensor)):
-                    raise ValueError(f"weights: expected numbers, got {type(v).__name__}")
-            try:
-                self.values = tuple(float(v) for v in values)
-            except OverflowError as error:
-                raise ValueError(f"weights: {error}") from error
+            values = [_real(v) for v in values]
+            rows = [v for v in values if isinstance(v, torch.Tensor)]
+            if any(v.dim() != 1 or v.shape != rows[0].shape for v in rows):
+                raise ValueError(f"weights: per-row values must share one length, got {[list(v.shape) for v in rows]}")
+            if rows:
+                n, device = rows[0].shape[0], rows[0].device
+                columns = [torch.as_tensor(v, dtype=torch.float32, device=device).expand(n) for v in values]
+                self.tensor = torch.stack(columns, dim=1)
+            else:
+                self.values = tuple(values)
         if not 1 <= len(self) <= 8:
             raise ValueError(f"weights: expected 1 to 8 models, got {len(self)}")
 
