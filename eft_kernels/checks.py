@@ -28,6 +28,13 @@ def index(name: str, value, low: int, high: int, words: str) -> int:
     return int(value)
 
 
+def one_of(name: str, value, names) -> str:
+    """``value``, one of ``names``; ValueError."""
+    if not isinstance(value, str) or value not in names:
+        raise ValueError(f"{name}: got {shown(value)}, allowed are {', '.join(names)}")
+    return value
+
+
 def flag(name: str, value) -> bool:
     """``value`` as a bool; ValueError for what is neither that nor a number."""
     if isinstance(value, numbers.Integral) or type(value).__module__ == "numpy" and not is_array(value):

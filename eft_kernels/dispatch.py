@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from .backends import extension
+from .checks import one_of
 
 
 class Backend(NamedTuple):
@@ -74,8 +75,6 @@ def _choose(name: str, device_type: str) -> ModuleType:
         name = os.environ.get("EFT_KERNELS_BACKEND") or "auto"
         if name not in (*names, "auto"):
             raise ValueError(f"EFT_KERNELS_BACKEND: got {name!r}, allowed are {', '.join(names)}")
-    elif name not in names:
-        raise ValueError(f"backend: got {name!r}, allowed are auto, {', '.join(names)}")
     if name != "auto":
         backend = TABLE[names.index(name)]
         available, reason = status(name)
@@ -101,12 +100,17 @@ def _choose(name: str, device_type: str) -> ModuleType:
 
 def choose(name: str, device: torch.device) -> ModuleType:
     """The module that runs ``name`` ("auto" or a backend) for tensors on ``device``; ValueError says why it cannot."""
+    one_of("backend", name, ("auto", *(b.name for b in TABLE)))
     return _choose(name, device.type)
 
 
-@cache
 def shortcut(function: str, name: str, device_type: str = "cpu"):
     """What the backend for such tensors offers to call before arguments are checked (backends/cpu.py), or None."""
+    return _shortcut(function, name, device_type) if type(name) is str else None
+
+
+@cache
+def _shortcut(function: str, name: str, device_type: str):
     try:
         return getattr(_choose(name, device_type), function, None)
     except ValueError:

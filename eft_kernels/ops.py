@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import is_fake
 
 from . import dispatch
-from .checks import INTEGERS, dense, flag, from_host, index, readable, shown, stands_for_others
+from .checks import INTEGERS, dense, flag, from_host, index, one_of, readable, stands_for_others
 from .params import MAX_VOCAB, Params, check_logits, check_params
 from .weights import Weights
 
@@ -243,7 +243,7 @@ def sample(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
     Returns: `SampleOutput`. A row with NaN, +inf, or nothing left gives token -1 and valid False, that row alone.
     Raises: ValueError naming the argument, before anything is computed.
     """
-    if seed is not None and not check and _plain() and \
+    if seed is not None and not check and type(stream) is str and _plain() and \
             (shortcut := dispatch.shortcut("try_sample", backend, _device_type(logits))):
         out = shortcut(logits, _values(weights), temperature, top_k, top_p, min_p, upscale_top_p, seed, position,
                        token_mask, vocab_size, tuned, 0 if stream == "sample" else 1 if stream == "draft" else None,
@@ -286,7 +286,7 @@ def verify(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
 
     Returns: `VerifyOutput`. Raises: ValueError naming the argument, before anything is computed.
     """
-    if seed is not None and not check and _plain() and method in METHODS and \
+    if seed is not None and not check and _plain() and type(method) is str and method in METHODS and \
             (shortcut := dispatch.shortcut("try_verify", backend, _device_type(logits))):
         out = shortcut(logits, _values(weights), temperature, top_k, top_p, min_p, upscale_top_p, seed, position,
                        token_mask, vocab_size, tuned, draft_tokens, draft_lengths, METHODS.index(method), draft,
@@ -318,8 +318,7 @@ def verify(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
 
 
 def _check_draw(stream, slot, top_logprobs) -> tuple[int, int]:
-    if stream not in STREAM_NAMES:
-        raise ValueError(f"stream: got {shown(stream)}, allowed are {', '.join(STREAM_NAMES)}")
+    one_of("stream", stream, STREAM_NAMES)
     return (index("slot", slot, 0, (1 << 24) - 1, "an integer from 0 to 2^24 - 1"),
             index("top_logprobs", top_logprobs, 0, MAX_VOCAB, f"an integer from 0 to {MAX_VOCAB}"))
 
@@ -327,8 +326,7 @@ def _check_draw(stream, slot, top_logprobs) -> tuple[int, int]:
 def _check_method(logits, method, draft) -> int | None:
     if logits[0].shape[1] < 1:
         raise ValueError("logits[0]: expected [B, K+1, V] with K >= 0, got 0 slots")
-    if method not in METHODS:
-        raise ValueError(f"method: got {shown(method)}, allowed are {', '.join(METHODS)}")
+    one_of("method", method, METHODS)
     if draft is None:
         return None
     return index("draft", draft, 0, len(logits) - 1, f"None or the index of one of the {len(logits)} models")

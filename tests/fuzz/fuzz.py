@@ -73,7 +73,7 @@ def hostile_tensor(pick: random.Random, shape, dtype) -> torch.Tensor:
     """A tensor of about this shape and type, of any layout, kind and values."""
     if pick.random() < 0.4:
         shape = shape_near(pick, shape)
-    if pick.random() < 0.4:
+    if pick.random() < 0.4 or dtype not in DTYPES:
         dtype = pick.choice(DTYPES)
     shape = list(shape)
     values = FLOATS if dtype.is_floating_point or dtype.is_complex else INTEGERS
