@@ -53,7 +53,8 @@ def dense(name: str, x: torch.Tensor) -> torch.Tensor:
         return x
     with torch._C.DisableTorchFunctionSubclass():
         if x.is_nested or x.layout is not torch.strided or x.is_quantized:
-            kind = "nested" if x.is_nested else "quantized" if x.is_quantized else str(x.layout).split(".")[-1].strip("_")
+            layout = str(x.layout).split(".")[-1].strip("_")
+            kind = "nested" if x.is_nested else "quantized" if x.is_quantized else layout
             raise ValueError(f"{name}: expected a dense tensor, got a {kind} one")
         if is_batchedtensor(x):
             raise ValueError(f"{name}: is batched by torch.vmap, which is not supported; pass the batch as rows")

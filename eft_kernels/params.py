@@ -1,7 +1,7 @@
 """Sampling parameters: checking what the host can see, and the one form every backend takes.
 
-Each parameter is a Python scalar (it travels as a scalar, no device copy) or a tensor ``[rows]``. Lists and NumPy arrays
-become tensors on the logits' device.
+Each parameter is a Python scalar (it travels as a scalar, no device copy) or a tensor ``[rows]``. Lists and NumPy
+arrays become tensors on the logits' device.
 """
 
 from __future__ import annotations
@@ -120,7 +120,8 @@ def check_logits(logits, dims: int, vocab_size: int | None) -> tuple[list[torch.
     if vocab_size is None:
         vocab_size = shortest
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, numbers.Integral) or not 1 <= vocab_size <= shortest:
-        raise ValueError(f"vocab_size: got {shown(vocab_size)}, allowed is 1 to {shortest} (the shortest model's logits)")
+        raise ValueError(f"vocab_size: got {shown(vocab_size)}, allowed is 1 to {shortest} "
+                         "(the shortest model's logits)")
     if vocab_size > MAX_VOCAB:
         raise ValueError(f"vocab_size: got {vocab_size}, allowed is at most {MAX_VOCAB}")
     return out, int(vocab_size)

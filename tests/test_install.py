@@ -236,7 +236,8 @@ def test_make_test_leaves_a_given_interpreter_alone():
 @pytest.fixture
 def installed(tmp_path):
     """A copy of the package without any extension."""
-    shutil.copytree(ROOT / "eft_kernels", tmp_path / "eft_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(ROOT / "eft_kernels", tmp_path / "eft_kernels",
+                    ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return tmp_path
 
 

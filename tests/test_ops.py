@@ -450,7 +450,8 @@ def test_none_and_minus_one_are_off(backend):
 def test_lists_and_arrays(backend):
     """Values per row, weights, masks, drafts and ids as nested lists or NumPy arrays, of either byte order."""
     tensors, m, mm = {**TENSORS, **NOISE}, mask(B), mask(B, K + 1)
-    drafts, lengths, ids = torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.tensor([2, 0, 1]), torch.tensor([[1, 2, 3]] * B)
+    drafts, lengths = torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.tensor([2, 0, 1])
+    ids = torch.tensor([[1, 2, 3]] * B)
     z = models(B, K + 1, V)
     lists = dict((name, x.tolist()) for name, x in tensors.items())
     arrays = dict((name, x.numpy()) for name, x in tensors.items())
@@ -664,6 +665,15 @@ def test_stand_ins_of_tracing_give_their_kind():
         for x, y in zip(got, want):
             assert (x is None) == (y is None)
             assert x is None or (x.shape == y.shape and x.dtype == y.dtype)
+
+
+def test_operators_with_one_argument_on_meta_make_nothing_up():
+    """The dispatcher hands such a call to the fake, which would return memory that nobody wrote."""
+    for name in ops.SCHEMAS:
+        args = list(op_arguments(name, "reference")[0])
+        args[3] = torch.ones(B, device="meta")  # temperature
+        with pytest.raises(ValueError, match="on meta"):
+            getattr(torch.ops.eft_kernels, name)(*args)
 
 
 def test_function_transforms():

@@ -49,8 +49,9 @@ NUMBERS = [0, 1, -1, 2, 7, 300, -300, 1 << 31, (1 << 31) - 1, -(1 << 31), (1 << 
            float("inf"), float("-inf"), True, False, 1j, fractions.Fraction(1, 3)]
 OBJECTS = [None, "", "sample", "draft", "token", "block", b"x", [], (), {}, object(), [1], [[1.0]], [None], range(3),
            torch.Tensor, ValueError, print, "\ud800"]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8,
-          torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool, torch.complex64, torch.float8_e4m3fn]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16,
+          torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool, torch.complex64,
+          torch.float8_e4m3fn]
 FLOATS = [0.0, 1.0, -1.0, 0.5, float("nan"), float("inf"), float("-inf"), 3.4e38, -3.4e38, 1e-45, 65504.0]
 INTEGERS = [0, 1, -1, 5, 100, MAX - 1, -MAX, 1 << 32]
 
@@ -355,7 +356,7 @@ TARGETS = dict(values=4, functions=8, operators=4, bindings=8, threads=0.02)  # 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=None, help="of the first case (the others follow); default: the time")
+    parser.add_argument("--seed", type=int, help="of the first case (the others follow); default: the time")
     parser.add_argument("--cases", type=int, default=1 << 62, help="stop after so many")
     parser.add_argument("--target", choices=TARGETS, help="this one alone")
     parser.add_argument("--extension", help="a build of the C++ extension to use instead of the installed one")
