@@ -77,7 +77,8 @@ def _checked(name: str, logits, p: Params, args: tuple):
         args = (_integers("ids", args[0], (rows, *args[0].shape[1:2]), device),)
         if args[0].dim() != 2:
             raise ValueError(f"ids: expected an int64 tensor [{rows}, n], got {list(args[0].shape)}")
-    p = check_params(logits, fields.pop("weights"), rows, vocab_size, needs_tuned=name == "sample" and args[4], **fields)
+    p = check_params(logits, fields.pop("weights"), rows, vocab_size, needs_tuned=name == "sample" and args[4],
+                     **fields)
     return logits, p, *args
 
 
@@ -224,18 +225,19 @@ def sample(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
     Args:
       logits: J tensors [B, V_j], float32, float16 or bfloat16, any mix, any row stride.
       weights: `Weights`, J numbers, or a tensor [J] or [B, J]. A model of weight 0 is not read.
-      temperature, top_k, top_p, min_p: a number or a tensor [B]; in this order, as in transformers. Every filter is a
-        threshold on the score and keeps ties. temperature below 1e-5 is greedy (lowest id on ties); 0, 1.0, 0.0
-        switch top_k, top_p, min_p off.
+      temperature, top_k, top_p, min_p: a number, or a tensor, list or NumPy array [B]; in this order, as in
+        transformers. Every filter is a threshold on the score and keeps ties. temperature below 1e-5 is greedy (lowest
+        id on ties); 0 or -1, 1.0, 0.0 switch top_k, top_p, min_p off. None is the default.
       upscale_top_p: the paper's conservative decoding: outside the smallest nucleus of this mass of the tuned
         model's own distribution a token keeps log p_tuned. 1.0 is off.
       seed, position: integers (64 bits) or tensors [B]. The noise is a pure function of (seed, position, stream,
         slot, token), whatever the batch, the row or the device; rows that share seed and position share noise, so
         give each row its own seed (`row_seeds`). None draws fresh seeds from torch's generator.
       vocab_size: V, at most (and by default) the shortest V_j.
-      token_mask: int32 [B, ceil(V / 32)], bit 1 = allowed (xgrammar's layout); applied before everything.
+      token_mask: int32 [B, ceil(V / 32)] or [1, ...], bit 1 = allowed (xgrammar's layout); applied before everything.
       logprobs: return the token's log-probs; off saves the exponentials.
-      top_logprobs: n most likely tokens of the emulated distribution. diagnostics: entropy and TV to ``tuned``.
+      top_logprobs: n most likely tokens of the emulated distribution, n up to 2^22. diagnostics: entropy and TV to
+        ``tuned``.
       stream, slot: "draft" and the draft's place in its round for drafts that `verify` judges by "token" or "block".
       tuned: which of the models is the tuned one (upscale_top_p, diagnostics).
       backend: "auto" or a name of `backends()`. check: also check the values of tensors on a GPU (synchronises).

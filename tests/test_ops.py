@@ -513,7 +513,8 @@ def test_weights_as_lists_and_arrays(backend):
                      (torch.tensor([1e300, 1.0, 1.0], dtype=torch.float64), ("finite",)),
                      (torch.ones(3, dtype=torch.bool), ("bool",)), (torch.ones(3, dtype=torch.complex64), ("complex",)),
                      (numpy.array(["1", "2", "3"]), ("numbers",)), ([[1.0, 1.0], [1.0]], ("numbers",)),
-                     ([1j, 1.0, 1.0], ("complex",)), (numpy.ones((3, 3, 1)), ("[rows, J]",)), (torch.ones(()), ("[]",))):
+                     ([1j, 1.0, 1.0], ("complex",)), (numpy.ones((3, 3, 1)), ("[rows, J]",)),
+                     (torch.ones(()), ("[]",))):
         refused(sample, "weights", *words, w=w)
     largest = torch.finfo(torch.float32).max
     assert bool(sample(z=[torch.zeros(B, V)], w=[largest], seed=1, position=0).valid.all())
@@ -613,7 +614,8 @@ def test_tensors_of_every_kind(kind, change, plain, backend):
             continue
         changed = [change(y) for y in x] if isinstance(x, list) else change(x)
         wanted = [plain(y) for y in x] if isinstance(x, list) else plain(x)
-        same(calls(dict(everything(), **{name: changed}), backend), calls(dict(everything(), **{name: wanted}), backend))
+        same(calls(dict(everything(), **{name: changed}), backend),
+             calls(dict(everything(), **{name: wanted}), backend))
 
 
 ARGUMENT = dict(z="logits[0]", zz="logits[0]", w="weights", mask="token_mask", mask3="token_mask",
@@ -680,7 +682,12 @@ def test_function_transforms():
     """Values as ever inside torch.func; vmap has no rule, and says so."""
     z, want = models(B, V), sample(seed=1, position=0)
     got = []
-    torch.func.grad(lambda x: (got.append(eft.sample([x, *z[1:]], eft.upscale(), seed=1, position=0)), x.sum())[1])(z[0])
+    def draw(x):
+        got.append(eft.sample([x, *z[1:]], eft.upscale(), seed=1, position=0))
+        return x.sum()
+
+    torch.func.grad(draw)(z[0])
+    assert [torch.func.debug_unwrap(t, recurse=True) for t in got[0].tokens] == want.tokens.tolist()
     assert [t for t in torch.func.functionalize(
         lambda x: eft.sample([x, *z[1:]], eft.upscale(), seed=1, position=0).tokens)(z[0])] == want.tokens.tolist()
     with pytest.raises(ValueError, match=r"logits\[0\]: is batched by torch.vmap"):
