@@ -109,6 +109,7 @@ VARIANTS = {
     "all_with_logprobs": FILTERS["all"] | dict(logprobs=True), "masked_all": FILTERS["all"] | dict(masked=True),
     "rows": dict(rows=True), "rows_with_logprobs": dict(rows=True, logprobs=True), "draft": dict(stream="draft"),
     "diagnostics": dict(diagnostics=True), "top_logprobs": dict(top_logprobs=5),
+    "drafts_declared": dict(temperature=0.8, drawn_by=dict(temperature=1.0, top_p=0.9)),
 }
 METHODS = ("coupled", "token", "block")
 
@@ -133,7 +134,7 @@ class Case(NamedTuple):
 
 def cases() -> list[Case]:
     out = [Case("sample", v, b) for b in (64, 1, 8, 512) for v in ("plain", "with_logprobs", "top_p")]
-    out += [Case("sample", v) for v in VARIANTS]
+    out += [Case("sample", v) for v in VARIANTS if "drawn_by" not in VARIANTS[v]]
     out += [Case("sample", v, dtype=d) for d in ("float16", "float32", "mixed") for v in ("plain", "top_p")]
     out += [Case("sample", v, models=j) for j in (1, 2, 4, 8) for v in ("plain", "top_p")]
     out += [Case("sample", v, 1, n) for n in (32000, 256000, 1 << 22) for v in ("plain", "top_p")]
@@ -142,6 +143,7 @@ def cases() -> list[Case]:
     out += [Case("verify", "with_logprobs", method=m) for m in METHODS]
     out += [Case("verify", "rows", method="block"), Case("verify", "masked", method="token"),
             Case("verify", "upscale_filter", method="token"), Case("verify", "plain", 1, method="block")]
+    out += [Case("verify", "drafts_declared", method=m) for m in METHODS[1:]]
     out += [Case("verify", method=m, draft=-1) for m in METHODS]
     out += [Case(op, v, b) for op in ("logprobs", "token_logprobs") for v in ("plain", "all") for b in (64, 1)]
     return list(dict.fromkeys(out))
@@ -151,7 +153,7 @@ def call(module, c: Case) -> None:
     """What `eft_kernels.ops` would ask of the backend."""
     import torch
 
-    from eft_kernels.params import check_logits, check_params
+    from eft_kernels.params import DraftParams, check_logits, check_params
 
     names = ("bfloat16", "float32", "float16") if c.dtype == "mixed" else (c.dtype,)
     slots = (5,) if c.op == "verify" else ()
@@ -160,6 +162,7 @@ def call(module, c: Case) -> None:
     settings = dict(VARIANTS[c.variant])
     logprobs, top = settings.pop("logprobs", False), settings.pop("top_logprobs", 0)
     diagnostics, stream = settings.pop("diagnostics", False), settings.pop("stream", "sample")
+    drawn_by = DraftParams(**settings.pop("drawn_by", {}))
     weights = [(-1.0) ** j for j in range(c.models)]
     if settings.pop("masked", False):
         settings["token_mask"] = torch.empty(c.batch, *slots, (c.vocab + 31) // 32, dtype=torch.int32)
@@ -173,7 +176,8 @@ def call(module, c: Case) -> None:
         module.sample(z, p, stream, 0, logprobs, top, diagnostics)
     elif c.op == "verify":
         drafts = torch.zeros(c.batch, slots[0] - 1, dtype=torch.int64)
-        module.verify(z, p, drafts, torch.full((c.batch,), slots[0] - 1), c.method, c.draft, logprobs)
+        module.verify(z, p, drafts, torch.full((c.batch,), slots[0] - 1), c.method, c.draft, drawn_by,
+                      logprobs)
     elif c.op == "logprobs":
         module.logprobs(z, p)
     else:

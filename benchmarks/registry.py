@@ -113,11 +113,9 @@ def arguments(s: Shape, seed: int) -> tuple:
     z = inputs.logits(s.logits, s.batch, s.vocab, s.models, s.dtype, seed, s.device,
                       s.slots if s.op == "verify" else None)
     if s.op == "verify":
-        k = s.draft_tokens
-        stream = [dict(stream="sample") if s.variant == "coupled" else dict(stream="draft", slot=i) for i in range(k)]
         rows = eft.row_seeds(1, s.batch, s.device)
-        drafts = [eft.sample([z[1][:, i]], [1.0], seed=rows, position=i, logprobs=False, **stream[i]).tokens
-                  for i in range(k)]
+        drafts = [eft.draft(z[1][:, i], slot=i, method=s.variant, seed=rows, position=i).tokens
+                  for i in range(s.draft_tokens)]
         return z, torch.stack(drafts, 1)
     if s.op == "token_logprobs":
         return z, torch.randint(s.vocab, (s.batch, 1), generator=torch.Generator().manual_seed(seed)).to(s.device)
@@ -129,7 +127,7 @@ def ours(op: str, variant: str, q: Problem, backend: str = "auto", **override):
     weights = eft.weights(q.weights)
     kwargs = dict(q.params, backend=backend, **override)
     if op in ("sample", "verify"):
-        kwargs |= dict(logprobs=q.logprobs, token_mask=q.token_mask, seed=q.seeds)
+        kwargs = dict(position=0) | kwargs | dict(logprobs=q.logprobs, token_mask=q.token_mask, seed=q.seeds)
 
     def sample(logits):
         out = eft.sample(logits, weights, **kwargs)

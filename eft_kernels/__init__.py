@@ -3,12 +3,13 @@
 # the subpackage first: importing it later would replace the function of that name
 from . import backends as _backends  # noqa: F401
 from .dispatch import backends
-from .ops import SampleOutput, VerifyOutput, logprobs, row_seeds, sample, token_logprobs, verify
+from .ops import DraftOutput, SampleOutput, VerifyOutput, draft, logprobs, row_seeds, sample, token_logprobs, verify
 from .version import __version__
 from .weights import Weights, downscale, interpolate, proxy, upscale, weights
 
-__all__ = ["SampleOutput", "VerifyOutput", "Weights", "__version__", "backends", "downscale", "hf", "interpolate",
-           "logprobs", "proxy", "row_seeds", "sample", "token_logprobs", "upscale", "verify", "weights"]
+__all__ = ["DraftOutput", "SampleOutput", "VerifyOutput", "Weights", "__version__", "backends", "downscale", "draft",
+           "hf", "interpolate", "logprobs", "proxy", "row_seeds", "sample", "token_logprobs", "upscale", "verify",
+           "weights"]
 
 
 def __getattr__(name: str):

@@ -1,7 +1,9 @@
 """The operators ``torch.ops.eft_kernels.*`` (schemas, fakes, implementations) and the public functions above them.
 
 The schemas are Python's own, so the operators exist without any compiled library. Every per-row parameter comes twice:
-an optional tensor [rows], which wins, and a scalar. Public functions check arguments and name the bad one.
+an optional tensor [rows], which wins, and a scalar. A scalar seed stands for `row_seeds` of it. `verify`'s draft_* are
+what the drafts were drawn by; where both forms are None, it is the target's value. Public functions check arguments and
+name the bad one.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from torch._subclasses.fake_tensor import is_fake
 
 from . import dispatch
 from .checks import INTEGERS, dense, flag, from_host, index, one_of, readable, stands_for_others
-from .params import MAX_VOCAB, Params, check_logits, check_params
+from .params import MAX_VOCAB, SPECS, DraftParams, Params, check_logits, check_params, scalar_or_rows
+from .reference import row_seed
 from .weights import Weights
 
 STREAM_NAMES = ("sample", "draft")
@@ -27,38 +30,52 @@ _PARAMS = (
     "float upscale_top_p_value, Tensor? seed, int seed_value, Tensor? position, int position_value, "
     "Tensor? token_mask, int vocab_size, int tuned"
 )
+_DRAFT_PARAMS = (
+    "Tensor? draft_temperature, float? draft_temperature_value, Tensor? draft_top_k, int? draft_top_k_value, "
+    "Tensor? draft_top_p, float? draft_top_p_value, Tensor? draft_min_p, float? draft_min_p_value"
+)
 SCHEMAS = {
     "sample": f"(Tensor[] logits, {_PARAMS}, str stream, int slot, bool logprobs, int top_logprobs, bool diagnostics, "
               "str backend) -> (Tensor tokens, Tensor valid, Tensor logprobs, Tensor raw_logprobs, Tensor top_ids, "
               "Tensor top_logprobs, Tensor entropy, Tensor tv)",
     "verify": f"(Tensor[] logits, {_PARAMS}, Tensor draft_tokens, Tensor draft_lengths, str method, int draft, "
-              "bool logprobs, str backend) -> (Tensor tokens, Tensor num_emitted, Tensor valid, Tensor logprobs, "
-              "Tensor raw_logprobs)",
+              f"{_DRAFT_PARAMS}, bool logprobs, str backend) -> (Tensor tokens, Tensor num_emitted, Tensor valid, "
+              "Tensor logprobs, Tensor raw_logprobs)",
     "logprobs": f"(Tensor[] logits, {_PARAMS}, str backend) -> Tensor",
     "token_logprobs": f"(Tensor[] logits, {_PARAMS}, Tensor ids, str backend) -> Tensor",
 }
 _PAIRS = ("temperature", "top_k", "top_p", "min_p", "upscale_top_p", "seed", "position")
 _COUNT = 2 + 2 * len(_PAIRS) + 3  # arguments of _PARAMS
+_DRAFT = slice(_COUNT + 4, _COUNT + 4 + 2 * len(DraftParams._fields))  # of verify's: _DRAFT_PARAMS
 _F, _I, _B = torch.float32, torch.int64, torch.bool
 _RETURNS = {"sample": (_I, _B, _F, _F, _I, _F, _F, _F), "verify": (_I, _I, _B, _F, _F)}
 
 
-def _flatten(p: Params) -> list:
-    """`Params` as the operators' arguments."""
+def _flatten(p: Params, *args) -> list:
+    """`Params` and an operation's own arguments (`DraftParams` among them) as the operator's."""
     tensor = isinstance(p.weights, torch.Tensor)
     flat = [p.weights if tensor else None, [] if tensor else list(p.weights)]
     for name in _PAIRS:
         value = getattr(p, name)
         number = 0 if name in ("top_k", "seed", "position") else 0.0
         flat += [value, number] if isinstance(value, torch.Tensor) else [None, value]
-    return [*flat, p.token_mask, p.vocab_size, p.tuned]
+    flat += [p.token_mask, p.vocab_size, p.tuned]
+    for a in args:
+        if type(a) is DraftParams:
+            flat += [x for value in a for x in ((value, None) if isinstance(value, torch.Tensor) else (None, value))]
+        else:
+            flat.append(a)
+    return flat
+
+
+def _values_of(pairs) -> list:
+    return [pairs[i + 1] if pairs[i] is None else pairs[i] for i in range(0, len(pairs), 2)]
 
 
 def _params(flat) -> Params:
     """The inverse of `_flatten`."""
     weights = tuple(flat[1]) if flat[0] is None else flat[0]
-    pairs = [flat[i + 1] if flat[i] is None else flat[i] for i in range(2, 2 + 2 * len(_PAIRS), 2)]
-    return Params(weights, *pairs, *flat[-3:])
+    return Params(weights, *_values_of(flat[2:-3]), *flat[-3:])
 
 
 def _checked(name: str, logits, p: Params, args: tuple):
@@ -69,10 +86,11 @@ def _checked(name: str, logits, p: Params, args: tuple):
     if name == "sample":
         _check_draw(*args[:2], args[3])
     elif name == "verify":
-        drafts, lengths, method, draft, logprobs = args
+        drafts, lengths, method, draft, drawn_by, logprobs = args
         _check_method(logits, method, None if draft == -1 else draft)
         args = (_integers("draft_tokens", drafts, (rows, slots[0] - 1), device),
-                _integers("draft_lengths", lengths, (rows,), device), method, draft, logprobs)
+                _integers("draft_lengths", lengths, (rows,), device), method, draft,
+                _own_params(drawn_by, rows, device, False), logprobs)
     elif name == "token_logprobs":
         args = (_integers("ids", args[0], (rows, *args[0].shape[1:2]), device),)
         if args[0].dim() != 2:
@@ -84,7 +102,10 @@ def _checked(name: str, logits, p: Params, args: tuple):
 
 def _implementation(name: str):
     def run(logits, *args):
-        checked = _checked(name, logits, _params(args[:_COUNT]), args[_COUNT:-1])
+        own = args[_COUNT:-1]
+        if name == "verify":
+            own = *args[_COUNT : _DRAFT.start], DraftParams(*_values_of(args[_DRAFT])), *args[_DRAFT.stop : -1]
+        checked = _checked(name, logits, _params(args[:_COUNT]), own)
         out = getattr(dispatch.choose(args[-1], logits[0].device), name)(*checked)
         if isinstance(out, torch.Tensor):
             return out
@@ -113,7 +134,7 @@ def _call(name: str, logits, p: Params, *args, backend: str):
     if plain and _plain() and logits[0].device.type != "meta":
         return getattr(dispatch.choose(backend, logits[0].device), name)(logits, p, *args)
     try:
-        return getattr(torch.ops.eft_kernels, name)(logits, *_flatten(p), *args, backend)
+        return getattr(torch.ops.eft_kernels, name)(logits, *_flatten(p, *args), backend)
     except Exception as error:
         if plain or torch.compiler.is_compiling():
             raise
@@ -190,31 +211,53 @@ class VerifyOutput(NamedTuple):
     raw_logprobs: torch.Tensor | None  # float32 [B, K+1], nats, under the emulated distribution
 
 
+class DraftOutput(NamedTuple):
+    """What `draft` returns, B rows; `verify` takes one for each draft and holds it to what the draft was drawn by."""
+
+    tokens: torch.Tensor  # int64 [B], -1 where the row is invalid
+    valid: torch.Tensor  # bool [B], as in `SampleOutput`
+    logprobs: torch.Tensor | None  # float32 [B], nats, under the distribution that was drawn from
+    method: str
+    slot: int
+    seed: int | torch.Tensor
+    position: int | torch.Tensor
+    params: DraftParams
+    vocab_size: int
+    token_mask: torch.Tensor | None
+
+
 def _eager_cpu(device) -> bool:
     """Looking at values costs no synchronisation."""
     return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _fresh_seeds(rows: int, device) -> torch.Tensor:
-    return torch.randint(-(1 << 63), (1 << 63) - 1, (rows,), dtype=torch.int64, device=device)
-
-
 def row_seeds(seed: int, rows: int, device=None) -> torch.Tensor:
-    """A seed per row from one: row 0 keeps ``seed``, row i gets splitmix64(seed + i). int64 [rows]."""
-    out, mask = [], (1 << 64) - 1
-    for i in range(rows):
-        x = seed & mask
-        if i:
-            x = (x + i * 0x9E3779B97F4A7C15) & mask
-            x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
-            x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
-            x ^= x >> 31
-        out.append(x - (1 << 64) if x >= 1 << 63 else x)
-    return torch.tensor(out, dtype=torch.int64, device=device)
+    """A seed per row from one, int64 [rows]: row 0 keeps ``seed``, row i gets splitmix64(seed + i * golden ratio).
+
+    `sample` and `verify` do the same to a ``seed`` that is one number.
+    """
+    seed = int(seed) & ((1 << 64) - 1)
+    return row_seed(seed - (1 << 64) if seed >= 1 << 63 else seed, torch.arange(rows, device=device))
+
+
+def _noise(seed, position, rows: int, device) -> tuple:
+    """(seed, position) as given, or fresh seeds; ValueError where a seed would repeat its noise at every step."""
+    if position is None:
+        if seed is not None:
+            raise ValueError(f"position: got None with seed={'a tensor' if isinstance(seed, torch.Tensor) else seed}; "
+                             "give the step's number (0 for a row's first new token, then 1, ...): the same seed and "
+                             "position draw the same noise again")
+        position = 0
+    if seed is None:
+        seed = torch.randint(-(1 << 63), (1 << 63) - 1, (rows,), dtype=torch.int64, device=device)
+    elif isinstance(seed, torch.Tensor) and seed.dim() == 0 and not (
+            seed.is_floating_point() or seed.is_complex() or seed.dtype == torch.bool):
+        seed = row_seed(seed.to(torch.int64), torch.arange(rows, device=seed.device))
+    return seed, position
 
 
 def sample(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | torch.Tensor, *, temperature=1.0,
-           top_k=0, top_p=1.0, min_p=0.0, upscale_top_p=1.0, seed=None, position=0, vocab_size: int | None = None,
+           top_k=0, top_p=1.0, min_p=0.0, upscale_top_p=1.0, seed=None, position=None, vocab_size: int | None = None,
            token_mask: torch.Tensor | None = None, logprobs: bool = True, top_logprobs: int = 0,
            diagnostics: bool = False, stream: str = "sample", slot: int = 0, tuned: int = 1, backend: str = "auto",
            check: bool = False) -> SampleOutput:
@@ -230,22 +273,23 @@ def sample(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
         id on ties); 0 or -1, 1.0, 0.0 switch top_k, top_p, min_p off. None is the default.
       upscale_top_p: the paper's conservative decoding: outside the smallest nucleus of this mass of the tuned
         model's own distribution a token keeps log p_tuned. 1.0 is off.
-      seed, position: integers (64 bits) or tensors [B]. The noise is a pure function of (seed, position, stream,
-        slot, token), whatever the batch, the row or the device; rows that share seed and position share noise, so
-        give each row its own seed (`row_seeds`). None draws fresh seeds from torch's generator.
+      seed, position: integers (64 bits) or tensors [B]. The noise is a pure function of a row's (seed, position,
+        stream, slot, token), whatever the batch or the device. One ``seed`` for all rows is expanded as `row_seeds`
+        does; of a tensor [B], rows of equal seed and position share noise. A seed needs a ``position``, the step's
+        number: without one every step would repeat its noise. seed=None draws fresh seeds from torch's generator.
       vocab_size: V, at most (and by default) the shortest V_j.
       token_mask: int32 [B, ceil(V / 32)] or [1, ...], bit 1 = allowed (xgrammar's layout); applied before everything.
       logprobs: return the token's log-probs; off saves the exponentials.
       top_logprobs: n most likely tokens of the emulated distribution, n up to 2^22. diagnostics: entropy and TV to
         ``tuned``.
-      stream, slot: "draft" and the draft's place in its round for drafts that `verify` judges by "token" or "block".
+      stream, slot: which of the position's noise. Drafts have noise of their own: use `draft`, which knows it.
       tuned: which of the models is the tuned one (upscale_top_p, diagnostics).
       backend: "auto" or a name of `backends()`. check: also check the values of tensors on a GPU (synchronises).
 
     Returns: `SampleOutput`. A row with NaN, +inf, or nothing left gives token -1 and valid False, that row alone.
     Raises: ValueError naming the argument, before anything is computed.
     """
-    if seed is not None and not check and type(stream) is str and _plain() and \
+    if seed is not None and position is not None and not check and type(stream) is str and _plain() and \
             (shortcut := dispatch.shortcut("try_sample", backend, _device_type(logits))):
         out = shortcut(logits, _values(weights), temperature, top_k, top_p, min_p, upscale_top_p, seed, position,
                        token_mask, vocab_size, tuned, 0 if stream == "sample" else 1 if stream == "draft" else None,
@@ -256,10 +300,10 @@ def sample(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
     rows, device = logits[0].shape[0], logits[0].device
     slot, top_logprobs = _check_draw(stream, slot, top_logprobs)
     logprobs, diagnostics = flag("logprobs", logprobs), flag("diagnostics", diagnostics)
+    seed, position = _noise(seed, position, rows, device)
     p = check_params(logits, weights, rows, vocab_size, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                     upscale_top_p=upscale_top_p, seed=_fresh_seeds(rows, device) if seed is None else seed,
-                     position=position, token_mask=token_mask, tuned=tuned, check=check or _eager_cpu(device),
-                     needs_tuned=diagnostics)
+                     upscale_top_p=upscale_top_p, seed=seed, position=position, token_mask=token_mask, tuned=tuned,
+                     check=check or _eager_cpu(device), needs_tuned=diagnostics)
     out = _call("sample", logits, p, stream, slot, logprobs, top_logprobs, diagnostics, backend=backend)
     tokens, valid, lp, raw, top_ids, top_lp, entropy, tv = out
     return SampleOutput(tokens, valid, *((lp, raw) if logprobs else (None, None)),
@@ -267,32 +311,72 @@ def sample(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
                         *((entropy, tv) if diagnostics else (None, None)))
 
 
+def draft(logits: torch.Tensor, *, slot: int, method: str, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed,
+          position, vocab_size: int | None = None, token_mask: torch.Tensor | None = None, logprobs: bool = False,
+          backend: str = "auto", check: bool = False) -> DraftOutput:
+    """A draft per row from one model, by the noise that `verify`'s ``method`` needs.
+
+    Args:
+      logits: the drafting model's own, [B, V].
+      slot: the draft's place in its round, 0 to K - 1. method: as `verify` will be told.
+      seed: the one that `verify` will be given. position: of this draft: the round's (that of slot 0) + slot.
+      temperature, top_k, top_p, min_p: of the drafts; they need not be the target's. The others: see `sample`.
+
+    Returns: `DraftOutput`; give `verify` a list of the round's. Raises: ValueError naming the argument.
+    """
+    if not isinstance(logits, torch.Tensor):
+        raise ValueError(f"logits: expected the drafting model's tensor [B, V], got {type(logits).__name__}")
+    if method not in METHODS:
+        raise ValueError(f"method: got {method!r}, allowed are {', '.join(METHODS)}")
+    if type(slot) is not int or not 0 <= slot < 1 << 24:
+        raise ValueError(f"slot: got {slot!r}, allowed is an integer from 0 to 2^24 - 1")
+    if seed is None:
+        raise ValueError("seed: got None; give the seed that verify will be given")
+    noise = dict(stream="sample") if method == "coupled" else dict(stream="draft", slot=slot)
+    out = sample([logits], (1.0,), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
+                 position=position, vocab_size=vocab_size, token_mask=token_mask, logprobs=logprobs, tuned=0,
+                 backend=backend, check=check, **noise)
+    kept = (temperature, top_k, top_p, min_p, seed, position, token_mask)
+    if _eager_cpu(logits.device):  # verify will look at them: what their owner writes there until then does not count
+        kept = [x.clone() if isinstance(x, torch.Tensor) else x for x in kept]
+    return DraftOutput(out.tokens, out.valid, out.logprobs, method, slot, *kept[4:6], DraftParams(*kept[:4]),
+                       logits.shape[1] if vocab_size is None else vocab_size, kept[6])
+
+
 def verify(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | torch.Tensor,
-           draft_tokens: torch.Tensor, draft_lengths: torch.Tensor | None = None, *, method: str = "token",
-           draft: int | None = 1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, upscale_top_p=1.0, seed=None,
-           position=0, vocab_size: int | None = None, token_mask: torch.Tensor | None = None, logprobs: bool = False,
-           tuned: int = 1, backend: str = "auto", check: bool = False) -> VerifyOutput:
+           draft_tokens: torch.Tensor | Sequence[DraftOutput], draft_lengths: torch.Tensor | None = None, *,
+           method: str = "token", draft: int | None = 1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
+           upscale_top_p=1.0, seed=None, position=None, vocab_size: int | None = None,
+           token_mask: torch.Tensor | None = None, draft_temperature=None, draft_top_k=None, draft_top_p=None,
+           draft_min_p=None, logprobs: bool = False, tuned: int = 1, backend: str = "auto",
+           check: bool = False) -> VerifyOutput:
     """Judge K drafted tokens per row against the emulated distribution and add one token of its own.
 
     Args:
       logits: J tensors [B, K+1, V_j]: slot i holds the logits that follow the first i drafts.
-      draft_tokens: int64 [B, K]. draft_lengths: int64 [B], how many of them count (default K).
+      draft_tokens: int64 [B, K], or the round's K outputs of `draft`: these say how they were drawn, and what cannot
+        be judged is refused (of tensors on a GPU only with ``check``); a row's drafts end at its first invalid one.
+      draft_lengths: int64 [B], how many of them count (default K).
       method: "coupled": slot i's own sample with the noise of (seed, position + i), accepted while it equals the
-        draft (drafts sampled with stream="sample" at the same positions): exactly the tokens of plain decoding.
+        draft (of `draft` at the same positions): exactly the tokens of plain decoding.
         "token": accept where u q(d) < p(d), else the residual (p - q)+ (Leviathan et al., arXiv 2211.17192; Chen et
-        al., arXiv 2302.01318). "block": block verification (Sun et al., arXiv 2403.10444). Both for drafts sampled
-        with stream="draft", slot=i, position=position + i.
-      draft: index of the model whose logits, with the same temperature, filters and mask, were the draft
-        distribution (it may have weight 0); None for a deterministic proposer.
+        al., arXiv 2302.01318). "block": block verification (Sun et al., arXiv 2403.10444). Both for drafts drawn from
+        the draft distribution by `draft`: with other noise, or from another distribution, the tokens are not the
+        target's.
+      draft: index of the model whose logits were the draft distribution's (it may have weight 0), under the same mask;
+        None for a deterministic proposer.
+      draft_temperature, draft_top_k, draft_top_p, draft_min_p: numbers or tensors [B], what the drafts were drawn by
+        where it is not the target's temperature, top_k, top_p, min_p. "coupled" compares tokens alone and takes none.
       position: of slot 0; slot i is at position + i. token_mask: int32 [B, K+1, ceil(V / 32)]. Others: see `sample`.
 
     Returns: `VerifyOutput`. Raises: ValueError naming the argument, before anything is computed.
     """
-    if seed is not None and not check and _plain() and type(method) is str and method in METHODS and \
+    if seed is not None and position is not None and not check and _plain() and \
+            type(method) is str and method in METHODS and \
             (shortcut := dispatch.shortcut("try_verify", backend, _device_type(logits))):
         out = shortcut(logits, _values(weights), temperature, top_k, top_p, min_p, upscale_top_p, seed, position,
                        token_mask, vocab_size, tuned, draft_tokens, draft_lengths, METHODS.index(method), draft,
-                       logprobs)
+                       draft_temperature, draft_top_k, draft_top_p, draft_min_p, logprobs)
         if out is not None:
             return VerifyOutput(*out)
     logits, vocab_size = check_logits(logits, 3, vocab_size)
@@ -300,6 +384,27 @@ def verify(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
     device = logits[0].device
     draft, logprobs = _check_method(logits, method, draft), flag("logprobs", logprobs)
     look = check or _eager_cpu(device)
+    seed, position = _noise(seed, position, rows, device)
+    p = check_params(logits, weights, rows, vocab_size, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                     upscale_top_p=upscale_top_p, seed=seed, position=position, token_mask=token_mask, tuned=tuned,
+                     check=look)
+    drawn_by = DraftParams(draft_temperature, draft_top_k, draft_top_p, draft_min_p)
+    drafts = None
+    if isinstance(draft_tokens, (list, tuple)) and all(isinstance(d, DraftOutput) for d in draft_tokens) or \
+            isinstance(draft_tokens, DraftOutput):
+        drafts, draft_tokens = draft_tokens, _tokens_of(draft_tokens, rows, slots - 1, device)
+    for name, x in drawn_by._asdict().items():
+        why = "draft_tokens say what they were drawn by" if drafts is not None else \
+            "coupled compares tokens alone" if method == "coupled" else "draft=None has no distribution"
+        if x is not None and (drafts is not None or method == "coupled" or draft is None):
+            raise ValueError(f"draft_{name}: got a value, allowed is None: {why}")
+    drawn_by = _own_params(drawn_by, rows, device, look)
+    if drafts is not None:
+        drawn_by = _drawn_by(drafts, p, rows, device, method, draft, look)
+        if drafts:  # a row's drafts end at its first invalid one
+            there = torch.stack([d.valid for d in drafts], 1).long().cumprod(1).sum(1)
+            draft_lengths = there if draft_lengths is None else \
+                torch.minimum(there, _integers("draft_lengths", draft_lengths, (rows,), device))
     draft_tokens = _integers("draft_tokens", draft_tokens, (rows, slots - 1), device)
     if draft_lengths is None:
         draft_lengths = torch.full((rows,), slots - 1, dtype=torch.int64, device=device)
@@ -310,11 +415,8 @@ def verify(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
         counts = torch.arange(slots - 1, device=device) < draft_lengths[:, None]
         if bool((counts & ((draft_tokens < 0) | (draft_tokens >= vocab_size))).any()):
             raise ValueError(f"draft_tokens: got an id outside 0 to {vocab_size - 1}")
-    p = check_params(logits, weights, rows, vocab_size, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                     upscale_top_p=upscale_top_p, seed=_fresh_seeds(rows, device) if seed is None else seed,
-                     position=position, token_mask=token_mask, tuned=tuned, check=look)
-    out = _call("verify", logits, p, draft_tokens, draft_lengths, method, -1 if draft is None else draft, logprobs,
-                backend=backend)
+    out = _call("verify", logits, p, draft_tokens, draft_lengths, method, -1 if draft is None else draft, drawn_by,
+                logprobs, backend=backend)
     tokens, num_emitted, valid, lp, raw = out
     return VerifyOutput(tokens, num_emitted, valid, *((lp, raw) if logprobs else (None, None)))
 
@@ -332,6 +434,74 @@ def _check_method(logits, method, draft) -> int | None:
     if draft is None:
         return None
     return index("draft", draft, 0, len(logits) - 1, f"None or the index of one of the {len(logits)} models")
+
+
+def _own_params(params: DraftParams, rows: int, device, look: bool) -> DraftParams:
+    return DraftParams(*(x if x is None else scalar_or_rows(f"draft_{name}", x, rows, device, look)
+                         for name, x in params._asdict().items()))
+
+
+def _tokens_of(drafts, rows: int, K: int, device) -> torch.Tensor:
+    """int64 [B, K] of K outputs of `draft`."""
+    if isinstance(drafts, DraftOutput) or len(drafts) != K:
+        got = "one of them" if isinstance(drafts, DraftOutput) else len(drafts)
+        raise ValueError(f"draft_tokens: expected a list of {K} outputs of eft.draft, for logits of {K + 1} slots, got "
+                         f"{got}")
+    tokens = [_integers(f"draft_tokens[{i}]", d.tokens, (rows,), device) for i, d in enumerate(drafts)]
+    return torch.stack(tokens, 1) if tokens else torch.empty(rows, 0, dtype=torch.int64, device=device)
+
+
+def _differ(name: str, a, b, rows: int, look: bool) -> bool:
+    """Whether two values of a parameter, each a number or a tensor [B], are seen to differ."""
+    if not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor):
+        return a != b
+    if not look:
+        return False
+    device = (a if isinstance(a, torch.Tensor) else b).device
+    if name == "seed":
+        a, b = (x if isinstance(x, torch.Tensor) else row_seeds(x, rows, device) for x in (a, b))
+    return not torch.equal(*(torch.as_tensor(x, dtype=SPECS[name][0], device=device).expand(rows) for x in (a, b)))
+
+
+def _drawn_by(drafts, p: Params, rows: int, device, method: str, draft: int | None, look: bool) -> DraftParams:
+    """What a round of `draft`s was drawn by; ValueError where `verify` by ``p`` and ``method`` would not judge it."""
+    first = None
+    for i, d in enumerate(drafts):
+        def bad(name, got, allowed, i=i):
+            return ValueError(f"draft_tokens[{i}]: was drawn with {name} {got}, allowed is {allowed}")
+
+        if d.method != method:
+            raise bad("method", repr(d.method), f"{method!r}, as verify is told")
+        if d.slot != i:
+            raise bad("slot", d.slot, f"{i}, its place in the round")
+        seed, _ = _noise(d.seed, 0, rows, device)
+        seed, position = (scalar_or_rows(n, x, rows, device, False)
+                          for n, x in (("seed", seed), ("position", d.position)))
+        if _differ("seed", seed, p.seed, rows, look):
+            raise bad("seed", _text(seed), f"verify's, {_text(p.seed)}")
+        if _differ("position", position, p.position + i, rows, look):
+            raise bad("position", _text(position), f"verify's + {i}, {_text(p.position + i)}")
+        if method == "coupled":
+            continue
+        if draft is None:
+            raise ValueError("draft: got None, allowed is the index of the model that draft_tokens were drawn from")
+        if d.vocab_size != p.vocab_size:
+            raise bad("vocab_size", d.vocab_size, f"verify's, {p.vocab_size}")
+        mask = p.token_mask if p.token_mask is None else p.token_mask[:, i]
+        if (d.token_mask is None) != (mask is None) or (
+                mask is not None and look and not torch.equal(d.token_mask, mask)):
+            raise bad("token_mask", "None" if d.token_mask is None else "another", "that of verify's slot")
+        own = _own_params(d.params, rows, device, False)
+        first = first or own
+        for name, x in own._asdict().items():
+            if _differ(name, x, getattr(first, name), rows, look):
+                raise bad(name, _text(x), f"that of draft_tokens[0], {_text(getattr(first, name))}")
+    return first or DraftParams()
+
+
+def _text(x) -> str:
+    return "a tensor on the device" if isinstance(x, torch.Tensor) and x.device.type != "cpu" else \
+        str(x.tolist() if isinstance(x, torch.Tensor) else x)
 
 
 def _integers(name: str, value, shape, device) -> torch.Tensor:

@@ -41,16 +41,30 @@ class Params(NamedTuple):
     top_p: float | torch.Tensor
     min_p: float | torch.Tensor
     upscale_top_p: float | torch.Tensor
-    seed: int | torch.Tensor
+    seed: int | torch.Tensor  # a scalar is expanded by row_seed
     position: int | torch.Tensor
     token_mask: torch.Tensor | None  # int32 [rows, ceil(V / 32)] (verify: [rows, K+1, ceil(V / 32)]), bit 1 = allowed
     vocab_size: int
     tuned: int
 
 
+class DraftParams(NamedTuple):
+    """What `verify`'s drafts were drawn by: each value a Python scalar, a tensor [rows], or None: as the target."""
+
+    temperature: float | torch.Tensor | None = None
+    top_k: int | torch.Tensor | None = None
+    top_p: float | torch.Tensor | None = None
+    min_p: float | torch.Tensor | None = None
+
+    def of(self, p: Params) -> Params:
+        """`Params` of the draft distribution: one model alone."""
+        own = {name: x for name, x in self._asdict().items() if x is not None}
+        return p._replace(weights=(1.0,), upscale_top_p=1.0, tuned=0, **own)
+
+
 def scalar(name: str, value, rows: int):
     """``value`` as a Python number in range, integers as signed 64 bits; ValueError names ``name``."""
-    dtype, low, high, words = SPECS[name]
+    dtype, low, high, words = SPECS[name.removeprefix("draft_")]
     integer = dtype is torch.int64
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{name}: expected a number or a tensor [{rows}], got {type(value).__name__}")
@@ -59,14 +73,14 @@ def scalar(name: str, value, rows: int):
     if not integer:
         return float(value)
     value = int(value)
-    if name == "top_k":
+    if name in ("top_k", "draft_top_k"):
         return max(value, 0)
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
 def scalar_or_rows(name: str, value, rows: int, device: torch.device, check: bool):
     """``value`` as a Python scalar or a contiguous tensor [rows] on ``device``; ValueError names ``name``."""
-    dtype, low, high, words = SPECS[name]
+    dtype, low, high, words = SPECS[name.removeprefix("draft_")]
     if is_array(value):
         value = value.tolist()  # of no dimensions: a number
     if isinstance(value, (list, tuple)):

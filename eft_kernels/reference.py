@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from .params import SPECS, Params
+from .params import SPECS, DraftParams, Params
 
 NEG_INF = float("-inf")
 GREEDY = 1e-5  # temperatures below are greedy
@@ -35,6 +35,18 @@ def philox(key: tuple, counter: tuple) -> tuple:
         c0, c1, c2, c3 = ((p1 >> 32) & mask) ^ c1 ^ k0, p1 & mask, ((p0 >> 32) & mask) ^ c3 ^ k1, p0 & mask
         k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
     return c0, c1, c2, c3
+
+
+def row_seed(seed, row) -> torch.Tensor:
+    """The seed of a batch's row where one is given for all rows: row 0 keeps it, row i has splitmix64's i-th from there
+    (Steele et al., OOPSLA 2014). Integers or int64 tensors of 64-bit words."""
+    def shifted(x, n):  # as unsigned
+        return (x >> n) & ((1 << (64 - n)) - 1)
+
+    x = seed + row * (0x9E3779B97F4A7C15 - (1 << 64))  # the low 64 bits wrap as unsigned ones do
+    x = (x ^ shifted(x, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    x = (x ^ shifted(x, 27)) * (0x94D049BB133111EB - (1 << 64))
+    return torch.where(row == 0, seed, x ^ shifted(x, 31))
 
 
 def words(seed, position, stream: int, slot, kind: int, index) -> tuple:
@@ -198,7 +210,9 @@ class Rows:
             self.in_range = self.in_range & fine
             setattr(self, name, torch.where(fine, value, off))
         self.top_k = per_row(p.top_k, torch.int64)
-        self.seed, self.position = per_row(p.seed, torch.int64), per_row(p.position, torch.int64)
+        row = torch.arange(rows, device=device) if index is None else index
+        self.seed = per_row(p.seed, torch.int64) if isinstance(p.seed, torch.Tensor) else row_seed(p.seed, row)
+        self.position = per_row(p.position, torch.int64)
         self.greedy = self.temperature < GREEDY
         self.temperature = torch.where(self.greedy, 0.0, self.temperature)
         self.inverse = torch.where(self.greedy, 0.0, 1.0 / self.temperature)
@@ -372,7 +386,8 @@ def token_logprobs(logits, p: Params, ids):
     return torch.where(inside, lp, float("nan"))
 
 
-def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, logprobs: bool):
+def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, drawn_by: DraftParams,
+           logprobs: bool):
     """``draft`` is -1 for a deterministic proposer. Rows are handled slot by slot, in the order of the definition."""
     B, S = logits[0].shape[:2]
     dev, V = logits[0].device, p.vocab_size
@@ -385,7 +400,7 @@ def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: i
         r.position = r.position + i
         s, ok = r.combine()
         if draft >= 0:
-            q_rows = Rows([logits[draft][:, i]], p._replace(weights=(1.0,), upscale_top_p=1.0, tuned=0), every, mask)
+            q_rows = Rows([logits[draft][:, i]], drawn_by.of(p), every, mask)
             q_scores, q_ok = q_rows.combine()
             if method != "coupled":
                 ok = ok & (q_ok | (draft_lengths <= i))

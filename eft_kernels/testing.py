@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from . import ops, reference
-from .params import Params
+from .params import DraftParams, Params
 from .weights import Weights, interpolate, upscale
 
 TOLERANCE = 1e-5  # nats: float32 log-sum-exp against the fixed-point one
@@ -32,6 +32,7 @@ class Case(NamedTuple):
     scale: float = 3.0
     special: str = ""  # what is planted in the logits: ties, flat, hard, neg_inf, nan, bad, mask; strided, offset
     slots: int = 4  # K + 1, of verify
+    draft: dict = {}  # noqa: RUF012  # of verify: what the drafts are drawn by where it is not the target's
 
 
 def per_row(*values, dtype=None):
@@ -111,6 +112,17 @@ CASES = [
     Case("no rows", rows=0),
     Case("far position", kwargs=dict(position=per_row(0, (1 << 40) + 5, (1 << 63) - 20))),
     Case("seed extremes", kwargs=dict(seed=per_row(0, -1, (1 << 63) - 1, -(1 << 63)))),
+    Case("one seed for all rows", kwargs=dict(seed=-12345), rows=9),
+    Case("drafts tempered only", kwargs=dict(temperature=0.8, top_k=40, top_p=0.9), draft=dict(
+        temperature=1.3, top_k=0, top_p=1.0), scale=1.0),
+    Case("drafts filtered", draft=dict(temperature=0.7, top_k=20, top_p=0.8, min_p=0.05), vocab=(3000,),
+         dtypes=(BF16,)),
+    Case("greedy drafts", kwargs=dict(temperature=0.9), draft=dict(temperature=0.0), special="ties"),
+    Case("drafts for a greedy target", kwargs=dict(temperature=0.0), draft=dict(temperature=1.0, min_p=0.1)),
+    Case("drafts drawn per row", rows=12, vocab=(700,), dtypes=(BF16, F32, F16), kwargs=dict(
+        temperature=per_row(0.0, 0.7, 1.0), upscale_top_p=per_row(1.0, 0.8)), draft=dict(
+        temperature=per_row(1.0, 0.0, 0.6, 1.7), top_k=per_row(0, 5, 50), top_p=per_row(1.0, 0.9),
+        min_p=per_row(0.0, 0.1, 0.0))),
     Case("draft stream", kwargs=dict(stream="draft", slot=3)),
     Case("many rows", rows=70, vocab=(300,)),
     Case("large vocabulary", rows=2, vocab=(151936, 152064, 152064), dtypes=(BF16,), kwargs=dict(top_p=0.95)),
@@ -225,18 +237,21 @@ def check_sample(case: Case, backend: str, seed: int = 0, device="cpu", **extra)
     return got
 
 
+def draft_params(case: Case, device="cpu") -> dict:
+    """`verify`'s draft_* of a case."""
+    return {f"draft_{k}": v(case.rows).to(device) if callable(v) else v for k, v in case.draft.items()}
+
+
 def draft_tokens(logits, kwargs, method: str, draft: int | None, slots: int):
     """Drafts of model ``draft`` as `verify` expects them (None: of model 0 greedily, a deterministic proposer)."""
     kwargs = {k: v for k, v in kwargs.items() if k not in ("upscale_top_p", "tuned", "stream", "slot", "token_mask")}
     vocab_size = kwargs.pop("vocab_size", None) or min(z.shape[-1] for z in logits)
-    position, tokens = kwargs.pop("position", 0), []
+    position, tokens = kwargs.pop("position"), []
     for i in range(slots - 1):
-        z = [logits[draft or 0][:, i, :vocab_size]]
+        z = logits[draft or 0][:, i, :vocab_size]
         if draft is None:
             kwargs["temperature"] = 0.0
-        stream = dict(stream="sample") if method == "coupled" else dict(stream="draft", slot=i)
-        out = ops.sample(z, Weights([1.0]), **kwargs, position=position + i, **stream, logprobs=False,
-                         backend="reference")
+        out = ops.draft(z, slot=i, method=method, position=position + i, backend="reference", **kwargs)
         tokens.append(out.tokens.clamp(min=0))
     return torch.stack(tokens, 1) if tokens else torch.empty(logits[0].shape[0], 0, dtype=torch.int64)
 
@@ -251,7 +266,10 @@ def check_verify(case: Case, backend: str, method: str, draft: int | None = 1, s
         if isinstance(options["position"], torch.Tensor):
             options["position"] = options["position"].clamp(max=(1 << 63) - 20)
     draft = draft if draft is None else min(draft, len(logits) - 1)
-    drafts = draft_tokens(logits, kwargs, method, draft, slots)
+    declared = case if method != "coupled" and draft is not None else Case("")
+    own = draft_params(declared)
+    drafts = draft_tokens(logits, kwargs | {k.removeprefix("draft_"): v for k, v in own.items()}, method, draft, slots)
+    kwargs, there = kwargs | own, there | draft_params(declared, device)
     lengths = (torch.arange(case.rows) * 3 + seed) % slots
     lengths[: case.rows // 2] = slots - 1
     args = dict(method=method, draft=draft, logprobs=True)
@@ -293,14 +311,16 @@ class Call(NamedTuple):
 
     def run(self, backend: str) -> dict[str, torch.Tensor]:
         out = getattr(torch.ops.eft_kernels, self.operation)(
-            self.logits, *ops._flatten(self.params), *self.args, backend)
+            self.logits, *ops._flatten(self.params, *self.args), backend)
         if isinstance(out, torch.Tensor):
             return {"logprobs": out}
         return dict(zip((ops.SampleOutput if self.operation == "sample" else ops.VerifyOutput)._fields, out))
 
 
-def unchecked(operation: str, logits, weights=(1.0, 1.0, -1.0), *args, name: str = "", **params) -> Call:
-    """A `Call` with these parameters, the others off."""
+def unchecked(operation: str, logits, weights=(1.0, 1.0, -1.0), *args, name: str = "", drawn_by=None, **params) -> Call:
+    """A `Call` with these parameters, the others off; drawn_by: of verify's drafts."""
+    if operation == "verify":
+        args = (*args[:4], drawn_by or DraftParams(), *args[4:])
     off = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, upscale_top_p=1.0, seed=1, position=2, token_mask=None,
                vocab_size=min(z.shape[-1] for z in logits), tuned=len(logits) > 1)
     off["tuned"] = int(off["tuned"])
@@ -337,6 +357,10 @@ def odd_calls() -> list[Call]:
         add(f"{name} out of range", usual, rows=len(odd), **{name: torch.tensor(odd)})
         add(f"{name} out of range, filtered", usual, rows=len(odd), **{**dict(top_p=0.5, top_k=9), name: torch.tensor(odd)})
     add("top_k below 0 and beyond V", usual, rows=5, top_k=torch.tensor([0, -1, low, high, V]))
+    for name, odd in dict(values, top_k=(0, -1, low, high, V)).items():
+        if name != "upscale_top_p":
+            add(f"drafts drawn with any {name}", usual, rows=len(odd), only="verify",
+                drawn_by=DraftParams(**{name: torch.tensor(odd)}))
     add("any seed and position", usual, rows=4, seed=torch.tensor([1, low, high, -1]), position=torch.tensor([2, low, high, -1]))
     for w in (nan, inf, -inf):
         add(f"weight {w}", usual, torch.tensor([[1.0, 1.0, -1.0], [1.0, w, -1.0], [w, 0.0, 0.0]]), rows=3)
@@ -465,11 +489,16 @@ def random_call(seed: int, largest: int = 1000) -> Call:
     if pick.random() < 0.3:
         mask = torch.randint(-(1 << 31), 1 << 31, (*lead, (V + 31) // 32), generator=g).to(torch.int32)
         mask *= torch.rand(mask.shape, generator=g) < pick.choice([0.1, 0.9])
+
+    def filters():
+        return dict(
+            temperature=per_row(F32, (1.0, 1.0, 0.7, 0.0, 1e-5, 1e30), nan, inf, -1.0, 2e30),
+            top_k=per_row(torch.int64, (0, 0, 1, 5, 300), -1, low, high, V, V + 1),
+            top_p=per_row(F32, (1.0, 1.0, 0.9, 0.3, 1e-6), nan, 0.0, -1.0, 1.5, 1e-40, inf),
+            min_p=per_row(F32, (0.0, 0.0, 0.05, 1.0), nan, 2.0, -0.5, -inf))
+
     params = dict(
-        temperature=per_row(F32, (1.0, 1.0, 0.7, 0.0, 1e-5, 1e30), nan, inf, -1.0, 2e30),
-        top_k=per_row(torch.int64, (0, 0, 1, 5, 300), -1, low, high, V, V + 1),
-        top_p=per_row(F32, (1.0, 1.0, 0.9, 0.3, 1e-6), nan, 0.0, -1.0, 1.5, 1e-40, inf),
-        min_p=per_row(F32, (0.0, 0.0, 0.05, 1.0), nan, 2.0, -0.5, -inf),
+        filters(),
         upscale_top_p=per_row(F32, (1.0, 1.0, 1.0, 0.9, 0.3), nan, 0.0, -1.0, 1.5, inf),
         seed=per_row(torch.int64, (0, 1, -1, high, low)), token_mask=mask, vocab_size=pick.choice([V, V, (V + 1) // 2]),
         position=per_row(torch.int64, (0, 7, 1 << 40), -1, low, high), tuned=pick.randrange(models))
@@ -489,4 +518,5 @@ def random_call(seed: int, largest: int = 1000) -> Call:
         counts = torch.randint(-1, lead[1] + 2, (rows,), generator=g)
         counts[torch.rand(rows, generator=g) < 0.1] = pick.choice([low, high])
         args = (drafts, counts, pick.choice(ops.METHODS), pick.randint(-1, models - 1), pick.random() < 0.7)
+        params["drawn_by"] = DraftParams(**{name: x for name, x in filters().items() if pick.random() < 0.4})
     return unchecked(operation, logits, weights, *args, name=f"random_call({seed})", **params)

@@ -24,18 +24,17 @@ for step in range(3):
                      position=step)
     print("step", step, "tokens", out.tokens.tolist(), "log-probs", [round(x, 2) for x in out.logprobs.tolist()])
 
-# One speculative round: the tuned model drafts K tokens one by one, and keeps its logits ...
+# One speculative round: the tuned model drafts K tokens one by one, hotter than the target, and keeps its logits ...
 position, drafts, tuned = 3, [], []
 for j in range(K + 1):
     tuned.append(model(ROWS))
     if j < K:
-        drafts.append(eft.sample([tuned[j]], [1.0], temperature=0.8, seed=seeds, position=position + j, stream="draft",
-                                 slot=j, logprobs=False).tokens)
-# ... and base and ref score all K + 1 positions at once.
+        drafts.append(eft.draft(tuned[j], slot=j, method="block", temperature=0.9, seed=seeds, position=position + j))
+# ... and base and ref score all K + 1 positions at once. The drafts say what they were drawn by.
 tuned = torch.stack(tuned, 1)  # [ROWS, K + 1, V]
 base, ref = (tuned + 0.5 * torch.randn(tuned.shape, generator=generator).bfloat16() for _ in range(2))
-ver = eft.verify([base, tuned, ref], eft.upscale(), torch.stack(drafts, 1), method="block", draft=1, temperature=0.8,
-                 seed=seeds, position=position)
+ver = eft.verify([base, tuned, ref], eft.upscale(), drafts, method="block", draft=1, temperature=0.8, seed=seeds,
+                 position=position)
 for row in range(ROWS):
     n = int(ver.num_emitted[row])
     print(f"row {row}: {n - 1} of {K} drafts accepted, tokens {ver.tokens[row, :n].tolist()}")

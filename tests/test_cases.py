@@ -124,7 +124,7 @@ def test_a_split_row_is_invalid_wherever_it_is_bad(threads, backend):
     z = torch.zeros(3, 20011)
     z[0, 0], z[1, -1], z[2, 9999] = float("inf"), float("nan"), float("nan")
     for row in range(3):
-        out = ops.sample([z[row : row + 1]], [1.0], seed=1, backend=backend)
+        out = ops.sample([z[row : row + 1]], [1.0], seed=1, position=0, backend=backend)
         assert out.tokens.tolist() == [-1] and out.valid.tolist() == [False] and bool(out.logprobs.isnan())
 
 
@@ -256,7 +256,7 @@ def test_a_nucleus_that_ends_where_only_exact_masses_tell(temperature, compiled)
     logits = [scores.expand(rows, -1).contiguous()]
     total = (scores.double() / temperature).exp().sum()
     top_p = ((torch.arange(rows) % head + 1) / total).float()
-    args = dict(temperature=temperature, top_p=top_p, seed=torch.arange(rows) * 31 + 5)
+    args = dict(temperature=temperature, top_p=top_p, seed=torch.arange(rows) * 31 + 5, position=0)
     for logprobs in (True, False):
         got = eft.sample(logits, [1.0], logprobs=logprobs, backend=compiled, **args)
         want = eft.sample(logits, [1.0], logprobs=logprobs, backend="reference", **args)

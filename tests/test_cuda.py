@@ -89,7 +89,8 @@ def test_logprobs(case, device):
     check_logprobs(case, "cuda")
 
 
-JUDGED = ("everything", "bad rows filtered", "a chunk and one", "parameters per row", "all masked", "unaligned")
+JUDGED = ("everything", "bad rows filtered", "a chunk and one", "parameters per row", "all masked", "unaligned",
+          "drafts drawn per row")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -118,7 +119,7 @@ def test_verify_of_many_drafts(method, device):
     check_verify(Case("cuda no drafts", rows=3, vocab=(300,), slots=1), "cuda", method)
     logits, none = [torch.randn(3, 1, 300)], torch.empty(3, 0, dtype=torch.int64)
     assert none.data_ptr() == 0
-    got, want = (eft.verify(logits, [1.0], none, method=method, draft=None, seed=4, backend=name)
+    got, want = (eft.verify(logits, [1.0], none, method=method, draft=None, seed=4, position=0, backend=name)
                  for name in ("cuda", "reference"))
     assert torch.equal(got.tokens, want.tokens) and got.valid.all()
 
@@ -143,7 +144,7 @@ def test_random_calls(part, shim):
 @pytest.mark.parametrize("offset", (0.0, 65000.0, 1e30))
 def test_diagnostics_are_those_of_float64(offset, device):
     z = [torch.randn(2, 500, generator=torch.Generator().manual_seed(j)) * 2 + offset for j in range(3)]
-    out = eft.sample(z, eft.upscale(), seed=1, diagnostics=True, backend="cuda")
+    out = eft.sample(z, eft.upscale(), seed=1, position=0, diagnostics=True, backend="cuda")
     p = ((z[0] + z[1]) - z[2]).double().softmax(1)
     tv = 0.5 * (p - z[1].double().softmax(1)).abs().sum(1)
     torch.testing.assert_close(out.tv.double(), tv, rtol=0, atol=2e-6)
@@ -178,7 +179,7 @@ def test_rows_begin_anywhere(device, dtype, offset):
     flat = [torch.randn(3 * 1311 + 16, generator=torch.Generator().manual_seed(j)).to(dtype) for j in range(3)]
     logits = [z[(offset + j) % 8 :][: 3 * 1311].view(3, 1311) for j, z in enumerate(flat)]
     for kwargs in ({}, dict(top_p=0.9)):
-        got, want = (eft.sample(logits, eft.upscale(), seed=5, backend=name, **kwargs)
+        got, want = (eft.sample(logits, eft.upscale(), seed=5, position=0, backend=name, **kwargs)
                      for name in ("cuda", "reference"))
         assert torch.equal(got.tokens, want.tokens)
         torch.testing.assert_close(got.raw_logprobs, want.raw_logprobs, rtol=0, atol=1e-5)
@@ -191,7 +192,8 @@ def test_a_row_is_checked_wherever_it_is_bad(device, kwargs):
     places = itertools.product((0, 2), (3, 1699), (float("nan"), float("inf"), float("-inf")))
     for row, (model, token, bad) in enumerate(places):
         logits[model][row, token] = bad
-    got, want = (eft.sample(logits, eft.upscale(), seed=5, backend=name, **kwargs) for name in ("cuda", "reference"))
+    got, want = (eft.sample(logits, eft.upscale(), seed=5, position=0, backend=name, **kwargs)
+                 for name in ("cuda", "reference"))
     assert got.valid.tolist() == want.valid.tolist() == [False, False, True] * 4
     assert torch.equal(got.tokens, want.tokens)
 
@@ -206,7 +208,8 @@ def test_a_doubtful_nucleus_is_summed_exactly(device):
     assert set(kept.tolist()) == {512, 1024}
     assert torch.equal((got > float("-inf")).sum(1), kept)
     for seed in range(3):  # without log-probs the threshold is not looked for
-        got, want = (eft.sample(logits, [1.0], top_p=top_p, seed=torch.arange(40) + seed, logprobs=False, backend=name)
+        got, want = (eft.sample(logits, [1.0], top_p=top_p, seed=torch.arange(40) + seed, position=0, logprobs=False,
+                                 backend=name)
                      for name in ("cuda", "reference"))
         assert torch.equal(got.tokens, want.tokens)
 
@@ -244,7 +247,7 @@ def test_thresholds_take_few_barriers(shim, kind):
     took = {}
     for name, kwargs in variants.items():
         before = shim.simt_barriers(1)
-        assert eft.sample(logits, eft.upscale(), seed=0, backend="cuda", **kwargs).valid.all()
+        assert eft.sample(logits, eft.upscale(), seed=0, position=0, backend="cuda", **kwargs).valid.all()
         took[name] = shim.simt_barriers(1) - before
     assert took == BARRIERS[kind]
 
@@ -255,7 +258,8 @@ def test_the_likeliest_tokens(kind, device):
     x = torch.randn(3, 9100, generator=torch.Generator().manual_seed(1))
     x = {"normal": x, "ties": x.round(), "one level": x * 0, "few": x.where(x > 2.9, float("-inf"))}[kind]
     for n in (1, 5, 30, 130):
-        got, want = (eft.sample([x], [1.0], seed=1, top_logprobs=n, backend=name) for name in ("cuda", "reference"))
+        got, want = (eft.sample([x], [1.0], seed=1, position=0, top_logprobs=n, backend=name)
+                     for name in ("cuda", "reference"))
         assert torch.equal(got.top_ids, want.top_ids)
         torch.testing.assert_close(got.top_logprobs, want.top_logprobs, rtol=0, atol=1e-5)
 
@@ -269,11 +273,11 @@ def test_usual_arguments_are_read_by_the_extension(shim, monkeypatch):
     logits = [torch.randn(2, 300) for _ in range(3)]
     slots = [z[:, None].expand(2, 2, 300).contiguous() for z in logits]
     drafts = torch.zeros(2, 1, dtype=torch.int64)
-    assert eft.sample(logits, eft.upscale(), seed=1, backend="cuda").valid.all()
-    assert eft.verify(slots, eft.upscale(), drafts, seed=1, backend="cuda").valid.all()
+    assert eft.sample(logits, eft.upscale(), seed=1, position=0, backend="cuda").valid.all()
+    assert eft.verify(slots, eft.upscale(), drafts, seed=1, position=0, backend="cuda").valid.all()
     for kwargs in (dict(temperature=-1.0), dict(top_k="x"), dict(check=True), dict(seed=None)):
         with pytest.raises(LookupError):
-            eft.sample(logits, eft.upscale(), backend="cuda", **dict(seed=1) | kwargs)
+            eft.sample(logits, eft.upscale(), backend="cuda", **dict(seed=1, position=0) | kwargs)
 
 
 def test_counters_are_left_zero(device):
@@ -300,7 +304,8 @@ def test_verify_looks_only_where_it_must(method, shim):
     def barriers(ask, lengths):
         with cuts.forced(ask=ask, room=0):
             before, launched = shim.simt_barriers(0), shim.simt_launches()
-            got, want = (eft.verify(logits, eft.upscale(), drafts, lengths, method=method, seed=3, backend=name)
+            got, want = (eft.verify(logits, eft.upscale(), drafts, lengths, method=method, seed=3, position=0,
+                                    backend=name)
                          for name in ("cuda", "reference"))
             assert shim.simt_launches() - launched == dict(coupled=1, token=2, block=3)[method]
         assert torch.equal(got.tokens, want.tokens) and (got.num_emitted == 1).all()

@@ -318,16 +318,16 @@ def test_module(planted):
 
     slots, drafts = [there(torch.zeros(3, 4, 8))], there(torch.zeros(3, 3, dtype=torch.int64))
     options = ((1.0,), 1.0, 0, 1.0, 0.0, 1.0, 5, 0, None, 8, 0)
-    out = module.verify(zeros, False, slots, *options, drafts, None, 1, None, True)
+    out = module.verify(zeros, False, slots, *options, drafts, None, 1, None, *[None] * 4, True)
     assert [tuple(x.shape) for x in out] == [(3, 4), (3,), (3,), (3, 4), (3, 4)] and seen[3] and seen[4] == seen[0]
-    assert module.verify(zeros[:11], False, slots, *options, drafts, None, 1, None, True) is None
+    assert module.verify(zeros[:11], False, slots, *options, drafts, None, 1, None, *[None] * 4, True) is None
     for ids, count in ((None, 8), (there(torch.zeros(3, 5, dtype=torch.int64)), 5)):
         with pytest.raises(RuntimeError, match="logprobs: out of threads"):
             module.logprobs(zeros, False, z[:1], *options, ids)
         assert seen[5] == count
     zeros[4] = 1
     with pytest.raises(RuntimeError, match="verify: counters are not zero"):
-        module.verify(zeros, False, slots, *options, drafts, None, 1, None, True)
+        module.verify(zeros, False, slots, *options, drafts, None, 1, None, *[None] * 4, True)
 
 
 def test_counters():

@@ -82,8 +82,8 @@ def test_sampling_is_exact_over_chunks(V, compiled):
     N = 400000
     z = models(1, V, seed=V, scale=1.5)
     p = reference_probabilities(z)[0]
-    out = eft.sample([x.expand(N, V) for x in z], eft.upscale(), seed=torch.arange(N) + (1 << 40), logprobs=False,
-                     backend=compiled)
+    out = eft.sample([x.expand(N, V) for x in z], eft.upscale(), seed=torch.arange(N) + (1 << 40), position=0,
+                     logprobs=False, backend=compiled)
     counts = counts_of(out.tokens, V)
     assert p_value(counts, p * N) > REJECT
     bins = torch.arange(V) * 37 % 16
@@ -94,7 +94,8 @@ def test_sampling_is_exact_over_chunks(V, compiled):
 def test_flat_rows_are_uniform_over_places(compiled):
     """Every place of a chunk, and a last chunk that is not whole."""
     V, N = 600, 600000
-    out = eft.sample([torch.zeros(1, V).expand(N, V)], [1.0], seed=torch.arange(N), logprobs=False, backend=compiled)
+    out = eft.sample([torch.zeros(1, V).expand(N, V)], [1.0], seed=torch.arange(N), position=0, logprobs=False,
+                     backend=compiled)
     assert p_value(counts_of(out.tokens, V), torch.full((V,), N / V)) > REJECT
 
 
@@ -103,11 +104,23 @@ def test_positions_are_as_good_as_seeds(compiled):
     V, N = 6, 400000
     z = models(1, V, seed=1)
     p = reference_probabilities(z)[0]
-    out = eft.sample([x.expand(N, V) for x in z], eft.upscale(), seed=1234, position=torch.arange(N), logprobs=False,
-                     backend=compiled)
+    out = eft.sample([x.expand(N, V) for x in z], eft.upscale(), seed=torch.full((N,), 1234),
+                     position=torch.arange(N), logprobs=False, backend=compiled)
     assert p_value(counts_of(out.tokens, V), p * N) > REJECT
     pairs = out.tokens[0::2] * V + out.tokens[1::2]
     assert p_value(counts_of(pairs, V * V), p[:, None] * p * (N // 2)) > REJECT
+
+
+def test_rows_of_one_seed_are_as_good_as_seeds(compiled):
+    """One seed for 400,000 rows: each draws its own noise. Neighbours are independent, and so are near seeds."""
+    V, N = 6, 400000
+    z = models(1, V, seed=2)
+    p = reference_probabilities(z)[0]
+    a, b = (eft.sample([x.expand(N, V) for x in z], eft.upscale(), seed=seed, position=3, logprobs=False,
+                       backend=compiled).tokens for seed in (1234, 1235))
+    assert p_value(counts_of(a, V), p * N) > REJECT
+    for pairs in (a[0::2] * V + a[1::2], a[1::2] * V + b[::2]):
+        assert p_value(counts_of(pairs, V * V), p[:, None] * p * (N // 2)) > REJECT
 
 
 def test_tail_of_the_gumbel(compiled):
@@ -116,7 +129,7 @@ def test_tail_of_the_gumbel(compiled):
     V, N, gap = 32768, 200000, 18.0
     z = torch.zeros(1, V)
     z[0, 777] = gap
-    out = eft.sample([z.expand(N, V)], [1.0], seed=torch.arange(N), logprobs=False, backend=compiled)
+    out = eft.sample([z.expand(N, V)], [1.0], seed=torch.arange(N), position=0, logprobs=False, backend=compiled)
     p = (V - 1) / (V - 1 + math.exp(gap))
     hits = int((out.tokens != 777).sum())
     assert abs(hits - N * p) < 3.9 * (N * p) ** 0.5, (hits, N * p)
@@ -132,7 +145,8 @@ def test_rare_tokens(compiled):
         p[part] = value
     p[0] = 1 - p.sum()
     z = torch.where(p > 0, p.log(), float("-inf")).float()[None]
-    out = eft.sample([z.expand(N, V)], [1.0], seed=torch.arange(N) * 31 + 7, logprobs=False, backend=compiled)
+    out = eft.sample([z.expand(N, V)], [1.0], seed=torch.arange(N) * 31 + 7, position=0, logprobs=False,
+                     backend=compiled)
     counts = counts_of(out.tokens, V)
     assert int(counts[p == 0].sum()) == 0
     for value, part in groups.items():
@@ -207,12 +221,14 @@ def test_noise_of_tokens_a_chunk_apart_differs():
 
 # --- speculation ---------------------------------------------------------------------------------------------------
 
-def simulate(method, K, logits, weights, N, backend, draft=1, ragged=False, length=2, seed=11, wrong="", **kwargs):
+def simulate(method, K, logits, weights, N, backend, draft=1, ragged=False, length=2, seed=11, wrong="", own=None,
+             **kwargs):
     """Decodes ``length`` tokens of N rows in rounds of K drafts, from order-1 models: tables [V + 1, V], the logits
     after each token (V: at the start). Returns the tokens [N, length] and the accepted drafts per round.
 
     Rounds go on until each row has its tokens, so a round begins inside positions that an earlier one drafted: noise
-    that rounds share would show. ``wrong`` breaks one rule.
+    that rounds share would show. ``own``: what drafts are drawn by where it is not the target's. ``wrong`` breaks one
+    rule.
     """
     V = logits[0].shape[1]
     seeds = torch.arange(N) * 7919 + seed
@@ -225,19 +241,17 @@ def simulate(method, K, logits, weights, N, backend, draft=1, ragged=False, leng
             if draft is None:
                 token = logits[0][current].argmax(1)
             else:
-                stream = dict(stream="sample") if method == "coupled" else dict(stream="draft", slot=j)
-                if wrong == "slot":
-                    stream = dict(stream="draft", slot=0)
-                token = eft.sample([logits[draft][current]], [1.0], seed=s, position=position + j, backend=backend,
-                                   logprobs=False, **stream, **kwargs).tokens
+                token = eft.draft(logits[draft][current], slot=0 if wrong == "slot" else j, method=method, seed=s,
+                                  position=position + j, backend=backend, **kwargs | (own or {})).tokens
             drafts.append(token)
             current = token
             seen.append(current)
         state = torch.stack(seen, 1)  # [n, K + 1]
         lengths = (s // 7919 + position) % (K + 1) if ragged else None
         scored = [z[state] for z in logits]
+        declared = {f"draft_{k}": v for k, v in (own or {}).items() if wrong != "undeclared"}
         v = eft.verify(scored, weights, torch.stack(drafts, 1), lengths, method=method, draft=draft, seed=s,
-                       position=position, backend=backend, **kwargs)
+                       position=position, backend=backend, **kwargs, **declared)
         assert bool(v.valid.all())
         tokens, n = v.tokens.clone(), v.num_emitted
         if wrong == "residual":  # after a rejection, the target's own token instead of the residual's
@@ -282,6 +296,9 @@ def tables(name):
         "deterministic, filtered": dict(draft=None, temperature=0.8, top_k=3),
         "filtered": dict(temperature=0.7, top_p=0.8), "ragged, filtered": dict(ragged=True, top_k=3, min_p=0.1),
         "up-scaling filter": dict(upscale_top_p=0.6),
+        "drafts tempered only": dict(temperature=0.7, top_p=0.8, own=dict(temperature=1.4, top_p=1.0)),
+        "drafts filtered": dict(own=dict(temperature=0.6, top_k=2, min_p=0.1)),
+        "greedy drafts": dict(temperature=1.2, own=dict(temperature=0.0)),
     }[name]
 
 
@@ -289,7 +306,7 @@ def judge(method, K, name, N, backend, length=2, **more):
     logits, weights, kwargs = tables(name)
     V = logits[0].shape[1]
     tokens, accepted = simulate(method, K, logits, weights, N, backend, length=length, **kwargs, **more)
-    kwargs = {k: v for k, v in kwargs.items() if k not in ("draft", "ragged")}
+    kwargs = {k: v for k, v in kwargs.items() if k not in ("draft", "ragged", "own")}
     want = joint(logits, weights, length, **kwargs) * N
     return p_value(torch.bincount(codes(tokens, V), minlength=V**length), want), accepted
 
@@ -302,6 +319,14 @@ def test_joint_of_two_tokens(method, K, name, compiled):
     p, accepted = judge(method, K, name, 40000 if K < 8 else 20000, compiled)
     assert p > REJECT
     assert 0.005 < accepted < K  # drafts are accepted, and rejected
+
+
+@pytest.mark.parametrize("name", ("drafts tempered only", "drafts filtered", "greedy drafts"))
+@pytest.mark.parametrize("K", (1, 3))
+@pytest.mark.parametrize("method", ("token", "block"))
+def test_joint_with_declared_drafts(method, K, name, backend):
+    """Drafts drawn by other temperatures and filters than the target's, and declared."""
+    assert judge(method, K, name, 40000 if backend != "reference" else 10000, backend)[0] > REJECT
 
 
 @pytest.mark.parametrize("name", ("emulated", "adversarial", "deterministic, filtered", "ragged, filtered"))
@@ -322,10 +347,9 @@ def test_joint_of_the_definition(method, name):
         N, V = 40000, 4
         state = torch.full((N, 1), V)
         seeds = torch.arange(N)
-        stream = dict(stream="sample") if method == "coupled" else dict(stream="draft", slot=0)
-        d = eft.sample([draft_logits[state[:, 0]]], [1.0], seed=seeds, backend="reference", logprobs=False, **stream)
+        d = eft.draft(draft_logits[state[:, 0]], slot=0, method=method, seed=seeds, position=0, backend="reference")
         state = torch.cat([state, d.tokens[:, None]], 1)
-        v = eft.verify([z[state] for z in logits], weights, d.tokens[:, None], method=method, seed=seeds,
+        v = eft.verify([z[state] for z in logits], weights, d.tokens[:, None], method=method, seed=seeds, position=0,
                        backend="reference", **kwargs)
         p = reference_probabilities(logits, weights, **kwargs)[V]
         assert p_value(torch.bincount(v.tokens[:, 0], minlength=V), p * N) > REJECT
@@ -494,9 +518,9 @@ def test_scalars_and_tensors_are_the_same(backend):
     scalars = dict(temperature=0.8, top_k=50, top_p=0.9, min_p=0.01, upscale_top_p=0.9, seed=-5, position=1 << 33)
     want = eft.sample(z, [1.5, 1.0, -1.5], backend=backend, **scalars)
     rows = {k: torch.tensor([v] * 24, dtype=torch.int64 if isinstance(v, int) else torch.float32)
-            for k, v in scalars.items()}
+            for k, v in scalars.items()} | dict(seed=eft.row_seeds(-5, 24))
     same(want, eft.sample(z, torch.tensor([[1.5, 1.0, -1.5]] * 24), backend=backend, **rows))
-    zero_d = {k: v[0] for k, v in rows.items()}
+    zero_d = {k: v[0] for k, v in rows.items()}  # of the seeds the first one, which stands for all
     same(want, eft.sample(z, torch.tensor([1.5, 1.0, -1.5]), backend=backend, **zero_d))
     assert torch.equal(want.tokens, eft.sample(z, eft.upscale(1.5), backend=backend,
                                                **{**scalars, "seed": (1 << 64) - 5}).tokens)
@@ -507,7 +531,7 @@ def test_scalars_and_tensors_are_the_same(backend):
 def sampling_p(N, V=300):
     z = models(1, V, seed=V, scale=1.5)
     p = reference_probabilities(z)[0]
-    out = eft.sample([x.expand(N, V) for x in z], eft.upscale(), seed=torch.arange(N), logprobs=False,
+    out = eft.sample([x.expand(N, V) for x in z], eft.upscale(), seed=torch.arange(N), position=0, logprobs=False,
                      backend="reference")
     return p_value(counts_of(out.tokens, V), p * N)
 
@@ -542,6 +566,13 @@ def test_reused_noise_is_rejected(method, share, monkeypatch):
 
         monkeypatch.setattr(reference, "accept_uniform", shared)
     assert judge(method, 2, "emulated", 40000, "reference")[0] < 1e-9
+
+
+@pytest.mark.parametrize("name", ("drafts tempered only", "drafts filtered", "greedy drafts"))
+@pytest.mark.parametrize("method", ("token", "block"))
+def test_drafts_judged_by_another_rule_are_rejected(method, name, compiled):
+    """What the drafts were drawn by is not declared: `test_joint_with_declared_drafts` would see it."""
+    assert judge(method, 2, name, 40000, compiled, wrong="undeclared")[0] < 1e-9
 
 
 @pytest.mark.parametrize("method", ("token", "block"))

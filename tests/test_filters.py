@@ -215,18 +215,18 @@ def test_minus_infinity_in_any_model_excludes(model, backend):
     weights[model] = 0.0
     assert bool((eft.logprobs(z, weights, backend=backend) > NEG_INF).all())
     for i in range(20):
-        tokens = eft.sample(z, eft.upscale(), temperature=8.0, seed=i, backend=backend).tokens
+        tokens = eft.sample(z, eft.upscale(), temperature=8.0, seed=i, position=0, backend=backend).tokens
         assert not bool(out.gather(1, tokens[:, None]).any())
 
 
 def test_bad_rows_are_alone(backend):
     """NaN, +inf, nothing left: token -1, not valid, log-probs NaN; the rows beside them are untouched."""
     z = models(rows=6, V=700)
-    clean = eft.sample(z, eft.upscale(), seed=9, backend=backend)
+    clean = eft.sample(z, eft.upscale(), seed=9, position=0, backend=backend)
     z[0][1, 699], z[2][2, 0] = float("nan"), float("inf")
     z[1][3] = NEG_INF
     z[0][4, 5], z[2][4, 5] = float("nan"), NEG_INF  # NaN wins over an exclusion
-    out = eft.sample(z, eft.upscale(), seed=9, top_logprobs=2, diagnostics=True, backend=backend)
+    out = eft.sample(z, eft.upscale(), seed=9, position=0, top_logprobs=2, diagnostics=True, backend=backend)
     bad = torch.tensor([False, True, True, True, True, False])
     assert torch.equal(out.valid, ~bad) and bool((out.tokens[bad] == -1).all())
     assert torch.equal(out.tokens[~bad], clean.tokens[~bad])
@@ -265,7 +265,7 @@ def test_sample_reports_its_own_log_probs(backend):
     """logprobs under the processed distribution, raw_logprobs under the emulated one: the entries of `logprobs`."""
     z = models(seed=5)
     kwargs = dict(temperature=0.8, top_k=100, top_p=0.9, upscale_top_p=0.95)
-    out = eft.sample(z, eft.upscale(), seed=2, backend=backend, **kwargs)
+    out = eft.sample(z, eft.upscale(), seed=2, position=0, backend=backend, **kwargs)
     ids = out.tokens[:, None]
     for got, want in ((out.logprobs, eft.logprobs(z, eft.upscale(), backend=backend, **kwargs)),
                       (out.raw_logprobs, eft.logprobs(z, eft.upscale(), upscale_top_p=0.95, backend=backend))):
@@ -275,13 +275,13 @@ def test_sample_reports_its_own_log_probs(backend):
 def test_top_n_entropy_and_total_variation(backend):
     z = models(seed=6)
     exact, tuned = combined(z).log_softmax(-1), z[1].double().log_softmax(-1)
-    out = eft.sample(z, eft.upscale(), seed=2, top_logprobs=7, diagnostics=True, backend=backend)
+    out = eft.sample(z, eft.upscale(), seed=2, position=0, top_logprobs=7, diagnostics=True, backend=backend)
     top = exact.topk(7, 1)
     assert torch.equal(out.top_ids, top.indices)
     torch.testing.assert_close(out.top_logprobs.double(), top.values, rtol=0, atol=1e-5)
     torch.testing.assert_close(out.entropy.double(), -(exact.exp() * exact).sum(1), rtol=0, atol=1e-4)
     torch.testing.assert_close(out.tv.double(), 0.5 * (exact.exp() - tuned.exp()).abs().sum(1), rtol=0, atol=1e-5)
-    same = eft.sample([z[1], z[1], z[1]], eft.upscale(), seed=2, diagnostics=True, backend=backend)
+    same = eft.sample([z[1], z[1], z[1]], eft.upscale(), seed=2, position=0, diagnostics=True, backend=backend)
     assert float(same.tv.abs().max()) < 1e-6
 
 

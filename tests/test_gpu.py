@@ -199,8 +199,8 @@ def bulk_arguments(shape: Bulk, batch: int, g: torch.Generator):
     if not shape.method:
         return (logits, eft.upscale()), kwargs
     own = {name: x for name, x in kwargs.items() if name not in ("position", "upscale_top_p")}
-    drafts = [eft.sample([logits[1][:, i]], [1.0], position=kwargs["position"] + i, logprobs=False, **own, **(
-        {} if shape.method == "coupled" else dict(stream="draft", slot=i))).tokens for i in range(3)]
+    drafts = [eft.draft(logits[1][:, i], slot=i, method=shape.method, position=kwargs["position"] + i, **own).tokens
+              for i in range(3)]
     return (logits, eft.upscale(), torch.stack(drafts, 1).clamp(min=0), whole(0, 4, batch)), kwargs
 
 

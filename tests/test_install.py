@@ -198,13 +198,13 @@ import warnings, torch, eft_kernels as eft
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     z = [torch.randn(2, 300, generator=torch.Generator().manual_seed(j)) for j in range(3)]
-    tokens = [eft.sample(z, eft.upscale(), seed=5).tokens.tolist() for _ in range(3)]
+    tokens = [eft.sample(z, eft.upscale(), seed=5, position=0).tokens.tolist() for _ in range(3)]
 print(tokens, [str(w.message) for w in seen])
 """
     text = run(sys.executable, "-c", code, EFT_KERNELS_BACKEND="auto")
     assert text.count("the cpu backend is not available") == 1, text
     code = "import torch, eft_kernels as eft; z = [torch.randn(2, 300, generator=torch.Generator().manual_seed(j)) " \
-           "for j in range(3)]; print([eft.sample(z, eft.upscale(), seed=5).tokens.tolist()] * 3)"
+           "for j in range(3)]; print([eft.sample(z, eft.upscale(), seed=5, position=0).tokens.tolist()] * 3)"
     assert text.startswith(run(sys.executable, "-c", code).strip()), "the same tokens with and without"
 
 

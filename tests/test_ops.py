@@ -45,7 +45,7 @@ def op_arguments(name, backend):
     seen, call, shortcut = [], ops._call, dispatch.shortcut
 
     def record(name, logits, p, *args, backend):
-        seen.append((logits, *ops._flatten(p), *args, backend))
+        seen.append((logits, *ops._flatten(p, *args), backend))
         return call(name, logits, p, *args, backend=backend)
 
     ops._call, dispatch.shortcut = record, lambda *args: None
@@ -56,14 +56,17 @@ def op_arguments(name, backend):
                 kwargs = dict(kwargs, backend=backend)
                 if name == "sample":
                     eft.sample(z, eft.upscale(), **NOISE, **kwargs)
-                    eft.sample(z, torch.ones(B, 3), seed=1, stream="draft", slot=2, logprobs=False, top_logprobs=4,
-                               diagnostics=True, **kwargs)
+                    eft.sample(z, torch.ones(B, 3), seed=1, position=0, stream="draft", slot=2, logprobs=False,
+                               top_logprobs=4, diagnostics=True, **kwargs)
                 elif name == "verify":
                     if "token_mask" in kwargs:
                         kwargs["token_mask"] = mask(B, K + 1)
                     drafts = torch.tensor([[1, 2], [3, 4], [5, 6]])
                     eft.verify(zz, eft.upscale(), drafts, method="block", logprobs=True, **NOISE, **kwargs)
-                    eft.verify(zz, eft.upscale(), drafts, torch.tensor([2, 1, 0]), draft=None, seed=3, **kwargs)
+                    eft.verify(zz, eft.upscale(), drafts, torch.tensor([2, 1, 0]), draft=None, seed=3, position=0,
+                               **kwargs)
+                    eft.verify(zz, eft.upscale(), drafts, draft_temperature=0.5, draft_top_k=TENSORS["top_k"],
+                               draft_min_p=0.1, **NOISE, **kwargs)
                 elif name == "logprobs":
                     eft.logprobs(z, eft.upscale(), **kwargs)
                 else:
@@ -96,12 +99,14 @@ def test_shortcut_takes_the_usual_and_agrees(monkeypatch):
     for kwargs in (dict(seed=1), dict(seed=-1, position=7, temperature=1, top_p=1), dict(TENSORS, **NOISE),
                    dict(seed=2, top_logprobs=3, diagnostics=True), dict(seed=3, token_mask=mask(B), vocab_size=33 + 7),
                    dict(seed=4, stream="draft", slot=2, logprobs=False)):
+        kwargs = dict(position=0) | kwargs
         both(eft.sample, z, eft.upscale(), **kwargs)
         both(eft.sample, tuple(z), torch.ones(B, 3), **kwargs)
-    for kwargs in (dict(draft_lengths=torch.tensor([2, 0, 1])), dict(method="coupled", draft=None, logprobs=True)):
-        both(eft.verify, zz, eft.upscale(), drafts, seed=5, **kwargs)
-    both(eft.sample, [torch.nn.Parameter(x) for x in z], eft.upscale(), seed=1)
-    both(eft.sample, [x.requires_grad_() for x in z], eft.upscale(), seed=1)
+    for kwargs in (dict(draft_lengths=torch.tensor([2, 0, 1])), dict(method="coupled", draft=None, logprobs=True),
+                   dict(draft_temperature=0.5, draft_top_k=9), dict(method="block", draft_top_p=TENSORS["top_p"])):
+        both(eft.verify, zz, eft.upscale(), drafts, seed=5, position=0, **kwargs)
+    both(eft.sample, [torch.nn.Parameter(x) for x in z], eft.upscale(), seed=1, position=0)
+    both(eft.sample, [x.requires_grad_() for x in z], eft.upscale(), seed=1, position=0)
     assert torch.equal(seen[0].tokens, seen[-1].tokens)
 
 
@@ -125,7 +130,7 @@ def test_gradients_are_refused_or_absent():
     """Sampling has no gradient: logits that require one are accepted, and nothing pretends to be differentiable."""
     z = [x.requires_grad_() for x in models(B, V)]
     with torch.no_grad():
-        assert bool(eft.sample(z, eft.upscale(), seed=1).valid.all())
+        assert bool(eft.sample(z, eft.upscale(), seed=1, position=0).valid.all())
 
 
 # --- torch.compile -------------------------------------------------------------------------------------------------
@@ -176,11 +181,11 @@ def test_compile_with_inductor():
 def test_compile_with_other_batches():
     """Dynamic shapes: one graph serves every batch."""
     torch._dynamo.reset()
-    compiled = torch.compile(lambda z, seed: eft.sample(z, eft.upscale(), seed=seed).tokens, fullgraph=True,
+    compiled = torch.compile(lambda z, seed: eft.sample(z, eft.upscale(), seed=seed, position=0).tokens, fullgraph=True,
                              backend="aot_eager", dynamic=True)
     for rows in (2, 5, 9):
         z, seed = models(rows, V), torch.arange(rows)
-        assert torch.equal(compiled(z, seed), eft.sample(z, eft.upscale(), seed=seed).tokens)
+        assert torch.equal(compiled(z, seed), eft.sample(z, eft.upscale(), seed=seed, position=0).tokens)
 
 
 # --- bad arguments -------------------------------------------------------------------------------------------------
@@ -215,10 +220,12 @@ def token_logprobs(z=None, w=None, ids=None, **kwargs):
 def refused(call, name, *words, **kwargs):
     """ValueError that starts with the argument's name and says each of ``words``; also where a seed is given, and so a
     backend may look before the checks in Python do."""
-    seeds = [{}, dict(seed=1)] if call in (sample, verify) and "seed" not in kwargs else [{}]
+    seeds = [{}]
+    if call in (sample, verify):
+        seeds = [dict(position=0)] if "seed" in kwargs else [{}, dict(seed=1, position=0)]
     for seed in seeds:
         with pytest.raises(ValueError) as error:
-            call(**kwargs, **seed)
+            call(**seed | kwargs)
         text = str(error.value)
         assert text.startswith(name), text
         for word in words:
@@ -369,20 +376,20 @@ def test_good_arguments_at_the_edges(backend):
                    dict(top_k=1 << 62), dict(top_p=1.2e-38), dict(top_p=1), dict(min_p=0), dict(min_p=1),
                    dict(min_p=1e-45), dict(upscale_top_p=1.2e-38), dict(seed=(1 << 64) - 1), dict(seed=-(1 << 63)),
                    dict(position=(1 << 63) - 1), dict(slot=(1 << 24) - 1), dict(top_logprobs=V + 5)):
-        out = sample(**dict(dict(seed=1), **kwargs), backend=backend)
+        out = sample(**dict(seed=1, position=0) | kwargs, backend=backend)
         assert bool(out.valid.all()) and int(out.tokens.min()) >= 0 and int(out.tokens.max()) < V, kwargs
     empty = sample(z=models(0, V), backend=backend, top_logprobs=2, diagnostics=True)
     assert [list(x.shape) for x in empty] == [[0], [0], [0], [0], [0, 2], [0, 2], [0], [0]]
     assert list(logprobs(z=models(0, V), backend=backend).shape) == [0, V]
-    none = verify(z=models(B, 1, V), drafts=torch.zeros(B, 0).long(), backend=backend, seed=1)
-    want = sample(z=[z[:, 0] for z in models(B, 1, V)], seed=1, backend=backend)
+    none = verify(z=models(B, 1, V), drafts=torch.zeros(B, 0).long(), backend=backend, seed=1, position=0)
+    want = sample(z=[z[:, 0] for z in models(B, 1, V)], seed=1, position=0, backend=backend)
     assert torch.equal(none.tokens[:, 0], want.tokens) and none.num_emitted.tolist() == [1] * B
     empty = verify(z=models(0, K + 1, V), drafts=torch.zeros(0, K).long(), backend=backend)
     assert list(empty.tokens.shape) == [0, K + 1]
 
 
 def test_top_logprobs_beyond_the_vocabulary_are_padded(backend):
-    out = sample(z=[torch.tensor([[0.0, 1.0, -INF, 2.0]])], w=[1.0], top_logprobs=6, seed=0, backend=backend)
+    out = sample(z=[torch.tensor([[0.0, 1.0, -INF, 2.0]])], w=[1.0], top_logprobs=6, backend=backend)
     assert out.top_ids.tolist() == [[3, 1, 0, -1, -1, -1]]
     assert out.top_logprobs[0, 3:].tolist() == [-INF] * 3
 
@@ -437,7 +444,6 @@ def test_none_and_minus_one_are_off(backend):
         refused(sample, name, "NoneType", **{name: [None, None, None]})
     want = sample(seed=1, position=0, backend=backend)
     same(sample(seed=1, position=0, backend=backend, **off), want)
-    same(sample(seed=1, position=None, backend=backend), want)
     same([logprobs(backend=backend, **off)], [logprobs(backend=backend)])
     drafts = torch.tensor([[1, 2], [3, 4], [5, 6]])
     same(verify(drafts=drafts, seed=1, position=0, backend=backend, **off),
@@ -747,6 +753,8 @@ def test_any_argument_works_or_is_named(name, argument, value):
         args["draft_tokens"] = torch.zeros(B, K, dtype=torch.int64)
     if name == "token_logprobs":
         args["ids"] = torch.zeros(B, dtype=torch.int64)
+    if argument == "seed":
+        args["position"] = 0
     function = getattr(eft, name)
     hypothesis.assume(argument in inspect.signature(function).parameters)
     args[argument] = [value] * 3 if argument == "logits" and isinstance(value, torch.Tensor) else value
@@ -774,7 +782,7 @@ def test_any_good_call_gives_a_token_that_may_be(data):
     kwargs = dict(temperature=data.draw(st.sampled_from([0.0, 0.3, 1.0, 2.0])), top_k=data.draw(st.integers(0, 700)),
                   top_p=data.draw(st.floats(2.0**-7, 1, width=32)), min_p=data.draw(st.floats(0, 1, width=32)),
                   upscale_top_p=data.draw(st.sampled_from([1.0, 0.5])), tuned=data.draw(st.integers(0, J - 1)))
-    outs = [eft.sample(z, weights, seed=torch.arange(rows), backend=b, **kwargs)
+    outs = [eft.sample(z, weights, seed=torch.arange(rows), position=0, backend=b, **kwargs)
             for b in conftest.BACKENDS]
     lp = eft.logprobs(z, weights, **kwargs)
     for out in outs:
@@ -829,6 +837,56 @@ def test_row_seeds():
     assert seeds.dtype == torch.int64 and int(seeds[0]) == 7 and len(seeds.unique()) == 1000
     assert torch.equal(seeds[:10], eft.row_seeds(7, 10))
     assert not set(eft.row_seeds(8, 1000)[1:].tolist()) & set(seeds[1:].tolist())
+    for seed in (0, 7, -1, (1 << 63) - 1, -(1 << 63), (1 << 64) - 1):
+        assert eft.row_seeds(seed, 50).tolist() == [signed(seed), *(splitmix64(seed, i) for i in range(1, 50))]
+    start = time.perf_counter()
+    assert len(eft.row_seeds(7, 1 << 20)) == 1 << 20
+    assert time.perf_counter() - start < 1, "a million rows"
+
+
+def signed(x):
+    return ((x + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63)
+
+
+def splitmix64(seed, i):
+    """Its i-th output, from 1 on (https://prng.di.unimi.it/splitmix64.c)."""
+    bits = (1 << 64) - 1
+    x = (seed + i * 0x9E3779B97F4A7C15) & bits
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & bits
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & bits
+    return signed(x ^ (x >> 31))
+
+
+@pytest.mark.parametrize("seed", (7, -3, (1 << 64) - 1, numpy.int64(12), numpy.uint64((1 << 64) - 2), torch.tensor(-9),
+                                  torch.tensor(5, dtype=torch.int32)), ids=repr)
+def test_one_seed_for_all_rows_is_row_seeds_of_it(seed, backend):
+    """Row 0 keeps it; in `sample`, `verify` by every method, and `torch.ops`. Rows then draw noise of their own."""
+    rows = eft.row_seeds(int(seed), B)
+    z, zz, drafts = [torch.zeros(B, V)], models(B, K + 1, V), torch.tensor([[1, 2], [3, 4], [5, 6]])
+    args = dict(position=6, backend=backend)
+    one, many = (eft.sample(z, [1.0], seed=s, **args).tokens for s in (seed, rows))
+    assert torch.equal(one, many) and len(set(one.tolist())) == B
+    assert one[0] == eft.sample([z[0][:1]], [1.0], seed=seed, **args).tokens[0]
+    for method in ops.METHODS:
+        one, many = (eft.verify(zz, eft.upscale(), drafts, method=method, seed=s, temperature=3.0, **args)
+                     for s in (seed, rows))
+        assert torch.equal(one.tokens, many.tokens)
+    flat = [None, [1.0], None, 1.0, None, 0, None, 1.0, None, 0.0, None, 1.0]
+    tail = [None, 6, None, V, 0, "sample", 0, False, 0, False, backend]
+    op = torch.ops.eft_kernels.sample
+    assert torch.equal(op(z, *flat, None, signed(int(seed)), *tail)[0], op(z, *flat, rows, 0, *tail)[0])
+
+
+@pytest.mark.parametrize("call", (sample, verify), ids=lambda f: f.__name__)
+def test_a_seed_without_a_position_is_refused(call):
+    """It would draw the same noise at every step. Without a seed each call draws its own; a position alone is fine."""
+    for seed, text in ((3, "3"), (0, "0"), (torch.arange(B), "a tensor"), (torch.tensor(2), "a tensor")):
+        with pytest.raises(ValueError, match=f"^position: got None with seed={text}; give the step's number"):
+            call(seed=seed)
+        with pytest.raises(ValueError, match="^position: got None"):
+            call(seed=seed, position=None)
+        assert bool(call(seed=seed, position=0).valid.all())
+    assert bool(call().valid.all()) and bool(call(position=5).valid.all()) and bool(call(seed=None).valid.all())
 
 
 def test_inputs_are_not_changed(backend):
@@ -854,11 +912,11 @@ def test_the_interpreter_is_free_during_a_call(compiled):
             ticks.append(time.perf_counter())
             time.sleep(0.001)
 
-    eft.sample([z], [1.0], seed=1, top_p=0.9, backend=compiled)
+    eft.sample([z], [1.0], seed=1, position=0, top_p=0.9, backend=compiled)
     other = threading.Thread(target=tick)
     other.start()
     start = time.perf_counter()
-    eft.sample([z.expand(3000, -1)], [1.0], seed=1, top_p=0.9, backend=compiled)
+    eft.sample([z.expand(3000, -1)], [1.0], seed=1, position=0, top_p=0.9, backend=compiled)
     end = time.perf_counter()
     stop.set()
     other.join()
@@ -872,7 +930,8 @@ def test_calls_from_several_python_threads(compiled):
     torch.set_num_threads(2)
     try:
         z = models(3, 40000)
-        args = [dict(seed=i, top_p=0.9 if i % 2 else 1.0, backend=compiled, top_logprobs=2) for i in range(12)]
+        args = [dict(seed=i, position=0, top_p=0.9 if i % 2 else 1.0, backend=compiled, top_logprobs=2)
+                for i in range(12)]
         want = [eft.sample(z, eft.upscale(), **a) for a in args]
         got = [None] * len(args)
 
@@ -898,7 +957,7 @@ def test_fork_after_threads(compiled):
 import os, sys, threading, torch, eft_kernels as eft
 torch.set_num_threads(2)
 z = [torch.randn(1, 60000, generator=torch.Generator().manual_seed(0))]
-run = lambda: eft.sample(z, [1.0], seed=3, top_p=0.9, backend={compiled!r})
+run = lambda: eft.sample(z, [1.0], seed=3, position=0, top_p=0.9, backend={compiled!r})
 want = run()
 other = threading.Thread(target=lambda: [run() for _ in range(300)])
 for i in range(6):

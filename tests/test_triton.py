@@ -25,8 +25,9 @@ WHOLE = bool(os.environ.get("EFT_KERNELS_TRITON_WHOLE", "1" if INTERPRETED else 
 METHODS = ops.METHODS
 # a case for every path: types, exclusions, filters and their bounds, ties, invalid rows, strides, per-row parameters
 FAST = ("mixed types", "a chunk and one", "zero weight", "weights per row", "greedy ties", "top-k ties", "top-p ties",
-        "everything", "parameters per row", "all masked", "bad rows filtered", "unaligned", "no rows")
-JUDGED = ("a chunk and one", "everything", "all masked", "top-p ties")
+        "everything", "parameters per row", "all masked", "bad rows filtered", "unaligned", "no rows",
+        "one seed for all rows")
+JUDGED = ("a chunk and one", "everything", "all masked", "top-p ties", "one seed for all rows", "drafts drawn per row")
 CUTS = ("latency", "stream")
 
 
@@ -144,7 +145,7 @@ def test_models_of_weight_0_are_not_read(weights, cut):
 @pytest.mark.parametrize("offset", (0.0, 65000.0, -65000.0, 1e30))
 def test_diagnostics_are_those_of_float64(offset):
     z = [torch.randn(2, 500, generator=torch.Generator().manual_seed(j)) * 2 + offset for j in range(3)]
-    out = eft.sample(z, eft.upscale(), seed=1, diagnostics=True, backend="triton")
+    out = eft.sample(z, eft.upscale(), seed=1, position=0, diagnostics=True, backend="triton")
     p = ((z[0] + z[1]) - z[2]).double().softmax(1)
     tv = 0.5 * (p - z[1].double().softmax(1)).abs().sum(1)
     torch.testing.assert_close(out.tv.double(), tv, rtol=0, atol=2e-6)
@@ -172,7 +173,8 @@ def test_a_row_is_checked_wherever_it_is_bad(cut, kwargs):
     places = itertools.product((0, 2), (3, 1699), (float("nan"), float("inf"), float("-inf")))
     for row, (model, token, bad) in enumerate(places):
         logits[model][row, token] = bad
-    got, want = (eft.sample(logits, eft.upscale(), seed=5, backend=name, **kwargs) for name in ("triton", "reference"))
+    got, want = (eft.sample(logits, eft.upscale(), seed=5, position=0, backend=name, **kwargs)
+                 for name in ("triton", "reference"))
     assert got.valid.tolist() == want.valid.tolist() == [False, False, True] * 4
     assert torch.equal(got.tokens, want.tokens)
 

@@ -117,7 +117,7 @@ def test_diagnostics_are_those_of_float64(offset, backend):
     """Logits that share a large offset."""
     for scale in (1.0, 2.0**-7):
         z = [torch.randn(2, 500, generator=torch.Generator().manual_seed(j)) * 2 + offset * scale for j in range(3)]
-        out = eft.sample(z, eft.upscale(), seed=1, diagnostics=True, backend=backend)
+        out = eft.sample(z, eft.upscale(), seed=1, position=0, diagnostics=True, backend=backend)
         s = ((z[0] + z[1]) - z[2]).double().log_softmax(1)
         tv = 0.5 * (s.exp() - z[1].double().softmax(1)).abs().sum(1)
         torch.testing.assert_close(out.tv.double(), tv, rtol=0, atol=2e-6)
@@ -165,8 +165,9 @@ def test_weights_in_any_layout(layout, slots, backend):
 
     def tokens(weights):
         if slots:
-            return eft.verify(z, weights, torch.zeros(1024, 1, dtype=torch.int64), seed=seed, backend=backend).tokens
-        return eft.sample(z, weights, seed=seed, backend=backend).tokens
+            return eft.verify(z, weights, torch.zeros(1024, 1, dtype=torch.int64), seed=seed, position=0,
+                              backend=backend).tokens
+        return eft.sample(z, weights, seed=seed, position=0, backend=backend).tokens
 
     assert torch.equal(tokens(weights), tokens(weights.float().contiguous()))
 
@@ -177,9 +178,10 @@ def test_weights_of_another_shape_are_refused(shape, backend):
     z = [torch.randn(1024, 50)] * 3
     slots = [x[:, None].expand(-1, 2, -1) for x in z]
     with pytest.raises(ValueError, match="^weights"):
-        eft.sample(z, torch.ones(shape), seed=1, backend=backend)
+        eft.sample(z, torch.ones(shape), seed=1, position=0, backend=backend)
     with pytest.raises(ValueError, match="^weights"):
-        eft.verify(slots, torch.ones(shape), torch.zeros(1024, 1, dtype=torch.int64), seed=1, backend=backend)
+        eft.verify(slots, torch.ones(shape), torch.zeros(1024, 1, dtype=torch.int64), seed=1, position=0,
+                   backend=backend)
 
 
 Z = [torch.zeros(2, 40)] * 3
@@ -250,7 +252,7 @@ def test_a_list_whose_items_are_replaced():
         other = threading.Thread(target=replace)
         other.start()
         for seed in range(8):
-            assert eft.sample(logits, eft.upscale(), seed=seed).valid.all()
+            assert eft.sample(logits, eft.upscale(), seed=seed, position=0).valid.all()
         over.set()
         other.join()
     """)
@@ -366,7 +368,7 @@ DENIED = """
     deny = ctypes.CDLL(os.environ["DENY"])
     threads, memory = (ctypes.c_int.in_dll(deny, "deny_" + x) for x in ("threads", "memory"))
     torch.set_num_threads(4)
-    args = dict(seed=torch.arange(40), top_p=0.9, temperature=0.8)
+    args = dict(seed=torch.arange(40), position=0, top_p=0.9, temperature=0.8)
 
     def logits(rows, V):
         return [torch.randn(rows, V) for _ in range(3)]
@@ -411,7 +413,7 @@ def test_memory_that_the_system_refuses(deny):
                          lambda: eft.logprobs(z, eft.upscale(), top_p=0.5),
                          lambda: eft.token_logprobs(z, eft.upscale(), torch.zeros(rows, dtype=torch.int64), top_k=5),
                          lambda: eft.verify([x[:1, None].expand(3, 3, V) for x in z], eft.upscale(), drafts, method="block",
-                                            seed=1)):
+                                            seed=1, position=0)):
                 try:
                     call()
                 except MemoryError:

@@ -114,6 +114,21 @@ struct Reader {
     return {p, 0};
   }
 
+  // true: one was given. None is left as it is where it is allowed.
+  template <class T>
+  bool per_row(PerRow<T>& x, T low, T high, bool optional) {
+    if (optional && i < n && args[i] == Py_None) return ++i, false;
+    x = per_row<T>(low, high);
+    return true;
+  }
+  bool sampling(Sampling& s, bool optional = false) {
+    bool given = per_row<float>(s.temperature, 0, 1e30f, optional);
+    given |= per_row<int64_t>(s.top_k, -1, INT64_MAX, optional);  // -1: off, too
+    given |= per_row<float>(s.top_p, kTiny, 1, optional);
+    given |= per_row<float>(s.min_p, 0, 1, optional);
+    return given;
+  }
+
   // what every operation has: strict, logits [rows, (slots,) V], and the fields of params.py's Params
   void call(Call& c, int dims) {
     strict = boolean();
@@ -161,10 +176,7 @@ struct Reader {
     const float* weights = c.weights ? c.weights : c.weight;
     if (c.weights ? values() : strict)
       for (int64_t k = 0; k < (c.weights_stride ? rows : 1) * count; ++k) need(std::isfinite(weights[k]));
-    c.temperature = per_row<float>(0, 1e30f);
-    c.top_k = per_row<int64_t>(-1, INT64_MAX);  // -1: off, too
-    c.top_p = per_row<float>(kTiny, 1);
-    c.min_p = per_row<float>(0, 1);
+    sampling(c);
     c.upscale_top_p = per_row<float>(kTiny, 1);
     c.seed = per_row<int64_t>(INT64_MIN, INT64_MAX);
     c.position = per_row<int64_t>(0, INT64_MAX);
@@ -297,6 +309,9 @@ inline bool prepare(Reader& r, VerifyCall& c, Outputs& out) {
   c.draft = -1;
   if (r.i < r.n && r.args[r.i] == Py_None) ++r.i;
   else c.draft = static_cast<int>(r.integer(0, c.models - 1));
+  c.drawn_by = c;  // what is not given is the target's
+  c.drawn_by.upscale_top_p = {nullptr, 1};
+  r.need(!r.sampling(c.drawn_by, true) || !r.strict || (c.method != kCoupled && c.draft >= 0));
   const bool logprobs = r.boolean();
   if (!r.unusual && r.values())
     for (int64_t b = 0; b < B; ++b) {

@@ -64,7 +64,7 @@ void sample(const SampleCall& call) {
     r.score(call.logprobs || call.top_n > 0 || call.entropy, sum);
     Winner w;
     if (r.valid) {
-      Source noise = source(call.seed[b], call.position[b], call.stream, call.slot);
+      Source noise = source_of(call, b, 0, call.stream, call.slot);
       r.filter(call.logprobs);
       w = call.logprobs ? r.draw(noise) : r.pick(noise);
       if (call.logprobs && filtered) r.know_mass();

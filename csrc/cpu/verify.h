@@ -22,7 +22,9 @@ struct Slot {
         has_draft(call.draft >= 0),
         point(point) {
     prepare(target, target_best);
-    if (has_draft) prepare(draft, draft_best);
+    if (!has_draft) return;
+    draft.filters = filters_of(call.drawn_by, b);
+    prepare(draft, draft_best);
   }
   static void prepare(Row& r, int64_t& argmax) {
     const Filters& f = r.filters;
@@ -151,8 +153,7 @@ void verify(const VerifyCall& call) {
       drafts[i] = d >= 0 && d < call.vocab_size ? d : -1;
     }
     auto at = [&](int64_t i, uint32_t stream, int64_t slot) {
-      int64_t position = static_cast<int64_t>(static_cast<uint64_t>(call.position[b]) + static_cast<uint64_t>(i));
-      return source(call.seed[b], position, stream, static_cast<uint32_t>(slot));
+      return source_of(call, b, i, stream, static_cast<uint32_t>(slot));
     };
     auto plain = [&](int64_t i) {  // the target's own sample, -1 where the slot is invalid
       Row r = row_of(call, b, i, threads);

@@ -13,7 +13,7 @@ namespace cuda {
 constexpr int64_t kWhole = int64_t{1} << kMassBits;
 
 // the mass of a token of score s after filters; a greedy row has all of it at one token
-EFT_DEVICE int64_t mass_at(const State& state, const Knobs& q, float s, int token) {
+EFT_DEVICE int64_t mass_at(const State& state, const Filters& q, float s, int token) {
   if (q.greedy) return token == state.token ? kWhole : 0;
   return s >= state.floor && s > -kInf ? mass(s, state.best, q.c) : 0;
 }

@@ -326,10 +326,5 @@ EFT_DEVICE Knobs knobs_of(const Call& call, int64_t b) {
   return q;
 }
 
-EFT_DEVICE Source source_of(const Call& call, int64_t b, int64_t slot, uint32_t stream, uint32_t counter_slot) {
-  return source(call.seed[b], static_cast<int64_t>(static_cast<uint64_t>(call.position[b]) + static_cast<uint64_t>(slot)),
-                stream, counter_slot);
-}
-
 }  // namespace cuda
 }  // namespace eft

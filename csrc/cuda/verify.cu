@@ -13,7 +13,7 @@ namespace cuda {
 namespace {
 
 struct Judge {
-  Call target, draft;  // draft: its one model alone
+  Call target, draft;  // draft: its one model alone, by its own parameters
   Drafts drafts;
   float* tops;         // [B, S, chunks] of the target
 };
@@ -25,11 +25,13 @@ constexpr float kMargin = 1e-3f;   // nats: over the bound of a chunk's residual
 struct Side {
   Row row;
   State state;
+  Filters filters;
 };
 
 // Thread 0 of a side's users calls this.
 EFT_DEVICE void set_side(Side& side, const Call& call, const State* states, int64_t b, int64_t slot) {
   set_row(side.row, call, b, slot);
+  side.filters = filters_of(call, b);
   side.state = states[b * call.slots + slot];
   side.row.tau = side.state.tau, side.row.inside = side.state.inside, side.row.outside = side.state.outside;
 }
@@ -45,9 +47,9 @@ struct Rest {
   Residual residual;
   int64_t d;
 
-  EFT_MEMBER double at(const Knobs& q, int token, float s, float x) const {
-    const int64_t m = draft ? mass_at(draft->state, q, x, token) : token == d ? kWhole : 0;
-    return residual(mass_at(target->state, q, s, token), m);
+  EFT_MEMBER double at(int token, float s, float x) const {
+    const int64_t m = draft ? mass_at(draft->state, draft->filters, x, token) : token == d ? kWhole : 0;
+    return residual(mass_at(target->state, target->filters, s, token), m);
   }
 };
 
@@ -57,13 +59,13 @@ EFT_DEVICE Rest rest_of(const Side& target, const Side* draft, double factor, in
 
 // visit(k, residual) of a lane's 8 tokens of a chunk; all lanes call this
 template <class Visit>
-EFT_DEVICE void each_residual(const Rest& rest, const Knobs& q, int chunk, const Visit& visit) {
+EFT_DEVICE void each_residual(const Rest& rest, int chunk, const Visit& visit) {
   float s[kPerLane], x[kPerLane] = {};
   scores_of(rest.target->row, chunk, s);
   if (rest.draft) scores_of(rest.draft->row, chunk, x);
 #pragma unroll
   for (int k = 0; k < kPerLane; ++k)
-    visit(k, rest.at(q, chunk * kChunkSize + lane_id() * kPerLane + k, s[k], x[k]));
+    visit(k, rest.at(chunk * kChunkSize + lane_id() * kPerLane + k, s[k], x[k]));
 }
 
 // --- block verification --------------------------------------------------------------------------------------------
@@ -91,14 +93,13 @@ EFT_KERNEL void __launch_bounds__(kThreads, 2) rest_kernel(const __grid_constant
     if (j.drafts.draft) set_side(shared.draft, j.draft, j.drafts.draft, b, i + 1);
   }
   __syncthreads();
-  const Knobs q = knobs_of(j.target, b);
   const Rest rest = rest_of(shared.target, j.drafts.draft ? &shared.draft : nullptr, ratio,
                             j.drafts.tokens[b * (j.target.slots - 1) + i + 1]);
   const int to = min((split + 1) * per, shared.target.row.chunks);
   int64_t sum = 0;
   for (int c = split * per + warp_id(); c < to; c += kWarps) {
     if (j.tops[(at + 1) * shared.target.row.chunks + c] < shared.target.state.floor) continue;
-    each_residual(rest, q, c, [&](int, double r) { sum += static_cast<int64_t>(r); });
+    each_residual(rest, c, [&](int, double r) { sum += static_cast<int64_t>(r); });
   }
   sum = warp_all(sum, Sum());
   if (lane_id() == 0 && sum > 0)
@@ -165,7 +166,7 @@ EFT_KERNEL void __launch_bounds__(kThreads, 2) last_kernel(const __grid_constant
       __syncthreads();
       const Field field = field_at(reinterpret_cast<char*>(tops + (n + 3) / 4 * 4), first, n);
       const Winner w = race_block(field, tops, -kInf, plain, source, [&](int chunk) {
-        each_residual(rest, q, chunk, [&](int k, double x) {
+        each_residual(rest, chunk, [&](int k, double x) {
           own[lane_id() * kPerLane + k] = x > 0 ? log(fmaxf(static_cast<float>(x), 1.0f)) : -kInf;
         });
         __syncwarp();
@@ -241,10 +242,10 @@ Judge judge_of(const VerifyCall& call, unsigned* counters) {
   Judge j{};
   j.target = j.draft = call;
   if (call.draft >= 0) {
+    static_cast<Sampling&>(j.draft) = call.drawn_by;
     j.draft.models = 1, j.draft.tuned = 0;
     j.draft.model[0] = call.model[call.draft];
     j.draft.weights = nullptr, j.draft.weights_stride = 0, j.draft.weight[0] = 1;
-    j.draft.upscale_top_p = {nullptr, 1};
   }
   j.drafts.tokens = call.draft_tokens, j.drafts.lengths = call.draft_lengths, j.drafts.method = call.method;
   j.drafts.counters = counters;

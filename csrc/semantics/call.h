@@ -24,15 +24,20 @@ struct PerRow {
   EFT_HD T operator[](int64_t row) const { return data ? data[row] : value; }
 };
 
-struct Call {
+// temperature and filters
+struct Sampling {
+  PerRow<float> temperature, top_p, min_p, upscale_top_p;
+  PerRow<int64_t> top_k;
+};
+
+struct Call : Sampling {
   int64_t rows, slots;  // slots: 1, or K + 1 for verify
   int vocab_size, models, tuned;
   Model model[kMaxModels];
   const float* weights;    // null: `weight`
   int64_t weights_stride;  // 0: the same for all rows
   float weight[kMaxModels];
-  PerRow<float> temperature, top_p, min_p, upscale_top_p;
-  PerRow<int64_t> top_k, seed, position;
+  PerRow<int64_t> seed, position;  // seed: one value is expanded by row_seed()
   const int32_t* mask;  // [rows, slots, ceil(V / 32)] or null
   int threads;  // of a CPU
 };
@@ -52,6 +57,7 @@ struct VerifyCall : Call {
   const int64_t* draft_tokens;
   PerRow<int64_t> draft_lengths;
   int method, draft;  // draft: a model, or -1
+  Sampling drawn_by;  // of the draft distribution
   int64_t* tokens;
   int64_t* emitted;
   bool* valid;

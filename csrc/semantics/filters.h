@@ -4,6 +4,7 @@
 
 #include "call.h"
 #include "math.h"
+#include "philox.h"
 
 namespace eft {
 namespace EFT_ISA {
@@ -26,13 +27,13 @@ EFT_HD bool in_range(float x, float low, float high) { return x >= low && x <= h
 
 // Each parameter is read once. A row with one out of range is not valid, and has all of them off. (A weight that is not
 // finite makes every score NaN, +inf or excluded: the row is found to be invalid as its scores are.)
-EFT_HD Filters filters_of(const Call& call, int64_t row) {
+EFT_HD Filters filters_of(const Sampling& sampling, int64_t row) {
   Filters f;
-  f.temperature = call.temperature[row];
-  f.top_k = call.top_k[row];
-  f.top_p = call.top_p[row];
-  f.min_p = call.min_p[row];
-  f.upscale_top_p = call.upscale_top_p[row];
+  f.temperature = sampling.temperature[row];
+  f.top_k = sampling.top_k[row];
+  f.top_p = sampling.top_p[row];
+  f.min_p = sampling.min_p[row];
+  f.upscale_top_p = sampling.upscale_top_p[row];
   f.valid = in_range(f.temperature, 0, 1e30f) && in_range(f.top_p, 0x1p-126f, 1) && in_range(f.min_p, 0, 1) &&
             in_range(f.upscale_top_p, 0x1p-126f, 1);
   if (!f.valid) f.temperature = f.top_p = f.upscale_top_p = 1, f.min_p = 0, f.top_k = 0;
@@ -41,6 +42,13 @@ EFT_HD Filters filters_of(const Call& call, int64_t row) {
   f.inverse = f.greedy ? 0 : 1.0f / f.temperature;
   f.c = f.inverse * kLog2e;
   return f;
+}
+
+// the noise of batch row `row`, `after` positions after the call's
+EFT_HD Source source_of(const Call& call, int64_t row, int64_t after, uint32_t stream, uint32_t slot) {
+  const int64_t seed = call.seed.data ? call.seed.data[row] : row_seed(call.seed.value, row);
+  const uint64_t position = static_cast<uint64_t>(call.position[row]) + static_cast<uint64_t>(after);
+  return source(seed, static_cast<int64_t>(position), stream, slot);
 }
 
 }  // namespace EFT_ISA

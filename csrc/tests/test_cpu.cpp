@@ -112,6 +112,7 @@ struct Inputs {
   std::vector<Block<char>*> logits;
   Block<float> weights, temperature, top_p, min_p, upscale;
   Block<int64_t> top_k, seed, position, drafts, lengths;
+  Sampling drawn_by;
   Block<int32_t> mask;
   Call call{};
 
@@ -180,6 +181,8 @@ struct Inputs {
     call.weights = weights.data, call.weights_stride = s.models;
     call.temperature = {temperature.data, 0}, call.top_p = {top_p.data, 0}, call.min_p = {min_p.data, 0};
     call.upscale_top_p = {upscale.data, 0}, call.top_k = {top_k.data, 0}, call.seed = {seed.data, 0};
+    drawn_by = call, drawn_by.upscale_top_p = {nullptr, 1};
+    if (s.rows > 1) drawn_by.temperature = {nullptr, 1.5f}, drawn_by.top_p = {nullptr, 0.7f}, drawn_by.top_k = {nullptr, 50};
     call.position = {position.data, 0}, call.mask = special == "mask" ? mask.data : nullptr;
   }
   ~Inputs() {
@@ -230,6 +233,7 @@ void verify(const Kernels& k, const Inputs& in, int threads, int method, int dra
   VerifyCall c{};
   static_cast<Call&>(c) = in.call;
   c.threads = threads, c.draft_tokens = in.drafts.data, c.draft_lengths = {in.lengths.data, 0}, c.method = method;
+  c.drawn_by = in.drawn_by;
   c.draft = draft, c.tokens = r.tokens.data, c.emitted = r.emitted.data, c.valid = r.valid.data;
   c.logprobs = r.lp.data, c.raw_logprobs = r.raw.data;
   k.verify(c);

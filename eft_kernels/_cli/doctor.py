@@ -44,8 +44,8 @@ def check() -> tuple[bool, str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            got = eft.sample(logits, eft.upscale(1.5), top_p=0.9, seed=seeds)
-            want = eft.sample(logits, eft.upscale(1.5), top_p=0.9, seed=seeds, backend="reference")
+            got = eft.sample(logits, eft.upscale(1.5), top_p=0.9, seed=seeds, position=0)
+            want = eft.sample(logits, eft.upscale(1.5), top_p=0.9, seed=seeds, position=0, backend="reference")
     except Exception as error:
         return False, f"{type(error).__name__}: {error}"
     if not torch.equal(got.tokens, want.tokens):

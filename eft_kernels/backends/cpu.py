@@ -9,7 +9,7 @@ import os
 
 import torch
 
-from ..params import Params
+from ..params import DraftParams, Params
 from . import extension
 
 _cpu = extension.load("eft_kernels._cpu", "C++", "no C++ compiler was found at install time, or EFT_KERNELS_CPU=0 was "
@@ -66,9 +66,10 @@ def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logpro
                 bool(diagnostics))
 
 
-def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, logprobs: bool):
+def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, drawn_by: DraftParams,
+           logprobs: bool):
     return _run(_cpu.verify, logits, p, draft_tokens, draft_lengths, _METHOD[method], None if draft < 0 else int(draft),
-                bool(logprobs))
+                *drawn_by, bool(logprobs))
 
 
 def logprobs(logits, p: Params):

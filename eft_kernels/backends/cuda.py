@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..params import Params
+from ..params import DraftParams, Params
 from . import extension, workspace
 
 _cuda = extension.load("eft_kernels._cuda", "CUDA", "no nvcc, or a torch without CUDA, was found at install time, or "
@@ -83,9 +83,10 @@ def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logpro
                 bool(diagnostics))
 
 
-def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, logprobs: bool):
+def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, drawn_by: DraftParams,
+           logprobs: bool):
     return _run(_cuda.verify, logits, p, draft_tokens, draft_lengths, _METHOD[method],
-                None if draft < 0 else int(draft), bool(logprobs))
+                None if draft < 0 else int(draft), *drawn_by, bool(logprobs))
 
 
 # The same on arguments that nobody has checked, as in backends/cpu.py. Values of tensors are not looked at.

@@ -15,7 +15,7 @@ try:
 except ImportError as error:
     raise ImportError("triton is not installed (it comes with torch on GPU machines; pip install triton)") from error
 
-from ..params import Params
+from ..params import DraftParams, Params
 from ..triton import config, filter, outputs, race
 from ..triton import verify as judge
 from ..triton.rows import Models, Sampling, Up
@@ -178,6 +178,9 @@ class Call:
         if not self.all_filtered:
             self.launch_stream(judge.mass_kernel, *self.sampling, state)
 
+    def side(self, state):
+        return Side(self.models, self.up, state, self.sampling[0].temperature, self.sampling[0].temperature_value)
+
     def state(self):
         return filter.State(*(self.empty() for _ in range(4)), self.empty(dtype=torch.int64),
                             self.empty(dtype=torch.int64), self.empty(dtype=torch.bool))
@@ -242,7 +245,8 @@ def token_logprobs(logits, p: Params, ids):
 
 
 @on_device
-def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, logprobs: bool):
+def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, drawn_by: DraftParams,
+           logprobs: bool):
     B, S = logits[0].shape[:2]
     device, judges, blocks = logits[0].device, method != "coupled", method == "block"
     call = Call(logits, p)
@@ -250,13 +254,14 @@ def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: i
     state = call.state()
     own, own_valid = (None, None) if judges else (call.empty(dtype=torch.int64), call.empty(dtype=torch.bool))
     call.row(STREAM["sample"] << 1, state, own, own_valid)
-    target, other = Side(call.models, call.up, state), Side(call.models, NO_UP, NO_STATE)
+    target, other = call.side(state), call.side(NO_STATE)
     if judges:
         call.masses(state)
         if draft >= 0:
-            q = Call([logits[draft]], p._replace(weights=(1.0,), upscale_top_p=1.0, tuned=0))
-            q.stats(sum=False, sum_c=_varies(p.top_p, 1.0))
-            other = Side(q.models, NO_UP, q.state())
+            own = drawn_by.of(p)
+            q = Call([logits[draft]], own)
+            q.stats(sum=False, sum_c=_varies(own.top_p, 1.0))
+            other = q.side(q.state())
             q.row(state=other.state)
             q.masses(other.state)
     tokens, valid = call.empty(dtype=torch.int64).view(B, S), torch.empty(B, dtype=torch.bool, device=device)
@@ -272,8 +277,8 @@ def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: i
                               S, call.V, num_warps=1, **options)
     if blocks:
         rest = torch.zeros(B, S, dtype=torch.int64, device=device)
-        judge.rest_kernel[(B * S * call.stream["SPLITS"],)](target, other, *call.sampling, draft_tokens, accepted,
-                                                            ratios, rest, S, **call.stream, **OPTIONS)
+        judge.rest_kernel[(B * S * call.stream["SPLITS"],)](target, other, draft_tokens, accepted, ratios, rest, S,
+                                                            **call.stream, **OPTIONS)
         judge.block_kernel[(B,)](*call.sampling, accepted, factor, ratios, rest, S, num_warps=1, **OPTIONS)
     judge.last_kernel[(B,)](target, other, *call.sampling, call.top, draft_tokens, draft_lengths, own, accepted, factor,
                             tokens, emitted, valid, S, call.chunks, CP=call.cp,

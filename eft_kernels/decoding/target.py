@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..ops import logprobs, sample, verify
+from ..ops import draft, logprobs, sample, verify
 from ..weights import Weights
 from .text import Text
 
@@ -66,9 +66,7 @@ class Target:
 
     def draft(self, logits: torch.Tensor, position: torch.Tensor, slot: int, method: str):
         """A draft per row from the drafting model's own logits [B, V]: (tokens, valid)."""
-        stream = dict(stream="sample") if method == "coupled" else dict(stream="draft", slot=slot)
-        out = sample([logits], [1.0], position=position, vocab_size=self.vocab_size, logprobs=False, **stream,
-                     **self.noise)
+        out = draft(logits, slot=slot, method=method, position=position, vocab_size=self.vocab_size, **self.noise)
         return out.tokens, out.valid
 
     def verify(self, logits: list[torch.Tensor], text: Text, drafts: torch.Tensor, lengths: torch.Tensor,

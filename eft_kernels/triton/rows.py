@@ -9,7 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .semantics import CHUNK, GREEDY, HOT, INF, LOG2E, NEG_INF, TINY, in_range, times
+from .semantics import CHUNK, GREEDY, HOT, INF, LOG2E, NEG_INF, TINY, in_range, row_seed, times
 
 
 class Models(NamedTuple):
@@ -90,18 +90,31 @@ def value(pointer, number, b, dtype: tl.constexpr):
 
 
 @triton.jit
+def scales_of(temperature):
+    """Whether a temperature is greedy, it (0 where greedy), and one over it (0 where greedy)."""
+    greedy = temperature < GREEDY
+    temperature = tl.where(greedy, 0.0, temperature)
+    return greedy, temperature, tl.where(greedy, 0.0, tl.div_rn(1.0, tl.where(greedy, 1.0, temperature)))
+
+
+@triton.jit
+def seed_of(pointer, number, b):
+    if pointer is None:
+        return row_seed(tl.cast(number, tl.int64), b)
+    else:
+        return tl.load(pointer + b)
+
+
+@triton.jit
 def knobs_of(s, top_k, seed, position, b, slot):
     temperature = value(s.temperature, s.temperature_value, b, tl.float32)
     top_p = value(s.top_p, s.top_p_value, b, tl.float32)
     min_p = value(s.min_p, s.min_p_value, b, tl.float32)
     valid = in_range(temperature, 0.0, HOT) & in_range(top_p, TINY, 1.0) & in_range(min_p, 0.0, 1.0)
-    temperature = tl.where(valid, temperature, 1.0)
-    greedy = temperature < GREEDY
-    temperature = tl.where(greedy, 0.0, temperature)
-    inverse = tl.where(greedy, 0.0, tl.div_rn(1.0, tl.where(greedy, 1.0, temperature)))
+    greedy, temperature, inverse = scales_of(tl.where(valid, temperature, 1.0))
     return Knobs(valid, greedy, temperature, inverse, inverse * LOG2E,
                  tl.where(valid, value(s.top_k, top_k, b, tl.int64), 0), tl.where(valid, top_p, 1.0),
-                 tl.where(valid, min_p, 0.0), value(s.seed, seed, b, tl.int64),
+                 tl.where(valid, min_p, 0.0), seed_of(s.seed, seed, b),
                  value(s.position, position, b, tl.int64) + slot)
 
 

@@ -89,6 +89,15 @@ def exp2_parts(x):
 # --- noise ---------------------------------------------------------------------------------------------------------
 
 @triton.jit
+def row_seed(seed, row):
+    """The seed of a batch's row where one is given for all rows (int64)."""
+    x = seed.to(tl.uint64) + row.to(tl.uint64) * 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return tl.where(row == 0, seed, (x ^ (x >> 31)).to(tl.int64))
+
+
+@triton.jit
 def words(seed, position, domain, index):
     """Four words; domain is kind | stream << 1 | slot << 3, index the chunk or token // 4."""
     low = (position & 0xFFFFFFFF).to(tl.uint32)

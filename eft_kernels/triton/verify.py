@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 
 from .race import race, race_kept
-from .rows import combine, knobs_of, row_of, tokens_of
+from .rows import combine, knobs_of, row_of, scales_of, tokens_of, value
 from .semantics import (
+    LOG2E,
     MASS_ONE,
     NEG_INF,
     NONE,
@@ -39,6 +40,8 @@ class Side(NamedTuple):
     m: object
     up: object
     state: object
+    temperature: object  # float32 [B] or None, and a number
+    temperature_value: object
 
 
 class View(NamedTuple):
@@ -48,23 +51,26 @@ class View(NamedTuple):
     best: object
     floor: object
     total: object
+    token: object  # of a greedy row
     greedy: object
+    c: object
 
 
 @triton.jit
 def view(side, r):
     row = row_of(side.m, side.up, r)
     total = tl.load(side.state.total + r)
+    greedy, _, inverse = scales_of(value(side.temperature, side.temperature_value, r // side.m.slots, tl.float32))
     return View(row, tl.load(side.state.best + r), tl.load(side.state.floor + r), tl.maximum(total, 1),
-                tl.load(side.state.greedy + r))
+                tl.load(side.state.greedy + r), greedy, inverse * LOG2E)
 
 
 @triton.jit
-def mass_of(side, v, q, token):
+def mass_of(side, v, token):
     """Masses of tokens after filters; the one of a greedy row has all."""
     s, _ = combine(side.m, side.up, v.row, token)
-    kept = tl.where((s >= v.floor) & (s > NEG_INF), mass(s, v.best, q.c), 0)
-    return tl.where(q.greedy, tl.where(token == v.greedy, 1 << 40, 0).to(tl.int64), kept)
+    kept = tl.where((s >= v.floor) & (s > NEG_INF), mass(s, v.best, v.c), 0)
+    return tl.where(v.greedy, tl.where(token == v.token, 1 << 40, 0).to(tl.int64), kept)
 
 
 @triton.jit(do_not_specialize=["top_k", "seed", "position"])
@@ -114,11 +120,11 @@ def judged(target, draft, sampling, top_k, seed, position, b, i, slots, d, V):
     inside = (d >= 0) & (d < V)
     token = tl.where(inside, d, 0).to(tl.int32)
     at_target = view(target, r)
-    t = tl.where(inside, mass_of(target, at_target, q, token), 0)
+    t = tl.where(inside, mass_of(target, at_target, token), 0)
     p, p_total = tl.cast(1 << 40, tl.int64), tl.cast(1 << 40, tl.int64)  # all on the draft
     if draft.state.best is not None:
         at_draft = view(draft, r)
-        p = mass_of(draft, at_draft, q, token)
+        p = mass_of(draft, at_draft, token)
         p_total = at_draft.total
     return t, at_target.total, tl.where(inside, p, 1), p_total, u
 
@@ -164,14 +170,13 @@ class Rest(NamedTuple):
     draft: object
     at_target: object
     at_draft: object
-    q: object
     a: object  # factor 2^58 / total of the target
     b: object  # 2^58 / total of the draft
     d: object  # the draft, of a deterministic proposer
 
 
 @triton.jit
-def rest_of(target, draft, r, q, factor, d):
+def rest_of(target, draft, r, factor, d):
     """`Rest` of row r."""
     at_target = view(target, r)
     b = tl.cast(RESIDUAL_ONE / MASS_ONE, tl.float64)
@@ -185,9 +190,9 @@ def rest_of(target, draft, r, q, factor, d):
 @triton.jit
 def residuals(c, token):
     """max(0, factor p - q) of tokens in units of 2^-58, float64."""
-    t = mass_of(c.target, c.at_target, c.q, token)
+    t = mass_of(c.target, c.at_target, token)
     if c.draft.state.best is not None:
-        p = mass_of(c.draft, c.at_draft, c.q, token)
+        p = mass_of(c.draft, c.at_draft, token)
     else:
         p = tl.where(token == c.d, 1 << 40, 0).to(tl.int64)
     return residual(t, p, c.a, c.b)
@@ -199,9 +204,9 @@ def residual_scores(c, token):
     return tl.where(r > 0.0, log(tl.maximum(r, 1.0).to(tl.float32)), NEG_INF)
 
 
-@triton.jit(do_not_specialize=["top_k", "seed", "position", "slots"])
-def rest_kernel(target, draft, sampling, top_k, seed, position, draft_tokens, accepted, ratios, rest, slots,
-                SPLITS: tl.constexpr, TILES: tl.constexpr, TC: tl.constexpr):
+@triton.jit(do_not_specialize=["slots"])
+def rest_kernel(target, draft, draft_tokens, accepted, ratios, rest, slots, SPLITS: tl.constexpr, TILES: tl.constexpr,
+                TC: tl.constexpr):
     """Grid (B * slots * SPLITS), "block": rest int64 [B, slots], from 0: the whole residual at slot i + 1 after draft i
     passed, each token's truncated to an integer."""
     at = (tl.program_id(0) // SPLITS).to(tl.int64)
@@ -209,10 +214,9 @@ def rest_kernel(target, draft, sampling, top_k, seed, position, draft_tokens, ac
     if i + 1 < tl.load(accepted + b):
         ratio = tl.load(ratios + at)
         if ratio > 0:
-            q = knobs_of(sampling, top_k, seed, position, b, i + 1)
             d = tl.load(draft_tokens + b * (slots - 1) + i + 1)
-            at_target, at_draft, x, y = rest_of(target, draft, at + 1, q, ratio, d)
-            c = Rest(target, draft, at_target, at_draft, q, x, y, d)
+            at_target, at_draft, x, y = rest_of(target, draft, at + 1, ratio, d)
+            c = Rest(target, draft, at_target, at_draft, x, y, d)
             a = tl.zeros([TC, 256], tl.int64)
             for t in range(TILES):
                 chunk = (tl.program_id(0) % SPLITS) * (TILES * TC) + t * TC + tl.arange(0, TC)
@@ -263,13 +267,13 @@ def last_kernel(target, draft, sampling, top_k, seed, position, top, draft_token
             winner = tl.cast(NONE, tl.int64)
             if (i < length) & ~q.greedy:
                 d = tl.load(draft_tokens + b * (slots - 1) + i)
-                at_target, at_draft, x, y = rest_of(target, draft, r, q, tl.load(factor + b), d)
+                at_target, at_draft, x, y = rest_of(target, draft, r, tl.load(factor + b), d)
                 domain = tl.cast((i << 3) | (RESIDUAL << 1), tl.uint32)
                 e, place = chunk_noise(q.seed, q.position, domain, chunk)
                 most = mass(high, at.best, q.c).to(tl.float64) * x
                 bound = log(tl.maximum(most, 1.0).to(tl.float32)) + SLACK - log(e)
                 bound = tl.where((high >= at.floor) & (high > NEG_INF) & (most >= 1.0), bound, NEG_INF)
-                winner, _ = race(residual_scores, Rest(target, draft, at_target, at_draft, q, x, y, d), bound, e, place,
+                winner, _ = race(residual_scores, Rest(target, draft, at_target, at_draft, x, y, d), bound, e, place,
                                  chunk, tl.cast(1.0, tl.float32), q.seed, q.position, domain)
             if winner == NONE:
                 winner, _ = race_kept(target.m, target.up, at.row, high, chunk, at.floor, q,

@@ -133,7 +133,7 @@ def generate(
         raise ValueError(f"logits_processor: {bad[0]} keeps a state of its own and needs draft_tokens=0")
     seeds = seeds_of(seed, rows, device, greedy=is_number(t := filters.get("temperature", 1.0)) and t < 1e-5)
     sample([torch.zeros(rows, 1, device=device)] * len(models), weights, upscale_top_p=upscale_top_p, seed=seeds,
-           logprobs=False, check=True, **named)  # the operation's own checks of every value
+           position=0, logprobs=False, check=True, **named)  # the operation's own checks of every value
 
     check_context(models, names, int((input_ids.shape[1] - left).max()), max_new_tokens)
     pad = getattr(config, "_pad_token_tensor", None)
