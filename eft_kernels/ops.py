@@ -152,6 +152,8 @@ def _shapes_alone(fake):
     """A fake for tensors without values. One of them beside real logits would have it make up the results."""
     @functools.wraps(fake)
     def run(logits, *args):
+        if not logits:
+            raise ValueError("logits: expected a list of 1 to 8 tensors, one per model, got 0 tensors")
         if logits[0].device.type != "meta" and not is_fake(logits[0]):
             raise ValueError(f"an argument is on meta, the logits are on {logits[0].device}; move it there")
         return fake(logits, *args)

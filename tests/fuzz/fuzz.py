@@ -125,7 +125,7 @@ def hostile(pick: random.Random, like, rows: int = 3):
     kind = pick.random()
     if kind < 0.5 and (like is None or type(like) in (int, float)):
         return hostile_tensor(pick, [rows], torch.int64 if isinstance(like, int) else torch.float32)
-    if isinstance(like, torch.Tensor) and kind < 0.6:
+    if isinstance(like, torch.Tensor) and not like.is_nested and kind < 0.6:
         return hostile_tensor(pick, like.shape, like.dtype)
     if isinstance(like, (list, tuple)) and like and kind < 0.6:  # models, or weights
         out = list(like)
@@ -217,7 +217,8 @@ class Fuzz:
         if call.operation == "sample":
             kwargs.update(zip(("stream", "slot", "logprobs", "top_logprobs", "diagnostics"), call.args))
         elif call.operation == "verify":
-            kwargs.update(zip(("draft_tokens", "draft_lengths", "method", "draft", "logprobs"), call.args))
+            kwargs.update(zip(("draft_tokens", "draft_lengths", "method", "draft"), call.args), logprobs=call.args[-1])
+            kwargs.update({f"draft_{name}": None for name in call.args[4]._fields})
             kwargs["draft"] = None if kwargs["draft"] == -1 else kwargs["draft"]
         elif call.operation == "token_logprobs":
             kwargs["ids"] = call.args[0]
@@ -245,7 +246,7 @@ class Fuzz:
         pick = random.Random(seed)
         pick.freed = False  # torch's own errors print tensors
         call = self.usual(pick)
-        args = [call.logits, *self.ops._flatten(call.params), *call.args]
+        args = [call.logits, *self.ops._flatten(call.params, *call.args)]
         for _ in range(pick.choice([1, 1, 2])):
             at = pick.randrange(len(args))
             args[at] = hostile(pick, args[at], len(call.logits[0]))
@@ -266,7 +267,7 @@ class Fuzz:
         if call.operation == "sample":
             args[0] = self.ops.STREAM_NAMES.index(args[0])
         elif call.operation == "verify":
-            args[2], args[3] = self.ops.METHODS.index(args[2]), None if args[3] < 0 else args[3]
+            args[2:5] = self.ops.METHODS.index(args[2]), None if args[3] < 0 else args[3], *args[4]
         function = getattr(module, "logprobs" if "logprobs" in call.operation else call.operation)
         if call.operation == "logprobs":
             args = [None]
