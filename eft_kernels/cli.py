@@ -72,7 +72,8 @@ def parser() -> Parser:
     group = p.add_argument_group("speculation (the tuned model drafts)")
     group.add_argument("--draft-tokens", type=count, default=0, metavar="K", help="drafts a round (default 0: off)")
     group.add_argument("--verify", choices=["coupled", "token", "block"],
-                       help="coupled (default): exactly the tokens of plain decoding; token, block: its distribution")
+                       help="coupled (default): the tokens of plain decoding, exactly so in float32; token, block: its "
+                            "distribution")
 
     p = command("score", "perplexity of a text under base, tuned, ref and the emulated model")
     add_models(p)

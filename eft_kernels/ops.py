@@ -95,8 +95,8 @@ def _checked(name: str, logits, p: Params, args: tuple):
         args = (_integers("ids", args[0], (rows, *args[0].shape[1:2]), device),)
         if args[0].dim() != 2:
             raise ValueError(f"ids: expected an int64 tensor [{rows}, n], got {list(args[0].shape)}")
-    p = check_params(logits, fields.pop("weights"), rows, vocab_size, needs_tuned=name == "sample" and args[4],
-                     **fields)
+    p = check_params(logits, fields.pop("weights"), rows, vocab_size, **fields,
+                     needs_tuned=name == "sample" and args[4])
     return logits, p, *args
 
 
@@ -360,7 +360,8 @@ def verify(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
         be judged is refused (of tensors on a GPU only with ``check``); a row's drafts end at its first invalid one.
       draft_lengths: int64 [B], how many of them count (default K).
       method: "coupled": slot i's own sample with the noise of (seed, position + i), accepted while it equals the
-        draft (of `draft` at the same positions): exactly the tokens of plain decoding.
+        draft (of `draft` at the same positions): exactly the tokens of plain decoding for equal logits (a model's
+        pass over K + 1 tokens rounds bfloat16 logits in another order than its pass over one).
         "token": accept where u q(d) < p(d), else the residual (p - q)+ (Leviathan et al., arXiv 2211.17192; Chen et
         al., arXiv 2302.01318). "block": block verification (Sun et al., arXiv 2403.10444). Both for drafts drawn from
         the draft distribution by `draft`: with other noise, or from another distribution, the tokens are not the

@@ -186,9 +186,10 @@ def nucleus(scores, masses, limit) -> torch.Tensor:
 class Rows:
     """Rows with every parameter as a tensor [R]; ``index`` maps rows to the batch when rows are (row, slot) pairs.
 
-    Nobody need have looked at values. A row is invalid, that row alone, where its temperature, top_p, min_p or
-    upscale_top_p is outside the range of `SPECS` (as float32; NaN is) or a weight is not finite. ``top_k`` <= 0 or >= V
-    is off; draft lengths are clamped to [0, K]; a draft outside [0, V) is never accepted; an id outside has log-prob NaN.
+    Values need not have been checked. A row is invalid, that row alone, where its temperature, top_p, min_p or
+    upscale_top_p is outside the range of `SPECS` (as float32; NaN is) or a weight is not finite. ``top_k`` <= 0 or
+    >= V is off; draft lengths are clamped to [0, K]; a draft outside [0, V) is never accepted; an id outside has
+    log-prob NaN; seed and position are any 64 bits.
     """
 
     def __init__(self, logits, p: Params, index=None, mask=None):

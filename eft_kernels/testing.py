@@ -7,6 +7,7 @@ table thinks of: any shape, stride, type and value, past the checks of values.
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import NamedTuple
 
@@ -322,8 +323,7 @@ def unchecked(operation: str, logits, weights=(1.0, 1.0, -1.0), *args, name: str
     if operation == "verify":
         args = (*args[:4], drawn_by or DraftParams(), *args[4:])
     off = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, upscale_top_p=1.0, seed=1, position=2, token_mask=None,
-               vocab_size=min(z.shape[-1] for z in logits), tuned=len(logits) > 1)
-    off["tuned"] = int(off["tuned"])
+               vocab_size=min(z.shape[-1] for z in logits), tuned=min(1, len(logits) - 1))
     return Call(name or operation, operation, logits, Params(weights, **off | params), args)
 
 
@@ -348,20 +348,23 @@ def odd_calls() -> list[Call]:
                 unchecked("sample", logits, weights, "draft", 1, False, 0, False, name=f"{name}, token", **params),
                 unchecked("logprobs", logits, weights, name=f"{name}, logprobs", **params),
                 unchecked("token_logprobs", logits, weights, ids, name=f"{name}, ids", **params)]
-        made += [unchecked("verify", slots, weights, drafts, lengths, method, draft, True, name=f"{name}, {method} {draft}",
-                           **params) for method in ops.METHODS for draft in (len(logits) // 2, -1)]
+        for method, draft in itertools.product(ops.METHODS, (len(logits) // 2, -1)):
+            made.append(unchecked("verify", slots, weights, drafts, lengths, method, draft, True,
+                                  name=f"{name}, {method} {draft}", **params))
         calls.extend(call for call in made if only in call.operation)
 
     usual = [torch.randn(1, V, generator=torch.Generator().manual_seed(j)) for j in range(3)]
     for name, odd in values.items():
         add(f"{name} out of range", usual, rows=len(odd), **{name: torch.tensor(odd)})
-        add(f"{name} out of range, filtered", usual, rows=len(odd), **{**dict(top_p=0.5, top_k=9), name: torch.tensor(odd)})
+        add(f"{name} out of range, filtered", usual, rows=len(odd),
+            **dict(top_p=0.5, top_k=9) | {name: torch.tensor(odd)})
     add("top_k below 0 and beyond V", usual, rows=5, top_k=torch.tensor([0, -1, low, high, V]))
     for name, odd in dict(values, top_k=(0, -1, low, high, V)).items():
         if name != "upscale_top_p":
             add(f"drafts drawn with any {name}", usual, rows=len(odd), only="verify",
                 drawn_by=DraftParams(**{name: torch.tensor(odd)}))
-    add("any seed and position", usual, rows=4, seed=torch.tensor([1, low, high, -1]), position=torch.tensor([2, low, high, -1]))
+    add("any seed and position", usual, rows=4, seed=torch.tensor([1, low, high, -1]),
+        position=torch.tensor([2, low, high, -1]))
     for w in (nan, inf, -inf):
         add(f"weight {w}", usual, torch.tensor([[1.0, 1.0, -1.0], [1.0, w, -1.0], [w, 0.0, 0.0]]), rows=3)
     add("drafts and lengths of any value", usual, rows=6, only="verify", lengths=torch.tensor([3, 4, high, -1, low, 3]),
@@ -401,8 +404,8 @@ def check_call(call: Call, backend: str, want: dict | None = None):
     for name in got:
         if got[name].is_floating_point():
             scale = 20 if name in ("entropy", "tv") else 1  # as in `check_sample`
-            torch.testing.assert_close(got[name].cpu(), want[name].cpu(), rtol=1e-5, atol=scale * TOLERANCE, equal_nan=True,
-                                       msg=lambda m: f"{call.name}: {name}: {m}")  # noqa: B023
+            torch.testing.assert_close(got[name].cpu(), want[name].cpu(), rtol=1e-5, atol=scale * TOLERANCE,
+                                       equal_nan=True, msg=lambda m: f"{call.name}: {name}: {m}")  # noqa: B023
         else:
             _equal(name, got[name], want[name], call.name)
     return got

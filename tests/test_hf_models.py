@@ -33,8 +33,8 @@ def base_alone(model, inputs, **options):
 # --- rotary embeddings that change with the length -----------------------------------------------------------------
 
 def phi3(boundary=16):
-    rope = dict(rope_type="longrope", rope_theta=1e4, original_max_position_embeddings=boundary, partial_rotary_factor=1.0,
-                short_factor=[1.0] * 4, long_factor=[4.0, 8.0, 16.0, 32.0], factor=4.0)
+    rope = dict(rope_type="longrope", rope_theta=1e4, original_max_position_embeddings=boundary,
+                partial_rotary_factor=1.0, short_factor=[1.0] * 4, long_factor=[4.0, 8.0, 16.0, 32.0], factor=4.0)
     return transformers.Phi3ForCausalLM(transformers.Phi3Config(
         vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=64, original_max_position_embeddings=boundary,

@@ -3,7 +3,6 @@
 What could end the process runs in one of its own.
 """
 
-import ctypes
 import os
 import shutil
 import subprocess
@@ -83,7 +82,8 @@ def test_a_normalised_score_that_overflows(backend):
     big = 3.3e38
     zero = torch.zeros(1, 4)
     z = [zero, zero, torch.tensor([[big, -big, 0, 0]])]
-    out = unchecked("sample", z, (1.0, 1.0, -1.0), "sample", 0, True, 2, False, upscale_top_p=0.3, top_p=0.5).run(backend)
+    call = unchecked("sample", z, (1.0, 1.0, -1.0), "sample", 0, True, 2, False, upscale_top_p=0.3, top_p=0.5)
+    out = call.run(backend)
     assert out["tokens"].tolist() == [-1] and not out["valid"].any() and out["logprobs"].isnan().all()
     assert out["top_ids"].tolist() == [[-1, -1]]
     # base scores -big and 0: log-sum-exp 0; with weight 1.5 the first overflows
@@ -104,7 +104,8 @@ def test_keys_that_overflow_leave_the_first_token_that_is_kept(backend):
     assert out["tokens"].tolist() == [int((row == INF).nonzero()[0]) for row in key]
 
 
-@pytest.mark.parametrize("weights", [(0.0, 0.0), torch.zeros(2), torch.zeros(3, 2)], ids=("numbers", "tensor", "per row"))
+@pytest.mark.parametrize("weights", [(0.0, 0.0), torch.zeros(2), torch.zeros(3, 2)],
+                         ids=("numbers", "tensor", "per row"))
 def test_models_of_weight_0_are_not_read(weights, backend):
     dead = torch.full((3, 40), NAN)
     dead[1], dead[2] = -INF, INF
@@ -135,7 +136,8 @@ def test_random_calls_are_of_every_kind():
     calls = [testing.random_call(seed) for seed in range(300)]
     assert {call.operation for call in calls} == set(eft.ops.SCHEMAS)
     assert {z.dtype for call in calls for z in call.logits} == set(eft.params.DTYPES)
-    tensors = {name for call in calls for name, value in call.params._asdict().items() if isinstance(value, torch.Tensor)}
+    values = [item for call in calls for item in call.params._asdict().items()]
+    tensors = {name for name, value in values if isinstance(value, torch.Tensor)}
     assert tensors == set(eft.params.Params._fields) - {"vocab_size", "tuned"}
     assert {z.stride(-1) == 1 for call in calls for z in call.logits if z.numel() > 1} == {True, False}
     outs = [call.run("reference") for call in calls]
@@ -172,8 +174,10 @@ def test_weights_in_any_layout(layout, slots, backend):
     assert torch.equal(tokens(weights), tokens(weights.float().contiguous()))
 
 
-@pytest.mark.parametrize("shape", [(1023, 3), (1025, 3), (1, 3), (1024, 2), (1024, 4), (2,), (4,), (0,), (), (1024, 3, 1),
-                                   (0, 3), (1024, 0)], ids=str)
+SHAPES = [(1023, 3), (1025, 3), (1, 3), (0, 3), (1024, 0), (1024, 2), (1024, 4), (2,), (4,), (0,), (), (1024, 3, 1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_weights_of_another_shape_are_refused(shape, backend):
     z = [torch.randn(1024, 50)] * 3
     slots = [x[:, None].expand(-1, 2, -1) for x in z]
@@ -261,7 +265,7 @@ def test_a_list_whose_items_are_replaced():
 @needs_cpu
 @pytest.mark.parametrize("isa", ("baseline", "avx2"))
 def test_values_that_change_while_a_kernel_runs(isa):
-    """Any token of the vocabulary may come of it, or none; nothing is read or written elsewhere, and every call ends."""
+    """Any token of the vocabulary may come of it, or none; no other memory is touched, and every call ends."""
     if isa == "avx2":
         try:
             eft.dispatch.load("cpu").set_isa(isa)
@@ -275,8 +279,8 @@ def test_values_that_change_while_a_kernel_runs(isa):
         B, S, V = 3, 4, 20011
         nan, inf = float("nan"), float("inf")
         z = [torch.randn(B, S, V) for _ in range(3)]
-        kinds = [z[0].clone(), z[0] * 0, z[0] * 1e38, z[0] * 30, torch.full_like(z[0], -inf), torch.full_like(z[0], nan),
-                 torch.full_like(z[0], 3e38), torch.full_like(z[0], -3e38)]
+        kinds = [z[0].clone(), z[0] * 0, z[0] * 1e38, z[0] * 30]
+        kinds += [torch.full_like(z[0], x) for x in (nan, -inf, 3e38, -3e38)]
         mask = torch.randint(-(1 << 31), 1 << 31, (B, S, (V + 31) // 32)).int()
         params = dict(temperature=torch.ones(B), top_p=torch.ones(B), min_p=torch.zeros(B), upscale_top_p=torch.ones(B),
                       top_k=torch.zeros(B, dtype=torch.int64), seed=torch.arange(B), position=torch.arange(B))
@@ -318,8 +322,8 @@ def test_values_that_change_while_a_kernel_runs(isa):
             for call in (unchecked("sample", rows, w, "sample", 0, pick.random() < 0.5, pick.choice([0, 5]),
                                    pick.random() < 0.3, **flat),
                          unchecked("logprobs", rows, w, **flat), unchecked("token_logprobs", rows, w, ids, **flat),
-                         unchecked("verify", z, w, drafts, lengths, pick.choice(eft.ops.METHODS), pick.choice([-1, 0, 1]),
-                                   pick.random() < 0.5, **deep)):
+                         unchecked("verify", z, w, drafts, lengths, pick.choice(eft.ops.METHODS),
+                                   pick.choice([-1, 0, 1]), pick.random() < 0.5, **deep)):
                 out, calls = call.run("cpu"), calls + 1
                 tokens = out.get("tokens", torch.zeros(1))
                 assert ((tokens >= -1) & (tokens < V)).all(), tokens
@@ -412,8 +416,8 @@ def test_memory_that_the_system_refuses(deny):
             for call in (lambda: eft.sample(z, eft.upscale(), **{**args, "seed": 1}),
                          lambda: eft.logprobs(z, eft.upscale(), top_p=0.5),
                          lambda: eft.token_logprobs(z, eft.upscale(), torch.zeros(rows, dtype=torch.int64), top_k=5),
-                         lambda: eft.verify([x[:1, None].expand(3, 3, V) for x in z], eft.upscale(), drafts, method="block",
-                                            seed=1, position=0)):
+                         lambda: eft.verify([x[:1, None].expand(3, 3, V) for x in z], eft.upscale(), drafts,
+                                            method="block", seed=1, position=0)):
                 try:
                     call()
                 except MemoryError:

@@ -128,7 +128,14 @@ struct DirectShared {
   Part parts[kDirectWarps];
 };
 
-EFT_KERNEL void __launch_bounds__(kDirectThreads) sample_direct(const __grid_constant__ SampleCall call, int splits,
+// blocks of a multiprocessor: ptxas spills for a seventh before 9.0, and knows better than a bound from there on
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define EFT_DIRECT_BOUNDS kDirectThreads, 6
+#else
+#define EFT_DIRECT_BOUNDS kDirectThreads
+#endif
+
+EFT_KERNEL void __launch_bounds__(EFT_DIRECT_BOUNDS) sample_direct(const __grid_constant__ SampleCall call, int splits,
                                                                 Part* parts, unsigned* counters) {
   const int64_t b = blockIdx.x / splits;
   const int split = blockIdx.x % splits, lane = lane_id();

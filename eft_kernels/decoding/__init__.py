@@ -4,10 +4,10 @@
 `Model` is what a model has to offer, `Target` what is sampled, `Prompt` where it starts and ends.
 """
 
-from .columns import Columns, Model, take_columns
+from .columns import Columns, Model, OwnPrompt, take_columns
 from .loops import Decoded, Speculation, plain, speculative
 from .target import Target
 from .text import Prompt, Text
 
-__all__ = ["Columns", "Decoded", "Model", "Prompt", "Speculation", "Target", "Text", "plain", "speculative",
-           "take_columns"]
+__all__ = ["Columns", "Decoded", "Model", "OwnPrompt", "Prompt", "Speculation", "Target", "Text", "plain",
+           "speculative", "take_columns"]

@@ -34,7 +34,7 @@ class Model(Protocol):
 
 def take_columns(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Keys or values [B, heads, S, dim] with columns [B, S'] of every row: [B, heads, S', dim]."""
-    index = columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+    index = columns.to(states.device)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
     return states.gather(2, index)
 
 
@@ -78,3 +78,57 @@ class Columns:
         self.width -= trim
         self.left_host = [max(a - trim, 0) for a in left]
         self.left = torch.tensor(self.left_host, device=self.left.device)
+
+
+class OwnPrompt:
+    """A model that reads a prompt of its own before the text that all models share, as a `Model` of the shared layout.
+
+    It has the same new tokens in columns of its own: every pass but the first is passed on, and rows go back and move
+    by as much as in the shared layout.
+
+    Args:
+      shared: columns of the shared prompt, without those that are padding in every row.
+      ids: int64 [B, P], the own prompt, 0 on its left padding; left: int64 [B], columns of it.
+    """
+
+    def __init__(self, model: Model, shared: int, ids: torch.Tensor, left: torch.Tensor, max_new_tokens: int):
+        self.model, self.shared, self.max_new_tokens = model, shared, max_new_tokens
+        spare = int(left.min())
+        self.ids, self.left = ids[:, spare:], left - spare
+        self.can_realign = getattr(model, "can_realign", True)
+        self._reset()
+
+    def _reset(self) -> None:
+        self.width = 0  # columns of the shared layout
+        self.columns = Columns(self.left, self.ids.shape[1] - self.left + self.max_new_tokens - 1)
+
+    @property
+    def boundary(self) -> int | None:
+        own = getattr(self.model, "boundary", None)
+        ahead = self.columns.width - self.width if self.width else self.ids.shape[1] - self.shared
+        return None if own is None else own - ahead
+
+    def __call__(self, ids, attention_mask, position_ids, keep):
+        new = ids if self.width else torch.cat([self.ids, ids[:, self.shared :]], 1)
+        logits = self.model(new, *self.columns.inputs(new.shape[1]), keep)
+        self.columns.width += new.shape[1]
+        self.width += ids.shape[1]
+        return logits
+
+    def crop(self, count):
+        self.width -= count
+        if self.width:
+            self._back(count, [0] * len(self.ids))
+        else:
+            self.model.crop(self.columns.width)
+            self._reset()
+
+    def realign(self, columns):
+        last = columns[:, -1].tolist()  # a row that does not move keeps the last column
+        shift = [max(last) - n for n in last]
+        self._back(self.width - 1 - max(last), shift)
+        self.width = columns.shape[1]
+
+    def _back(self, common: int, shift: list[int]) -> None:
+        count = common + max(shift)
+        self.columns.rollback([self.model], count, [count - common - s for s in shift], [False] * len(shift))

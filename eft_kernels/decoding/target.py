@@ -21,7 +21,8 @@ class Target:
     filters: dict = field(default_factory=dict)  # temperature, top_k, top_p, min_p: numbers or tensors [B]
     upscale_top_p: float | torch.Tensor = 1.0
     vocab_size: int | None = None  # needed where the models' logits differ in width: a draft must exist for all
-    # process(ids [B, P + n], scores [B, V] float32) -> scores, before the filters
+    # process(ids [B, P + n], scores [B, V] float32) -> scores, before the filters; `verify` calls its method
+    # of_rows(ids, scores, rows) instead, if it has one: only the rows of the mask [B] have n new tokens
     process: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     keep_logits: bool = False  # record the scores before process ...
     keep_scores: bool = False  # ... and after process and filters
@@ -82,6 +83,7 @@ class Target:
         raw = scores = torch.stack([self.scores([z[:, i] for z in logits]) for i in range(slots)], 1)  # [B, K+1, V]
         if self.process is not None:
             scores = raw.clone()
+            of_rows = getattr(self.process, "of_rows", lambda ids, scores, rows: self.process(ids, scores))
             counts = torch.tensor(reach, device=drafts.device)
             text.put(drafts, torch.arange(slots - 1, device=drafts.device) < counts[:, None] - 1)
             every, start = torch.arange(len(reach), device=drafts.device), text.length.tolist()
@@ -93,7 +95,7 @@ class Target:
                     continue
                 slot = slot.clamp(0, slots - 1)
                 own = scores[every, slot]
-                done = self.process(text.prefix(n), own.clone()).float()
+                done = of_rows(text.prefix(n), own.clone(), here).float()
                 scores[every, slot] = torch.where(here[:, None], done, own)
         out = verify([scores, logits[draft]], [1.0, 0.0], drafts, lengths, draft=1, vocab_size=scores.shape[2],
                      **noise)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import numbers
 import sys
+from collections.abc import Mapping
 
+import numpy as np
 import torch
 from transformers import GenerationConfig, GenerationMixin
 
 from ...ops import row_seeds
 from ...weights import Weights, downscale, interpolate, proxy, upscale
-from .models import CACHE_NAMES, logits_width
+from .models import CACHE_NAMES, device_of, logits_width
+from .peft import Off, layers_of, unwrapped
 
 # name: the strength it takes, and its weights for [model, tuned, ref] (interpolate: two tuned models)
 MODES = {"upscale": ("beta", upscale), "proxy": ("alpha", proxy), "downscale": (None, downscale),
@@ -27,6 +31,13 @@ HONOURED = frozenset({
     "watermarking_config", "num_return_sequences", "output_scores", "output_logits", "return_dict_in_generate",
     "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "disable_compile",
     "transformers_version",
+})
+# Left in a checkpoint's generation config these mean nothing here: its cache is not used, there are no beams and no
+# assistant. What the caller gives is refused all the same.
+LEFTOVERS = frozenset({
+    "use_cache", "cache_implementation", "cache_config", "return_legacy_cache", "length_penalty", "early_stopping",
+    "num_beam_groups", "diversity_penalty", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind", "max_matching_ngram_size",
 })
 NEUTRAL = {"use_cache": True, "cache_implementation": "dynamic", "guidance_scale": 1}
 
@@ -55,7 +66,45 @@ def outer_arguments() -> dict:
         if frame is None or frame.f_code is code:
             break
         frame = frame.f_back
-    return dict(frame.f_locals) if frame is not None and frame.f_code is code else {}
+    if frame is None or frame.f_code is not code:
+        return {}
+    found = dict(frame.f_locals)
+    for _ in range(2):  # its decorator holds what was given before transformers took the tokenizer out
+        frame = frame.f_back
+        given = frame.f_locals.get("kwargs") if frame is not None else None
+        if isinstance(given, dict) and "custom_generate" in given:
+            return {**found, "given": given, "tokenizer": given.get("tokenizer")}
+    return found
+
+
+def given_of(outer: dict) -> set[str] | None:
+    """Names of the generation options that the caller gave, not a checkpoint; None: unknown, so all."""
+    if not outer:
+        return None
+    given = outer.get("given", outer.get("kwargs", {}))
+    config = given.get("generation_config")
+    own = {} if config is None else {k for k, v in vars(config).items() if v is not None}
+    return {*given, *own}
+
+
+def per_row(name: str, value, device):
+    """A parameter that may be an array, a list or one of NumPy's numbers, as a number or a tensor on ``device``."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, (list, tuple)) and value and all(isinstance(v, numbers.Real) for v in value):
+        value = np.array(value)
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind not in "iuf":
+            raise ValueError(f"{name}: got an array of {value.dtype}, allowed are numbers")
+        value = torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, torch.Tensor):
+        if value.dtype == torch.uint64:
+            value = value.view(torch.int64)  # the same 64 bits
+        value = value.to(device)
+    if name == "top_k" and isinstance(value, torch.Tensor) and not value.is_floating_point():
+        value = value.to(torch.int64)
+        return torch.where(value == -1, 0, value)
+    return 0 if name == "top_k" and is_int(value) and value == -1 else value  # -1 is off elsewhere
 
 
 def combination_of(model, tuned, ref, mode, beta, alpha, lam):
@@ -65,7 +114,10 @@ def combination_of(model, tuned, ref, mode, beta, alpha, lam):
         raise ValueError(f"tuned: got {'None' if tuned is None else f'{len(tuned)} models'}, allowed is a model or "
                          "a list of two")
     if ref is None:
-        raise ValueError("ref: got None, allowed is the model that tuned was fine-tuned from")
+        if two or not layers_of(unwrapped(tuned, "tuned")):
+            raise ValueError("ref: got None, allowed is the model that tuned was fine-tuned from" +
+                             ("" if two else ", or None where tuned is a model with an adapter (PEFT)"))
+        ref = Off(tuned)  # the same weights, held once
     mode = ("interpolate" if two else "upscale") if mode is None else mode
     refuse_unless("mode", mode, mode in MODES, f"one of {', '.join(MODES)}")
     if two != (mode == "interpolate"):
@@ -82,11 +134,80 @@ def combination_of(model, tuned, ref, mode, beta, alpha, lam):
     return models, names, weights, 0 if mode == "downscale" else 1
 
 
-def check_options(config, outer: dict, model_kwargs: dict) -> None:
+def free_combination_of(model, models, weights, given: dict):
+    """As `combination_of`, for any number of models with weights of their own: model drafts."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name}: goes with tuned and ref, got weights, too; give one of the two")
+    models = [] if models is None else models
+    if not isinstance(models, (list, tuple)) or len(models) > 7 or any(m is None for m in models):
+        got = f"{len(models)} models" if isinstance(models, (list, tuple)) else type(models).__name__
+        raise ValueError(f"models: got {got}, allowed is a list of up to 7 beside model")
+    device = device_of(model)
+    if isinstance(weights, (list, tuple)):
+        weights = [per_row("weights", w, device) for w in weights]
+    elif isinstance(weights, Weights):
+        weights = list(weights.values) if weights.tensor is None else weights.tensor.to(device)
+    else:
+        weights = per_row("weights", weights, device)
+    weights = Weights(weights)
+    if len(weights) != 1 + len(models):
+        raise ValueError(f"weights: got {len(weights)} for {1 + len(models)} models, model and models")
+    return [model, *models], ["model", *(f"models[{j}]" for j in range(len(models)))], weights, 0
+
+
+def own_prompts(prompts, names, rows: int, device, vocab_size: int):
+    """(ids int64 [rows, P] with 0 on padding, left int64 [rows]) or None, for model (None) and each of ``models``."""
+    if prompts is None:
+        return [None] * len(names)
+    if not isinstance(prompts, (list, tuple)) or len(prompts) != len(names) - 1:
+        got = len(prompts) if isinstance(prompts, (list, tuple)) else type(prompts).__name__
+        raise ValueError(f"prompts: got {got}, allowed is a list of {len(names) - 1}, one for each of models (None: "
+                         "the prompt of model)")
+    out: list = [None]
+    for j, given in enumerate(prompts):
+        name = f"prompts[{j}]"
+        if given is None:
+            out.append(None)
+            continue
+        held = given if isinstance(given, Mapping) else {"input_ids": given}
+        ids, mask = held.get("input_ids"), held.get("attention_mask")
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool \
+                or ids.numel() == 0 or rows % ids.shape[0]:
+            got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
+            raise ValueError(f"{name}: got {got}, allowed is int64 [n, columns] where {rows} rows are a multiple of n, "
+                             "or a dict of input_ids and attention_mask")
+        mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)
+        left = left_padding(mask.to(device), ids.shape, f"{name}: attention_mask")
+        ids = ids.to(device, torch.int64)
+        ids = ids.masked_fill(torch.arange(ids.shape[1], device=device) < left[:, None], 0)
+        if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+            raise ValueError(f"{name}: got an id outside 0 to {vocab_size - 1}, the vocabulary")
+        times = rows // ids.shape[0]
+        out.append((ids.repeat_interleave(times, 0), left.repeat_interleave(times, 0)))
+    return out
+
+
+def left_padding(mask: torch.Tensor, shape, name: str) -> torch.Tensor:
+    """Columns of padding before each row's prompt [B], by its mask."""
+    if mask.shape != shape:
+        raise ValueError(f"{name}: got {list(mask.shape)}, allowed is {list(shape)}, as input_ids")
+    real = mask != 0
+    if not bool(real[:, -1].all()) or bool((real[:, :-1] & ~real[:, 1:]).any()):
+        raise ValueError(f"{name}: allowed are zeros before a prompt (left padding), not after or inside it, "
+                         "and at least one token per row")
+    return (~real).sum(1)
+
+
+def check_options(config, outer: dict, model_kwargs: dict, sees: bool = False) -> None:
+    """Refuses what cannot be honoured; ``sees``: the model is one for images, too, and its prompt is text."""
+    given = given_of(outer)
     defaults = {**vars(GenerationConfig()), **GenerationConfig._get_default_generation_params()}
     for name, default in defaults.items():
         value = getattr(config, name, None)
         if name.startswith("_") or name in HONOURED or value is None or value == default:
+            continue
+        if name in LEFTOVERS and given is not None and name not in given:
             continue
         if (value is False and name != "use_cache") or value == NEUTRAL.get(name, default):
             continue
@@ -95,9 +216,18 @@ def check_options(config, outer: dict, model_kwargs: dict) -> None:
     for name in ("assistant_model", "synced_gpus", "negative_prompt_ids", "negative_prompt_attention_mask"):
         if outer.get(name) is not None and outer[name] is not False:
             raise ValueError(f"{name}: emulated decoding cannot honour it; leave it unset")
+    # pixels that transformers encoded are told by the name that they were given by
+    encoded = {k: v for k, v in (model_kwargs.get("mm_encoder_outputs") or {}).items() if v is not None}
+    for name in outer.get("kwargs", {}) if encoded else ():
+        if name.startswith(("pixel_values", "image", "video")):
+            raise ValueError(f"{name}: emulated decoding reads text alone; leave it out")
     # what transformers itself hands over: the mask, positions and a cache, empty and not used
     for name, value in model_kwargs.items():
         prepared = name in ("attention_mask", "position_ids", "use_cache") or (name == "logits_to_keep" and value == 1)
+        if name == "mm_encoder_outputs":
+            prepared = not encoded
+        if name in ("token_type_ids", "mm_token_type_ids"):  # 0 is text; without images that is what None is, too
+            prepared = sees and isinstance(value, torch.Tensor) and not bool(value.any())
         if name in CACHE_NAMES:
             prepared = not getattr(value, "_is_user_defined", False)
         if not prepared and value is not None and value is not False:
@@ -111,27 +241,22 @@ def check_inputs(models, names, input_ids, model_kwargs, vocab_size, tokenizers)
             raise ValueError(f"{name}: got {type(m).__name__}, allowed is a transformers causal language model")
         if m.config.is_encoder_decoder:
             raise ValueError(f"{name}: got {type(m).__name__}, an encoder-decoder model; allowed are decoders")
-        if m.device != models[0].device:
-            raise ValueError(f"{name}: is on {m.device}, model is on {models[0].device}; move them together")
-    if input_ids.dim() != 2 or input_ids.is_floating_point():
+        if m.device.type == "meta" and not hasattr(m, "_hf_hook"):
+            raise ValueError(f"{name}: is on meta, where weights have no values; load it on a device")
+    if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         raise ValueError(f"input_ids: got {input_ids.dtype} {list(input_ids.shape)}, allowed is int64 [rows, columns]")
     if input_ids.numel() == 0:
         raise ValueError(f"input_ids: got {list(input_ids.shape)}, allowed is at least one row and one token")
-    if input_ids.device != models[0].device:
-        raise ValueError(f"input_ids: is on {input_ids.device}, the models on {models[0].device}; move it there")
 
     mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask
-    if mask.shape != input_ids.shape:
-        raise ValueError(f"attention_mask: got {list(mask.shape)}, allowed is {list(input_ids.shape)}, as input_ids")
-    real = mask != 0
-    if not bool(real[:, -1].all()) or bool((real[:, :-1] & ~real[:, 1:]).any()):
-        raise ValueError("attention_mask: allowed are zeros before a prompt (left padding), not after or inside it, "
-                         "and at least one token per row")
-    left = (~real).sum(1)
+    left = left_padding(mask.to(input_ids.device), input_ids.shape, "attention_mask")
+    real = torch.arange(input_ids.shape[1], device=left.device) >= left[:, None]
     positions = model_kwargs.get("position_ids")
     usual = (torch.arange(input_ids.shape[1], device=left.device) - left[:, None]).clamp(min=0)
-    if positions is not None and (positions.shape[-1:] != usual.shape[1:] or bool((positions != usual).any())):
+    positions = positions if positions is None else positions.to(input_ids.device)
+    if positions is not None and (positions.shape[-1:] != usual.shape[1:] or
+                                  bool(((positions != usual) & real).any())):
         raise ValueError("position_ids: allowed are those of the attention mask; leave it unset")
 
     widths = {name: logits_width(m) for m, name in zip(models, names)}
@@ -175,8 +300,8 @@ def check_tokenizers(tokenizers, names, vocab_size: int, tails: bool) -> None:
                              "model's logits lack; give vocab_size to leave them out")
 
 
-def check_context(models, names, prompt: int, max_new_tokens: int) -> None:
-    for m, name in zip(models, names):
+def check_context(models, names, prompts: list[int], max_new_tokens: int) -> None:
+    for m, name, prompt in zip(models, names, prompts):
         limit = getattr(m.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if isinstance(limit, int) and 0 < limit < prompt + max_new_tokens:
             raise ValueError(f"input_ids: got {prompt} tokens and max_new_tokens={max_new_tokens}, allowed are "

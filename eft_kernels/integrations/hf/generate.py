@@ -13,25 +13,30 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from ...decoding import Prompt, Speculation, Target, plain, speculative
+from ...decoding import OwnPrompt, Prompt, Speculation, Target, plain, speculative
 from ...ops import METHODS, sample
 from .arguments import (
     check_context,
     check_inputs,
     check_options,
     combination_of,
+    free_combination_of,
     is_int,
     is_number,
     outer_arguments,
+    own_prompts,
+    per_row,
     refuse_unless,
     seeds_of,
 )
 from .endings import end_tokens, endings_of, hold_back
-from .models import CausalLM, check_boundaries, logits_width
-from .processors import STATEFUL, sampling_of
+from .grammar import RowProcessors
+from .models import CausalLM, check_boundaries, device_of, logits_width
+from .peft import calling, check_distinct, resolved
+from .processors import sampling_of
 
 
 @dataclass
@@ -63,16 +68,24 @@ def invalid_message(failed: dict[int, int]) -> str:
 
 def generate(
     model, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, *, tuned=None, ref=None,
-    mode=None, beta=None, alpha=None, lam=None, upscale_top_p=1.0, temperature=None, top_k=None, top_p=None,
-    min_p=None, draft_tokens=0, verify="coupled", draft=None, seed=None, vocab_size=None, tokenizers=None,
-    on_invalid="raise", streamer=None, **model_kwargs,
+    models=None, weights=None, prompts=None, mode=None, beta=None, alpha=None, lam=None, upscale_top_p=1.0,
+    temperature=None, top_k=None, top_p=None, min_p=None, draft_tokens=0, verify="coupled", draft=None, seed=None,
+    vocab_size=None, tokenizers=None, on_invalid="raise", streamer=None, stop_strings=None, tokenizer=None,
+    **model_kwargs,
 ):
     """Decodes as if ``model`` had been fine-tuned the way ``tuned`` was from ``ref`` (arXiv 2310.12962).
 
     Every strength and sampling parameter is a number or a tensor [rows], rows = batch * num_return_sequences.
 
     Args:
-      tuned, ref: causal language models with the vocabulary of ``model``; ``tuned=[a, b]`` mixes two.
+      tuned, ref: causal language models with the vocabulary of ``model``; ``tuned=[a, b]`` mixes two. With an adapter
+        of PEFT in ``tuned`` (the active one counts), ref=None or its base module is the same weights with it off.
+      models, weights: instead of tuned, ref and mode, any combination: up to 7 models beside ``model`` (which may be
+        among them, with a prompt of its own), and a weight for each of [model, *models]. Contrastive decoding is
+        ``models=[amateur], weights=[1 + a, -a]``.
+      prompts: one for each of ``models``: ids [n, columns] or a dict of input_ids and attention_mask (left padding), n
+        dividing rows; None is the prompt of ``model``. All go on with the same new tokens. Classifier-free guidance
+        (arXiv 2306.17806) is ``models=[model], weights=[1 + g, -g], prompts=[negative]``.
       mode: "upscale": beta (model - ref) + tuned; "proxy": model + alpha (tuned - ref); "downscale": the same sum for
         a small model and large tuned and ref; "interpolate": model + lam tuned_a + (1 - lam) tuned_b - ref.
         Default: "interpolate" for two tuned models, else "upscale".
@@ -81,13 +94,16 @@ def generate(
       temperature, top_k, top_p, min_p: as transformers' options of that name; a temperature of 0 is greedy. As there,
         do_sample=True without top_k takes the generation config's (50 by default).
       draft_tokens: K, drafted per round; 0 decodes one token a step.
-      verify: "coupled": the tokens of plain decoding; "token", "block": the same distribution, more accepted.
-      draft: which of [model, *tuned, ref] drafts; default tuned (the first of two), in downscale ``model``.
+      verify: "coupled": the tokens of plain decoding where the logits are equal: float32 (a pass over K + 1 tokens
+        rounds bfloat16 in another order than one over 1); "token", "block": the same distribution, more accepted.
+      draft: which of [model, *tuned, ref] or [model, *models] drafts; default tuned (the first of two), in downscale
+        and with ``models`` ``model``.
       seed: int (row 0 keeps it), tensor int64 [rows], or None: from torch's global generator.
       vocab_size: use ids below it only; needed where the models' logits differ in width.
       tokenizers: one per model of [model, *tuned, ref]: refused unless they agree; shows what a longer tail is.
       on_invalid: "raise" `InvalidRowError` at the end, or "warn" and return.
       streamer: as in transformers, for one row.
+      stop_strings, tokenizer: as in transformers; ``tokenizers[0]`` serves where no tokenizer is given.
       model_kwargs: what transformers hands over (attention_mask, position_ids, its cache, which is not used).
 
     A row ends after any model's end token, by the models' generation configs (and ``tokenizers``): a chat model ends
@@ -95,32 +111,62 @@ def generate(
 
     Processors and stopping criteria (options or the caller's) see each token with its own prefix, also under
     speculation; processors get the emulated scores, float32 [rows, V], drafts do not. temperature, top_k, top_p and
-    min_p alone are the operation's own and never make scores [rows, V].
+    min_p alone are the operation's own and never make scores [rows, V]. Under speculation a processor is a function of
+    (input_ids, scores). xgrammar's own follows each row's drafts and back; another that keeps a state is refused where
+    that shows, unless it declares ``stateless = True`` (the result depends on the arguments alone) or has
+    ``process_rows(rows, input_ids, scores) -> scores``: the indices of n rows, their whole prefixes int64 [n, P + m],
+    of which the last tokens may differ from the call before, and scores [n, V]. draft_tokens=0 takes all as they are.
 
     Returns: int64 [rows, P + T], or `EmulatedOutput` with ``return_dict_in_generate``.
     Raises: ValueError naming the argument, before anything is computed; an option that cannot be honoured is refused.
     """
     outer = outer_arguments()
+    device = device_of(model)
+    beta, alpha, lam, upscale_top_p, temperature, top_k, top_p, min_p, seed = (
+        per_row(name, value, device) for name, value in dict(
+            beta=beta, alpha=alpha, lam=lam, upscale_top_p=upscale_top_p, temperature=temperature, top_k=top_k,
+            top_p=top_p, min_p=min_p, seed=seed).items())
     streamer = outer.get("streamer") if streamer is None else streamer
     config = generation_config if generation_config is not None else GenerationConfig()
-    models, names, weights, default_draft = combination_of(model, tuned, ref, mode, beta, alpha, lam)
+    free = weights is not None or models is not None
+    if free:
+        given = dict(tuned=tuned, ref=ref, mode=mode, beta=beta, alpha=alpha, lam=lam)
+        combination = free_combination_of(calling(model), models, weights, given)
+    else:
+        combination = combination_of(calling(model), tuned, ref, mode, beta, alpha, lam)
+    models, names, weights, default_draft = combination
+    models, contexts = resolved(models, names)
+    model = models[0]
     draft = default_draft if draft is None else draft
+    home, input_ids = input_ids.device, input_ids.to(device)
 
     refuse_unless("verify", verify, verify in METHODS, f"one of {', '.join(METHODS)}")
     refuse_unless("draft_tokens", draft_tokens, is_int(draft_tokens) and draft_tokens >= 0, "an integer >= 0")
     refuse_unless("draft", draft, is_int(draft) and 0 <= draft < len(models), f"0 to {len(models) - 1}")
     refuse_unless("on_invalid", on_invalid, on_invalid in ("raise", "warn"), "'raise' or 'warn'")
-    check_options(config, outer, model_kwargs)
+    check_options(config, outer, model_kwargs, sees=model.config.get_text_config(decoder=True) is not model.config)
     left, vocab_size = check_inputs(models, names, input_ids, model_kwargs, vocab_size, tokenizers)
-    rows, device = input_ids.shape[0], input_ids.device
+    input_ids = input_ids.long()
+    rows = input_ids.shape[0]
     if streamer is not None and rows != 1:
         raise ValueError(f"streamer: got {rows} rows, allowed is one")
 
     named = {k: v for k, v in dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p).items()
              if v is not None}
-    if len(models) == 4:
+    if free or len(models) == 4:
         refuse_unless("upscale_top_p", upscale_top_p, is_number(upscale_top_p) and upscale_top_p == 1,
-                       "1.0 with two tuned models")
+                       "1.0 with weights or two tuned models")
+    if prompts is not None and not free:
+        raise ValueError("prompts: go with models and weights; leave them out beside tuned and ref")
+    prompts = own_prompts(prompts, names, rows, device, vocab_size)
+    if free:
+        check_distinct(models, contexts, prompts, names)
+    if stop_strings is not None:
+        tokenizer = tokenizer or outer.get("tokenizer") or (tokenizers[0] if tokenizers else None)
+        if tokenizer is None:
+            raise ValueError("stop_strings: needs a tokenizer; give tokenizer=... or tokenizers=[...], or put a "
+                             "StopStringCriteria among stopping_criteria")
+        stopping_criteria = [*(stopping_criteria or []), StopStringCriteria(tokenizer, stop_strings)]
     max_new_tokens, eos, criteria = endings_of(stopping_criteria or [], input_ids.shape[1])
     chosen = "eos_token_id" in outer.get("kwargs", {}) or config.eos_token_id != model.generation_config.eos_token_id
     if not chosen:
@@ -129,24 +175,27 @@ def generate(
             eos = sorted(ends)
             logits_processor = hold_back(logits_processor or [], config, eos, input_ids.shape[1], device)
     processors, filters = sampling_of(logits_processor or [], config, named, outer.get("logits_processor"))
-    if draft_tokens and (bad := [type(p).__name__ for p in processors if isinstance(p, STATEFUL)]):
-        raise ValueError(f"logits_processor: {bad[0]} keeps a state of its own and needs draft_tokens=0")
+    process = RowProcessors(processors) if draft_tokens and processors else processors or None
     seeds = seeds_of(seed, rows, device, greedy=is_number(t := filters.get("temperature", 1.0)) and t < 1e-5)
     sample([torch.zeros(rows, 1, device=device)] * len(models), weights, upscale_top_p=upscale_top_p, seed=seeds,
            position=0, logprobs=False, check=True, **named)  # the operation's own checks of every value
 
-    check_context(models, names, int((input_ids.shape[1] - left).max()), max_new_tokens)
+    lengths = [int((ids.shape[1] - pads).max()) for ids, pads in (p or (input_ids, left) for p in prompts)]
+    check_context(models, names, lengths, max_new_tokens)
     pad = getattr(config, "_pad_token_tensor", None)
     pad = int(pad) if pad is not None else eos[0] if eos else 0
     known = min(map(logits_width, models))
     prompt = Prompt(input_ids, left, max_new_tokens, eos, pad, known, criteria or None)
     verbose = bool(config.return_dict_in_generate)
-    target = Target(weights, seeds, filters, upscale_top_p, vocab_size, processors or None,
+    target = Target(weights, seeds, filters, upscale_top_p, vocab_size, process,
                     keep_logits=bool(verbose and config.output_logits),
                     keep_scores=bool(verbose and config.output_scores))
-    adapters = [CausalLM(m, name, rollback=draft_tokens > 0) for m, name in zip(models, names)]
+    adapters = [CausalLM(m, name, rollback=draft_tokens > 0, context=context)
+                for m, name, context in zip(models, names, contexts)]
     if draft_tokens:
-        check_boundaries(adapters, rows, int((input_ids.shape[1] - left).max()) + max_new_tokens)
+        check_boundaries(adapters, rows, max(lengths) + max_new_tokens)
+    shared = input_ids.shape[1] - int(left.min())
+    adapters = [m if p is None else OwnPrompt(m, shared, *p, max_new_tokens) for m, p in zip(adapters, prompts)]
     on_tokens = None
     if streamer is not None:
         def on_tokens(tokens, kept):
@@ -160,7 +209,7 @@ def generate(
         done = plain(adapters, target, prompt, on_tokens=on_tokens)
     if streamer is not None:
         streamer.end()
-    output = done.sequences
+    output = done.sequences.to(home)
     if verbose:
         output = EmulatedOutput(sequences=output, scores=done.scores, logits=done.logits,
                                 speculation=done.speculation, failed=done.failed or None)

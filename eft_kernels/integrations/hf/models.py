@@ -8,6 +8,7 @@ changes, Mamba its mask after the prompt, OpenAI GPT reads the whole text at eve
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 
 import torch
 from transformers import DynamicCache, GenerationMixin
@@ -36,10 +37,12 @@ class CausalLM:
     Args:
       name: what error messages call it.
       rollback: rejected tokens will be taken back; ValueError where the model's cache cannot do that.
+      context: gives what is entered for each of its passes, such as one that switches an adapter off.
     """
 
-    def __init__(self, model, name: str, rollback: bool):
-        self.model, self.name, self.rollback = model, name, rollback
+    def __init__(self, model, name: str, rollback: bool, context=nullcontext):
+        self.model, self.name, self.rollback, self.context = model, name, rollback, context
+        self.device = device_of(model)
         self.takes = inspect.signature(model.forward).parameters
         self.width, self.cache_name = logits_width(model), cache_name(model)
         self.boundary, self.boundary_moves = rope_boundary(model)
@@ -72,6 +75,8 @@ class CausalLM:
         return cache
 
     def __call__(self, ids, attention_mask, position_ids, keep):
+        home, (ids, attention_mask, position_ids) = ids.device, (
+            x if x is None else x.to(self.device) for x in (ids, attention_mask, position_ids))
         past = 0 if self.ids is None else self.ids.shape[1]
         self.ids = torch.cat([self.ids, ids], 1) if past else ids
         self.positions = torch.cat([self.positions, position_ids], 1) if past else position_ids
@@ -90,11 +95,12 @@ class CausalLM:
         elif past and given < self.ids.shape[1] and not self.state:
             raise ValueError(f"{self.name}: {type(self.model).__name__} keeps no cache and reads {given} tokens of "
                              f"{self.ids.shape[1]}; allowed are models that keep one or read the whole text")
-        out = self.model(**inputs, return_dict=True)
+        with self.context():
+            out = self.model(**inputs, return_dict=True)
         self._keep(out)
         if out.logits.shape[-1] != self.width:
             raise ValueError(f"{self.name}: gives logits of width {out.logits.shape[-1]}, announces {self.width}")
-        return out.logits[:, -keep:]
+        return out.logits[:, -keep:].to(home)
 
     def _keep(self, out) -> None:
         """Holds on to what the model wants back at its next pass."""
@@ -121,6 +127,7 @@ class CausalLM:
             layer.crop(-count)
 
     def realign(self, columns):
+        columns = columns.to(self.device)
         self.ids, self.positions = self.ids.gather(1, columns), self.positions.gather(1, columns)
         for layer in self._layers():
             layer.keys, layer.values = take_columns(layer.keys, columns), take_columns(layer.values, columns)
@@ -130,6 +137,18 @@ def _holds_states(cache) -> bool:
     values = [x for layer in cache.layers for x in vars(layer).values()]
     values += [x for v in values if isinstance(v, dict) for x in v.values()]
     return any(isinstance(x, torch.Tensor) and x.numel() > 0 for x in values)
+
+
+def device_of(model) -> torch.device:
+    """Where a model takes its ids: its embedding's device, or where a hook of accelerate brings them."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    weight = getattr(embedding, "weight", None)
+    device = weight.device if isinstance(weight, torch.Tensor) else getattr(model, "device", torch.device("cpu"))
+    if device.type == "meta":
+        hooks = [getattr(m, "_hf_hook", None) for m in (embedding, model)]
+        device = next((torch.device(h.execution_device) for h in hooks
+                       if getattr(h, "execution_device", None) is not None), torch.device("cpu"))
+    return device
 
 
 def logits_width(model) -> int:

@@ -10,9 +10,6 @@ from ...decoding import Target
 from ...weights import Weights
 from .arguments import is_number, refuse_unless
 
-# Processors that count their calls or keep a state of their own: they cannot look at several slots of a round.
-STATEFUL = (lp.SynthIDTextWatermarkLogitsProcessor, lp.UnbatchedClassifierFreeGuidanceLogitsProcessor)
-
 # transformers' order of what it appends after the caller's processors, and the filters of ours among them
 ORDER = (lp.TemperatureLogitsWarper, lp.TopHLogitsWarper, lp.TopKLogitsWarper, lp.TopPLogitsWarper,
          lp.MinPLogitsWarper, lp.TypicalLogitsWarper, lp.EpsilonLogitsWarper, lp.EtaLogitsWarper,

@@ -1,0 +1,213 @@
+"""Processors under speculation, where a row is looked at slot by slot, with drafts that are taken back.
+
+A processor is a function of (input_ids, scores), unless it says or shows otherwise:
+
+- ``stateless = True``: the result depends on the arguments alone, whatever the processor keeps (a memo, a record);
+- ``process_rows(rows, input_ids, scores)``: called instead of it, with the rows of the batch that count (a list of n
+  indices), their whole prefixes int64 [n, P + m] and scores float32 [n, V]; returns scores [n, V]. A row's prefix may
+  be shorter than the one before, or go on differently: a matcher rolls back to what they share;
+- what keeps a state without either is refused by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections import deque
+
+import numpy as np
+import torch
+from transformers.generation import logits_process as lp
+
+# transformers' own that count their calls or keep a state
+STATEFUL = (lp.SynthIDTextWatermarkLogitsProcessor, lp.UnbatchedClassifierFreeGuidanceLogitsProcessor)
+
+
+class RowProcessors:
+    """Processors one after another, as `Target.process` under speculation."""
+
+    def __init__(self, processors):
+        self.processors = [_adapted(p) for p in processors]
+
+    def of_rows(self, input_ids, scores, rows):
+        index = rows.nonzero()[:, 0]
+        for process in self.processors:
+            if hasattr(process, "process_rows"):
+                own = process.process_rows(index.tolist(), input_ids[index], scores[index])
+                scores = scores.index_copy(0, index, own.to(scores.dtype))
+            else:
+                scores = process(input_ids, scores)
+        return scores
+
+
+def _adapted(processor):
+    if isinstance(processor, STATEFUL):
+        raise ValueError(f"logits_processor: {type(processor).__name__} keeps a state of its own and needs "
+                         "draft_tokens=0")
+    xgrammar = sys.modules.get("xgrammar.contrib.hf")
+    if xgrammar is not None and type(processor) is xgrammar.LogitsProcessor:
+        return XGrammar(processor)
+    if getattr(processor, "stateless", False) or hasattr(processor, "process_rows"):
+        return processor
+    if type(processor) is lp.PrefixConstrainedLogitsProcessor:
+        return _Prefixes(processor)
+    ours = __name__.rpartition(".")[0]
+    if type(processor).__module__ == lp.__name__ or type(processor).__module__.startswith(ours):
+        return processor
+    return _Watched(processor)
+
+
+class XGrammar:
+    """``xgrammar.contrib.hf.LogitsProcessor`` with matchers that follow each row's own prefix."""
+
+    def __init__(self, processor):
+        self.grammars, self.vocab_size = processor.compiled_grammars, processor.full_vocab_size
+        self.matchers, self.accepted, self.start = {}, {}, None  # by row; columns of the prompt
+
+    def process_rows(self, rows, input_ids, scores):
+        import xgrammar
+        self.start = input_ids.shape[1] if self.start is None else self.start
+        bitmask = xgrammar.allocate_token_bitmask(len(rows), self.vocab_size)
+        bitmask.fill_(-1)  # all bits
+        for i, (row, text) in enumerate(zip(rows, input_ids[:, self.start :].tolist())):
+            if row not in self.matchers:
+                grammar = self.grammars[row if len(self.grammars) > 1 else 0]
+                self.matchers[row], self.accepted[row] = xgrammar.GrammarMatcher(grammar), []
+            matcher, accepted = self.matchers[row], self.accepted[row]
+            if not self._follow(matcher, accepted, text):
+                continue  # after a draft that the grammar forbids: no such slot is ever emitted
+            if not matcher.is_terminated():
+                matcher.fill_next_token_bitmask(bitmask, i)
+            else:  # as xgrammar does: what was allowed before the end stays
+                matcher.rollback(1)
+                matcher.fill_next_token_bitmask(bitmask, i)
+                matcher.accept_token(accepted[-1])
+        scores = scores.cpu() if scores.device.type != "cuda" else scores
+        xgrammar.apply_token_bitmask_inplace(scores, bitmask.to(scores.device))
+        return scores.to(input_ids.device)
+
+    @staticmethod
+    def _follow(matcher, accepted: list[int], text: list[int]) -> bool:
+        """Brings a matcher from the tokens ``accepted`` to ``text``; whether the grammar allows that."""
+        shared = next((n for n, (a, b) in enumerate(zip(accepted, text)) if a != b), min(len(accepted), len(text)))
+        if shared < len(accepted):
+            matcher.rollback(len(accepted) - shared)
+            del accepted[shared:]
+        for token in text[shared:]:
+            if matcher.is_terminated():
+                break
+            if not matcher.accept_token(token):
+                return False
+            accepted.append(token)
+        return True
+
+
+class _Prefixes:
+    """transformers' ``prefix_allowed_tokens_fn``, asked about the rows that count alone."""
+
+    def __init__(self, processor):
+        self.allowed, self.beams, self.calls = processor._prefix_allowed_tokens_fn, processor._num_beams, 0
+
+    def process_rows(self, rows, input_ids, scores):
+        self.calls += 1
+        for i, row in enumerate(rows):
+            prefix = input_ids[i]
+            allowed = self.allowed(row // self.beams, prefix)
+            if self.calls == 1 and not _same(allowed, self._again(row // self.beams, prefix)):
+                raise ValueError("prefix_allowed_tokens_fn: gives different tokens when it is asked again, so it keeps "
+                                 "a state of its own; use draft_tokens=0")
+            one = lp.PrefixConstrainedLogitsProcessor(lambda b, ids, allowed=allowed: allowed, 1)
+            scores[i] = one(prefix[None], scores[i : i + 1])[0]
+        return scores
+
+    def _again(self, batch, prefix):
+        try:
+            return self.allowed(batch, prefix)
+        except Exception:
+            return None
+
+
+class _Watched:
+    """A caller's processor, refused at its first calls if it shows that it keeps a state."""
+
+    def __init__(self, processor):
+        self.processor, self.calls = processor, 0
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        if self.calls > 2:
+            return self.processor(input_ids, scores)
+        before, given = _marks(self.processor), scores.clone()
+        out = self.processor(input_ids, scores)
+        out = out.clone() if self.calls == 1 else out
+        after = _marks(self.processor)
+        # what was None or missing at the first call may be a table that is made once
+        changed = [k for k in {**before, **after} if before.get(k) != after.get(k)
+                   and not (self.calls == 1 and before.get(k, _mark(None)) == _mark(None))]
+        if self.calls == 1 and not changed:
+            try:
+                again = self.processor(input_ids, given)
+                changed = [k for k, mark in after.items() if _marks(self.processor).get(k) != mark]
+                same = _same(out, again)
+            except Exception:
+                same = False
+            if not same and not changed:
+                self._refuse("its result is another when it is called again")
+        if changed:
+            self._refuse(f"`{sorted(changed)[0]}` changes when it is called")
+        return out
+
+    def _refuse(self, why: str):
+        raise ValueError(
+            f"logits_processor: {type(self.processor).__name__} keeps a state of its own ({why}), which does not go "
+            "back with rejected drafts; use draft_tokens=0, or set `stateless = True` on it if its result depends on "
+            "its arguments alone, or give it `process_rows`")
+
+
+def _same(a, b) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+    try:
+        return b is not None and list(a) == list(b)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+def _marks(obj, depth: int = 3) -> dict:
+    """attribute (of a function: variable that it encloses): what tells one state of it from another."""
+    held = dict(getattr(obj, "__dict__", {}))
+    if inspect.ismethod(obj):
+        held["self"] = obj.__self__
+    if inspect.isfunction(obj):
+        cells = zip(obj.__code__.co_freevars, obj.__closure__ or ())
+        held.update({name: cell.cell_contents for name, cell in cells if _filled(cell)})
+    return {k: _mark(v, depth) for k, v in held.items()}
+
+
+def _filled(cell) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def _mark(x, depth: int = 0):
+    if x is None or isinstance(x, (bool, int, str, bytes)):
+        return type(x).__name__, x
+    if isinstance(x, float):
+        return "float", repr(x)
+    if isinstance(x, torch.Tensor):
+        return id(x), tuple(x.shape), None if x.is_inference() else x._version
+    if isinstance(x, np.ndarray):
+        return id(x), x.tobytes() if x.nbytes <= 1 << 20 else None
+    if isinstance(x, torch.nn.Module) or inspect.ismodule(x) or isinstance(x, type):
+        return id(x)
+    size = len(x) if hasattr(type(x), "__len__") else None
+    if depth == 0:
+        return id(x), size
+    if isinstance(x, dict):
+        return id(x), size, tuple((_mark(k), _mark(v, depth - 1)) for k, v in list(x.items())[:4096])
+    if isinstance(x, (list, tuple, deque)):
+        return id(x), size, tuple(_mark(v, depth - 1) for v in list(x)[:4096])
+    return id(x), size, tuple(_marks(x, depth - 1).items())
