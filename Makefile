@@ -36,7 +36,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 
 HAVE_TORCH := import torch; v = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])); assert v >= (2, 11)
 
-.PHONY: help demo test test-transformers interpreted bench report lint wheel sanitize build clean
+.PHONY: help demo test test-transformers interpreted bench report lint wheel sanitize fuzz build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
@@ -83,6 +83,11 @@ wheel: $(READY) ## dist/*.whl
 
 sanitize: ## the C++ core under AddressSanitizer and ThreadSanitizer
 	@$(MAKE) --no-print-directory -C csrc/tests sanitize
+
+FUZZ_SECONDS ?= 120
+fuzz: $(BUILT) ## calls nobody would write, at random, under sanitizers and without (FUZZ_SECONDS each)
+	@$(RUN) $(PY) tests/fuzz/sanitized.py --seconds $(FUZZ_SECONDS)
+	@$(RUN) $(PY) tests/fuzz/fuzz.py --seconds $(FUZZ_SECONDS)
 
 clean: ## remove what was built (the environment stays)
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis eft_kernels/*.so

@@ -8,9 +8,13 @@ EFT_KERNELS_CUDA=1 builds it wherever they are, =0 skips it. Unset, it is built 
 has CUDA or, where there is no torch (pip's build isolation), where an NVIDIA driver is loaded. It holds machine code
 for `ARCHS`, of those that nvcc knows, and PTX for newer GPUs; EFT_KERNELS_CUDA_ARCHS="90a;100" asks for these alone.
 
-Neither torch nor ninja is needed: no extension has a torch header.
+Neither torch nor ninja is needed: no extension has a torch header. One binary serves every Python from 3.10 on, but for
+free-threaded ones, which have no limited API: theirs is built for that Python alone, and turns its lock on.
+
+A tree that cannot be written to is built in a temporary folder.
 """
 
+import atexit
 import glob
 import importlib.util
 import os
@@ -21,6 +25,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 from setuptools import Extension, find_packages, setup
@@ -167,6 +172,29 @@ class Build(build_ext):
         return f"{', '.join(code)} with {' '.join(nvcc)}"
 
 
+def limited_api() -> bool:
+    """One binary for every Python >= 3.10. Free-threaded ones have no limited API."""
+    return not sysconfig.get_config_var("Py_GIL_DISABLED")
+
+
+def writable(folder: str) -> bool:
+    """Files can be made in ``folder``; tried, because permissions do not tell of a read-only mount."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def elsewhere() -> dict:
+    """Options that put what a build leaves behind into a temporary folder; none where the tree can be written to."""
+    if all(map(writable, filter(os.path.isdir, (".", "build", "eft_kernels.egg-info")))):
+        return {}
+    folder = tempfile.mkdtemp(prefix="eft_kernels-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return {"build": {"build_base": folder}, "egg_info": {"egg_base": folder}}
+
+
 def includes() -> list[str]:
     return [f"-I{p}" for p in {sysconfig.get_path("include"), sysconfig.get_path("platinclude")}]
 
@@ -187,14 +215,14 @@ def main():
     for kind, reason in reasons.items():
         if reason:
             print(f"eft_kernels: NOT built: the {kind} extension ({reason}); {WITHOUT[kind]}")
-    extensions = [Extension(f"eft_kernels._{kind.lower()}", sources=[], py_limited_api=True, optional=True)
+    extensions = [Extension(f"eft_kernels._{kind.lower()}", sources=[], py_limited_api=limited_api(), optional=True)
                   for kind, reason in reasons.items() if not reason]
     setup(
         packages=[*find_packages(include=["eft_kernels*"]), "eft_kernels._benchmarks"],
         package_dir={"eft_kernels._benchmarks": "benchmarks"},
         ext_modules=extensions,
         cmdclass={"build_ext": Build},
-        options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},
+        options=elsewhere() | ({"bdist_wheel": {"py_limited_api": "cp310"}} if extensions and limited_api() else {}),
     )
 
 

@@ -6,7 +6,7 @@ A backend is a module with ``sample``, ``verify``, ``logprobs``, ``token_logprob
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import warnings
 from functools import cache
@@ -14,6 +14,9 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+
+from .backends import extension
+from .checks import one_of
 
 
 class Backend(NamedTuple):
@@ -46,7 +49,7 @@ def status(name: str) -> tuple[bool, str]:
     """(available, what it is or why it is not here)."""
     try:
         module = load(name)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         return False, str(error)
     return module.status() if hasattr(module, "status") else (True, "always here")
 
@@ -60,6 +63,11 @@ def backends() -> dict[str, dict]:
     return rows
 
 
+def not_allowed(reason: str) -> bool:
+    """What is wrong with a backend is a setting, which is to be mended and not passed over."""
+    return reason.startswith("EFT_KERNELS_")
+
+
 @cache
 def _choose(name: str, device_type: str) -> ModuleType:
     names = [b.name for b in TABLE]
@@ -67,11 +75,11 @@ def _choose(name: str, device_type: str) -> ModuleType:
         name = os.environ.get("EFT_KERNELS_BACKEND") or "auto"
         if name not in (*names, "auto"):
             raise ValueError(f"EFT_KERNELS_BACKEND: got {name!r}, allowed are {', '.join(names)}")
-    elif name not in names:
-        raise ValueError(f"backend: got {name!r}, allowed are auto, {', '.join(names)}")
     if name != "auto":
         backend = TABLE[names.index(name)]
         available, reason = status(name)
+        if not_allowed(reason):
+            raise ValueError(reason)
         if not available:
             raise ValueError(f"backend: {name!r} is not available: {reason}")
         if backend.devices and device_type not in backend.devices:
@@ -81,9 +89,9 @@ def _choose(name: str, device_type: str) -> ModuleType:
         if b.devices and device_type not in b.devices:
             continue
         available, reason = status(b.name)
-        if available:
+        if available or not_allowed(reason):
             return load(b.name)
-        if b.optional and importlib.util.find_spec(b.optional) is None:
+        if b.optional and not extension.built(b.optional):
             continue
         warnings.warn(f"eft_kernels: the {b.name} backend is not available ({reason}); using a slower one",
                       stacklevel=3)
@@ -92,12 +100,17 @@ def _choose(name: str, device_type: str) -> ModuleType:
 
 def choose(name: str, device: torch.device) -> ModuleType:
     """The module that runs ``name`` ("auto" or a backend) for tensors on ``device``; ValueError says why it cannot."""
+    one_of("backend", name, ("auto", *(b.name for b in TABLE)))
     return _choose(name, device.type)
 
 
-@cache
 def shortcut(function: str, name: str, device_type: str = "cpu"):
     """What the backend for such tensors offers to call before arguments are checked (backends/cpu.py), or None."""
+    return _shortcut(function, name, device_type) if type(name) is str else None
+
+
+@cache
+def _shortcut(function: str, name: str, device_type: str):
     try:
         return getattr(_choose(name, device_type), function, None)
     except ValueError:

@@ -8,13 +8,16 @@ name the bad one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 
 from . import dispatch
-from .params import SPECS, DraftParams, Params, check_logits, check_params, scalar_or_rows
+from .checks import INTEGERS, dense, flag, from_host, index, one_of, readable, stands_for_others
+from .params import MAX_VOCAB, SPECS, DraftParams, Params, check_logits, check_params, scalar_or_rows
 from .reference import row_seed
 from .weights import Weights
 
@@ -127,14 +130,34 @@ def _device_type(logits) -> str:
 
 def _call(name: str, logits, p: Params, *args, backend: str):
     """The operator; without the dispatcher where nothing listens to it."""
-    if _plain() and all(type(z) is torch.Tensor or type(z) is torch.nn.Parameter for z in logits):
+    plain = all(type(z) is torch.Tensor or type(z) is torch.nn.Parameter for z in logits)
+    if plain and _plain() and logits[0].device.type != "meta":
         return getattr(dispatch.choose(backend, logits[0].device), name)(logits, p, *args)
-    return getattr(torch.ops.eft_kernels, name)(logits, *_flatten(p, *args), backend)
+    try:
+        return getattr(torch.ops.eft_kernels, name)(logits, *_flatten(p, *args), backend)
+    except Exception as error:
+        if plain or torch.compiler.is_compiling():
+            raise
+        j = next(j for j, z in enumerate(logits) if stands_for_others(z))
+        raise ValueError(f"logits[{j}]: expected a plain tensor, got a {type(logits[j]).__name__} "
+                         f"that fails with {type(error).__name__}: {error}") from error
 
 
 def _values(weights):
     weights = weights if type(weights) is Weights else Weights(weights)
     return weights.tensor if weights.values is None else weights.values
+
+
+def _shapes_alone(fake):
+    """A fake for tensors without values. One of them beside real logits would have it make up the results."""
+    @functools.wraps(fake)
+    def run(logits, *args):
+        if not logits:
+            raise ValueError("logits: expected a list of 1 to 8 tensors, one per model, got 0 tensors")
+        if logits[0].device.type != "meta" and not is_fake(logits[0]):
+            raise ValueError(f"an argument is on meta, the logits are on {logits[0].device}; move it there")
+        return fake(logits, *args)
+    return run
 
 
 def _fake_sample(logits, *args):
@@ -164,7 +187,7 @@ for _name, _fake in dict(sample=_fake_sample, verify=_fake_verify, logprobs=_fak
     library.define(_name + SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
     for _key in ("CPU", "CUDA", "XPU", "MPS"):
         library.impl(_name, _implementation(_name), _key)
-    torch.library.register_fake(f"eft_kernels::{_name}", _fake, lib=library)
+    torch.library.register_fake(f"eft_kernels::{_name}", _shapes_alone(_fake), lib=library)
 
 
 class SampleOutput(NamedTuple):
@@ -247,9 +270,9 @@ def sample(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
     Args:
       logits: J tensors [B, V_j], float32, float16 or bfloat16, any mix, any row stride.
       weights: `Weights`, J numbers, or a tensor [J] or [B, J]. A model of weight 0 is not read.
-      temperature, top_k, top_p, min_p: a number or a tensor [B]; in this order, as in transformers. Every filter is a
-        threshold on the score and keeps ties. temperature below 1e-5 is greedy (lowest id on ties); 0, 1.0, 0.0
-        switch top_k, top_p, min_p off.
+      temperature, top_k, top_p, min_p: a number, or a tensor, list or NumPy array [B]; in this order, as in
+        transformers. Every filter is a threshold on the score and keeps ties. temperature below 1e-5 is greedy (lowest
+        id on ties); 0 or -1, 1.0, 0.0 switch top_k, top_p, min_p off. None is the default.
       upscale_top_p: the paper's conservative decoding: outside the smallest nucleus of this mass of the tuned
         model's own distribution a token keeps log p_tuned. 1.0 is off.
       seed, position: integers (64 bits) or tensors [B]. The noise is a pure function of a row's (seed, position,
@@ -257,9 +280,10 @@ def sample(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
         does; of a tensor [B], rows of equal seed and position share noise. A seed needs a ``position``, the step's
         number: without one every step would repeat its noise. seed=None draws fresh seeds from torch's generator.
       vocab_size: V, at most (and by default) the shortest V_j.
-      token_mask: int32 [B, ceil(V / 32)], bit 1 = allowed (xgrammar's layout); applied before everything.
+      token_mask: int32 [B, ceil(V / 32)] or [1, ...], bit 1 = allowed (xgrammar's layout); applied before everything.
       logprobs: return the token's log-probs; off saves the exponentials.
-      top_logprobs: n most likely tokens of the emulated distribution. diagnostics: entropy and TV to ``tuned``.
+      top_logprobs: n most likely tokens of the emulated distribution, n up to 2^22. diagnostics: entropy and TV to
+        ``tuned``.
       stream, slot: which of the position's noise. Drafts have noise of their own: use `draft`, which knows it.
       tuned: which of the models is the tuned one (upscale_top_p, diagnostics).
       backend: "auto" or a name of `backends()`. check: also check the values of tensors on a GPU (synchronises).
@@ -267,7 +291,7 @@ def sample(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
     Returns: `SampleOutput`. A row with NaN, +inf, or nothing left gives token -1 and valid False, that row alone.
     Raises: ValueError naming the argument, before anything is computed.
     """
-    if seed is not None and position is not None and not check and _plain() and \
+    if seed is not None and position is not None and not check and type(stream) is str and _plain() and \
             (shortcut := dispatch.shortcut("try_sample", backend, _device_type(logits))):
         out = shortcut(logits, _values(weights), temperature, top_k, top_p, min_p, upscale_top_p, seed, position,
                        token_mask, vocab_size, tuned, 0 if stream == "sample" else 1 if stream == "draft" else None,
@@ -276,7 +300,8 @@ def sample(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
             return SampleOutput(*out)
     logits, vocab_size = check_logits(logits, 2, vocab_size)
     rows, device = logits[0].shape[0], logits[0].device
-    _check_draw(stream, slot, top_logprobs)
+    slot, top_logprobs = _check_draw(stream, slot, top_logprobs)
+    logprobs, diagnostics = flag("logprobs", logprobs), flag("diagnostics", diagnostics)
     seed, position = _noise(seed, position, rows, device)
     p = check_params(logits, weights, rows, vocab_size, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                      upscale_top_p=upscale_top_p, seed=seed, position=position, token_mask=token_mask, tuned=tuned,
@@ -349,7 +374,8 @@ def verify(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
 
     Returns: `VerifyOutput`. Raises: ValueError naming the argument, before anything is computed.
     """
-    if seed is not None and position is not None and not check and _plain() and method in METHODS and \
+    if seed is not None and position is not None and not check and _plain() and \
+            type(method) is str and method in METHODS and \
             (shortcut := dispatch.shortcut("try_verify", backend, _device_type(logits))):
         out = shortcut(logits, _values(weights), temperature, top_k, top_p, min_p, upscale_top_p, seed, position,
                        token_mask, vocab_size, tuned, draft_tokens, draft_lengths, METHODS.index(method), draft,
@@ -359,7 +385,7 @@ def verify(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
     logits, vocab_size = check_logits(logits, 3, vocab_size)
     rows, slots = logits[0].shape[:2]
     device = logits[0].device
-    _check_method(logits, method, draft)
+    draft, logprobs = _check_method(logits, method, draft), flag("logprobs", logprobs)
     look = check or _eager_cpu(device)
     seed, position = _noise(seed, position, rows, device)
     p = check_params(logits, weights, rows, vocab_size, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
@@ -386,7 +412,7 @@ def verify(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
     if draft_lengths is None:
         draft_lengths = torch.full((rows,), slots - 1, dtype=torch.int64, device=device)
     draft_lengths = _integers("draft_lengths", draft_lengths, (rows,), device)
-    if look and rows:
+    if look and rows and readable(draft_tokens) and readable(draft_lengths):
         if int(draft_lengths.min()) < 0 or int(draft_lengths.max()) > slots - 1:
             raise ValueError(f"draft_lengths: got {draft_lengths.tolist()}, allowed is 0 to {slots - 1}")
         counts = torch.arange(slots - 1, device=device) < draft_lengths[:, None]
@@ -398,22 +424,19 @@ def verify(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
     return VerifyOutput(tokens, num_emitted, valid, *((lp, raw) if logprobs else (None, None)))
 
 
-def _check_draw(stream, slot, top_logprobs):
-    if stream not in STREAM_NAMES:
-        raise ValueError(f"stream: got {stream!r}, allowed are {', '.join(STREAM_NAMES)}")
-    if not isinstance(slot, int) or not 0 <= slot < 1 << 24:
-        raise ValueError(f"slot: got {slot!r}, allowed is an integer from 0 to 2^24 - 1")
-    if not isinstance(top_logprobs, int) or top_logprobs < 0:
-        raise ValueError(f"top_logprobs: got {top_logprobs!r}, allowed is an integer >= 0")
+def _check_draw(stream, slot, top_logprobs) -> tuple[int, int]:
+    one_of("stream", stream, STREAM_NAMES)
+    return (index("slot", slot, 0, (1 << 24) - 1, "an integer from 0 to 2^24 - 1"),
+            index("top_logprobs", top_logprobs, 0, MAX_VOCAB, f"an integer from 0 to {MAX_VOCAB}"))
 
 
-def _check_method(logits, method, draft):
+def _check_method(logits, method, draft) -> int | None:
     if logits[0].shape[1] < 1:
         raise ValueError("logits[0]: expected [B, K+1, V] with K >= 0, got 0 slots")
-    if method not in METHODS:
-        raise ValueError(f"method: got {method!r}, allowed are {', '.join(METHODS)}")
-    if draft is not None and (not isinstance(draft, int) or not 0 <= draft < len(logits)):
-        raise ValueError(f"draft: got {draft!r}, allowed is None or the index of one of the {len(logits)} models")
+    one_of("method", method, METHODS)
+    if draft is None:
+        return None
+    return index("draft", draft, 0, len(logits) - 1, f"None or the index of one of the {len(logits)} models")
 
 
 def _own_params(params: DraftParams, rows: int, device, look: bool) -> DraftParams:
@@ -485,7 +508,10 @@ def _text(x) -> str:
 
 
 def _integers(name: str, value, shape, device) -> torch.Tensor:
-    if not isinstance(value, torch.Tensor) or value.dtype not in (torch.int64, torch.int32) or value.shape != shape:
+    value = from_host(name, value, device)
+    if isinstance(value, torch.Tensor):
+        value = dense(name, value)
+    if not isinstance(value, torch.Tensor) or value.dtype not in INTEGERS or value.shape != shape:
         got = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
         raise ValueError(f"{name}: expected an int64 tensor {list(shape)}, got {got}")
     if value.device != device:
@@ -519,13 +545,14 @@ def token_logprobs(logits: Sequence[torch.Tensor], weights: Weights | Sequence[f
     """
     logits, vocab_size = check_logits(logits, 2, vocab_size)
     rows, device = logits[0].shape[0], logits[0].device
-    if not isinstance(ids, torch.Tensor) or ids.dim() not in (1, 2) or ids.shape[0] != rows:
+    ids = from_host("ids", ids, device)
+    if not isinstance(ids, torch.Tensor) or dense("ids", ids).dim() not in (1, 2) or ids.shape[0] != rows:
         got = list(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
         raise ValueError(f"ids: expected an int64 tensor [{rows}] or [{rows}, n], got {got}")
     shape = ids.shape
     ids = _integers("ids", ids, shape, device).reshape(rows, shape[1] if len(shape) == 2 else 1)
     look = check or _eager_cpu(device)
-    if look and ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
+    if look and ids.numel() and readable(ids) and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
         raise ValueError(f"ids: got an id outside 0 to {vocab_size - 1}")
     p = check_params(logits, weights, rows, vocab_size, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                      upscale_top_p=upscale_top_p, token_mask=token_mask, tuned=tuned, check=look)

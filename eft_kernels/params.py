@@ -1,6 +1,7 @@
 """Sampling parameters: checking what the host can see, and the one form every backend takes.
 
-Each parameter is a Python scalar (it travels as a scalar, no device copy) or a tensor ``[rows]``.
+Each parameter is a Python scalar (it travels as a scalar, no device copy) or a tensor ``[rows]``. Lists and NumPy
+arrays become tensors on the logits' device.
 """
 
 from __future__ import annotations
@@ -10,21 +11,25 @@ from typing import NamedTuple
 
 import torch
 
+from .checks import INTEGERS, dense, from_host, index, is_array, readable, shown
 from .weights import Weights
 
 # name: (dtype of the tensor form, smallest and largest value, what is allowed)
 TINY = 2.0**-126  # a float32 that no mode flushes to 0
 SPECS = {
     "temperature": (torch.float32, 0, 1e30, "0 to 1e30 (below 1e-5 is greedy)"),
-    "top_k": (torch.int64, 0, (1 << 63) - 1, "an integer >= 0 (0 is off)"),
+    "top_k": (torch.int64, -1, (1 << 63) - 1, "an integer >= 0 (0 and -1 are off)"),
     "top_p": (torch.float32, TINY, 1, "in (0, 1] (1 is off)"),
     "min_p": (torch.float32, 0, 1, "in [0, 1] (0 is off)"),
     "upscale_top_p": (torch.float32, TINY, 1, "in (0, 1] (1 is off)"),
     "seed": (torch.int64, -(1 << 63), (1 << 64) - 1, "a 64-bit integer"),
     "position": (torch.int64, 0, (1 << 63) - 1, "an integer >= 0"),
 }
+MAX_MODELS = 8
+MAX_WEIGHT = 2.0**128 - 2.0**103  # from here on a number rounds to an infinite float32
 MAX_VOCAB = 1 << 22  # the fixed-point masses (2^40 each) of this many tokens cannot overflow 63 bits
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DEFAULTS = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, upscale_top_p=1.0, position=0)  # what None means
 
 
 class Params(NamedTuple):
@@ -57,35 +62,50 @@ class DraftParams(NamedTuple):
         return p._replace(weights=(1.0,), upscale_top_p=1.0, tuned=0, **own)
 
 
+def scalar(name: str, value, rows: int):
+    """``value`` as a Python number in range, integers as signed 64 bits; ValueError names ``name``."""
+    dtype, low, high, words = SPECS[name.removeprefix("draft_")]
+    integer = dtype is torch.int64
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{name}: expected a number or a tensor [{rows}], got {type(value).__name__}")
+    if not low <= value <= high or (integer and value % 1):
+        raise ValueError(f"{name}: got {value}, allowed is {words}")
+    if not integer:
+        return float(value)
+    value = int(value)
+    if name in ("top_k", "draft_top_k"):
+        return max(value, 0)
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
 def scalar_or_rows(name: str, value, rows: int, device: torch.device, check: bool):
     """``value`` as a Python scalar or a contiguous tensor [rows] on ``device``; ValueError names ``name``."""
     dtype, low, high, words = SPECS[name.removeprefix("draft_")]
-    kind = type(value)
-    if kind is (float if dtype is torch.float32 else int) and low <= value <= high and value < 1 << 63:
-        return value
+    if is_array(value):
+        value = value.tolist()  # of no dimensions: a number
+    if isinstance(value, (list, tuple)):
+        if len(value) != rows:
+            raise ValueError(f"{name}: expected a number or a tensor [{rows}], got shape [{len(value)}]")
+        value = [scalar(name, x.item() if isinstance(x, torch.Tensor) and x.dim() == 0 else x, rows) for x in value]
+        return torch.tensor(value, dtype=dtype, device=device)
     if not isinstance(value, torch.Tensor):
-        integer = dtype is torch.int64
-        if kind is bool or not isinstance(value, numbers.Real):
-            raise ValueError(f"{name}: expected a number or a tensor [{rows}], got {type(value).__name__}")
-        if not low <= value <= high or (integer and value % 1):
-            raise ValueError(f"{name}: got {value}, allowed is {words}")
-        if not integer:
-            return float(value)
-        value = int(value)
-        return value - (1 << 64) if value >= 1 << 63 else value
-    if value.is_complex():
-        raise ValueError(f"{name}: expected a real tensor, got {value.dtype}")
+        return scalar(name, value, rows)
+    value = dense(name, value)
+    if value.is_complex() or value.dtype is torch.bool:
+        raise ValueError(f"{name}: expected {'an integer' if dtype is torch.int64 else 'a real'} tensor, "
+                         f"got {value.dtype}")
     if value.dim() == 0:
         value = value.reshape(1).expand(rows)
     if value.shape != (rows,):
         raise ValueError(f"{name}: expected a number or a tensor [{rows}], got shape {list(value.shape)}")
-    if dtype == torch.int64 and (value.is_floating_point() or value.dtype == torch.bool):
+    if dtype is torch.int64 and value.dtype not in INTEGERS:
         raise ValueError(f"{name}: expected an integer tensor, got {value.dtype}")
     if value.device != device:
         raise ValueError(f"{name}: is on {value.device}, the logits are on {device}; move it there")
-    if check and name != "seed" and not bool(((value >= low) & (value <= high)).all()):
-        raise ValueError(f"{name}: got {value.tolist()}, allowed is {words}")
-    return value.to(dtype).contiguous()
+    given, value = value, value.to(dtype).contiguous()  # before the comparison: narrow types wrap the bounds
+    if check and name != "seed" and readable(value) and not bool(((value >= low) & (value <= high)).all()):
+        raise ValueError(f"{name}: got {given.tolist()}, allowed is {words}")
+    return value
 
 
 def check_logits(logits, dims: int, vocab_size: int | None) -> tuple[list[torch.Tensor], int]:
@@ -95,6 +115,8 @@ def check_logits(logits, dims: int, vocab_size: int | None) -> tuple[list[torch.
         raise ValueError(f"logits: expected a list of 1 to 8 tensors, one per model, got {got}")
     lead, device, shortest, out = None, None, None, []
     for j, z in enumerate(logits):
+        if isinstance(z, torch.Tensor):
+            z = dense(f"logits[{j}]", z)
         size = z.shape if isinstance(z, torch.Tensor) else ()
         if j == 0:
             lead, device, shortest = size[:-1], getattr(z, "device", None), size[-1] if size else 0
@@ -102,7 +124,7 @@ def check_logits(logits, dims: int, vocab_size: int | None) -> tuple[list[torch.
             shape = "[B, V]" if dims == 2 else "[B, K+1, V]"
             got = list(size) if isinstance(z, torch.Tensor) else type(z).__name__
             raise ValueError(f"logits[{j}]: expected a tensor {shape}, every model with the same rows, got {got}"
-                             + (f" beside {list(logits[0].shape)}" if j else ""))
+                             + (f" beside {list(out[0].shape)}" if j else ""))
         if z.dtype not in DTYPES:
             raise ValueError(f"logits[{j}]: expected float32, float16 or bfloat16, got {z.dtype}")
         if z.device != device:
@@ -111,11 +133,30 @@ def check_logits(logits, dims: int, vocab_size: int | None) -> tuple[list[torch.
         out.append(z if z.stride(-1) == 1 else z.contiguous())
     if vocab_size is None:
         vocab_size = shortest
-    if not isinstance(vocab_size, int) or not 1 <= vocab_size <= shortest:
-        raise ValueError(f"vocab_size: got {vocab_size}, allowed is 1 to {shortest} (the shortest model's logits)")
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, numbers.Integral) or not 1 <= vocab_size <= shortest:
+        raise ValueError(f"vocab_size: got {shown(vocab_size)}, allowed is 1 to {shortest} "
+                         "(the shortest model's logits)")
     if vocab_size > MAX_VOCAB:
         raise ValueError(f"vocab_size: got {vocab_size}, allowed is at most {MAX_VOCAB}")
     return out, int(vocab_size)
+
+
+def check_mask(mask, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """``mask`` as contiguous int32 words of this shape; leading sizes of 1 are repeated."""
+    mask = from_host("token_mask", mask, device)
+    got = type(mask).__name__
+    if isinstance(mask, torch.Tensor):
+        mask = dense("token_mask", mask)
+        got = f"{mask.dtype} {list(mask.shape)}"
+        if mask.dtype is torch.uint32:
+            mask = mask.view(torch.int32)
+    if not isinstance(mask, torch.Tensor) or mask.dtype is not torch.int32 or mask.dim() != len(shape) or \
+            mask.shape[-1] != shape[-1] or any(n not in (1, want) for n, want in zip(mask.shape, shape)):
+        raise ValueError(f"token_mask: expected an int32 tensor {list(shape)} (bit v % 32 of word v // 32 is 1 where "
+                         f"token v is allowed; sizes of 1 are repeated), got {got}")
+    if mask.device != device:
+        raise ValueError(f"token_mask: is on {mask.device}, the logits are on {device}; move it there")
+    return mask.expand(shape).contiguous()
 
 
 def check_params(logits, weights, rows, vocab_size, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
@@ -128,38 +169,28 @@ def check_params(logits, weights, rows, vocab_size, *, temperature=1.0, top_k=0,
         raise ValueError(f"weights: got {len(weights)} values for {len(logits)} models' logits")
     if weights.values is not None:
         for w in weights.values:
-            if not abs(w) < float("inf"):
-                raise ValueError(f"weights: got {w}, allowed are finite numbers")
+            if not abs(w) < MAX_WEIGHT:
+                raise ValueError(f"weights: got {w}, allowed are finite float32 numbers")
         w = weights.values
     else:
-        w = weights.tensor
+        w = weights.tensor.to(device) if weights.on_host else weights.tensor
         if w.device != device:
             raise ValueError(f"weights: is on {w.device}, the logits are on {device}; move it there")
         if weights.per_row and w.shape[0] != rows:
             raise ValueError(f"weights: expected [{rows}, {len(logits)}], got {list(w.shape)}")
-        if check and not bool(torch.isfinite(w).all()):
+        if check and readable(w) and not bool(torch.isfinite(w).all()):
             raise ValueError("weights: got a value that is not finite")
         w = w.contiguous()
     if token_mask is not None:
-        want = (*logits[0].shape[:-1], (vocab_size + 31) // 32)
-        if not isinstance(token_mask, torch.Tensor) or token_mask.dtype != torch.int32 or token_mask.shape != want:
-            got = f"{token_mask.dtype} {list(token_mask.shape)}" if isinstance(token_mask, torch.Tensor) \
-                else type(token_mask).__name__
-            raise ValueError(f"token_mask: expected an int32 tensor {list(want)} (bit v % 32 of word v // 32 is 1 "
-                             f"where token v is allowed), got {got}")
-        if token_mask.device != device:
-            raise ValueError(f"token_mask: is on {token_mask.device}, the logits are on {device}; move it there")
-        token_mask = token_mask.contiguous()
+        token_mask = check_mask(token_mask, (*logits[0].shape[:-1], (vocab_size + 31) // 32), device)
 
     def value(name, x):
-        return scalar_or_rows(name, x, rows, device, check)
+        return scalar_or_rows(name, DEFAULTS.get(name) if x is None else x, rows, device, check)
 
-    if type(tuned) is not int:
-        raise ValueError(f"tuned: got {tuned!r}, allowed is the index of one of the {len(logits)} models")
     upscale_top_p = value("upscale_top_p", upscale_top_p)
-    if needs_tuned or isinstance(upscale_top_p, torch.Tensor) or upscale_top_p != 1.0:
-        if not 0 <= tuned < len(logits):
-            raise ValueError(f"tuned: got {tuned!r}, allowed is the index of one of the {len(logits)} models")
+    needs_tuned = needs_tuned or isinstance(upscale_top_p, torch.Tensor) or upscale_top_p != 1.0
+    tuned = index("tuned", tuned, 0, len(logits) - 1 if needs_tuned else MAX_MODELS - 1,
+                  f"the index of one of the {len(logits)} models")
     return Params(w, value("temperature", temperature), value("top_k", top_k), value("top_p", top_p),
                   value("min_p", min_p), upscale_top_p, value("seed", seed), value("position", position), token_mask,
                   vocab_size, tuned)

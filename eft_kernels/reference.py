@@ -231,7 +231,7 @@ class Rows:
         comes to NaN or +inf in either makes the row invalid, and so does having no token left.
         """
         V, dev = self.vocab_size, self.logits[0].device
-        s = torch.zeros(self.logits[0].shape[0], V, device=dev)
+        s = torch.zeros(self.logits[0].shape[0], V, dtype=torch.float32, device=dev)
         excluded = torch.zeros_like(s, dtype=torch.bool) if self.allowed is None else ~self.allowed
         bad = torch.zeros_like(excluded)
         first = torch.ones(s.shape[0], 1, dtype=torch.bool, device=dev)
@@ -313,7 +313,7 @@ class Rows:
         kept, masses = self.process(s)
         lp = (kept - best[:, None]) * self.inverse[:, None] - log_total(masses.sum(1))[:, None]
         lp = torch.where(kept == NEG_INF, NEG_INF, lp)
-        return torch.where(self.greedy[:, None], torch.where(masses > 0, 0.0, NEG_INF), lp)
+        return torch.where(self.greedy[:, None], torch.where(masses > 0, lp.new_zeros(()), NEG_INF), lp)
 
 
 # --- operations ----------------------------------------------------------------------------------------------------
@@ -334,11 +334,11 @@ def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logpro
     tokens = torch.full((B,), -1, dtype=torch.int64, device=dev)
     valid = torch.zeros(B, dtype=torch.bool, device=dev)
     n = min(top_logprobs, p.vocab_size)
-    nan = float("nan")
-    lp, raw = (torch.full((B,), nan, device=dev) if logprobs else None for _ in range(2))
+    nan, f32 = float("nan"), dict(dtype=torch.float32, device=dev)
+    lp, raw = (torch.full((B,), nan, **f32) if logprobs else None for _ in range(2))
     top_ids = torch.full((B, top_logprobs), -1, dtype=torch.int64, device=dev) if top_logprobs else None
-    top_lp = torch.full((B, top_logprobs), NEG_INF, device=dev) if top_logprobs else None
-    entropy, tv = (torch.full((B,), nan, device=dev) if diagnostics else None for _ in range(2))
+    top_lp = torch.full((B, top_logprobs), NEG_INF, **f32) if top_logprobs else None
+    entropy, tv = (torch.full((B,), nan, **f32) if diagnostics else None for _ in range(2))
     for part in blocks(B, p.vocab_size):
         r = _rows(logits, p, part)
         s, ok = r.combine()
@@ -369,7 +369,7 @@ def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logpro
 
 
 def logprobs(logits, p: Params):
-    out = torch.empty(logits[0].shape[0], p.vocab_size, device=logits[0].device)
+    out = torch.empty(logits[0].shape[0], p.vocab_size, dtype=torch.float32, device=logits[0].device)
     for part in blocks(*out.shape):
         r = _rows(logits, p, part)
         s, ok = r.combine()
@@ -410,7 +410,8 @@ def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: i
     tokens = torch.full((B, S), -1, dtype=torch.int64, device=dev)
     emitted = torch.zeros(B, dtype=torch.int64, device=dev)
     valid = torch.zeros(B, dtype=torch.bool, device=dev)
-    lp, raw = (torch.full((B, S), float("nan"), device=dev) if logprobs else None for _ in range(2))
+    lp, raw = (torch.full((B, S), float("nan"), dtype=torch.float32, device=dev) if logprobs else None
+               for _ in range(2))
     # a row ends its drafts at the first invalid slot, and is invalid if it gets there
     oks = torch.stack([ok for _, _, ok, _ in slots], 1)  # [B, S]
     ends = torch.where(oks, S, torch.arange(S, device=dev)).amin(1)

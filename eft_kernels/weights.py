@@ -1,6 +1,6 @@
 """Weights of the product of experts ``s = sum_j w_j z_j``: presets that name the usual choices.
 
-Every function accepts floats, or tensors ``[rows]`` for a value per row (per request).
+Every function accepts floats, or tensors, lists or NumPy arrays ``[rows]`` for a value per row (per request).
 """
 
 from __future__ import annotations
@@ -10,37 +10,67 @@ from collections.abc import Sequence
 
 import torch
 
-Number = float | int | torch.Tensor
+from .checks import dense, from_host, is_array
+
+Number = float | int | torch.Tensor | Sequence[float]
+
+
+def _per_row(value: Number):
+    """Lists and arrays as tensors; numbers as they are."""
+    return from_host("weights", value, torch.device("cpu"), torch.float64)
+
+
+def _real(value) -> float | torch.Tensor:
+    """A float, or a float32 tensor with dimensions; ValueError for what is neither."""
+    if isinstance(value, torch.Tensor):
+        value = dense("weights", value)
+        if value.is_complex() or value.dtype is torch.bool:
+            raise ValueError(f"weights: expected real numbers, got {value.dtype}")
+        if value.dim():
+            return value.to(torch.float32)
+    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"weights: expected numbers, got {type(value).__name__}")
+    try:
+        return float(value)
+    except (OverflowError, RuntimeError) as error:
+        raise ValueError(f"weights: {error}") from error
 
 
 class Weights:
     """Weights of J models: ``values`` (a tuple of J floats) or ``tensor`` ([J] or [rows, J] float32).
 
     Iterating, indexing rows and repeating rows work the way the decoding loops need them; ``tensor`` is None
-    for plain floats, which then travel as scalars and cost no device copy.
+    for plain floats, which then travel as scalars and cost no device copy. A tensor made of lists or arrays is
+    ``on_host``: calls move it to the logits' device.
     """
 
-    def __init__(self, values: Sequence[Number] | torch.Tensor):
+    def __init__(self, values: Sequence[Number] | torch.Tensor, on_host: bool = False):
         self.values: tuple[float, ...] | None = None
         self.tensor: torch.Tensor | None = None
+        self.on_host = on_host
+        if is_array(values) or (isinstance(values, (list, tuple)) and values
+                                and all(isinstance(v, (list, tuple)) for v in values)):
+            values, self.on_host = _per_row(values), True
+        elif isinstance(values, (list, tuple)):
+            self.on_host |= any(isinstance(v, (list, tuple)) or is_array(v) for v in values)
+            values = [_per_row(v) for v in values]
         if isinstance(values, torch.Tensor):
             if values.dim() not in (1, 2):
                 raise ValueError(f"weights: expected a tensor [J] or [rows, J], got shape {list(values.shape)}")
-            self.tensor = values.to(torch.float32)
-        elif not isinstance(values, Sequence) or isinstance(values, str):
+            self.tensor = _real(values)
+        elif not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
             raise ValueError(f"weights: expected J numbers, a tensor or Weights, got {type(values).__name__}")
-        elif any(isinstance(v, torch.Tensor) and v.dim() > 0 for v in values):
-            rows = [v for v in values if isinstance(v, torch.Tensor) and v.dim() > 0]
-            n, device = rows[0].shape[0], rows[0].device
-            if any(v.dim() != 1 or v.shape[0] != n for v in rows):
-                raise ValueError(f"weights: per-row values must share one length, got {[list(v.shape) for v in rows]}")
-            columns = [torch.as_tensor(v, dtype=torch.float32, device=device).expand(n) for v in values]
-            self.tensor = torch.stack(columns, dim=1)
         else:
-            for v in values:
-                if not isinstance(v, (numbers.Real, torch.Tensor)):
-                    raise ValueError(f"weights: expected numbers, got {type(v).__name__}")
-            self.values = tuple(float(v) for v in values)
+            values = [_real(v) for v in values]
+            rows = [v for v in values if isinstance(v, torch.Tensor)]
+            if any(v.dim() != 1 or v.shape != rows[0].shape for v in rows):
+                raise ValueError(f"weights: per-row values must share one length, got {[list(v.shape) for v in rows]}")
+            if rows:
+                n, device = rows[0].shape[0], rows[0].device
+                columns = [torch.as_tensor(v, dtype=torch.float32, device=device).expand(n) for v in values]
+                self.tensor = torch.stack(columns, dim=1)
+            else:
+                self.values = tuple(values)
         if not 1 <= len(self) <= 8:
             raise ValueError(f"weights: expected 1 to 8 models, got {len(self)}")
 
@@ -54,18 +84,19 @@ class Weights:
 
     def rows(self, index) -> Weights:
         """The weights of the rows ``index`` (a tensor of indices, a mask or a slice); unchanged unless per row."""
-        return Weights(self.tensor[index]) if self.per_row else self
+        return Weights(self.tensor[index], self.on_host) if self.per_row else self
 
     def repeat_interleave(self, n: int) -> Weights:
         """Each row's weights ``n`` times in a row, as generate() expands ``num_return_sequences``."""
-        return Weights(self.tensor.repeat_interleave(n, dim=0)) if self.per_row else self
+        return Weights(self.tensor.repeat_interleave(n, dim=0), self.on_host) if self.per_row else self
 
     def __repr__(self) -> str:
         return f"Weights({list(self.values) if self.values is not None else self.tensor!r})"
 
 
 def weights(values: Sequence[Number] | torch.Tensor | Weights) -> Weights:
-    """Any weights: J numbers (or per-row tensors ``[rows]``), or a tensor ``[J]`` or ``[rows, J]``, J = 1..8."""
+    """Any weights: J numbers (or values per row, ``[rows]``), or a tensor, an array or lists ``[J]`` or ``[rows, J]``,
+    J = 1..8."""
     return values if isinstance(values, Weights) else Weights(values)
 
 
@@ -75,11 +106,13 @@ def upscale(beta: Number = 1.0) -> Weights:
     ``beta = 1`` is emulated fine-tuning (Mitchell et al., arXiv 2310.12962, eq. 3); ``beta > 1`` amplifies what
     the large model knows more than the small one.
     """
+    beta = _per_row(beta)
     return Weights([beta, 1.0, -beta])
 
 
 def proxy(alpha: Number = 1.0) -> Weights:
     """Proxy-tuning, for logits [base, tuned, ref]: ``base + alpha * (tuned - ref)`` (Liu et al., arXiv 2401.08565)."""
+    alpha = _per_row(alpha)
     return Weights([1.0, alpha, -alpha])
 
 
@@ -91,4 +124,5 @@ def downscale() -> Weights:
 def interpolate(lam: Number = 0.5) -> Weights:
     """Two behaviours mixed at test time, for logits [base, tuned_a, tuned_b, ref]:
     ``base + lam * (tuned_a - ref) + (1 - lam) * (tuned_b - ref)`` (arXiv 2310.12962, section 4.3)."""
+    lam = _per_row(lam)
     return Weights([1.0, lam, 1.0 - lam, -1.0])

@@ -34,7 +34,7 @@ DEVICES = {
 @pytest.fixture(scope="module")
 def shim():
     """The shim's module in the place of the extension; the backend takes CPU tensors."""
-    caches = (dispatch.load, dispatch.status, dispatch._choose, dispatch.shortcut)
+    caches = (dispatch.load, dispatch.status, dispatch._choose, dispatch._shortcut)
     with pytest.MonkeyPatch.context() as patch:
         library = os.environ.get("EFT_KERNELS_SIMT")  # another one than csrc makes: test_faults_are_seen
         module, handle = build.load(Path(library) if library else build.build())

@@ -10,9 +10,10 @@ import time
 import conftest
 import hypothesis
 import hypothesis.strategies as st
-import numpy as np
+import numpy
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import eft_kernels as eft
 from eft_kernels import dispatch, ops
@@ -191,7 +192,7 @@ def test_compile_with_other_batches():
 
 NAN, INF = float("nan"), float("inf")
 RANGES = [
-    ("temperature", (-0.1, NAN, INF, 1e31)), ("top_k", (-1, 1.5, NAN, INF)), ("top_p", (0.0, -0.5, 1.01, NAN, INF)),
+    ("temperature", (-0.1, NAN, INF, 1e31)), ("top_k", (-2, 1.5, NAN, INF)), ("top_p", (0.0, -0.5, 1.01, NAN, INF)),
     ("min_p", (-0.01, 1.01, NAN)), ("upscale_top_p", (0.0, 1.5, NAN)), ("seed", (0.5, 1 << 64, -(1 << 63) - 1, NAN)),
     ("position", (-1, 0.5, 1 << 64, INF)),
 ]
@@ -254,7 +255,11 @@ def test_parameters_of_wrong_shape_type_or_device(name, call):
     refused(call, name, "[3]", "[3, 1]", **{name: one[:, None]})
     refused(call, name, "meta", "cpu", **{name: one.to("meta")})
     refused(call, name, "number", "str", **{name: "1"})
-    refused(call, name, "number", "list", **{name: [1, 1, 1]})
+    refused(call, name, "number", "list", **{name: [[1], [1], [1]]})
+    refused(call, name, "[3]", "[2]", **{name: [1, 1]})
+    refused(call, name, "number", "str", **{name: ["1", 1, 1]})
+    refused(call, name, "number", "bool", **{name: numpy.ones(B, dtype=bool)})
+    refused(call, name, "bool", **{name: torch.ones(B, dtype=torch.bool)})
     refused(call, name, "number", "bool", **{name: True})
     if dtype == torch.int64:
         refused(call, name, "integer", "float32", **{name: torch.ones(B)})
@@ -298,17 +303,27 @@ BAD = [
     (sample, "token_mask", ("int32", "[3, 2]", "[3, 1]"), dict(token_mask=mask(B)[:, :1])),
     (sample, "token_mask", ("int32", "int64"), dict(token_mask=mask(B).long())),
     (sample, "token_mask", ("int32", "bool"), dict(token_mask=torch.ones(B, V, dtype=torch.bool))),
-    (sample, "token_mask", ("list",), dict(token_mask=[1])),
+    (sample, "token_mask", ("int32", "[3, 2]", "int64 [1]"), dict(token_mask=[1])),
     (sample, "token_mask", ("meta",), dict(token_mask=mask(B).to("meta"))),
     (sample, "stream", ("'accept'", "sample, draft"), dict(stream="accept")),
     (sample, "slot", ("-1", "2^24 - 1"), dict(slot=-1)),
     (sample, "slot", ("16777216",), dict(slot=1 << 24)),
     (sample, "slot", ("1.5",), dict(slot=1.5)),
-    (sample, "top_logprobs", ("-1", ">= 0"), dict(top_logprobs=-1)),
+    (sample, "top_logprobs", ("-1", "0 to 4194304"), dict(top_logprobs=-1)),
+    (sample, "top_logprobs", ("4194305", "0 to 4194304"), dict(top_logprobs=(1 << 22) + 1)),
+    (sample, "top_logprobs", ("9223372036854775808", "0 to 4194304"), dict(top_logprobs=1 << 63)),
+    (sample, "top_logprobs", ("True",), dict(top_logprobs=True)),
     (sample, "tuned", ("got 3", "3 models"), dict(tuned=3, upscale_top_p=0.9)),
     (sample, "tuned", ("got -1",), dict(tuned=-1, diagnostics=True)),
     (sample, "tuned", (), dict(tuned="x", diagnostics=True)),
     (sample, "backend", ("'gpu'", "auto, cpu, cuda, triton, reference"), dict(backend="gpu")),
+    (sample, "backend", ("[]", "auto, cpu"), dict(backend=[])),
+    (sample, "stream", ("array",), dict(stream=numpy.zeros(2))),
+    (sample, "slot", ("a tensor [2]",), dict(slot=torch.zeros(2))),
+    (sample, "logprobs", ("'no'", "True and False"), dict(logprobs="no")),
+    (sample, "diagnostics", ("a tensor [2]",), dict(diagnostics=torch.zeros(2))),
+    (verify, "method", ("array",), dict(method=numpy.array(["token", "block"]))),
+    (verify, "logprobs", ("None",), dict(logprobs=None)),
     (verify, "logits[0]", ("[B, K+1, V]", "[3, 40]"), dict(z=models(B, V))),
     (verify, "logits[0]", ("K >= 0", "0 slots"), dict(z=models(B, 0, V), drafts=torch.zeros(B, 0).long())),
     (verify, "method", ("'typical'", "coupled, token, block"), dict(method="typical")),
@@ -316,7 +331,9 @@ BAD = [
     (verify, "draft", ("got -1",), dict(draft=-1)),
     (verify, "draft_tokens", ("int64", "[3, 2]", "[3, 3]"), dict(drafts=torch.zeros(B, 3).long())),
     (verify, "draft_tokens", ("float32",), dict(drafts=torch.zeros(B, K))),
-    (verify, "draft_tokens", ("list",), dict(drafts=[[1, 2]] * 3)),
+    (verify, "draft_tokens", ("[3, 2]", "[2, 2]"), dict(drafts=[[1, 2]] * 2)),
+    (verify, "draft_tokens", ("numbers", "list"), dict(drafts=[[1, "2"]] * 3)),
+    (verify, "draft_tokens", ("numbers", "ndarray"), dict(drafts=numpy.array([["1", "2"]] * 3))),
     (verify, "draft_tokens", ("0 to 39",), dict(drafts=torch.full((B, K), V))),
     (verify, "draft_tokens", ("0 to 39",), dict(drafts=torch.full((B, K), -1))),
     (verify, "draft_tokens", ("0 to 9",), dict(drafts=torch.full((B, K), 10), vocab_size=10)),
@@ -329,7 +346,8 @@ BAD = [
     (token_logprobs, "ids", ("[3] or [3, n]", "[2]"), dict(ids=long(1, 2))),
     (token_logprobs, "ids", ("[3] or [3, n]", "[3, 1, 1]"), dict(ids=torch.zeros(B, 1, 1).long())),
     (token_logprobs, "ids", ("float32",), dict(ids=torch.zeros(B))),
-    (token_logprobs, "ids", ("list",), dict(ids=[1, 2, 3])),
+    (token_logprobs, "ids", ("[3] or [3, n]", "[2]"), dict(ids=[1, 2])),
+    (token_logprobs, "ids", ("float32",), dict(ids=[1.0, 2.0, 3.0])),
     (token_logprobs, "ids", ("0 to 39",), dict(ids=long(1, 2, 40))),
     (token_logprobs, "ids", ("0 to 39",), dict(ids=long(1, -2, 0))),
     (logprobs, "vocab_size", ("got 41",), dict(vocab_size=41)),
@@ -375,6 +393,341 @@ def test_top_logprobs_beyond_the_vocabulary_are_padded(backend):
     assert out.top_ids.tolist() == [[3, 1, 0, -1, -1, -1]]
     assert out.top_logprobs[0, 3:].tolist() == [-INF] * 3
 
+
+# --- arguments of other kinds --------------------------------------------------------------------------------------
+
+UNSIGNED = [torch.uint8, torch.uint16, torch.uint32, torch.uint64]
+SIGNED = [torch.int8, torch.int16, torch.int32]
+
+
+def same(got, want):
+    for x, y in zip(got, want):
+        assert (x is None) == (y is None)
+        if x is not None:
+            torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", SIGNED + UNSIGNED, ids=str)
+def test_integers_of_every_width(dtype, backend):
+    """Narrow types wrap bounds they cannot hold; unsigned ones have no comparison at all."""
+    def narrow(*values):
+        return torch.tensor(values).to(dtype)
+
+    for name, values in dict(top_k=(0, 5, 9), position=(0, 5, 100), seed=(1, 2, 127)).items():
+        kwargs = dict(dict(seed=1, position=0), **{name: torch.tensor(values)})
+        want = sample(backend=backend, **kwargs)
+        same(sample(backend=backend, **dict(kwargs, **{name: narrow(*values)})), want)
+    drafts, lengths = torch.tensor([[1, 2], [3, 4], [5, 39]]), torch.tensor([2, 0, 1])
+    want = verify(drafts=drafts, lengths=lengths, seed=1, position=0, backend=backend)
+    same(verify(drafts=drafts.to(dtype), lengths=lengths.to(dtype), seed=1, position=0, backend=backend), want)
+    same([token_logprobs(ids=drafts.to(dtype), backend=backend)], [token_logprobs(ids=drafts, backend=backend)])
+    if dtype in SIGNED:
+        refused(sample, "position", "-1", "allowed is", position=narrow(1, -1, 1))
+        refused(sample, "top_k", "-2", "allowed is", top_k=narrow(1, -2, 1))
+
+
+def test_seeds_of_64_bits(backend):
+    """A seed is 64 bits: 2^64 - 3 and -3 are the same, as numbers, in lists, in arrays, in unsigned tensors."""
+    big = (1 << 64) - 3
+    want = sample(seed=torch.tensor([-3, -3, 1 << 62]), position=0, backend=backend)
+    for seed in ([big, -3, 1 << 62], (big, big, 1 << 62), numpy.array([big, big, 1 << 62], dtype=numpy.uint64),
+                 torch.tensor([-3, -3, 1 << 62]).view(torch.uint64), numpy.array([-3, -3, 1 << 62])):
+        same(sample(seed=seed, position=0, backend=backend), want)
+    same(sample(seed=big, position=0, backend=backend), sample(seed=-3, position=0, backend=backend))
+    for wrong in ([1 << 64, 0, 0], [-(1 << 63) - 1, 0, 0], [0.5, 0, 0]):
+        refused(sample, "seed", "allowed is", seed=wrong)
+
+
+def test_none_and_minus_one_are_off(backend):
+    off = dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "upscale_top_p"))
+    for name in off:
+        refused(sample, name, "NoneType", **{name: [None, None, None]})
+    want = sample(seed=1, position=0, backend=backend)
+    same(sample(seed=1, position=0, backend=backend, **off), want)
+    same([logprobs(backend=backend, **off)], [logprobs(backend=backend)])
+    drafts = torch.tensor([[1, 2], [3, 4], [5, 6]])
+    same(verify(drafts=drafts, seed=1, position=0, backend=backend, **off),
+         verify(drafts=drafts, seed=1, position=0, backend=backend))
+    for top_k in (-1, torch.tensor([-1, 0, -1]), [-1, 0, -1], numpy.full(3, -1, dtype=numpy.int8)):
+        same(sample(seed=1, position=0, top_k=top_k, backend=backend), want)
+        same([logprobs(top_k=top_k, backend=backend)], [logprobs(backend=backend)])
+
+
+def test_lists_and_arrays(backend):
+    """Values per row, weights, masks, drafts and ids as nested lists or NumPy arrays, of either byte order."""
+    tensors, m, mm = {**TENSORS, **NOISE}, mask(B), mask(B, K + 1)
+    drafts, lengths = torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.tensor([2, 0, 1])
+    ids = torch.tensor([[1, 2, 3]] * B)
+    z = models(B, K + 1, V)
+    lists = dict((name, x.tolist()) for name, x in tensors.items())
+    arrays = dict((name, x.numpy()) for name, x in tensors.items())
+    swapped = dict((name, x.astype(x.dtype.newbyteorder())) for name, x in arrays.items())
+    frozen = dict((name, x[::-1].copy()[::-1]) for name, x in arrays.items())  # negative strides, read-only
+    for x in frozen.values():
+        x.setflags(write=False)
+    want = sample(token_mask=m, backend=backend, **tensors)
+    judged = verify(z=z, drafts=drafts, lengths=lengths, token_mask=mm, backend=backend, **tensors)
+    scored = token_logprobs(ids=ids, backend=backend, **TENSORS)
+    for given in (lists, arrays, swapped, frozen):
+        same(sample(token_mask=m.numpy(), backend=backend, **given), want)
+        same(verify(z=z, drafts=drafts.numpy(), lengths=lengths.numpy(), token_mask=mm.numpy(), backend=backend,
+                    **given), judged)
+        few = {name: given[name] for name in TENSORS}
+        same([token_logprobs(ids=ids.numpy().astype(">i4"), backend=backend, **few)], [scored])
+    same(sample(token_mask=m.numpy().view(numpy.uint32), backend=backend, **lists), want)
+    same(sample(token_mask=m.view(torch.uint32), backend=backend, **lists), want)
+    same(verify(z=z, drafts=drafts.tolist(), lengths=tuple(lengths.tolist()), token_mask=mm, backend=backend, **lists),
+         judged)
+    same([token_logprobs(ids=ids.tolist(), backend=backend, **TENSORS)], [scored])
+    one = {name: x[0] for name, x in arrays.items()}  # NumPy's scalars
+    same(sample(backend=backend, **one), sample(backend=backend, **{name: x[0] for name, x in lists.items()}))
+    none = {name: numpy.array(x) for name, x in one.items()}  # and arrays without dimensions
+    same(sample(backend=backend, **none), sample(backend=backend, **one))
+
+
+def test_masks_repeat_sizes_of_one(backend):
+    row = mask(1)
+    want = sample(token_mask=row.expand(B, -1), seed=1, position=0, backend=backend)
+    for given in (row, row.numpy(), row.tolist()):
+        if isinstance(given, list):
+            refused(sample, "token_mask", "int32", "int64", token_mask=given)
+        else:
+            same(sample(token_mask=given, seed=1, position=0, backend=backend), want)
+    drafts = torch.tensor([[1, 2], [3, 4], [5, 6]])
+    for shape in ((1, 1), (B, 1), (1, K + 1)):
+        m = mask(*shape)
+        same(verify(drafts=drafts, token_mask=m, seed=1, position=0, backend=backend),
+             verify(drafts=drafts, token_mask=m.expand(B, K + 1, -1).contiguous(), seed=1, position=0, backend=backend))
+    refused(sample, "token_mask", "[3, 2]", "[2, 2]", token_mask=mask(2))
+    refused(sample, "token_mask", "[3, 2]", "[3, 1]", token_mask=mask(B)[:, :1])
+
+
+def test_weights_as_lists_and_arrays(backend):
+    betas = [0.5, 1.0, 2.0]
+    rows = [[b, 1.0, -b] for b in betas]
+    want = sample(w=torch.tensor(rows), seed=1, position=0, backend=backend)
+    for w in (rows, tuple(map(tuple, rows)), numpy.array(rows), numpy.array(rows, dtype=">f4"), eft.upscale(betas),
+              eft.upscale(numpy.array(betas)), eft.weights(rows), [betas, 1.0, [-b for b in betas]],
+              eft.upscale(torch.tensor(betas))):
+        same(sample(w=w, seed=1, position=0, backend=backend), want)
+    one = sample(w=[2.0, 1.0, -2.0], seed=1, position=0, backend=backend)
+    for w in (numpy.array([2.0, 1.0, -2.0]), numpy.array([2, 1, -2]), eft.upscale(numpy.float32(2)), eft.upscale(2)):
+        same(sample(w=w, seed=1, position=0, backend=backend), one)
+    assert eft.weights(rows).rows(slice(0, 2)).tensor.shape == (2, 3)
+    for w, words in (([1e300, 1.0, 1.0], ("1e+300", "float32")), ([-3.5e38, 1.0, 1.0], ("float32",)),
+                     ([10**400, 1.0, 1.0], ()), ([True, 1.0, 1.0], ("bool",)), ([1.0, None, 1.0], ("NoneType",)),
+                     (torch.tensor([1e300, 1.0, 1.0], dtype=torch.float64), ("finite",)),
+                     (torch.ones(3, dtype=torch.bool), ("bool",)), (torch.ones(3, dtype=torch.complex64), ("complex",)),
+                     (numpy.array(["1", "2", "3"]), ("numbers",)), ([[1.0, 1.0], [1.0]], ("numbers",)),
+                     ([1j, 1.0, 1.0], ("complex",)), (numpy.ones((3, 3, 1)), ("[rows, J]",)),
+                     (torch.ones(()), ("[]",))):
+        refused(sample, "weights", *words, w=w)
+    largest = torch.finfo(torch.float32).max
+    assert bool(sample(z=[torch.zeros(B, V)], w=[largest], seed=1, position=0).valid.all())
+
+
+def test_integers_are_not_truncated():
+    refused(sample, "tuned", "4294967297", "3 models", tuned=(1 << 32) + 1)
+    refused(sample, "tuned", "4294967297", "3 models", tuned=(1 << 32) + 1, upscale_top_p=0.5)
+    refused(sample, "tuned", "True", tuned=True)
+    refused(verify, "tuned", str(1 << 64), tuned=1 << 64)
+    refused(verify, "draft", str((1 << 32) + 1), draft=(1 << 32) + 1)
+    refused(verify, "draft", "True", draft=True)
+    refused(sample, "slot", str(1 << 63), slot=1 << 63)
+    refused(sample, "slot", "True", slot=True)
+    refused(sample, "vocab_size", str(1 << 63), vocab_size=1 << 63)
+    refused(sample, "vocab_size", "True", vocab_size=True)
+    n = numpy.int64(1)
+    same(sample(seed=1, position=0, tuned=n, slot=n, top_logprobs=n, vocab_size=n * 30),
+         sample(seed=1, position=0, tuned=1, slot=1, top_logprobs=1, vocab_size=30))
+
+
+# --- tensors of other kinds ----------------------------------------------------------------------------------------
+
+class Named(torch.Tensor):
+    """A subclass as libraries make them."""
+
+
+class Wrapper(torch.Tensor):
+    """One that stands for another tensor and supports nothing."""
+
+    @staticmethod
+    def __new__(cls, x):
+        return torch.Tensor._make_wrapper_subclass(cls, x.shape, dtype=x.dtype, device=x.device)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise NotImplementedError(f"no {function}")
+
+
+def lazily_negated(x):
+    """The negative of ``x`` in PyTorch's eyes, with a bit instead of new values."""
+    y = torch._neg_view(x)
+    assert y.is_neg()
+    return y
+
+
+def inference(x):
+    with torch.inference_mode():
+        return x.clone()
+
+
+RIGHT = [  # another kind of tensor, and the plain one it equals
+    ("negative bit", lazily_negated, lambda x: -x),
+    ("part of a conjugate", lambda x: torch.complex(x.float(), x.float()).conj().imag.to(x.dtype), lambda x: -x),
+    ("subclass", lambda x: x.as_subclass(Named), lambda x: x),
+    ("parameter", lambda x: torch.nn.Parameter(x, requires_grad=x.is_floating_point()), lambda x: x),
+    ("requires grad", lambda x: x.clone().requires_grad_(x.is_floating_point()) * 1, lambda x: x),
+    ("inference", inference, lambda x: x),
+    ("first row expanded", lambda x: x[:1].expand_as(x), lambda x: x[:1].repeat(len(x), *[1] * (x.dim() - 1))),
+    ("one value expanded", lambda x: x[..., :1].expand_as(x), lambda x: x[..., :1].repeat(*[1] * (x.dim() - 1),
+                                                                                         x.shape[-1])),
+    ("overlapping", lambda x: x.flatten().as_strided(x.shape, (1,) * x.dim()),
+     lambda x: x.flatten().as_strided(x.shape, (1,) * x.dim()).clone()),
+    ("every second", lambda x: torch.stack([x, x + 1], -1)[..., 0], lambda x: x),
+    ("reversed twice", lambda x: x.flip(-1).contiguous().flip(-1), lambda x: x),
+]
+
+
+def everything():
+    """Every tensor argument of `sample`, `verify` and `token_logprobs`."""
+    z, zz = models(B, V), models(B, K + 1, V)
+    return dict(z=z, zz=zz, w=torch.tensor([[1.0, 1.0, -1.0], [0.5, 1.0, -0.5], [2.0, 1.0, -2.0]]), mask=mask(B),
+                mask3=mask(B, K + 1), drafts=torch.tensor([[1, 2], [3, 4], [5, 6]]), lengths=torch.tensor([2, 1, 2]),
+                ids=torch.tensor([[1, 2], [3, 4], [5, 6]]), **TENSORS, **NOISE)
+
+
+def calls(t, backend="auto"):
+    several = {name: t[name] for name in (*TENSORS, *NOISE)}
+    few = {name: t[name] for name in TENSORS}
+    out = eft.sample(t["z"], t["w"], token_mask=t["mask"], backend=backend, **several)
+    judged = eft.verify(t["zz"], t["w"], t["drafts"], t["lengths"], token_mask=t["mask3"], backend=backend, **several)
+    return [*out, *judged, eft.token_logprobs(t["z"], t["w"], t["ids"], token_mask=t["mask"], backend=backend, **few)]
+
+
+@pytest.mark.parametrize("kind, change, plain", RIGHT, ids=[kind for kind, *_ in RIGHT])
+def test_tensors_of_every_kind(kind, change, plain, backend):
+    """Each tensor argument in turn is of another kind; the call gives what it gives for the plain tensor."""
+    for name, x in everything().items():
+        if kind == "one value expanded" and name in (*TENSORS, *NOISE, "lengths") or \
+                kind in ("overlapping",) and name in ("lengths",):
+            continue
+        if kind in ("negative bit", "part of a conjugate"):
+            if name not in ("z", "zz", "w") and kind != "negative bit":
+                continue
+            x = x if isinstance(x, list) else -x if name not in ("w",) else x
+        if kind == "part of a conjugate" and not isinstance(x, list) and not x.is_floating_point():
+            continue
+        changed = [change(y) for y in x] if isinstance(x, list) else change(x)
+        wanted = [plain(y) for y in x] if isinstance(x, list) else plain(x)
+        same(calls(dict(everything(), **{name: changed}), backend),
+             calls(dict(everything(), **{name: wanted}), backend))
+
+
+ARGUMENT = dict(z="logits[0]", zz="logits[0]", w="weights", mask="token_mask", mask3="token_mask",
+                drafts="draft_tokens", lengths="draft_lengths", ids="ids")
+
+
+def resized(to):
+    def change(x):
+        x = x.clone()
+        x.untyped_storage().resize_(to)
+        return x
+    return change
+
+
+WRONG = [
+    ("sparse", lambda x: x.to_sparse(), "a sparse_coo one"),
+    ("nested", lambda x: torch.nested.nested_tensor(list(x)) if x.dim() > 1 else x.to_sparse(), "dense"),
+    ("jagged", lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged) if x.dim() > 1 else x.to_sparse(),
+     "dense"),
+    ("quantized", lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8), "quantized"),
+    ("mkldnn", lambda x: x.float().to_mkldnn(), "mkldnn"),
+    ("freed", resized(0), "resized to 0"),
+    ("resized", resized(1), "resized to 1"),
+    ("wrapper", Wrapper, "a Wrapper"),
+]
+
+
+@pytest.mark.parametrize("kind, change, words", WRONG, ids=[kind for kind, *_ in WRONG])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_tensors_without_plain_memory_are_named(kind, change, words, backend, monkeypatch):
+    if kind == "resized":  # asking costs as much as the rest of the shortcut's checks
+        monkeypatch.setattr(dispatch, "shortcut", lambda *args: None)
+    for name, x in everything().items():
+        changed = [change(y) for y in x] if isinstance(x, list) else change(x)
+        with pytest.raises(ValueError) as error:
+            calls(dict(everything(), **{name: changed}), backend)
+        text = str(error.value)
+        assert text.startswith(ARGUMENT.get(name, name)) and words in text, (name, text)
+
+
+def test_stand_ins_of_tracing_give_their_kind():
+    """Meta and fake tensors have shapes alone, and so do the results."""
+    want = calls(everything())
+    t = everything()
+    to = lambda f: {name: [f(y) for y in x] if isinstance(x, list) else f(x) for name, x in t.items()}  # noqa: E731
+    with FakeTensorMode() as mode:
+        fake = calls(to(mode.from_tensor))
+    for got in (calls(to(lambda x: x.to("meta"))), fake, calls(to(mode.from_tensor))):
+        for x, y in zip(got, want):
+            assert (x is None) == (y is None)
+            assert x is None or (x.shape == y.shape and x.dtype == y.dtype)
+
+
+def test_operators_with_one_argument_on_meta_make_nothing_up():
+    """The dispatcher hands such a call to the fake, which would return memory that nobody wrote."""
+    for name in ops.SCHEMAS:
+        args = list(op_arguments(name, "reference")[0])
+        args[3] = torch.ones(B, device="meta")  # temperature
+        with pytest.raises(ValueError, match="on meta"):
+            getattr(torch.ops.eft_kernels, name)(*args)
+
+
+def test_function_transforms():
+    """Values as ever inside torch.func; vmap has no rule, and says so."""
+    z, want = models(B, V), sample(seed=1, position=0)
+    got = []
+    def draw(x):
+        got.append(eft.sample([x, *z[1:]], eft.upscale(), seed=1, position=0))
+        return x.sum()
+
+    torch.func.grad(draw)(z[0])
+    assert [torch.func.debug_unwrap(t, recurse=True) for t in got[0].tokens] == want.tokens.tolist()
+    assert [t for t in torch.func.functionalize(
+        lambda x: eft.sample([x, *z[1:]], eft.upscale(), seed=1, position=0).tokens)(z[0])] == want.tokens.tolist()
+    with pytest.raises(ValueError, match=r"logits\[0\]: is batched by torch.vmap"):
+        torch.vmap(lambda x: eft.sample([x, *z[1:]], eft.upscale(), seed=1, position=0).tokens)(z[0][None])
+    with pytest.raises(ValueError, match="temperature: is batched by torch.vmap"):
+        torch.vmap(lambda x: eft.sample(z, eft.upscale(), temperature=x, seed=1, position=0).tokens)(torch.ones(2, B))
+
+@pytest.mark.parametrize("default", (torch.float64, torch.bfloat16, "meta"), ids=str)
+def test_torchs_defaults_change_nothing(default, backend):
+    """torch.set_default_dtype and set_default_device are other code's business."""
+    def run():
+        out = []
+        for kwargs in ({}, dict(TENSORS, token_mask=words), dict(temperature=0.7, top_k=9, top_p=0.9, min_p=0.01)):
+            kwargs = dict(kwargs, backend=backend)
+            m = kwargs.pop("token_mask", None)
+            out += sample(z=z, token_mask=m, top_logprobs=5, diagnostics=True, seed=seeds, position=3, **kwargs)
+            out += [logprobs(z=z, token_mask=m, **kwargs), token_logprobs(z=z, ids=ids, **kwargs)]
+            for method in ops.METHODS:
+                out += verify(z=zz, drafts=drafts, method=method, logprobs=True, seed=seeds, position=3, **kwargs)
+        return out
+
+    z, zz, ids = models(B, V), models(B, K + 1, V), torch.tensor([[1, 2], [3, 4], [5, 6]])
+    drafts, seeds, words = torch.tensor([[1, 2], [3, 4], [5, 39]]), torch.tensor([1, 2, 3]), mask(B)
+    want = run()
+    try:
+        if default == "meta":
+            torch.set_default_device(default)
+        else:
+            torch.set_default_dtype(default)
+        got = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    same(got, want)
 
 SHAPES = st.lists(st.integers(0, 5), min_size=0, max_size=4)
 ANY_DTYPE = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32,
@@ -504,7 +857,7 @@ def splitmix64(seed, i):
     return signed(x ^ (x >> 31))
 
 
-@pytest.mark.parametrize("seed", (7, -3, (1 << 64) - 1, np.int64(12), np.uint64((1 << 64) - 2), torch.tensor(-9),
+@pytest.mark.parametrize("seed", (7, -3, (1 << 64) - 1, numpy.int64(12), numpy.uint64((1 << 64) - 2), torch.tensor(-9),
                                   torch.tensor(5, dtype=torch.int32)), ids=repr)
 def test_one_seed_for_all_rows_is_row_seeds_of_it(seed, backend):
     """Row 0 keeps it; in `sample`, `verify` by every method, and `torch.ops`. Rows then draw noise of their own."""

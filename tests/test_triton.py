@@ -42,6 +42,29 @@ def name_of(case):
     return f"triton-{case.name}"
 
 
+@interpreted
+def test_torchs_default_dtype_changes_nothing():
+    (case,) = [c for c in CASES if c.name == "parameters per row"]
+    case = case._replace(rows=2, vocab=(300,))
+    logits, weights, kwargs = make(case)
+    ids = torch.tensor([[1, 2], [3, 4]])
+
+    def run():
+        several = {name: x for name, x in kwargs.items() if name not in ("seed", "position")}
+        out = ops.sample(logits, weights, backend="triton", top_logprobs=3, diagnostics=True, **kwargs)
+        return [*out, ops.logprobs(logits, weights, backend="triton", **several),
+                ops.token_logprobs(logits, weights, ids, backend="triton", **several)]
+
+    want = run()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        got = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for x, y in zip(got, want):
+        assert x.dtype == y.dtype and torch.equal(x, y)
+
+
 @pytest.fixture
 def cut(request, monkeypatch):
     """The cuts of few rows (one tile a program), or small tiles many a program, as with many rows."""

@@ -15,6 +15,7 @@ namespace eft::bindings {
 
 // torch.Tensor, torch.nn.Parameter, and how tensors of these types are read and made: attach().
 inline PyTypeObject *tensor_type = nullptr, *parameter_type = nullptr;
+inline PyObject* is_neg = nullptr;  // torch.Tensor.is_neg
 inline const dlpack::ExchangeAPI* api = nullptr;
 constexpr dlpack::DataType kInt64{dlpack::kInt, 64, 1}, kInt32{dlpack::kInt, 32, 1}, kFloat32{dlpack::kFloat, 32, 1},
     kFloat16{dlpack::kFloat, 16, 1}, kBfloat16{dlpack::kBfloat, 16, 1}, kBool8{dlpack::kBool, 8, 1},
@@ -59,6 +60,16 @@ struct Reader {
   // values of tensors are looked at: where the host can
   bool values() const { return strict && device.type == dlpack::kCPU; }
 
+  // DLPack tells neither that the values are the negatives of what is in memory nor that the memory was freed
+  bool plain(PyObject* o, const dlpack::Tensor& t) {
+    PyObject* negative = PyObject_CallFunctionObjArgs(is_neg, o, nullptr);
+    if (!negative) return PyErr_Clear(), false;
+    Py_DecRef(negative);
+    if (negative != Py_False) return false;
+    bool empty = false;
+    for (int d = 0; d < t.ndim; ++d) empty |= t.shape[d] == 0;
+    return t.data || empty;
+  }
   // a tensor on the device
   bool view(PyObject* o, dlpack::Tensor& t) {
     if (!need(Py_TYPE(o) == tensor_type || Py_TYPE(o) == parameter_type)) return false;
@@ -66,6 +77,7 @@ struct Reader {
       PyErr_Clear();
       return need(false);
     }
+    if (!need(plain(o, t))) return false;
     t.data = static_cast<char*>(t.data) + t.byte_offset;
     if (device.id < 0) device.id = t.device.id;
     return need(t.device.type == device.type && t.device.id == device.id);
@@ -111,7 +123,7 @@ struct Reader {
   }
   bool sampling(Sampling& s, bool optional = false) {
     bool given = per_row<float>(s.temperature, 0, 1e30f, optional);
-    given |= per_row<int64_t>(s.top_k, 0, INT64_MAX, optional);
+    given |= per_row<int64_t>(s.top_k, -1, INT64_MAX, optional);  // -1: off, too
     given |= per_row<float>(s.top_p, kTiny, 1, optional);
     given |= per_row<float>(s.min_p, 0, 1, optional);
     return given;
@@ -176,7 +188,7 @@ struct Reader {
     const int64_t words = (vocab + 31) / 32;
     if (mask != Py_None)
       c.mask = dims == 3 ? tensor<int32_t>(mask, kInt32, {rows, slots, words}) : tensor<int32_t>(mask, kInt32, {rows, words});
-    c.tuned = static_cast<int>(integer(INT32_MIN, INT32_MAX));
+    c.tuned = static_cast<int>(integer(0, kMaxModels - 1));
     needs_tuned(c, c.upscale_top_p.data || c.upscale_top_p.value != 1);
   }
   void needs_tuned(const Call& c, bool needed) { need(!needed || (c.tuned >= 0 && c.tuned < c.models)); }
@@ -267,7 +279,7 @@ inline bool prepare(Reader& r, SampleCall& c, Outputs& out) {
   c.stream = static_cast<uint32_t>(r.integer(0, 1));
   c.slot = static_cast<uint32_t>(r.integer(0, (1 << 24) - 1));
   const bool logprobs = r.boolean();
-  c.top_n = r.integer(0);
+  c.top_n = r.integer(0, kMaxVocab);
   const bool diagnostics = r.boolean();
   r.needs_tuned(c, diagnostics);
   if (!r.done()) return false;
@@ -346,6 +358,8 @@ inline PyObject* attach(PyObject*, PyObject* const* args, Py_ssize_t n) {
     PyErr_Format(PyExc_AttributeError, "tensors by DLPack %u", api->version.major);
     return nullptr;
   }
+  is_neg = PyObject_GetAttrString(args[0], "is_neg");
+  if (!is_neg) return nullptr;
   tensor_type = reinterpret_cast<PyTypeObject*>(args[0]);
   parameter_type = reinterpret_cast<PyTypeObject*>(args[1]);
   Py_IncRef(args[0]);

@@ -1,5 +1,8 @@
 // eft_kernels._cpu: the CPU kernels as a Python module.
+#include <pyconfig.h>
+#ifndef Py_GIL_DISABLED  // free-threaded Python has no limited API
 #define Py_LIMITED_API 0x030A0000
+#endif
 #include <Python.h>
 
 #include <cstdlib>

@@ -1,5 +1,8 @@
 // eft_kernels._cuda: the CUDA kernels as a Python module. No header of CUDA's: kernels.h is the boundary.
+#include <pyconfig.h>
+#ifndef Py_GIL_DISABLED  // free-threaded Python has no limited API
 #define Py_LIMITED_API 0x030A0000
+#endif
 #include <Python.h>
 
 #include <cstring>

@@ -10,19 +10,32 @@ import os
 import torch
 
 from ..params import DraftParams, Params
+from . import extension
 
-try:
-    from .. import _cpu
-except ImportError as error:
-    raise ImportError("the C++ extension is not built: no C++ compiler was found at install time, or "
-                      "EFT_KERNELS_CPU=0 was set; install g++ and reinstall") from error
+_cpu = extension.load("eft_kernels._cpu", "C++", "no C++ compiler was found at install time, or EFT_KERNELS_CPU=0 was "
+                      "set; install g++ and reinstall")
 
-try:
-    _cpu.attach(torch.Tensor, torch.nn.Parameter)
-except (AttributeError, ValueError) as error:
-    raise ImportError(f"torch {torch.__version__} does not offer DLPack's C exchange interface: {error}") from error
 
-_isa = _cpu.set_isa(os.environ.get("EFT_KERNELS_CPU_ISA") or None)
+def _chosen_isa() -> str:
+    """The instruction set of EFT_KERNELS_CPU_ISA, else the best one here."""
+    name = os.environ.get("EFT_KERNELS_CPU_ISA") or None
+    try:
+        return _cpu.set_isa(name)
+    except ValueError:
+        raise ValueError(f"EFT_KERNELS_CPU_ISA: got {name!r}, allowed here are {', '.join(_isas())}") from None
+
+
+def _isas() -> list[str]:
+    names = []
+    for name in ("baseline", "avx2", "avx512"):
+        try:
+            names.append(_cpu.set_isa(name))
+        except ValueError:
+            pass
+    return names
+
+
+_isa = _chosen_isa()
 _STREAM = {"sample": 0, "draft": 1}
 _METHOD = {"coupled": 0, "token": 1, "block": 2}
 

@@ -6,26 +6,15 @@ CPU.
 
 from __future__ import annotations
 
-import importlib
 from typing import NamedTuple
 
 import torch
 
 from ..params import DraftParams, Params
-from . import workspace
+from . import extension, workspace
 
-try:
-    _cuda = importlib.import_module("eft_kernels._cuda")
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "the CUDA extension is not built: no nvcc, or a torch without CUDA, was found at install time, or "
-        "EFT_KERNELS_CUDA=0 was set; put nvcc on the PATH and reinstall with EFT_KERNELS_CUDA=1", name=error.name
-    ) from error
-
-try:
-    _cuda.attach(torch.Tensor, torch.nn.Parameter)
-except (AttributeError, ValueError) as error:
-    raise ImportError(f"torch {torch.__version__} does not offer DLPack's C exchange interface: {error}") from error
+_cuda = extension.load("eft_kernels._cuda", "CUDA", "no nvcc, or a torch without CUDA, was found at install time, or "
+                       "EFT_KERNELS_CUDA=0 was set; put nvcc on the PATH and reinstall with EFT_KERNELS_CUDA=1")
 
 try:
     from torch._C import _cuda_getCurrentRawStream as _stream

@@ -148,7 +148,7 @@ class Call:
     def upscale(self):
         """Fills `Up`."""
         J = len(self.models.z)
-        top = torch.empty(J, self.rows, self.chunks, device=self.device)
+        top = torch.empty(J, self.rows, self.chunks, dtype=torch.float32, device=self.device)
         totals = torch.zeros(J, self.rows, dtype=torch.int64, device=self.device)
         self.launch_stream(filter.own_stats_kernel, top, self.rows, self.chunks)
         self.launch_stream(filter.own_mass_kernel, top, totals, self.rows, self.chunks, CP=self.cp)
@@ -239,7 +239,7 @@ def logprobs(logits, p: Params):
 @on_device
 def token_logprobs(logits, p: Params, ids):
     call, state = _states(logits, p)
-    out = torch.empty(ids.shape, device=ids.device)
+    out = torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
     call.launch(outputs.ids_kernel, *call.sampling, state, ids, ids.shape[1], None, out, None, N=128)
     return out
 

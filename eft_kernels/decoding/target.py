@@ -47,7 +47,7 @@ class Target:
 
     def filtered(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores [B, V] divided by the temperature, -inf outside the filters; greedy rows stay as they are."""
-        temperature = torch.as_tensor(self.filters.get("temperature", 1.0), device=scores.device).float()
+        temperature = torch.as_tensor(self.filters.get("temperature", 1.0), dtype=torch.float32, device=scores.device)
         temperature = temperature.reshape(-1, 1).expand(scores.shape[0], 1)
         greedy = temperature < 1e-5
         kept = logprobs([scores], [1.0], **self.filters) > float("-inf")

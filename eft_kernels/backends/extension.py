@@ -1,0 +1,42 @@
+"""Loading the compiled modules, and saying why one is not here."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+
+def built(name: str) -> bool:
+    """There is a file of the module ``name``, one that this Python would load or not."""
+    return importlib.util.find_spec(name) is not None or bool(_files(name))
+
+
+def _files(name: str) -> list[Path]:
+    package, _, module = name.rpartition(".")
+    folders = importlib.import_module(package).__path__
+    return sorted(p for folder in folders for p in Path(folder).glob(f"{module}.*")
+                  if p.suffix in (".so", ".pyd", ".dylib"))
+
+
+def load(name: str, what: str, why_not: str) -> ModuleType:
+    """The module ``name``, attached to torch. ImportError: it was not built (``why_not``), or the loader's words."""
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        if importlib.util.find_spec(name) is not None:
+            raise ImportError(f"the {what} extension is there, but cannot be loaded: {error}") from error
+        if files := _files(name):
+            raise ImportError(f"the {what} extension is there for another Python ({', '.join(p.name for p in files)}; "
+                              f"this one loads *{', *'.join(importlib.machinery.EXTENSION_SUFFIXES)}); reinstall"
+                              ) from error
+        raise ModuleNotFoundError(f"the {what} extension is not built: {why_not}", name=name) from error
+    import torch
+
+    try:
+        module.attach(torch.Tensor, torch.nn.Parameter)
+    except (AttributeError, ValueError) as error:
+        raise ImportError(f"torch {torch.__version__} does not offer DLPack's C exchange interface: {error}") from error
+    return module
