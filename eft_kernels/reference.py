@@ -15,6 +15,7 @@ from .params import SPECS, DraftParams, Params
 
 NEG_INF = float("-inf")
 GREEDY = 1e-5  # temperatures below are greedy
+MASKED = -1e38  # a logit from here down, a mask by the least number of a type, excludes a token whose sum is not finite
 LOG2E = 1.44269504  # float32(log2 e)
 CHUNK = 256
 MASS_BITS = 40  # the mass of the best token is 2^40
@@ -227,13 +228,14 @@ class Rows:
     def combine(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Emulated scores [R, V] and whether each row is valid.
 
-        -inf is excluded, also where a sum or the up-scaling filter overflows to it; a token that is not excluded and
-        comes to NaN or +inf in either makes the row invalid, and so does having no token left.
+        -inf is excluded, also where a sum or the up-scaling filter overflows to it, and so is a token whose sum is not
+        finite where a model masks it by a logit <= `MASKED`, such as torch.finfo.min. Any other that comes to NaN or
+        +inf makes the row invalid, and so does having no token left.
         """
         V, dev = self.vocab_size, self.logits[0].device
         s = torch.zeros(self.logits[0].shape[0], V, dtype=torch.float32, device=dev)
         excluded = torch.zeros_like(s, dtype=torch.bool) if self.allowed is None else ~self.allowed
-        bad = torch.zeros_like(excluded)
+        bad, masked = torch.zeros_like(excluded), torch.zeros_like(excluded)
         first = torch.ones(s.shape[0], 1, dtype=torch.bool, device=dev)
         for j, z in enumerate(self.logits):
             z, w = z[:, :V].to(torch.float32), self.weights[:, j : j + 1]
@@ -241,9 +243,10 @@ class Rows:
             s = torch.where(active, torch.where(first, w * z, s + w * z), s)
             first = first & ~active
             counts = active | (self.upscale_top_p[:, None] < 1) if j == self.tuned else active
-            excluded = excluded | (counts & (z == NEG_INF))
+            excluded, masked = excluded | (counts & (z == NEG_INF)), masked | (counts & (z <= MASKED))
             bad = bad | (counts & (z.isnan() | (z == float("inf"))))
-        bad = bad | (~excluded & (s.isnan() | (s == float("inf"))))
+        excluded = excluded | (masked & ~s.isfinite())
+        bad = bad | (~excluded & ~(s < float("inf")))
         if self.allowed is not None:
             bad = bad & self.allowed
         s = torch.where(excluded, NEG_INF, s)

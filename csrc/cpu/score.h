@@ -330,12 +330,12 @@ struct Scorer {
     int64_t first = int64_t{c} * kChunkSize;
     int n = std::min<int64_t>(kChunkSize, vocab - first);
     alignas(64) float z[kChunkSize];
-    alignas(64) int32_t allowed[kChunkSize], excluded[kChunkSize], bad[kChunkSize];
+    alignas(64) int32_t allowed[kChunkSize], excluded[kChunkSize], masked[kChunkSize], bad[kChunkSize];
     for (int i = 0; i < kChunkSize; ++i) {
       bool on = i < n && (!mask || mask[(first + i) >> 5] >> ((first + i) & 31) & 1);
       allowed[i] = on ? -1 : 0;
       excluded[i] = ~allowed[i];
-      bad[i] = 0;
+      masked[i] = bad[i] = 0;
       z[i] = 0;
       out[i] = 0;
     }
@@ -344,8 +344,10 @@ struct Scorer {
       for (int i = 0; i < kChunkSize; i += W) {
         vf x = load(z + i);
         vi ex = load_raw<vi>(excluded + i) | (x == broadcast(-kInf));
+        vi low = load_raw<vi>(masked + i) | (x <= broadcast(kMasked));
         vi b = load_raw<vi>(bad + i) | (x != x) | (x == broadcast(kInf));
         memcpy(excluded + i, &ex, sizeof ex);
+        memcpy(masked + i, &low, sizeof low);
         memcpy(bad + i, &b, sizeof b);
       }
     };
@@ -362,7 +364,9 @@ struct Scorer {
     vi any_bad{};
     for (int i = 0; i < kChunkSize; i += W) {
       vf s = load(out + i);
-      vi ex = load_raw<vi>(excluded + i), b = load_raw<vi>(bad + i) | (~ex & ~(s < broadcast(kInf)));
+      vi finite = (s > broadcast(-kInf)) & (s < broadcast(kInf));
+      vi ex = load_raw<vi>(excluded + i) | (load_raw<vi>(masked + i) & ~finite);
+      vi b = load_raw<vi>(bad + i) | (~ex & ~(s < broadcast(kInf)));
       ex |= s == broadcast(-kInf);
       if (upscaled) {  // z holds the tuned model's logits
         vf t = load(z + i);

@@ -237,7 +237,7 @@ EFT_DEVICE void apply_mask(const Row& row, int token, float* s) {
 EFT_DEVICE bool careful_scores(const Row& row, int token, float* s) {
   const int n = min(max(row.vocab - token, 0), kPerLane);
   const uint32_t on = n > 0 ? allowed(row, token) & ((1u << n) - 1) : 0;
-  uint32_t excluded = ~on, bad = 0;
+  uint32_t excluded = ~on, masked = 0, bad = 0;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) s[i] = 0;
   for (int j = 0; j < row.models; ++j) {
@@ -247,13 +247,14 @@ EFT_DEVICE bool careful_scores(const Row& row, int token, float* s) {
       if (i < n) {
         const float z = logit(in, token + i);
         excluded |= static_cast<uint32_t>(z == -kInf) << i;
+        masked |= static_cast<uint32_t>(z <= kMasked) << i;
         bad |= static_cast<uint32_t>(!(z < kInf)) << i;
         if (in.w != 0) s[i] = s[i] + in.w * z;
       }
   }
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    if (excluded >> i & 1) s[i] = -kInf;
+    if ((excluded | (fabsf(s[i]) < kInf ? 0 : masked)) >> i & 1) s[i] = -kInf;
     bad |= static_cast<uint32_t>(!(s[i] < kInf)) << i;
   }
   return (bad & on) == 0;
@@ -299,13 +300,14 @@ EFT_DEVICE bool scores_of(const Row& row, int chunk, float (&s)[kPerLane]) {
 EFT_DEVICE float score_of(const Row& row, int token) {
   if (row.mask && !(row.mask[token >> 3] >> (token & 7) & 1)) return -kInf;
   float s = 0;
-  bool excluded = false;
+  bool excluded = false, masked = false;
   for (int j = 0; j < row.models; ++j) {
     const float z = logit(row.in[j], token);
     excluded |= z == -kInf;
+    masked |= z <= kMasked;
     if (row.in[j].w != 0) s = s + row.in[j].w * z;
   }
-  if (excluded || !(s > -kInf)) return -kInf;
+  if (excluded || !(s > -kInf) || (masked && !(s < kInf))) return -kInf;
   if (!row.upscaled) return s;
   const float z = logit(row.tuned, token);
   return z >= row.tau ? s - row.inside : z - row.outside;

@@ -21,6 +21,9 @@
 namespace eft {
 namespace EFT_ISA {
 
+// A logit from here down, a mask by the least number of a type, excludes its token where the sum of models is not finite.
+constexpr float kMasked = -1e38f;
+
 template <class F>
 struct Lanes;
 

@@ -19,8 +19,13 @@ from ...decoding import take_columns
 # What models call their cache: transformers from 5.24 on, before it, and state-space models before it.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 # Models whose pass over several tokens is not several passes over one.
-ONE_BY_ONE = {"cpmant": "it reads its text both ways", "flaubert": "it reads a mask token after its text",
-              "prophetnet": "its cache takes one token at a time", "xlm": "it reads a mask token after its text"}
+ONE_BY_ONE = {
+    "cpmant": "it reads its text both ways",
+    "flaubert": "it reads a mask token after its text",
+    "git": "its mask is made for one token at a time",
+    "prophetnet": "its cache takes one token at a time",
+    "xlm": "it reads a mask token after its text",
+}
 # Older versions find new tokens by `cache_position`, newer ones by their number.
 CACHE_POSITION = "cache_position" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 
@@ -160,12 +165,12 @@ def can_realign(model) -> bool:
     """Whether a row may move to other columns of the cache: nothing but its mask and positions says where a token is.
 
     Without position_ids positions are counted from the cache's length (unless they come from the mask: BLOOM); chunked
-    attention (Llama 4) counts its chunks in columns, and GIT builds its mask from the cache's length.
+    attention (Llama 4) counts its chunks in columns.
     """
     takes = inspect.signature(model.forward).parameters
     config = model.config.get_text_config(decoder=True)
     positions = "position_ids" in takes or hasattr(model.base_model, "build_alibi_tensor")
-    return positions and not getattr(config, "attention_chunk_size", None) and model.config.model_type != "git"
+    return positions and not getattr(config, "attention_chunk_size", None)
 
 
 def rope_boundary(model) -> tuple[int | None, bool]:
