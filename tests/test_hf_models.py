@@ -1,5 +1,7 @@
 """What models do in their own generation loop, and `eft.hf.generate` must not bypass; and when their text ends."""
 
+import pickle
+
 import pytest
 import torch
 
@@ -196,3 +198,29 @@ def test_padding_of_every_row_is_not_read(chat):
     for k in (0, 3):
         out = run(models, dict(input_ids=ids, attention_mask=mask), draft_tokens=k, **GREEDY)
         assert out.shape == (1, 58) and out[0, 46:].tolist() == free
+
+
+# --- processes and defaults ----------------------------------------------------------------------------------------
+
+def test_an_invalid_row_error_crosses_processes(chat):
+    error = eft.hf.InvalidRowError({1: 3}, torch.arange(4))
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error) and str(again) == str(error) and again.failed == {1: 3}
+    assert torch.equal(again.output, error.output)
+    models, _ = chat
+    out = run(models, return_dict_in_generate=True, output_scores=True, draft_tokens=2, **GREEDY)
+    again = pickle.loads(pickle.dumps(eft.hf.InvalidRowError({0: 0}, out))).output
+    assert torch.equal(again.sequences, out.sequences) and again.speculation.acceptance == out.speculation.acceptance
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torchs_default_dtype_changes_no_text(chat, dtype):
+    models, _ = chat
+    options = dict(repetition_penalty=1.3, top_k=0, do_sample=True, temperature=0.9, top_p=0.95)
+    want = [run(models, draft_tokens=k, **options) for k in (0, 3)]
+    torch.set_default_dtype(dtype)
+    try:
+        got = [run(models, draft_tokens=k, **options) for k in (0, 3)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(got, want))

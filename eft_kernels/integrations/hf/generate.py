@@ -60,6 +60,9 @@ class InvalidRowError(RuntimeError):
         super().__init__(invalid_message(failed))
         self.failed, self.output = failed, output
 
+    def __reduce__(self):  # an exception is made anew from its message alone, and a pool that waits for it hangs
+        return type(self), (self.failed, self.output)
+
 
 def invalid_message(failed: dict[int, int]) -> str:
     where = ", ".join(f"row {b} at step {n}" for b, n in failed.items())
@@ -177,7 +180,7 @@ def generate(
     processors, filters = sampling_of(logits_processor or [], config, named, outer.get("logits_processor"))
     process = RowProcessors(processors) if draft_tokens and processors else processors or None
     seeds = seeds_of(seed, rows, device, greedy=is_number(t := filters.get("temperature", 1.0)) and t < 1e-5)
-    sample([torch.zeros(rows, 1, device=device)] * len(models), weights, upscale_top_p=upscale_top_p, seed=seeds,
+    sample([torch.zeros(rows, 1, dtype=torch.float32, device=device)] * len(models), weights, upscale_top_p=upscale_top_p, seed=seeds,
            position=0, logprobs=False, check=True, **named)  # the operation's own checks of every value
 
     lengths = [int((ids.shape[1] - pads).max()) for ids, pads in (p or (input_ids, left) for p in prompts)]
