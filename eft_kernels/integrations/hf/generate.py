@@ -180,8 +180,9 @@ def generate(
     processors, filters = sampling_of(logits_processor or [], config, named, outer.get("logits_processor"))
     process = RowProcessors(processors) if draft_tokens and processors else processors or None
     seeds = seeds_of(seed, rows, device, greedy=is_number(t := filters.get("temperature", 1.0)) and t < 1e-5)
-    sample([torch.zeros(rows, 1, dtype=torch.float32, device=device)] * len(models), weights, upscale_top_p=upscale_top_p, seed=seeds,
-           position=0, logprobs=False, check=True, **named)  # the operation's own checks of every value
+    nothing = torch.zeros(rows, 1, dtype=torch.float32, device=device)
+    sample([nothing] * len(models), weights, upscale_top_p=upscale_top_p, seed=seeds, position=0, logprobs=False,
+           check=True, **named)  # the operation's own checks of every value
 
     lengths = [int((ids.shape[1] - pads).max()) for ids, pads in (p or (input_ids, left) for p in prompts)]
     check_context(models, names, lengths, max_new_tokens)
