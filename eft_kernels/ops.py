@@ -328,10 +328,8 @@ def draft(logits: torch.Tensor, *, slot: int, method: str, temperature=1.0, top_
     """
     if not isinstance(logits, torch.Tensor):
         raise ValueError(f"logits: expected the drafting model's tensor [B, V], got {type(logits).__name__}")
-    if method not in METHODS:
-        raise ValueError(f"method: got {method!r}, allowed are {', '.join(METHODS)}")
-    if type(slot) is not int or not 0 <= slot < 1 << 24:
-        raise ValueError(f"slot: got {slot!r}, allowed is an integer from 0 to 2^24 - 1")
+    one_of("method", method, METHODS)
+    slot = _slot(slot)
     if seed is None:
         raise ValueError("seed: got None; give the seed that verify will be given")
     noise = dict(stream="sample") if method == "coupled" else dict(stream="draft", slot=slot)
@@ -424,9 +422,13 @@ def verify(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
     return VerifyOutput(tokens, num_emitted, valid, *((lp, raw) if logprobs else (None, None)))
 
 
+def _slot(slot) -> int:
+    return index("slot", slot, 0, (1 << 24) - 1, "an integer from 0 to 2^24 - 1")
+
+
 def _check_draw(stream, slot, top_logprobs) -> tuple[int, int]:
     one_of("stream", stream, STREAM_NAMES)
-    return (index("slot", slot, 0, (1 << 24) - 1, "an integer from 0 to 2^24 - 1"),
+    return (_slot(slot),
             index("top_logprobs", top_logprobs, 0, MAX_VOCAB, f"an integer from 0 to {MAX_VOCAB}"))
 
 

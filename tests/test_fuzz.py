@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import conftest
@@ -22,9 +21,8 @@ def run(argv, environment=None, timeout=200):
 
 
 def test_calls_nobody_would_write():
-    """Other ones each time: what fails prints its seed."""
-    seed = str(int(time.time()) * 1000)
-    assert run([sys.executable, str(FUZZ / "fuzz.py"), "--seconds", "8", "--seed", seed]) > 5
+    """The same ones each time; `make fuzz` makes others, and what fails prints its seed."""
+    assert run([sys.executable, str(FUZZ / "fuzz.py"), "--seconds", "8", "--seed", "0"]) > 5
 
 
 def test_threads_that_change_what_others_read():
@@ -33,7 +31,7 @@ def test_threads_that_change_what_others_read():
 
 @pytest.mark.skipif(sanitized.runtime() is None, reason="the compiler has no AddressSanitizer")
 def test_calls_nobody_would_write_under_sanitizers():
-    argv, environment = sanitized.command("--seconds", "10", "--seed", str(int(time.time()) * 1000))
+    argv, environment = sanitized.command("--seconds", "10", "--seed", "0")
     assert run(argv, environment) > 0
 
 
