@@ -15,7 +15,9 @@ from .params import SPECS, DraftParams, Params
 
 NEG_INF = float("-inf")
 GREEDY = 1e-5  # temperatures below are greedy
-MASKED = -1e38  # a logit from here down, a mask by the least number of a type, excludes a token whose sum is not finite
+# A mask by the least number of a type: a logit <= MASKED excludes its token where the models' sum is not finite, or as
+# large as only a mask makes it.
+MASKED, LARGE = -1e38, 1e30
 LOG2E = 1.44269504  # float32(log2 e)
 CHUNK = 256
 MASS_BITS = 40  # the mass of the best token is 2^40
@@ -228,9 +230,10 @@ class Rows:
     def combine(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Emulated scores [R, V] and whether each row is valid.
 
-        -inf is excluded, also where a sum or the up-scaling filter overflows to it, and so is a token whose sum is not
-        finite where a model masks it by a logit <= `MASKED`, such as torch.finfo.min. Any other that comes to NaN or
-        +inf makes the row invalid, and so does having no token left.
+        -inf is excluded, also where a sum or the up-scaling filter overflows to it. So is a token that a model masks by
+        a logit <= `MASKED`, such as torch.finfo.min, where the sum is not below `LARGE` in size: masks that cancel (of
+        base and ref alone) are numbers. Any other that comes to NaN or +inf makes the row invalid, and so does having
+        no token left.
         """
         V, dev = self.vocab_size, self.logits[0].device
         s = torch.zeros(self.logits[0].shape[0], V, dtype=torch.float32, device=dev)
@@ -245,7 +248,7 @@ class Rows:
             counts = active | (self.upscale_top_p[:, None] < 1) if j == self.tuned else active
             excluded, masked = excluded | (counts & (z == NEG_INF)), masked | (counts & (z <= MASKED))
             bad = bad | (counts & (z.isnan() | (z == float("inf"))))
-        excluded = excluded | (masked & ~s.isfinite())
+        excluded = excluded | (masked & ~(s.abs() < LARGE))
         bad = bad | (~excluded & ~(s < float("inf")))
         if self.allowed is not None:
             bad = bad & self.allowed

@@ -103,6 +103,7 @@ CASES = [
     Case("peaked", scale=30.0),
     Case("-inf", special="neg_inf"),
     Case("masks by the least number", weights=upscale(1.5), special="least", dtypes=(BF16, F32, BF16)),
+    Case("masks by the least number alone", special="least", dtypes=(BF16,)),
     Case("masks by the least number filtered", weights=lambda rows: upscale(torch.linspace(1.1, 2, rows)),
          special="least", dtypes=(F32,), kwargs=dict(top_p=0.9, upscale_top_p=0.8)),
     Case("token mask", special="mask", vocab=(1001,), dtypes=(BF16,)),
@@ -175,10 +176,10 @@ def make(case: Case, seed: int = 0, slots: int | None = None, device="cpu"):
             z = z.round()
         if case.special == "neg_inf":
             z = torch.where(torch.rand(z.shape, generator=g) < 0.2, float("-inf"), z)
-        if case.special == "least":  # of all models, of base and ref, of ref alone
-            z[..., 0::5] = torch.finfo(dtype).min
-            z[..., 1::5] = z[..., 1::5] if len(logits) == 1 else torch.finfo(dtype).min
-            z[..., 2::5] = z[..., 2::5] if len(logits) < 2 else torch.finfo(dtype).min
+        if case.special == "least":  # by which models a token is masked
+            for k, models in enumerate(((0, 1, 2), (0,), (1,), (2,), (0, 2))):
+                if len(logits) in models:
+                    z[..., k::7] = torch.finfo(dtype).min
         z = z.to(dtype).to(device)  # before its layout is made: a move would undo that
         if case.special == "transposed":
             z = z.transpose(-1, -2).contiguous().transpose(-1, -2)

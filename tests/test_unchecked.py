@@ -438,16 +438,22 @@ def test_outputs_that_there_is_no_memory_for():
 
 def test_masks_by_the_least_number_of_a_type_exclude(backend):
     """Their products overflow where a strength is above 1: the token is excluded, as by -inf, and no row is invalid."""
+    case = next(c for c in testing.CASES if c.name == "masks by the least number")
     for dtype in (torch.float32, torch.bfloat16):
-        case = next(c for c in testing.CASES if c.name == "masks by the least number")._replace(dtypes=(dtype,))
-        logits, _, _ = testing.make(case)
-        there = [torch.where(z <= -1e38, float("-inf"), z) for z in logits]
-        assert all(bool((z == float("-inf")).any()) for z in there)
-        for weights in (eft.upscale(1.5), eft.upscale(torch.linspace(1.1, 3, case.rows)), [2.0, -1.5, -1.25]):
+        logits, _, _ = testing.make(case._replace(dtypes=(dtype,)))
+        for weights, cancel in ((eft.upscale(1.5), False), (eft.upscale(torch.linspace(1.1, 3, case.rows)), False),
+                                ([2.0, -1.5, -1.25], False), (eft.upscale(1.0), True), (eft.upscale(0.25), True),
+                                (eft.proxy(1e-3), False)):
+            z = [x.clone() for x in logits]
+            if cancel:  # masks of base and ref alone
+                for x in z:
+                    x[:, 4::7] = 0.0
+            there = [torch.where(x <= -1e38, float("-inf"), x) for x in z]
+            assert all(bool((x == float("-inf")).any()) for x in there)
             for options in (dict(), dict(temperature=0.7, top_k=40, top_p=0.9), dict(upscale_top_p=0.8)):
-                got = eft.sample(logits, weights, seed=7, position=0, backend=backend, **options)
+                got = eft.sample(z, weights, seed=7, position=0, backend=backend, **options)
                 want = eft.sample(there, weights, seed=7, position=0, backend=backend, **options)
                 assert got.valid.all() and torch.equal(got.tokens, want.tokens)
                 torch.testing.assert_close(got.logprobs, want.logprobs)
-                torch.testing.assert_close(eft.logprobs(logits, weights, backend=backend, **options),
+                torch.testing.assert_close(eft.logprobs(z, weights, backend=backend, **options),
                                            eft.logprobs(there, weights, backend=backend, **options))

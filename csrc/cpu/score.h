@@ -128,6 +128,9 @@ struct Combine {
   bool (*group)(const Input*, int models, int64_t first, float* out);
 };
 
+constexpr float kOverflow = 0x1p29f;  // kLarge times this is infinite
+inline bool finite(vf x) { return !any_bits(x - x != vf{}); }
+
 template <class T, int J, bool Unit, bool Keep>
 void chunk_scores(const Input* in, int64_t first, int n, float* group_max, uint8_t* odd, float* out) {
   const T* z[J];
@@ -143,8 +146,8 @@ void chunk_scores(const Input* in, int64_t first, int n, float* group_max, uint8
         combine<T, J, Unit, false>(z, w, i, a, b);
         best[0] = i ? maximum(best[0], a) : a;
         best[1] = i ? maximum(best[1], b) : b;
-        bad0 = fused(a, vf{}, bad0);  // NaN from infinities and NaN
-        bad1 = fused(b, vf{}, bad1);
+        bad0 = fused(a, broadcast(kOverflow), bad0);  // not finite from kLarge on
+        bad1 = fused(b, broadcast(kOverflow), bad1);
         if (Keep) store(out + i, a), store(out + i + W, b);
       }
       m[g] = maximum(best[0], best[1]);
@@ -152,7 +155,7 @@ void chunk_scores(const Input* in, int64_t first, int n, float* group_max, uint8
       if (Keep) out += kGroup;
     }
     max_of_8(m, group_max + c * kGroups);
-    odd[c] = any_bits(bad0 + bad1 != vf{}) != 0;
+    odd[c] = !finite(bad0 + bad1);
   }
 }
 
@@ -171,10 +174,10 @@ struct Same {
     for (int i = 0; i < kGroup; i += 2 * W) {
       vf a, b;
       combine<T, J, Unit, true>(z, w, i, a, b);
-      bad = fused(a, vf{}, fused(b, vf{}, bad));
+      bad = fused(a, broadcast(kOverflow), fused(b, broadcast(kOverflow), bad));
       store(out + i, a), store(out + i + W, b);
     }
-    return !any_bits(bad != vf{});
+    return finite(bad);
   }
 };
 
@@ -190,8 +193,8 @@ struct Mixed {
         store(out + i, j ? load(out + i) + x : x);
       }
     }
-    for (int i = 0; i < kGroup; i += W) bad = fused(load(out + i), vf{}, bad);
-    return !any_bits(bad != vf{});
+    for (int i = 0; i < kGroup; i += W) bad = fused(load(out + i), broadcast(kOverflow), bad);
+    return finite(bad);
   }
   static void chunks(const Input* in, int models, int64_t first, int n, float* group_max, uint8_t* odd, float* out) {
     alignas(64) float own[kChunkSize];
@@ -364,8 +367,8 @@ struct Scorer {
     vi any_bad{};
     for (int i = 0; i < kChunkSize; i += W) {
       vf s = load(out + i);
-      vi finite = (s > broadcast(-kInf)) & (s < broadcast(kInf));
-      vi ex = load_raw<vi>(excluded + i) | (load_raw<vi>(masked + i) & ~finite);
+      vi usual = (s > broadcast(-kLarge)) & (s < broadcast(kLarge));
+      vi ex = load_raw<vi>(excluded + i) | (load_raw<vi>(masked + i) & ~usual);
       vi b = load_raw<vi>(bad + i) | (~ex & ~(s < broadcast(kInf)));
       ex |= s == broadcast(-kInf);
       if (upscaled) {  // z holds the tuned model's logits

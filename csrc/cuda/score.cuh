@@ -201,12 +201,12 @@ EFT_DEVICE void sums_of(const Row& row, int token, float (&s)[kAtOnce<D> * kPerL
   }
 }
 
-// The largest of a lane's 8 sums, NaN unless all are finite: then some token may be excluded, or the row bad.
+// The largest of a lane's 8 sums, NaN unless all are below kLarge: then some token may be excluded, or the row bad.
 EFT_DEVICE float top_if_finite(const float* s) {
   float high = s[0], low = s[0];
 #pragma unroll
   for (int i = 1; i < kPerLane; ++i) high = max_or_nan(high, s[i]), low = fminf(low, s[i]);
-  return low > -kInf && high < kInf ? high : NAN;
+  return low > -kLarge && high < kLarge ? high : NAN;
 }
 
 EFT_DEVICE float top_of(const float* s) {
@@ -254,7 +254,7 @@ EFT_DEVICE bool careful_scores(const Row& row, int token, float* s) {
   }
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    if ((excluded | (fabsf(s[i]) < kInf ? 0 : masked)) >> i & 1) s[i] = -kInf;
+    if ((excluded | (fabsf(s[i]) < kLarge ? 0 : masked)) >> i & 1) s[i] = -kInf;
     bad |= static_cast<uint32_t>(!(s[i] < kInf)) << i;
   }
   return (bad & on) == 0;
@@ -307,7 +307,7 @@ EFT_DEVICE float score_of(const Row& row, int token) {
     masked |= z <= kMasked;
     if (row.in[j].w != 0) s = s + row.in[j].w * z;
   }
-  if (excluded || !(s > -kInf) || (masked && !(s < kInf))) return -kInf;
+  if (excluded || !(s > -kInf) || (masked && !(fabsf(s) < kLarge))) return -kInf;
   if (!row.upscaled) return s;
   const float z = logit(row.tuned, token);
   return z >= row.tau ? s - row.inside : z - row.outside;

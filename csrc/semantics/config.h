@@ -21,8 +21,9 @@
 namespace eft {
 namespace EFT_ISA {
 
-// A logit from here down, a mask by the least number of a type, excludes its token where the sum of models is not finite.
-constexpr float kMasked = -1e38f;
+// A mask by the least number of a type: a logit <= kMasked excludes its token where the models' sum is not finite, or as
+// large as only a mask makes it.
+constexpr float kMasked = -1e38f, kLarge = 1e30f;
 
 template <class F>
 struct Lanes;

@@ -32,6 +32,7 @@ from .rows import (
 from .semantics import (
     CHUNK,
     INF,
+    LARGE,
     LOG2E,
     MASS_ONE,
     NEG_INF,
@@ -91,7 +92,7 @@ def stats_kernel(m, up, sampling, top_k, seed, position, top, sum, sum_c, chunks
         size = tl.maximum(size, tl.abs(plain), propagate_nan=tl.PropagateNan.ALL)
         put_stats(s, False, r * chunks, chunk, chunks, top, sum, sum_c, c)
     # what is left, or all of it where a sum was not finite
-    finite = tl.min(tl.min((size < INF).to(tl.int32), 1), 0) != 0
+    finite = tl.min(tl.min((size < LARGE).to(tl.int32), 1), 0) != 0
     for t in range(tl.where(finite, whole, 0), tiles):
         chunk = first + t * TC + tl.arange(0, TC)
         s, bad = combine(m, up, row, tokens_of(chunk))
@@ -331,7 +332,7 @@ def own_stats_kernel(m, up, top, rows, chunks, SPLITS: tl.constexpr, TILES: tl.c
                 tl.store(top + (j * rows + r) * chunks + chunk, tl.max(z, 1), mask=chunk < chunks)
             size = tl.maximum(size, tl.abs(plain), propagate_nan=tl.PropagateNan.ALL)
         # what is left, or all of it where a sum was not finite: some token may be excluded
-        finite = tl.min(tl.min((size < INF).to(tl.int32), 1), 0) != 0
+        finite = tl.min(tl.min((size < LARGE).to(tl.int32), 1), 0) != 0
         for t in range(tl.where(finite, whole, 0), tiles):
             chunk = first + t * TC + tl.arange(0, TC)
             token = tokens_of(chunk)

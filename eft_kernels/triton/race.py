@@ -15,6 +15,7 @@ from .semantics import (
     BAD,
     CHUNK,
     INF,
+    LARGE,
     LOG2E,
     NEG_INF,
     NONE,
@@ -144,7 +145,7 @@ def sample_kernel(m, up, sampling, top_k, seed, position, domain, tokens, valid,
                     all_sum_c = tl.where(tile == t, sums(s, top, q.c)[None, :], all_sum_c)
             tops = tl.where(tile == t, top[None, :], tops)
         # what is left, or all of it where a sum was not finite
-        finite = tl.min(tl.min((size < INF).to(tl.int32), 1), 0) != 0
+        finite = tl.min(tl.min((size < LARGE).to(tl.int32), 1), 0) != 0
         for t in range(tl.where(finite, whole, 0), tiles):
             s, bad = combine(m, up, row, tokens_of(first + t * TC + tl.arange(0, TC)))
             top = tl.max(s, 1)

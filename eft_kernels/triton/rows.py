@@ -9,7 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .semantics import CHUNK, GREEDY, HOT, INF, LOG2E, MASKED, NEG_INF, TINY, in_range, row_seed, times
+from .semantics import CHUNK, GREEDY, HOT, INF, LARGE, LOG2E, MASKED, NEG_INF, TINY, in_range, row_seed, times
 
 
 class Models(NamedTuple):
@@ -176,7 +176,7 @@ def raw_scores(m, up, row, token):
             s = tl.where(w != 0, s + times(w, z), s)
         else:
             s = s + times(w, z)
-    s = tl.where((low == NEG_INF) | ((low <= MASKED) & ~(tl.abs(s) < INF)) | ~inside, NEG_INF, s)
+    s = tl.where((low == NEG_INF) | ((low <= MASKED) & ~(tl.abs(s) < LARGE)) | ~inside, NEG_INF, s)
     bad = ~(high < INF) | ~(s < INF)
     if m.mask is not None:
         allowed = is_allowed(row, token, inside)
@@ -206,7 +206,7 @@ def is_valid(up, row, q):
 
 @triton.jit
 def quick_scores(m, up, row, token):
-    """Emulated scores of tokens below V, and the plain sums: if one of these is not finite `combine` must decide."""
+    """Emulated scores of tokens below V, and the plain sums: where one is LARGE or not finite, `combine` decides."""
     s = tl.zeros(token.shape, tl.float32)
     if len(row.z) > 0:
         s = times(row.w[0], tl.load(row.z[0] + token).to(tl.float32))

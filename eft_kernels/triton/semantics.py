@@ -9,7 +9,8 @@ import triton.language as tl
 NEG_INF = tl.constexpr(float("-inf"))
 INF = tl.constexpr(float("inf"))
 GREEDY = tl.constexpr(1e-5)
-MASKED = tl.constexpr(-1e38)  # a logit from here down excludes a token whose sum is not finite
+# a logit <= MASKED excludes a token whose sum is not below LARGE in size
+MASKED, LARGE = tl.constexpr(-1e38), tl.constexpr(1e30)
 TINY, HOT = tl.constexpr(2.0**-126), tl.constexpr(1e30)  # the least top_p, the highest temperature
 LOG2E = tl.constexpr(1.44269504)
 CHUNK = tl.constexpr(256)
