@@ -9,7 +9,8 @@ has CUDA or, where there is no torch (pip's build isolation), where an NVIDIA dr
 for `ARCHS`, of those that nvcc knows, and PTX for newer GPUs; EFT_KERNELS_CUDA_ARCHS="90a;100" asks for these alone.
 
 Neither torch nor ninja is needed: no extension has a torch header. One binary serves every Python from 3.10 on, but for
-free-threaded ones, which have no limited API: theirs is built for that Python alone, and turns its lock on.
+free-threaded ones, which have no limited API: theirs is built for that Python alone, and importing it
+enables the GIL.
 
 A tree that cannot be written to is built in a temporary folder.
 """

@@ -22,7 +22,7 @@ def shown(value) -> str:
 
 
 def index(name: str, value, low: int, high: int, words: str) -> int:
-    """``value`` as an int from ``low`` to ``high``; ValueError says that allowed is ``words``."""
+    """``value`` as an int from ``low`` to ``high``; ValueError with ``words`` for what is allowed."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= value <= high:
         raise ValueError(f"{name}: got {shown(value)}, allowed is {words}")
     return int(value)
@@ -36,8 +36,8 @@ def one_of(name: str, value, names) -> str:
 
 
 def flag(name: str, value) -> bool:
-    """``value`` as a bool; ValueError for what is neither that nor a number."""
-    if isinstance(value, numbers.Integral) or type(value).__module__ == "numpy" and not is_array(value):
+    """``value``, a bool of Python's or NumPy's or one of 0 and 1, as a bool; ValueError."""
+    if (isinstance(value, numbers.Integral) and value in (0, 1)) or type(value).__name__ == "bool_":
         return bool(value)
     raise ValueError(f"{name}: got {shown(value)}, allowed are True and False")
 

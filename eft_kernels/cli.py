@@ -7,6 +7,7 @@ Exit codes: 0 it worked, 1 a row or a check failed or the output cannot be writt
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import sys
 
@@ -140,8 +141,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `eft-kernels ... | head`: nobody reads on
         drop_output()
         return 0
-    except OSError as error:  # a full disk
-        drop_output()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF):
+            print(f"{name}: error: {error}", file=sys.stderr)
+            return 1
+        drop_output()  # a full disk
         print(f"{name}: error: cannot write the output: {error.strerror or error}", file=sys.stderr)
         return 1
     except SystemExit as stop:  # --help

@@ -64,7 +64,7 @@ def backends() -> dict[str, dict]:
 
 
 def not_allowed(reason: str) -> bool:
-    """What is wrong with a backend is a setting, which is to be mended and not passed over."""
+    """The backend is missing because of an environment variable's value: an error, not a reason to take another."""
     return reason.startswith("EFT_KERNELS_")
 
 

@@ -8,6 +8,7 @@ name the bad one.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from . import dispatch
 from .checks import INTEGERS, dense, flag, from_host, index, one_of, readable, stands_for_others
-from .params import MAX_VOCAB, SPECS, DraftParams, Params, check_logits, check_params, scalar_or_rows
+from .params import MAX_VOCAB, SPECS, DraftParams, Params, check_logits, check_mask, check_params, scalar_or_rows
 from .reference import row_seed
 from .weights import Weights
 
@@ -90,7 +91,8 @@ def _checked(name: str, logits, p: Params, args: tuple):
         _check_method(logits, method, None if draft == -1 else draft)
         args = (_integers("draft_tokens", drafts, (rows, slots[0] - 1), device),
                 _integers("draft_lengths", lengths, (rows,), device), method, draft,
-                _own_params(drawn_by, rows, device, False), logprobs)
+                _own_params(drawn_by, rows, device, False, _no_distribution(method, None if draft == -1 else draft)),
+                logprobs)
     elif name == "token_logprobs":
         args = (_integers("ids", args[0], (rows, *args[0].shape[1:2]), device),)
         if args[0].dim() != 2:
@@ -208,7 +210,7 @@ class VerifyOutput(NamedTuple):
 
     tokens: torch.Tensor  # int64 [B, K+1], the accepted drafts, then one token of the target; -1 padded
     num_emitted: torch.Tensor  # int64 [B], accepted + 1 (accepted alone where the row is invalid)
-    valid: torch.Tensor  # bool [B], False: the slot after the accepted drafts holds NaN, +inf or no token
+    valid: torch.Tensor  # bool [B], False: the slot after the accepted drafts is invalid, as in `SampleOutput`
     logprobs: torch.Tensor | None  # float32 [B, K+1], nats, under the processed target
     raw_logprobs: torch.Tensor | None  # float32 [B, K+1], nats, under the emulated distribution
 
@@ -336,11 +338,14 @@ def draft(logits: torch.Tensor, *, slot: int, method: str, temperature=1.0, top_
     out = sample([logits], (1.0,), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
                  position=position, vocab_size=vocab_size, token_mask=token_mask, logprobs=logprobs, tuned=0,
                  backend=backend, check=check, **noise)
-    kept = (temperature, top_k, top_p, min_p, seed, position, token_mask)
-    if _eager_cpu(logits.device):  # verify will look at them: what their owner writes there until then does not count
-        kept = [x.clone() if isinstance(x, torch.Tensor) else x for x in kept]
+    vocab_size = logits.shape[1] if vocab_size is None else vocab_size
+    if token_mask is not None:
+        token_mask = check_mask(token_mask, (logits.shape[0], (vocab_size + 31) // 32), logits.device)
+    # what their owner writes there until verify looks at them does not count
+    kept = [x.clone() if isinstance(x, torch.Tensor) else copy.copy(x)
+            for x in (temperature, top_k, top_p, min_p, seed, position, token_mask)]
     return DraftOutput(out.tokens, out.valid, out.logprobs, method, slot, *kept[4:6], DraftParams(*kept[:4]),
-                       logits.shape[1] if vocab_size is None else vocab_size, kept[6])
+                       vocab_size, kept[6])
 
 
 def verify(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | torch.Tensor,
@@ -394,12 +399,8 @@ def verify(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
     if isinstance(draft_tokens, (list, tuple)) and all(isinstance(d, DraftOutput) for d in draft_tokens) or \
             isinstance(draft_tokens, DraftOutput):
         drafts, draft_tokens = draft_tokens, _tokens_of(draft_tokens, rows, slots - 1, device)
-    for name, x in drawn_by._asdict().items():
-        why = "draft_tokens say what they were drawn by" if drafts is not None else \
-            "coupled compares tokens alone" if method == "coupled" else "draft=None has no distribution"
-        if x is not None and (drafts is not None or method == "coupled" or draft is None):
-            raise ValueError(f"draft_{name}: got a value, allowed is None: {why}")
-    drawn_by = _own_params(drawn_by, rows, device, look)
+    refused = "draft_tokens say what they were drawn by" if drafts is not None else _no_distribution(method, draft)
+    drawn_by = _own_params(drawn_by, rows, device, look, refused)
     if drafts is not None:
         drawn_by = _drawn_by(drafts, p, rows, device, method, draft, look)
         if drafts:  # a row's drafts end at its first invalid one
@@ -441,7 +442,17 @@ def _check_method(logits, method, draft) -> int | None:
     return index("draft", draft, 0, len(logits) - 1, f"None or the index of one of the {len(logits)} models")
 
 
-def _own_params(params: DraftParams, rows: int, device, look: bool) -> DraftParams:
+def _no_distribution(method: str, draft: int | None) -> str | None:
+    """Why a round of drafts has no distribution that could be declared, if it has none."""
+    return "coupled compares tokens alone" if method == "coupled" else \
+        "draft=None has no distribution" if draft is None else None
+
+
+def _own_params(params: DraftParams, rows: int, device, look: bool, refused: str | None = None) -> DraftParams:
+    """Parameters that drafts were drawn by, checked; ``refused``: why none may be given."""
+    for name, x in params._asdict().items():
+        if refused and x is not None:
+            raise ValueError(f"draft_{name}: got a value, allowed is None: {refused}")
     return DraftParams(*(x if x is None else scalar_or_rows(f"draft_{name}", x, rows, device, look)
                          for name, x in params._asdict().items()))
 

@@ -86,6 +86,8 @@ def scalar_or_rows(name: str, value, rows: int, device: torch.device, check: boo
     if isinstance(value, (list, tuple)):
         if len(value) != rows:
             raise ValueError(f"{name}: expected a number or a tensor [{rows}], got shape [{len(value)}]")
+        if value and all(isinstance(x, torch.Tensor) and x.dim() == 0 for x in value):
+            return scalar_or_rows(name, torch.stack([x.to(value[0].dtype) for x in value]), rows, device, check)
         value = [scalar(name, x.item() if isinstance(x, torch.Tensor) and x.dim() == 0 else x, rows) for x in value]
         return torch.tensor(value, dtype=dtype, device=device)
     if not isinstance(value, torch.Tensor):
@@ -102,7 +104,7 @@ def scalar_or_rows(name: str, value, rows: int, device: torch.device, check: boo
         raise ValueError(f"{name}: expected an integer tensor, got {value.dtype}")
     if value.device != device:
         raise ValueError(f"{name}: is on {value.device}, the logits are on {device}; move it there")
-    given, value = value, value.to(dtype).contiguous()  # before the comparison: narrow types wrap the bounds
+    given, value = value, value.to(dtype).contiguous()  # compared as its own type, int8 would wrap the bounds
     if check and name != "seed" and readable(value) and not bool(((value >= low) & (value <= high)).all()):
         raise ValueError(f"{name}: got {given.tolist()}, allowed is {words}")
     return value

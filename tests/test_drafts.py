@@ -225,3 +225,28 @@ def test_compiled_whole():
 
     args = logits(), SEEDS, POSITION
     same(torch.compile(step, fullgraph=True, backend="aot_eager")(*args), step(*args))
+
+
+@pytest.mark.parametrize("mask", [
+    torch.full((1, 4), -1, dtype=torch.int32), torch.full((3, 4), -1, dtype=torch.int32).view(torch.uint32),
+], ids=("[1, W]", "uint32"))
+def test_masks_of_drafts_are_those_of_verify_whatever_their_form(mask, backend):
+    logits = [torch.randn(3, 2, 100, generator=torch.Generator().manual_seed(j)) for j in range(3)]
+    seeds = torch.arange(3)
+    drafts = [eft.draft(logits[1][:, 0], slot=0, method="token", seed=seeds, position=0, token_mask=mask,
+                        backend=backend)]
+    out = eft.verify(logits, eft.upscale(), drafts, seed=seeds, position=0, backend=backend,
+                     token_mask=torch.full((3, 2, 4), -1, dtype=torch.int32))
+    assert out.valid.all()
+
+
+@pytest.mark.parametrize("method, draft", [("coupled", 1), ("token", -1)])
+def test_the_operator_refuses_parameters_of_drafts_that_have_no_distribution(method, draft):
+    z = torch.zeros(2, 2, 9)
+    numbers = [0.5 if name == "draft_temperature_value" else None for name in (
+        "draft_temperature", "draft_temperature_value", "draft_top_k", "draft_top_k_value", "draft_top_p",
+        "draft_top_p_value", "draft_min_p", "draft_min_p_value")]
+    with pytest.raises(ValueError, match="draft_temperature: got a value, allowed is None"):
+        torch.ops.eft_kernels.verify([z, z], None, [1.0, 1.0], None, 1.0, None, 0, None, 1.0, None, 0.0, None, 1.0,
+                                     None, 1, None, 0, None, 9, 1, torch.zeros(2, 1, dtype=torch.int64),
+                                     torch.ones(2, dtype=torch.int64), method, draft, *numbers, False, "auto")

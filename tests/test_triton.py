@@ -136,7 +136,7 @@ def test_models_of_weight_0_are_not_read(weights, cut):
     dead = torch.full((3, 700), float("nan"))
     dead[1], dead[2] = float("-inf"), float("inf")
     for kwargs in ({}, dict(top_p=0.5), dict(logprobs=False)):
-        got, want = (eft.sample([dead, dead], weights, seed=torch.arange(3), backend=name, **kwargs)
+        got, want = (eft.sample([dead, dead], weights, seed=torch.arange(3), position=0, backend=name, **kwargs)
                      for name in ("triton", "reference"))
         assert got.valid.all() and torch.equal(got.tokens, want.tokens)
 

@@ -19,7 +19,7 @@ EFT_DEVICE int64_t mass_at(const State& state, const Filters& q, float s, int to
 }
 EFT_DEVICE int64_t total_of(const State& state) { return state.mass < 1 ? 1 : state.mass; }
 
-EFT_DEVICE int length_of(const Drafts& d, int64_t b, int64_t slots) {  // nobody need have checked
+EFT_DEVICE int length_of(const Drafts& d, int64_t b, int64_t slots) {  // lengths may be unchecked
   const int64_t n = d.lengths[b];
   return static_cast<int>(n < 0 ? 0 : n > slots - 1 ? slots - 1 : n);
 }

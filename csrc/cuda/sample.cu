@@ -128,7 +128,7 @@ struct DirectShared {
   Part parts[kDirectWarps];
 };
 
-// blocks of a multiprocessor: ptxas spills for a seventh before 9.0, and knows better than a bound from there on
+// Blocks of a multiprocessor: before 9.0 a seventh makes ptxas spill; from 9.0 on ptxas does better without a bound.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 #define EFT_DIRECT_BOUNDS kDirectThreads, 6
 #else

@@ -18,7 +18,7 @@ EFT_HD IntOf<F> mass_parts(F s, F best, F c, IntOf<F>& shift) {
 }
 
 EFT_HD int64_t mass_of(int32_t q, int32_t shift) {
-  constexpr uint32_t most = kMassBits - 24;  // that a shift is
+  constexpr uint32_t most = kMassBits - 24;  // the largest shift
   const uint32_t right = most - static_cast<uint32_t>(shift);
   return int64_t{q} * (1 << most) >> (right < 63 ? right : 63);
 }

@@ -14,7 +14,8 @@ def number(kind, allowed, words):
     def convert(text):
         try:
             value = kind(text)
-            good = (kind is float or isinstance(text, str) or value == text) and allowed(value)
+            whole = kind is float or isinstance(text, str) or value == text
+            good = whole and not isinstance(text, bool) and allowed(value)
         except (ValueError, TypeError, OverflowError):
             good = False
         if not good:

@@ -231,7 +231,7 @@ def check_options(config, outer: dict, model_kwargs: dict, sees: bool = False) -
         if name in CACHE_NAMES:
             prepared = not getattr(value, "_is_user_defined", False)
         if not prepared and value is not None and value is not False:
-            raise ValueError(f"{name}: emulated decoding cannot honour it for three models; leave it out")
+            raise ValueError(f"{name}: emulated decoding does not support it; leave it out")
 
 
 def check_inputs(models, names, input_ids, model_kwargs, vocab_size, tokenizers):
