@@ -49,7 +49,7 @@ class Family:
             folder, texts = demo.find_family(None, None)
             self.base, self.tuned, self.ref = (models.load_model(str(folder / name), "--family", "float32", kind)
                                                for name in ("base", "tuned-a", "ref"))
-            tokenizer = models.load_tokenizer(str(folder / "base"))
+            tokenizer = models.load_tokenizer(str(folder / "base"), "--family")
         except term.Refused as error:
             raise Refused(str(error)) from None
         from transformers import LogitsProcessor, LogitsProcessorList

@@ -240,7 +240,7 @@ def row_seeds(seed: int, rows: int, device=None) -> torch.Tensor:
 
     `sample` and `verify` do the same to a ``seed`` that is one number.
     """
-    seed = int(seed) & ((1 << 64) - 1)
+    seed = index("seed", seed, -(1 << 63), (1 << 64) - 1, "a 64-bit integer") & ((1 << 64) - 1)
     return row_seed(seed - (1 << 64) if seed >= 1 << 63 else seed, torch.arange(rows, device=device))
 
 
@@ -399,6 +399,10 @@ def verify(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
     if isinstance(draft_tokens, (list, tuple)) and all(isinstance(d, DraftOutput) for d in draft_tokens) or \
             isinstance(draft_tokens, DraftOutput):
         drafts, draft_tokens = draft_tokens, _tokens_of(draft_tokens, rows, slots - 1, device)
+    elif isinstance(draft_tokens, (list, tuple)) and \
+            any(isinstance(x, (torch.Tensor, DraftOutput)) for x in draft_tokens):
+        raise ValueError(f"draft_tokens: expected an int64 tensor [{rows}, {slots - 1}] (torch.stack(tokens, 1)) or "
+                         "the round's outputs of eft.draft, got a list of tensors")
     refused = "draft_tokens say what they were drawn by" if drafts is not None else _no_distribution(method, draft)
     drawn_by = _own_params(drawn_by, rows, device, look, refused)
     if drafts is not None:
@@ -539,7 +543,7 @@ def logprobs(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] 
     """Log-softmax of the emulated distribution, float32 [B, V], nats; arguments as in `sample`.
 
     With temperature or filters it is the processed distribution, -inf outside (greedy: 0 at one token). An invalid
-    row is NaN.
+    row is NaN. No gradient flows back.
     """
     logits, vocab_size = check_logits(logits, 2, vocab_size)
     p = check_params(logits, weights, logits[0].shape[0], vocab_size, temperature=temperature, top_k=top_k, top_p=top_p,

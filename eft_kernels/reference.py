@@ -335,6 +335,7 @@ def _rows(logits, p: Params, part: slice) -> Rows:
     return Rows([z[part] for z in logits], p, index, None if p.token_mask is None else p.token_mask[part])
 
 
+@torch.no_grad()
 def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logprobs: int, diagnostics: bool):
     B, dev = logits[0].shape[0], logits[0].device
     tokens = torch.full((B,), -1, dtype=torch.int64, device=dev)
@@ -374,6 +375,7 @@ def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logpro
     return tokens, valid, lp, raw, top_ids, top_lp, entropy, tv
 
 
+@torch.no_grad()
 def logprobs(logits, p: Params):
     out = torch.empty(logits[0].shape[0], p.vocab_size, dtype=torch.float32, device=logits[0].device)
     for part in blocks(*out.shape):
@@ -393,6 +395,7 @@ def token_logprobs(logits, p: Params, ids):
     return torch.where(inside, lp, float("nan"))
 
 
+@torch.no_grad()
 def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, drawn_by: DraftParams,
            logprobs: bool):
     """``draft`` is -1 for a deterministic proposer. Rows are handled slot by slot, in the order of the definition."""

@@ -257,9 +257,9 @@ def simulate(method, K, logits, weights, N, backend, draft=1, ragged=False, leng
         if wrong == "residual":  # after a rejection, the target's own token instead of the residual's
             at = (n - 1).clamp(max=K - 1)
             rows = torch.arange(len(active))
-            own = eft.sample([z[rows, at] for z in scored], weights, seed=s, position=position + at, backend=backend,
+            plain = eft.sample([z[rows, at] for z in scored], weights, seed=s, position=position + at, backend=backend,
                              logprobs=False, **kwargs).tokens
-            tokens[rows, at] = torch.where(n - 1 < K, own, tokens[rows, at])
+            tokens[rows, at] = torch.where(n - 1 < K, plain, tokens[rows, at])
         there = torch.arange(K + 1) < n[:, None]
         out[active[:, None].expand_as(there)[there], (position[:, None] + torch.arange(K + 1))[there]] = tokens[there]
         last[active], done[active] = tokens.gather(1, n[:, None] - 1)[:, 0], position + n

@@ -250,3 +250,9 @@ def test_the_operator_refuses_parameters_of_drafts_that_have_no_distribution(met
         torch.ops.eft_kernels.verify([z, z], None, [1.0, 1.0], None, 1.0, None, 0, None, 1.0, None, 0.0, None, 1.0,
                                      None, 1, None, 0, None, 9, 1, torch.zeros(2, 1, dtype=torch.int64),
                                      torch.ones(2, dtype=torch.int64), method, draft, *numbers, False, "auto")
+
+
+def test_a_list_of_tokens_is_no_list_of_drafts():
+    logits = [torch.zeros(2, 3, 9)] * 3
+    with pytest.raises(ValueError, match=r"draft_tokens: expected an int64 tensor \[2, 2\] \(torch.stack"):
+        eft.verify(logits, eft.upscale(), [torch.zeros(2, dtype=torch.int64)] * 2, seed=1, position=0)

@@ -224,3 +224,9 @@ def test_torchs_default_dtype_changes_no_text(chat, dtype):
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+def test_models_in_float64():
+    models = [m.double() for m in three(lambda: make("llama", 1))]
+    for k in (0, 3):
+        assert torch.equal(run(models, draft_tokens=k, **GREEDY), base_alone(models[0], padded(), **GREEDY))

@@ -8,6 +8,7 @@ import inspect
 import itertools
 import math
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -85,6 +86,24 @@ def test_an_adapter_on_and_off_is_tuned_and_ref(llamas, k):  # noqa: F811
     ids = torch.tensor([PROMPTS[0]])
     with torch.no_grad():  # the adapter is on again
         torch.testing.assert_close(model(ids).logits, merged(model)(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_in_several_threads(llamas):  # noqa: F811
+    """A pass with the adapter off never meets one with it on."""
+    base, (model, _) = llamas[0], adapted()
+    want, got = run([base, model, None], **SAMPLED), []
+
+    def call():
+        for _ in range(4):
+            got.append(torch.equal(run([base, model, None], **SAMPLED), want))
+
+    threads = [threading.Thread(target=call) for _ in range(3)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert got == [True] * 12
+    assert torch.equal(run([base, model, None], **SAMPLED), want)
 
 
 def test_an_adapter_without_a_peft_model(llamas):  # noqa: F811
@@ -329,6 +348,109 @@ def test_xgrammar_under_speculation(llamas, method):  # noqa: F811
             ended += EOS in row
             assert (EOS in row) <= text.endswith(".")
         assert 0 < ended
+
+
+class LazyMatchers(LogitsProcessor):
+    """A grammar of one's own: matchers made at the first call, whose state only C++ knows."""
+
+    def __init__(self):
+        xgrammar = pytest.importorskip("xgrammar")
+        self.compiled, self.matchers = grammar()[0].compiled_grammars[0], None
+        self.make = xgrammar.GrammarMatcher
+
+    def __call__(self, input_ids, scores):
+        if self.matchers is None:
+            self.matchers = [self.make(self.compiled) for _ in input_ids]
+        else:
+            for matcher, row in zip(self.matchers, input_ids[:, -1].tolist()):
+                matcher.is_terminated() or matcher.accept_token(row)
+        return scores
+
+
+class CountsInAClass(LogitsProcessor):
+    """Acts from its fifth call on, and counts them in its class."""
+
+    calls = 0
+
+    def __call__(self, input_ids, scores):
+        type(self).calls += 1
+        if self.calls >= 5:
+            scores[:, 7] = 50.0
+        return scores
+
+
+def counts_in_a_closure():
+    calls = [0]
+
+    class Late(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            calls[0] += 1
+            if calls[0] >= 5:
+                scores[:, 7] = 50.0
+            return scores
+
+    return Late()
+
+
+@pytest.mark.parametrize("build", [LazyMatchers, CountsInAClass, counts_in_a_closure])
+def test_states_that_do_not_show_in_the_processors_own_attributes(llamas, build):  # noqa: F811
+    models = [llamas[0], llamas[1], llamas[3]]
+    with pytest.raises(ValueError, match="logits_processor: .* keeps a state of its own.*draft_tokens=0"):
+        run(models, draft_tokens=3, logits_processor=LogitsProcessorList([build()]))
+    run(models, logits_processor=LogitsProcessorList([build()]))  # one call a step, as transformers
+
+
+def test_a_grammar_serves_several_calls_and_the_rows_it_was_made_for(llamas):  # noqa: F811
+    models, processor = [llamas[0], llamas[1], llamas[3]], grammar()[0]
+    options = dict(do_sample=True, top_k=0, temperature=2.0, eos_token_id=EOS)
+    want = run(models, logits_processor=LogitsProcessorList([processor]), **options)
+    for k in (0, 3, 0):
+        assert torch.equal(run(models, draft_tokens=k, logits_processor=LogitsProcessorList([processor]), **options),
+                           want)
+    processor.compiled_grammars = processor.compiled_grammars * 3
+    for k in (0, 3):
+        with pytest.raises(ValueError, match="logits_processor: .*3 grammars for 4 rows"):
+            run(models, draft_tokens=k, logits_processor=LogitsProcessorList([processor]), **options)
+
+
+@pytest.mark.parametrize("k", [0, 3])
+@pytest.mark.parametrize("result", [lambda scores: None, lambda scores: scores[:, :10]])
+def test_what_a_processor_returns_is_looked_at(llamas, result, k):  # noqa: F811
+    class Odd(LogitsProcessor):
+        stateless = True
+
+        def __call__(self, input_ids, scores):
+            return result(scores)
+
+    with pytest.raises(ValueError, match="logits_processor: Odd returned .*expected scores"):
+        run([llamas[0], llamas[1], llamas[3]], draft_tokens=k, logits_processor=LogitsProcessorList([Odd()]))
+
+
+def test_stop_strings_of_the_tuned_models_generation_config(llamas):  # noqa: F811
+    models = [llamas[0], copy.deepcopy(llamas[1]), llamas[3]]
+    models[1].generation_config.stop_strings = ["x"]
+    with pytest.raises(ValueError, match="stop_strings: tuned's generation config ends texts with"):
+        run(models)
+    run(models, stop_strings=[])
+
+
+def test_prompts_that_begin_with_padding_need_a_mask(llamas):  # noqa: F811
+    ids = torch.tensor([[PAD, PAD, 5, 6]])
+    options = dict(custom_generate=eft.hf.generate, models=[llamas[1]], weights=[2.0, -1.0], max_new_tokens=4,
+                   pad_token_id=PAD, seed=1)
+    with pytest.raises(ValueError, match=r"prompts\[0\]: begins with the padding id 0"):
+        llamas[0].generate(**padded(), prompts=[ids], **options)
+    a, b = (llamas[0].generate(**padded(), prompts=[p], **options)
+            for p in (dict(input_ids=ids, attention_mask=(ids != PAD).long()), ids[:, 2:]))
+    assert torch.equal(a, b)
+
+
+def test_seeds_of_more_than_64_bits_are_refused(llamas):  # noqa: F811
+    for seed in (1 << 64, -(1 << 63) - 1):
+        with pytest.raises(ValueError, match="seed: got"):
+            run([llamas[0], llamas[1], llamas[3]], seed=seed)
+        with pytest.raises(ValueError, match="seed: got"):
+            eft.row_seeds(seed, 2)
 
 
 # --- text prompts on models that can also see ------------------------------------------------------------------------

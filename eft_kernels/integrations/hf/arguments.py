@@ -156,7 +156,7 @@ def free_combination_of(model, models, weights, given: dict):
     return [model, *models], ["model", *(f"models[{j}]" for j in range(len(models)))], weights, 0
 
 
-def own_prompts(prompts, names, rows: int, device, vocab_size: int):
+def own_prompts(prompts, names, rows: int, device, vocab_size: int, pad=None):
     """(ids int64 [rows, P] with 0 on padding, left int64 [rows]) or None, for model (None) and each of ``models``."""
     if prompts is None:
         return [None] * len(names)
@@ -177,6 +177,9 @@ def own_prompts(prompts, names, rows: int, device, vocab_size: int):
             got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
             raise ValueError(f"{name}: got {got}, allowed is int64 [n, columns] where {rows} rows are a multiple of n, "
                              "or a dict of input_ids and attention_mask")
+        if mask is None and pad is not None and bool((ids[:, 0] == int(pad)).any()):
+            raise ValueError(f"{name}: begins with the padding id {int(pad)} and has no attention_mask; give "
+                             "dict(input_ids=..., attention_mask=...)")
         mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)
         left = left_padding(mask.to(device), ids.shape, f"{name}: attention_mask")
         ids = ids.to(device, torch.int64)
@@ -231,6 +234,9 @@ def check_options(config, outer: dict, model_kwargs: dict, sees: bool = False) -
         if name in CACHE_NAMES:
             prepared = not getattr(value, "_is_user_defined", False)
         if not prepared and value is not None and value is not False:
+            if not outer and hasattr(config, name):
+                raise ValueError(f"{name}: is an option of transformers' generate; call "
+                                 "model.generate(..., custom_generate=eft.hf.generate)")
             raise ValueError(f"{name}: emulated decoding does not support it; leave it out")
 
 
@@ -315,5 +321,6 @@ def seeds_of(seed, rows: int, device, greedy: bool) -> torch.Tensor:
         return seed.to(device, torch.int64)
     if seed is None:
         seed = 0 if greedy else int(torch.randint(1 << 62, ()))
-    refuse_unless("seed", seed, is_int(seed), f"an int, a tensor int64 [{rows}] or None")
+    refuse_unless("seed", seed, is_int(seed) and -(1 << 63) <= seed < 1 << 64,
+                  f"a 64-bit int, a tensor int64 [{rows}] or None")
     return row_seeds(seed, rows, device)

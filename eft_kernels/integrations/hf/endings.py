@@ -21,6 +21,22 @@ def end_tokens(models) -> list[int]:
     return sorted(ends)
 
 
+def stop_strings_of(models, names, given, tokenizer) -> list[str]:
+    """Texts that end a row: ``given`` (a text, a list or None) or, where the call gives none, those of the generation
+    configs of ``models``, beside the model that transformers looked at itself."""
+    if given is not None:
+        return [given] if isinstance(given, str) else list(given)
+    found = []
+    for model, name in zip(models, names):
+        own = getattr(model.generation_config, "stop_strings", None) or []
+        own = [own] if isinstance(own, str) else list(own)
+        if own and not tokenizer:
+            raise ValueError(f"stop_strings: {name}'s generation config ends texts with {own}; give tokenizer=..., or "
+                             "stop_strings=[] to go without")
+        found += own
+    return found
+
+
 def endings_of(stopping_criteria, prompt_length: int):
     """(max_new_tokens, end-of-text ids, the other criteria)."""
     limits, eos, others = [], [], StoppingCriteriaList()

@@ -32,7 +32,7 @@ from .arguments import (
     refuse_unless,
     seeds_of,
 )
-from .endings import end_tokens, endings_of, hold_back
+from .endings import end_tokens, endings_of, hold_back, stop_strings_of
 from .grammar import RowProcessors
 from .models import CausalLM, check_boundaries, device_of, logits_width
 from .peft import calling, check_distinct, resolved
@@ -83,6 +83,8 @@ def generate(
     Args:
       tuned, ref: causal language models with the vocabulary of ``model``; ``tuned=[a, b]`` mixes two. With an adapter
         of PEFT in ``tuned`` (the active one counts), ref=None or its base module is the same weights with it off.
+        Its layers are switched for each pass; calls from several threads wait for each other there, PEFT's own
+        forward in another thread does not.
       models, weights: instead of tuned, ref and mode, any combination: up to 7 models beside ``model`` (which may be
         among them, with a prompt of its own), and a weight for each of [model, *models]. Contrastive decoding is
         ``models=[amateur], weights=[1 + a, -a]``.
@@ -138,7 +140,7 @@ def generate(
     else:
         combination = combination_of(calling(model), tuned, ref, mode, beta, alpha, lam)
     models, names, weights, default_draft = combination
-    models, contexts = resolved(models, names)
+    models, contexts, off = resolved(models, names)
     model = models[0]
     draft = default_draft if draft is None else draft
     home, input_ids = input_ids.device, input_ids.to(device)
@@ -161,11 +163,12 @@ def generate(
                        "1.0 with weights or two tuned models")
     if prompts is not None and not free:
         raise ValueError("prompts: go with models and weights; leave them out beside tuned and ref")
-    prompts = own_prompts(prompts, names, rows, device, vocab_size)
+    prompts = own_prompts(prompts, names, rows, device, vocab_size, getattr(config, "_pad_token_tensor", None))
     if free:
-        check_distinct(models, contexts, prompts, names)
-    if stop_strings is not None:
-        tokenizer = tokenizer or outer.get("tokenizer") or (tokenizers[0] if tokenizers else None)
+        check_distinct(models, off, prompts, names)
+    tokenizer = tokenizer or outer.get("tokenizer") or (tokenizers[0] if tokenizers else None)
+    stop_strings = stop_strings_of(models[1:], names[1:], stop_strings, tokenizer)
+    if stop_strings:
         if tokenizer is None:
             raise ValueError("stop_strings: needs a tokenizer; give tokenizer=... or tokenizers=[...], or put a "
                              "StopStringCriteria among stopping_criteria")
@@ -178,7 +181,7 @@ def generate(
             eos = sorted(ends)
             logits_processor = hold_back(logits_processor or [], config, eos, input_ids.shape[1], device)
     processors, filters = sampling_of(logits_processor or [], config, named, outer.get("logits_processor"))
-    process = RowProcessors(processors) if draft_tokens and processors else processors or None
+    process = RowProcessors(processors, rows, speculating=draft_tokens > 0) if processors else None
     seeds = seeds_of(seed, rows, device, greedy=is_number(t := filters.get("temperature", 1.0)) and t < 1e-5)
     nothing = torch.zeros(rows, 1, dtype=torch.float32, device=device)
     sample([nothing] * len(models), weights, upscale_top_p=upscale_top_p, seed=seeds, position=0, logprobs=False,

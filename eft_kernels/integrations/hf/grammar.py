@@ -24,29 +24,47 @@ STATEFUL = (lp.SynthIDTextWatermarkLogitsProcessor, lp.UnbatchedClassifierFreeGu
 
 
 class RowProcessors:
-    """Processors one after another, as `Target.process` under speculation."""
+    """Processors one after another, as `Target.process` of ``rows`` rows."""
 
-    def __init__(self, processors):
-        self.processors = [_adapted(p) for p in processors]
+    def __init__(self, processors, rows: int, speculating: bool):
+        self.processors = [XGrammar(p, rows) if _is_xgrammar(p) else _adapted(p) if speculating else p
+                           for p in processors]
+
+    def __call__(self, input_ids, scores):
+        """Plain decoding: every row has one token more than at the call before."""
+        for process in self.processors:
+            scores = _checked(process, process(input_ids, scores), scores)
+        return scores
 
     def of_rows(self, input_ids, scores, rows):
         index = rows.nonzero()[:, 0]
         for process in self.processors:
             if hasattr(process, "process_rows"):
-                own = process.process_rows(index.tolist(), input_ids[index], scores[index])
+                given = scores[index]
+                own = _checked(process, process.process_rows(index.tolist(), input_ids[index], given), given)
                 scores = scores.index_copy(0, index, own.to(scores.dtype))
             else:
-                scores = process(input_ids, scores)
+                scores = _checked(process, process(input_ids, scores), scores)
         return scores
+
+
+def _checked(processor, out, given):
+    if not isinstance(out, torch.Tensor) or out.shape != given.shape:
+        got = list(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+        name = type(getattr(processor, "processor", processor)).__name__
+        raise ValueError(f"logits_processor: {name} returned {got}, expected scores {list(given.shape)}")
+    return out
+
+
+def _is_xgrammar(processor) -> bool:
+    xgrammar = sys.modules.get("xgrammar.contrib.hf")
+    return xgrammar is not None and type(processor) is xgrammar.LogitsProcessor
 
 
 def _adapted(processor):
     if isinstance(processor, STATEFUL):
         raise ValueError(f"logits_processor: {type(processor).__name__} keeps a state of its own and needs "
                          "draft_tokens=0")
-    xgrammar = sys.modules.get("xgrammar.contrib.hf")
-    if xgrammar is not None and type(processor) is xgrammar.LogitsProcessor:
-        return XGrammar(processor)
     if getattr(processor, "stateless", False) or hasattr(processor, "process_rows"):
         return processor
     if type(processor) is lp.PrefixConstrainedLogitsProcessor:
@@ -60,9 +78,15 @@ def _adapted(processor):
 class XGrammar:
     """``xgrammar.contrib.hf.LogitsProcessor`` with matchers that follow each row's own prefix."""
 
-    def __init__(self, processor):
+    def __init__(self, processor, rows: int):
         self.grammars, self.vocab_size = processor.compiled_grammars, processor.full_vocab_size
+        if len(self.grammars) not in (1, rows):
+            raise ValueError(f"logits_processor: xgrammar's LogitsProcessor has {len(self.grammars)} grammars for "
+                             f"{rows} rows, allowed are one for all or one for each")
         self.matchers, self.accepted, self.start = {}, {}, None  # by row; columns of the prompt
+
+    def __call__(self, input_ids, scores):
+        return self.process_rows(range(len(input_ids)), input_ids, scores)
 
     def process_rows(self, rows, input_ids, scores):
         import xgrammar
@@ -155,6 +179,8 @@ class _Watched:
                 self._refuse("its result is another when it is called again")
         if changed:
             self._refuse(f"`{sorted(changed)[0]}` changes when it is called")
+        if opaque := _opaque(self.processor):
+            self._refuse(f"it holds a {opaque}, whose state cannot be looked at")
         return out
 
     def _refuse(self, why: str):
@@ -173,15 +199,47 @@ def _same(a, b) -> bool:
         return False
 
 
-def _marks(obj, depth: int = 3) -> dict:
-    """attribute (of a function: variable that it encloses): what tells one state of it from another."""
-    held = dict(getattr(obj, "__dict__", {}))
+def _held(obj) -> dict:
+    """What an object, its own classes and its call hold, or a function encloses, by name."""
+    held = {}
+    for kind in reversed(type(obj).__mro__):
+        if kind.__module__.partition(".")[0] not in ("builtins", "transformers", "torch", "abc"):
+            held.update({k: v for k, v in vars(kind).items() if not k.startswith("__") and not callable(v)})
+    held.update(getattr(obj, "__dict__", {}))
     if inspect.ismethod(obj):
         held["self"] = obj.__self__
-    if inspect.isfunction(obj):
-        cells = zip(obj.__code__.co_freevars, obj.__closure__ or ())
-        held.update({name: cell.cell_contents for name, cell in cells if _filled(cell)})
-    return {k: _mark(v, depth) for k, v in held.items()}
+    for function in (obj, inspect.getattr_static(type(obj), "__call__", None)):
+        if inspect.isfunction(function):
+            cells = zip(function.__code__.co_freevars, function.__closure__ or ())
+            held.update({name: cell.cell_contents for name, cell in cells if _filled(cell)})
+    return held
+
+
+def _marks(obj, depth: int = 3) -> dict:
+    """attribute or enclosed variable: what tells one state of it from another."""
+    return {k: _mark(v, depth) for k, v in _held(obj).items()}
+
+
+# Objects of these hold no state of a text, or are looked into by themselves.
+PLAIN = ("builtins", "torch", "numpy", "transformers", "tokenizers", "re", "regex", "typing", "types", "functools",
+         "collections", "abc", "enum", "pathlib", "datetime", "logging", "_thread", "threading", "weakref")
+
+
+def _opaque(obj, depth: int = 4) -> str | None:
+    """The type of a compiled object that ``obj`` holds, such as a grammar's matcher."""
+    if depth == 0 or isinstance(obj, (torch.Tensor, torch.nn.Module, type)):
+        return None
+    parts = obj.values() if isinstance(obj, dict) else obj if isinstance(obj, (list, tuple, set, deque)) else ()
+    for x in (*list(parts)[:64], *_held(obj).values()):
+        kind = type(x)
+        if kind.__module__.partition(".")[0] in PLAIN and not isinstance(x, (dict, list, tuple, set, deque)):
+            continue
+        looks = isinstance(x, (dict, list, tuple, set, deque)) or inspect.isfunction(x) or hasattr(x, "__dict__")
+        if not looks:
+            return f"{kind.__module__}.{kind.__qualname__}"
+        if found := _opaque(x, depth - 1):
+            return found
+    return None
 
 
 def _filled(cell) -> bool:

@@ -105,7 +105,8 @@ class CausalLM:
         self._keep(out)
         if out.logits.shape[-1] != self.width:
             raise ValueError(f"{self.name}: gives logits of width {out.logits.shape[-1]}, announces {self.width}")
-        return out.logits[:, -keep:].to(home)
+        logits = out.logits[:, -keep:].to(home)
+        return logits.float() if logits.dtype is torch.float64 else logits
 
     def _keep(self, out) -> None:
         """Holds on to what the model wants back at its next pass."""

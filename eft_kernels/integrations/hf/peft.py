@@ -7,6 +7,8 @@ adapter on. Off is a state of the layers, entered for the forwards of one of the
 from __future__ import annotations
 
 import sys
+import threading
+import weakref
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -42,17 +44,32 @@ def layers_of(module) -> list:
     return [layer for layer in module.modules() if isinstance(layer, kinds)]
 
 
+_locks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
+def _lock(module):
+    """One for each adapted module: whoever switches its adapters has it to himself until they are switched back."""
+    with _locks_lock:
+        return _locks.setdefault(module, threading.RLock())
+
+
 @contextmanager
-def adapters_off(layers):
-    """The state of the layers alone: PEFT's own switch also counts parameters and sets requires_grad."""
-    before = [layer._disable_adapters for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer, state in zip(layers, before):
-            layer._disable_adapters = state
+def switched(module, off: bool):
+    """The adapters of ``module`` off for a while, or (off=False) left as they are while nobody else switches them.
+
+    The state of the layers alone: PEFT's own switch also counts parameters and sets requires_grad.
+    """
+    with _lock(module):
+        layers = layers_of(module) if off else []
+        before = [layer._disable_adapters for layer in layers]
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer, state in zip(layers, before):
+                layer._disable_adapters = state
 
 
 def unwrapped(model, name: str):
@@ -87,7 +104,7 @@ def calling(model):
 
 
 def resolved(models, names):
-    """(transformers modules, a context for the forwards of each): the PeftModel's base module, adapter on or off.
+    """(transformers modules, a context for the forwards of each, whether its adapter is off there).
 
     The base module on its own, beside a PeftModel over it, stands for the same weights with the adapter off.
     """
@@ -100,27 +117,29 @@ def resolved(models, names):
     for j, name in enumerate(names):
         if off[j]:
             _check_switch(inner[j], name)
-            contexts[j] = partial(adapters_off, layers_of(inner[j]))
+        if off[j] or layers_of(inner[j]):
+            contexts[j] = partial(switched, inner[j], off[j])
     for j, name in enumerate(names):
         if not name.startswith("tuned"):
             continue
-        on = any(layer.active_adapters and not layer.disable_adapters for layer in layers_of(inner[j]))
-        if contexts[-1] is not nullcontext and inner[j] is inner[-1] and not on:
+        with switched(inner[j], False):
+            on = any(layer.active_adapters and not layer.disable_adapters for layer in layers_of(inner[j]))
+        if off[-1] and inner[j] is inner[-1] and not on:
             raise ValueError(f"{name}: its adapter is switched off, so it has the weights of ref; switch it on")
         for i in (*range(1, j), len(names) - 1):  # other tuned models, and ref
             if off[i] == off[j] and same_weights(inner[i], inner[j]):
                 what = "the result would be model alone" if names[i] == "ref" else "two models are expected"
                 raise ValueError(f"{name}: has the same weights as {names[i]} (one module, or shared memory), so "
                                  f"{what}; give another model, or one with an adapter (PEFT) and ref=None")
-    return inner, contexts
+    return inner, contexts, off
 
 
-def check_distinct(models, contexts, prompts, names) -> None:
+def check_distinct(models, off, prompts, names) -> None:
     """No two terms of a combination may be one: the same weights, adapter and prompt."""
     for j in range(1, len(models)):
         for i in range(j):
             if prompts[i] is None and prompts[j] is None and same_weights(models[i], models[j]) and \
-                    (contexts[i] is nullcontext) == (contexts[j] is nullcontext):
+                    off[i] == off[j]:
                 raise ValueError(f"{names[j]}: is {names[i]} (one module, or shared memory) with the same prompt; give "
                                  "it another prompt in prompts, or add their weights")
 
