@@ -17,7 +17,7 @@ NEG_INF = float("-inf")
 GREEDY = 1e-5  # temperatures below are greedy
 # A mask by the least number of a type: a logit <= MASKED excludes its token where the models' sum is not finite, or as
 # large as only a mask makes it.
-MASKED, LARGE = -1e38, 1e30
+MASKED, LARGE = -3.38e38, 1e30
 LOG2E = 1.44269504  # float32(log2 e)
 CHUNK = 256
 MASS_BITS = 40  # the mass of the best token is 2^40

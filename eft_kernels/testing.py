@@ -318,6 +318,16 @@ class Call(NamedTuple):
     params: Params
     args: tuple = ()  # what the operator takes beside these
 
+    def to(self, device) -> Call:
+        """The call with its tensors on ``device``."""
+        def move(x):
+            if isinstance(x, torch.Tensor):
+                return x.to(device)
+            return type(x)(*map(move, x)) if isinstance(x, (Params, DraftParams)) else x
+
+        return self._replace(logits=[move(z) for z in self.logits], params=move(self.params),
+                             args=tuple(map(move, self.args)))
+
     def run(self, backend: str) -> dict[str, torch.Tensor]:
         out = getattr(torch.ops.eft_kernels, self.operation)(
             self.logits, *ops._flatten(self.params, *self.args), backend)
@@ -327,8 +337,9 @@ class Call(NamedTuple):
 
 
 def unchecked(operation: str, logits, weights=(1.0, 1.0, -1.0), *args, name: str = "", drawn_by=None, **params) -> Call:
-    """A `Call` with these parameters, the others off; drawn_by: of verify's drafts."""
+    """A `Call` with these parameters, the others off; drawn_by: of verify's drafts, where they have a distribution."""
     if operation == "verify":
+        drawn_by = None if args[2] == "coupled" or args[3] < 0 else drawn_by
         args = (*args[:4], drawn_by or DraftParams(), *args[4:])
     off = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, upscale_top_p=1.0, seed=1, position=2, token_mask=None,
                vocab_size=min(z.shape[-1] for z in logits), tuned=min(1, len(logits) - 1))

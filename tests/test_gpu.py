@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 import eft_kernels as eft
 from benchmarks import sanitize
-from eft_kernels import dispatch, ops
+from eft_kernels import dispatch, ops, testing
 from eft_kernels.testing import BF16, CASES, F16, F32, Case, check_logprobs, check_sample, check_verify, make, per_row
 
 DEVICE = torch.device(os.environ.get("EFT_KERNELS_TEST_DEVICE", "cuda"))
@@ -442,3 +442,12 @@ def test_graph_of_verify(method, name):
     drafts = logits[1][:, :-1].argmax(-1)
     replays_what_eager_gives(name, lambda position: eft.verify(
         logits, weights, drafts, method=method, position=position, logprobs=True, backend=name, **kwargs))
+
+
+@on_every_backend
+@pytest.mark.parametrize("part", range(8))
+def test_odd_and_random_calls(name, part):
+    """Values that nobody has checked, and calls of every kind, against the definition on the CPU."""
+    calls = testing.odd_calls()[part::8] + [testing.random_call(seed) for seed in range(part, 400, 8)]
+    for call in calls:
+        testing.check_call(call.to(DEVICE), name, call.run("reference"))

@@ -23,7 +23,7 @@ namespace EFT_ISA {
 
 // A mask by the least number of a type: a logit <= kMasked excludes its token where the models' sum is not finite, or as
 // large as only a mask makes it.
-constexpr float kMasked = -1e38f, kLarge = 1e30f;
+constexpr float kMasked = -3.38e38f, kLarge = 1e30f;
 
 template <class F>
 struct Lanes;
