@@ -63,7 +63,7 @@ class Family:
         self.processors = LogitsProcessorList([Stateless()])
         for model in (self.base, self.tuned, self.ref):
             model.generation_config.eos_token_id = None  # every text is NEW tokens long
-        text = (texts / "a.txt").read_text(encoding="utf-8")[:40000]
+        text = texts["a"][:40000]
         ids = torch.tensor(tokenizer(text, verbose=False).input_ids, device=kind)
         self.prompts = ids.unfold(0, PROMPT, STRIDE)
 

@@ -122,7 +122,7 @@ def resolved(models, names):
     for j, name in enumerate(names):
         if not name.startswith("tuned"):
             continue
-        with switched(inner[j], False):
+        with contexts[j]() if not off[j] else nullcontext():
             on = any(layer.active_adapters and not layer.disable_adapters for layer in layers_of(inner[j]))
         if off[-1] and inner[j] is inner[-1] and not on:
             raise ValueError(f"{name}: its adapter is switched off, so it has the weights of ref; switch it on")
