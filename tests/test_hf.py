@@ -289,6 +289,8 @@ SAMPLING_LISTS = [
 
 @pytest.mark.parametrize("options", SAMPLING_LISTS, ids=lambda o: "-".join(o) or "defaults")
 def test_sampling_processors_against_transformers_order(llamas, options):
+    if "repetition_penalty" in options and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):
+        pytest.skip("there the oracle cannot be told to leave padding out of the prompt")
     models, seeds = [llamas[0], llamas[1], llamas[3]], torch.tensor([3, 4, 5, 6])
     zero = options.get("temperature") == 0
     config = GenerationConfig(do_sample=True, **{"top_k": 50, **({} if zero else options)})

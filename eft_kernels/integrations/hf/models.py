@@ -85,18 +85,14 @@ class CausalLM:
         past = 0 if self.ids is None else self.ids.shape[1]
         self.ids = torch.cat([self.ids, ids], 1) if past else ids
         self.positions = torch.cat([self.positions, position_ids], 1) if past else position_ids
-        options = dict(attention_mask=attention_mask, position_ids=self.positions, logits_to_keep=keep)
-        options = {k: v for k, v in options.items() if k in self.takes}
-        if CACHE_POSITION:
-            options["cache_position"] = torch.arange(past, self.ids.shape[1], device=ids.device)
-        else:
-            options["next_sequence_length"] = ids.shape[1] if past else None
-        inputs = self.model.prepare_inputs_for_generation(
-            self.ids, is_first_iteration=past == 0, use_cache=True, **options, **self.state)
+        inputs = self._inputs(past, attention_mask, keep)
         given = inputs["input_ids"].shape[1]
         if self.drops_cache and inputs.get(self.cache_name) is None and self.cache_name in self.state:
             # the model reads the whole text again
-            inputs[self.cache_name] = self.state[self.cache_name] = self._new_cache()
+            self.state[self.cache_name] = self._new_cache()
+            if given < self.ids.shape[1]:  # older versions cut it to the newest tokens all the same
+                inputs = self._inputs(0, attention_mask, keep)
+            inputs[self.cache_name] = self.state[self.cache_name]
         elif past and given < self.ids.shape[1] and not self.state:
             raise ValueError(f"{self.name}: {type(self.model).__name__} keeps no cache and reads {given} tokens of "
                              f"{self.ids.shape[1]}; allowed are models that keep one or read the whole text")
@@ -107,6 +103,18 @@ class CausalLM:
             raise ValueError(f"{self.name}: gives logits of width {out.logits.shape[-1]}, announces {self.width}")
         logits = out.logits[:, -keep:].to(home)
         return logits.float() if logits.dtype is torch.float64 else logits
+
+    def _inputs(self, past: int, attention_mask, keep: int) -> dict:
+        """What the model's forward takes for the columns from ``past`` on."""
+        options = dict(attention_mask=attention_mask, position_ids=self.positions, logits_to_keep=keep)
+        options = {k: v for k, v in options.items() if k in self.takes}
+        columns = self.ids.shape[1]
+        if CACHE_POSITION:
+            options["cache_position"] = torch.arange(past, columns, device=self.ids.device)
+        else:
+            options["next_sequence_length"] = columns - past if past else None
+        return self.model.prepare_inputs_for_generation(
+            self.ids, is_first_iteration=past == 0, use_cache=True, **options, **self.state)
 
     def _keep(self, out) -> None:
         """Holds on to what the model wants back at its next pass."""
