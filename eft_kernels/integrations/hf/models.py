@@ -90,7 +90,7 @@ class CausalLM:
         if self.drops_cache and inputs.get(self.cache_name) is None and self.cache_name in self.state:
             # the model reads the whole text again
             self.state[self.cache_name] = self._new_cache()
-            if given < self.ids.shape[1]:  # older versions cut it to the newest tokens all the same
+            if given < self.ids.shape[1] and len(self.ids) == 1:  # some cut it to the newest tokens all the same
                 inputs = self._inputs(0, attention_mask, keep)
             inputs[self.cache_name] = self.state[self.cache_name]
         elif past and given < self.ids.shape[1] and not self.state:
