@@ -128,8 +128,8 @@ struct DirectShared {
   Part parts[kDirectWarps];
 };
 
-// Blocks of a multiprocessor: before 9.0 a seventh makes ptxas spill; from 9.0 on ptxas does better without a bound.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+// Blocks of a multiprocessor: before 10.0 ptxas spills with a seventh, or without a bound; from 10.0 on it needs none.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000
 #define EFT_DIRECT_BOUNDS kDirectThreads, 6
 #else
 #define EFT_DIRECT_BOUNDS kDirectThreads
