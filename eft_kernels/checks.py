@@ -18,7 +18,9 @@ def readable(x: torch.Tensor) -> bool:
 
 def shown(value) -> str:
     """What an error says that it got; tensors by their shape, for their values may be gone."""
-    return f"a tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:200]
+    if not isinstance(value, torch.Tensor):
+        return repr(value)[:200]
+    return "a nested tensor" if value.is_nested else f"a tensor {list(value.shape)}"
 
 
 def index(name: str, value, low: int, high: int, words: str) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import is_fake
 
 from . import dispatch
-from .checks import INTEGERS, dense, flag, from_host, index, one_of, readable, stands_for_others
+from .checks import INTEGERS, dense, flag, from_host, index, one_of, readable, shown, stands_for_others
 from .params import MAX_VOCAB, SPECS, DraftParams, Params, check_logits, check_mask, check_params, scalar_or_rows
 from .reference import row_seed
 from .weights import Weights
@@ -94,9 +94,10 @@ def _checked(name: str, logits, p: Params, args: tuple):
                 _own_params(drawn_by, rows, device, False, _no_distribution(method, None if draft == -1 else draft)),
                 logprobs)
     elif name == "token_logprobs":
-        args = (_integers("ids", args[0], (rows, *args[0].shape[1:2]), device),)
-        if args[0].dim() != 2:
-            raise ValueError(f"ids: expected an int64 tensor [{rows}, n], got {list(args[0].shape)}")
+        ids = args[0]
+        if not isinstance(ids, torch.Tensor) or ids.is_nested or ids.dim() != 2:
+            raise ValueError(f"ids: expected an int64 tensor [{rows}, n], got {shown(ids)}")
+        args = (_integers("ids", ids, (rows, ids.shape[1]), device),)
     p = check_params(logits, fields.pop("weights"), rows, vocab_size, **fields,
                      needs_tuned=name == "sample" and args[4])
     return logits, p, *args
@@ -126,7 +127,7 @@ def _plain() -> bool:
 def _device_type(logits) -> str:
     try:
         return "cuda" if logits[0].is_cuda else "cpu"
-    except (TypeError, AttributeError, LookupError):
+    except (TypeError, AttributeError, LookupError, RuntimeError):
         return "cpu"  # whoever looks closer will say what is wrong
 
 

@@ -67,6 +67,9 @@ class Weights:
                 raise ValueError(f"weights: per-row values must share one length, got {[list(v.shape) for v in rows]}")
             if rows:
                 n, device = rows[0].shape[0], rows[0].device
+                if any(v.device.type != device.type for v in rows):
+                    raise ValueError(f"weights: got values on {', '.join(sorted({str(v.device) for v in rows}))}; move "
+                                     "them together")
                 columns = [torch.as_tensor(v, dtype=torch.float32, device=device).expand(n) for v in values]
                 self.tensor = torch.stack(columns, dim=1)
             else:

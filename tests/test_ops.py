@@ -974,3 +974,24 @@ other.join()
 """
     done = run(code)
     assert done.returncode == 0, done.stderr
+
+
+def test_no_rows_of_any_stride(backend):
+    """An empty tensor is contiguous whatever its strides."""
+    z = [torch.zeros(0, 4, 52)[..., ::2], torch.zeros(0, 4, 26)]
+    none = torch.zeros(0, dtype=torch.int64)
+    out = eft.verify(z, [1.0, 1.0], torch.zeros(0, 3, dtype=torch.int64), seed=none, position=none, backend=backend)
+    assert out.tokens.shape == (0, 4)
+    assert eft.sample([x[:, 0] for x in z], [1.0, 1.0], seed=none, position=0, backend=backend).tokens.shape == (0,)
+
+
+def test_arguments_that_the_fuzzer_found():
+    z, ids = torch.zeros(2, 9), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="weights: got values on cpu, meta"):
+        eft.sample([z, z], [torch.ones(2), torch.ones(2, device="meta")], seed=1, position=0)
+    with pytest.raises(ValueError, match="vocab_size: got a nested tensor"):
+        eft.token_logprobs([z], [1.0], ids, vocab_size=torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]))
+    freed = torch.zeros(2, 9)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="logits: expected a list"):
+        eft.sample(freed, [1.0], seed=1, position=0)

@@ -147,7 +147,7 @@ struct Reader {
     for (int j = 0; j < c.models; ++j) {
       dlpack::Tensor t;
       if (!view(PyTuple_GetItem(models, j), t)) return;
-      if (!need(t.ndim == dims && (t.strides[dims - 1] == 1 || t.shape[dims - 1] < 2))) return;
+      if (!need(t.ndim == dims && (t.strides[dims - 1] == 1 || t.shape[dims - 1] < 2 || t.shape[0] == 0))) return;
       if (j == 0) rows = t.shape[0], slots = dims == 3 ? t.shape[1] : 1;
       need(t.shape[0] == rows && (dims == 2 || t.shape[1] == slots) && slots >= 1);
       c.model[j] = {t.data, t.strides[0], dims == 3 ? t.strides[1] : 0, kF32};
