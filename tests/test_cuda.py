@@ -362,9 +362,9 @@ def test_the_way_of_many_rows_on_small_cases(device):
 
 # file: a text that is replaced, by what
 FAULTS = {
-    "a barrier before the chunks' bounds are read": (
-        "race.cuh", "leaders[warp_id()] = most;\n  __syncthreads();",
-        "leaders[warp_id()] = most;"),
+    "a barrier before the winners are read": (
+        "race.cuh", "winners[warp_id()] = w;\n  __syncthreads();",
+        "winners[warp_id()] = w;"),
     "a barrier of the cluster": ("team.cuh", "      cluster_sync();\n", "      __syncthreads();\n"),
     "a store beyond the block's scores": (
         "row.cu", "(chunk - part.first) * kChunkSize + lane_id() * kPerLane, s);\n  };",
@@ -372,9 +372,10 @@ FAULTS = {
     "the last block comes too early": (
         "sample.cu", "static_cast<unsigned>(splits - 1)",
         "static_cast<unsigned>(splits - 2)"),
-    "counters are not set back": ("sample.cu", "    counters[b] = 0;\n", ""),
+    "counters are not set back": ("sample.cu", "counters[b] = counters[call.rows + b] = 0;", "counters[call.rows + b] = 0;"),
+    "the lead is not set back": ("sample.cu", "counters[b] = counters[call.rows + b] = 0;", "counters[b] = 0;"),
     "another token's noise": ("race.cuh", "token & 1 ? w.r[1] : w.r[0]", "token & 1 ? w.r[0] : w.r[1]"),
-    "a bound too low": ("race.cuh", "pack(top + q.temperature * g,", "pack(top + q.temperature * g - 3,"),
+    "a bound too low": ("race.cuh", "pack(high + q.temperature * g,", "pack(high + q.temperature * g - 3,"),
     "-inf in models that cancel": ("score.cuh", "return low > -kInf && high < kInf ? high : NAN;", "return high;"),
     "vectors that are not aligned": ("score.cuh", "if (off & 4) x[0] = x[1],", "if (off & 2) x[0] = x[1],"),
     "no exact sum where it is in doubt": ("filter.cuh", "step == kNucleus && kept.doubtful", "false"),

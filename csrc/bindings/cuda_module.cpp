@@ -47,7 +47,7 @@ class Scratch {
   void* data_ = nullptr;
 };
 
-// Each takes counters (an int32 tensor of zeros [at least rows * slots] that nothing else uses while the launches run),
+// Each takes counters (an int32 tensor of zeros [at least 2 * rows * slots] that nothing else uses while the launches run),
 // then what prepare() reads. It returns a tuple of tensors (None: not asked for) that the device may not have written yet,
 // or None where an argument is unusual. The device is the current one, the stream torch's current one.
 template <class C>
@@ -60,7 +60,7 @@ PyObject* run(const char* name, PyObject* const* args, Py_ssize_t n, int64_t (*s
   if (!prepare(r, call, outputs)) Py_RETURN_NONE;
   dlpack::Tensor counters;
   if (!r.view(zeros, counters) || !(counters.dtype == kInt32) || counters.ndim != 1 ||
-      counters.shape[0] < call.rows * call.slots || (counters.strides[0] != 1 && counters.shape[0] > 1))
+      counters.shape[0] < 2 * call.rows * call.slots || (counters.strides[0] != 1 && counters.shape[0] > 1))
     Py_RETURN_NONE;
   if (outputs.failed()) return nullptr;
   if (call.rows) {

@@ -9,7 +9,7 @@ struct Place {
   int device;         // its index; the caller has made it current
   void* stream;       // cudaStream_t
   void* scratch;      // `*_scratch` bytes of the call, 256-byte aligned, unset; null where it needs none
-  unsigned* counters; // int32 zeros [call.rows * call.slots], which nothing else uses while the launches run; left 0
+  unsigned* counters; // int32 zeros [2 * call.rows * call.slots], which nothing else uses while the launches run; left 0
 };
 
 struct CudaKernels {

@@ -32,15 +32,13 @@ struct RowShared {
   Own own;
   int b, slot, length;  // length: of verify's drafts
   bool skips, judged, last;  // judged: by this block
+  unsigned lead;             // of the race; the row's blocks use the first one's
 };
 
 constexpr int kHead = (sizeof(RowShared) + 15) / 16 * 16;
-// beside the scores: the best of every chunk, then what the search for a threshold needs and after it the race
+// beside the scores: the best of every chunk, then what the search for a threshold needs
 EFT_HD constexpr int tops_bytes(int per) { return (per + 3) / 4 * 16; }
-EFT_HD constexpr int area_bytes(int per) {
-  const int field = field_bytes(per < kSegment ? per : kSegment), search = sizeof(Search);
-  return tops_bytes(per) + ((field > search ? field : search) + 15) / 16 * 16;
-}
+EFT_HD constexpr int area_bytes(int per) { return tops_bytes(per) + (sizeof(Search) + 15) / 16 * 16; }
 
 // --- the up-scaling filter -----------------------------------------------------------------------------------------
 
@@ -300,15 +298,13 @@ EFT_DEVICE void run_row(Team& team, RowShared& shared, const RowCall& call, int 
     }
   }
   if (ok && (call.samples || q.greedy)) {
+    unsigned* lead = team.at(&shared.lead, 0);
     for (;;) {
-      w = Winner();
-      for (int i = 0; i < part.n; i += kSegment) {
-        const Field field = field_at(reinterpret_cast<char*>(&search), part.first + i, min(part.n - i, kSegment));
-        const Winner x = race_block(field, part.tops + i, floor, q, shared.source,
-                                    [&](int chunk) { return part.scores + (chunk - part.first) * kChunkSize; });
-        w.offer(x.key, x.score);
-      }
-      w = team.best(w);
+      w = team.best(race_chunks(part.first, part.n, lead, floor, q, shared.source, [&](int i) { return part.tops[i]; },
+                                [&](int chunk, float (&s)[kPerLane]) {
+                                  load8(part.scores + (chunk - part.first) * kChunkSize + lane_id() * kPerLane, s);
+                                }));
+      if (team.rank == 0 && threadIdx.x == 0) shared.lead = 0;
       if (!peels || w.key == kNone || keeps(team, part, q, w.score, best, shared.total)) break;
       floor = above(w.score);
     }
@@ -385,6 +381,7 @@ EFT_KERNEL void __launch_bounds__(kThreads, EFT_ROW_BLOCKS)
   const bool asks = drafts.asks && slot > 0;
   if (threadIdx.x == 0) {
     shared.b = b, shared.slot = slot, shared.length = length;
+    shared.lead = 0;
     shared.judged = drafts.target && team.rank == 0;
     set_row(shared.row, call, b, slot);
     shared.knobs = knobs_of(call, b);

@@ -31,11 +31,12 @@ EFT_DEVICE void write_row(const SampleCall& call, int64_t b, const Knobs& q, con
 }
 
 // The block's result to memory; of a row's blocks the last one to come here writes the row. Warp 0 calls this.
+// counters: [2, rows], arrivals, then the lead of the row's race.
 EFT_DEVICE void arrive(const SampleCall& call, int64_t b, int splits, int split, const Knobs& q, Winner w, ExpSum sum,
                        Part* parts, unsigned* counters) {
   const int lane = lane_id();
   if (splits == 1) {
-    if (lane == 0) write_row(call, b, q, w, sum);
+    if (lane == 0) write_row(call, b, q, w, sum), counters[call.rows + b] = 0;
     return;
   }
   parts += b * splits;
@@ -56,7 +57,7 @@ EFT_DEVICE void arrive(const SampleCall& call, int64_t b, int splits, int split,
   if (call.logprobs) sum = warp_all(sum, q.c);
   if (lane == 0) {
     write_row(call, b, q, w, sum);
-    counters[b] = 0;
+    counters[b] = counters[call.rows + b] = 0;
   }
 }
 
@@ -68,18 +69,17 @@ struct StreamShared {
   Source source;
   int b, split;
   ExpSum sums[kWarps];
+  Winner winners[kWarps];
 };
 
-constexpr int stream_bytes(int per) {
-  return sizeof(StreamShared) + 16 + per * 4 + kWarps * kChunkSize * 4 + field_bytes(per);
-}
+constexpr int kStreamHead = (sizeof(StreamShared) + 15) / 16 * 16;
+constexpr int stream_bytes(int per) { return kStreamHead + per * 4; }
 
 EFT_KERNEL void __launch_bounds__(kThreads, 3)
     sample_stream(const __grid_constant__ SampleCall call, int splits, int per, Part* parts, unsigned* counters) {
   const int b = blockIdx.x / splits, split = blockIdx.x % splits;
   StreamShared& shared = *reinterpret_cast<StreamShared*>(shared_memory());
-  float* own = reinterpret_cast<float*>(shared_memory() + (sizeof(StreamShared) + 15) / 16 * 16);  // [warps, 256]
-  float* tops = own + kWarps * kChunkSize;
+  float* tops = reinterpret_cast<float*>(shared_memory() + kStreamHead);
   Row& row = shared.row;
   const Knobs& q = shared.knobs;
   if (threadIdx.x == 0) {
@@ -101,17 +101,12 @@ EFT_KERNEL void __launch_bounds__(kThreads, 3)
   for (int i = threadIdx.x; i < n; i += kThreads) bad |= tops[i] == kInf;
   bad = __syncthreads_or(bad);
   Winner best;
-  best.key = kBad;
-  if (!bad) {
-    char* at = reinterpret_cast<char*>(tops + (per + 1) / 2 * 2);
-    best = race_block(field_at(at, first, n), tops, -kInf, q, shared.source, [&](int chunk) {
-      float s[kPerLane];
-      scores_of(row, chunk, s);
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) own[threadIdx.x * kPerLane + i] = s[i];
-      __syncwarp();
-      return own + warp_id() * kChunkSize;
-    });
+  if (bad) {
+    best.key = kBad;
+  } else {
+    best = race_chunks(first, n, counters + call.rows + shared.b, -kInf, q, shared.source, [&](int i) { return tops[i]; },
+                       [&](int chunk, float (&s)[kPerLane]) { scores_of(row, chunk, s); });
+    best = block_best(best, shared.winners);
   }
   sum = ExpSum();
   if (call.logprobs)

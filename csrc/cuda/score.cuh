@@ -160,45 +160,56 @@ EFT_DEVICE float logit(const Input& in, int token) {
 
 // --- scores --------------------------------------------------------------------------------------------------------
 
-// Chunks that a warp sums at once.
+// Chunks of the first pass that a warp sums at once.
 template <int D>
 constexpr int kAtOnce = D == kF16 || D == kBF16 ? 2 : 1;
 
-// sum_j w_j z_j of a lane's tokens from `token` on, of kAtOnce<D> quick chunks. All loads are on their way first.
-template <int D>
-EFT_DEVICE void sums_of(const Row& row, int token, float (&s)[kAtOnce<D> * kPerLane]) {
-  constexpr int N = kAtOnce<D> * kPerLane, kVector = D == kF32 ? 4 : 8;  // of 16 bytes
+// sum_j w_j z_j of a lane's tokens from `token` on, of N consecutive chunks that may be read by vectors. Every load is
+// issued before the first product.
+template <int D, int N>
+EFT_DEVICE void sums_of(const Row& row, int token, float (&s)[N * kPerLane]) {
   if constexpr (D == kAny) {
+    static_assert(N == 1, "");
 #pragma unroll
-    for (int i = 0; i < N; ++i) s[i] = 0;
+    for (int i = 0; i < kPerLane; ++i) s[i] = 0;
     for (int j = 0; j < row.models; ++j) {
       float z[kPerLane];
       logits_of(row.in[j], token, z);
 #pragma unroll
-      for (int i = 0; i < N; ++i) s[i] = s[i] + row.in[j].w * z[i % kPerLane];
+      for (int i = 0; i < kPerLane; ++i) s[i] = s[i] + row.in[j].w * z[i];
     }
   } else {
+    constexpr int kItem = D == kF32 ? 4 : 2, kVector = 16 / kItem, kVectors = kPerLane / kVector;  // of a chunk
     // sass: model
-    uint4 v[kAhead][2];
+    uint4 v[kAhead][N * kVectors];
 #pragma unroll
     for (int j = 0; j < kAhead; ++j)
       if (j == 0 || j < row.models) {
-        const char* p = row.in[j].z + int64_t{token} * (D == kF32 ? 4 : 2);
-        v[j][0] = load16(p);
-        v[j][1] = load16(p + (D == kF32 ? 16 : 2 * kChunkSize));
+        const char* p = row.in[j].z + int64_t{token} * kItem;
+#pragma unroll
+        for (int n = 0; n < N * kVectors; ++n) v[j][n] = load16(p + n / kVectors * kChunkSize * kItem + n % kVectors * 16);
       }
 #pragma unroll
     for (int j = 0; j < kAhead; ++j)
       if (j == 0 || j < row.models) {
         const float w = row.in[j].w;
-        float z[N];
-        widen<D>(v[j][0], z);
-        widen<D>(v[j][1], z + kVector);
+        float z[N * kPerLane];
 #pragma unroll
-        for (int i = 0; i < N; ++i) s[i] = j == 0 ? w * z[i] : s[i] + w * z[i];  // from -0 on, but no sum's sign of 0 matters
+        for (int n = 0; n < N * kVectors; ++n) widen<D>(v[j][n], z + n * kVector);
+#pragma unroll
+        for (int i = 0; i < N * kPerLane; ++i)
+          s[i] = j == 0 ? w * z[i] : s[i] + w * z[i];  // from -0 on, but no sum's sign of 0 matters
       }
     // sass: end
   }
+}
+
+// the same of one chunk, whatever its models are
+EFT_DEVICE void sums_of_chunk(const Row& row, int token, float (&s)[kPerLane]) {
+  if (row.dtype == kBF16) sums_of<kBF16, 1>(row, token, s);
+  else if (row.dtype == kF16) sums_of<kF16, 1>(row, token, s);
+  else if (row.dtype == kF32) sums_of<kF32, 1>(row, token, s);
+  else sums_of<kAny, 1>(row, token, s);
 }
 
 // The largest of a lane's 8 sums, NaN unless all are below kLarge: then some token may be excluded, or the row bad.
@@ -286,7 +297,7 @@ EFT_DEVICE bool scores_of(const Row& row, int chunk, float (&s)[kPerLane]) {
   const int token = chunk * kChunkSize + lane_id() * kPerLane;
   bool fine = chunk >= row.quick_from && chunk < row.quick_to;
   if (fine) {
-    sums_of<kAny>(row, token, s);
+    sums_of_chunk(row, token, s);
     fine = !isnan(top_if_finite(s));
     apply_mask(row, token, s);
   }

@@ -57,7 +57,7 @@ EFT_DEVICE void pass_of(const Row& row, int first, int n, float* tops, bool summ
     const int chunk = min(i, to - kAtOnce<D>);  // the last ones overlap
     const int token = chunk * kChunkSize + lane * kPerLane;
     float s[kAtOnce<D> * kPerLane];
-    sums_of<D>(row, token, s);
+    sums_of<D, kAtOnce<D>>(row, token, s);
 #pragma unroll
     for (int k = 0; k < kAtOnce<D>; ++k) {
       float* x = s + k * kPerLane;

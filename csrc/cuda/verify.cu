@@ -123,19 +123,19 @@ EFT_DEVICE Verdict block_verdict(const Judge& j, int64_t b) {
 struct LastShared {
   Side target[kSlots], draft;
   Verdict verdict;
-  float own[kWarps][kChunkSize];
+  Winner winners[kWarps];
+  unsigned lead;
 };
-
-constexpr int kLastHead = (sizeof(LastShared) + 15) / 16 * 16;
-constexpr int last_bytes(int n) { return kLastHead + (n + 3) / 4 * 16 + field_bytes(n); }
 
 EFT_KERNEL void __launch_bounds__(kThreads, 2) last_kernel(const __grid_constant__ Judge j) {
   wait_for_last();
   LastShared& shared = *reinterpret_cast<LastShared*>(shared_memory());
   const int64_t b = blockIdx.x, S = j.target.slots;
   const int length = length_of(j.drafts, b, S);
-  if (threadIdx.x == 0)
+  if (threadIdx.x == 0) {
     shared.verdict = j.drafts.method == kBlock ? block_verdict(j, b) : Verdict{min(stop_of(j.drafts, b, S), length), 1};
+    shared.lead = 0;
+  }
   __syncthreads();
   const Verdict verdict = shared.verdict;
   const int i = verdict.accepted;
@@ -154,26 +154,19 @@ EFT_KERNEL void __launch_bounds__(kThreads, 2) last_kernel(const __grid_constant
     const Source source = source_of(j.target, b, i, kResidual, static_cast<uint32_t>(i));
     Knobs plain = q;
     plain.temperature = 1;
-    float *own = shared.own[warp_id()], *tops = reinterpret_cast<float*>(shared_memory() + kLastHead);
-    for (int first = 0; first < target.row.chunks; first += kSegment) {
-      const int n = min(kSegment, target.row.chunks - first);
-      for (int c = threadIdx.x; c < n; c += kThreads) {
-        const float top = j.tops[r * target.row.chunks + first + c];
-        const double most = top >= target.state.floor && top > -kInf
-                                ? static_cast<double>(mass(top, target.state.best, q.c)) * rest.residual.a : 0;
-        tops[c] = most >= 1 ? log(static_cast<float>(most)) + kMargin : -kInf;
-      }
-      __syncthreads();
-      const Field field = field_at(reinterpret_cast<char*>(tops + (n + 3) / 4 * 4), first, n);
-      const Winner w = race_block(field, tops, -kInf, plain, source, [&](int chunk) {
-        each_residual(rest, chunk, [&](int k, double x) {
-          own[lane_id() * kPerLane + k] = x > 0 ? log(fmaxf(static_cast<float>(x), 1.0f)) : -kInf;
-        });
-        __syncwarp();
-        return own;
+    // of a chunk's best score, which bounds its residuals
+    const auto top = [&](int chunk) -> float {
+      const float s = j.tops[r * target.row.chunks + chunk];
+      const double most = s >= target.state.floor && s > -kInf
+                              ? static_cast<double>(mass(s, target.state.best, q.c)) * rest.residual.a : 0;
+      return most >= 1 ? log(static_cast<float>(most)) + kMargin : -kInf;
+    };
+    best = race_chunks(0, target.row.chunks, &shared.lead, -kInf, plain, source, top, [&](int chunk, float (&s)[kPerLane]) {
+      each_residual(rest, chunk, [&](int k, double x) {
+        s[k] = x > 0 ? log(fmaxf(static_cast<float>(x), 1.0f)) : -kInf;
       });
-      best.offer(w.key, w.score);
-    }
+    });
+    best = block_best(best, shared.winners);
   }
   const int64_t token = !ok ? -1 : best.key != kNone ? packed_token(best.key) : j.drafts.target[r].token;
   const int emitted = i + ok;
@@ -282,8 +275,7 @@ const char* run_verify(const VerifyCall& call, const Place& place, const Device&
                    static_cast<int>(splits), static_cast<int>(per));
     if (error) return error;
   }
-  const int n = static_cast<int>(std::min<int64_t>(chunks, kSegment));
-  return launch(last_kernel, {call.rows, kThreads, 1, last_bytes(n), place.stream, early}, j);
+  return launch(last_kernel, {call.rows, kThreads, 1, sizeof(LastShared), place.stream, early}, j);
 }
 
 }  // namespace cuda

@@ -61,7 +61,7 @@ def set_cuts(cuts: Cuts) -> None:
 def _launch(function, logits, p: Params, *args):
     """The tensors of a call whose arguments were checked; the logits' device is the current one."""
     z = logits[0]
-    counters = workspace.counters(z.shape[:-1].numel(), z.device, None if _SIMT else _stream(z.device.index))
+    counters = workspace.counters(2 * z.shape[:-1].numel(), z.device, None if _SIMT else _stream(z.device.index))
     out = function(counters, False, logits, *p, *args)
     if out is None:  # a subclass of torch.Tensor
         logits = [z.detach().as_subclass(torch.Tensor) for z in logits]
@@ -101,7 +101,7 @@ def _try(function, logits, *args):
         stream = _stream(device.index)
     else:
         return None
-    return function(workspace.counters(z.shape[:-1].numel(), device, stream), True, logits, *args)
+    return function(workspace.counters(2 * z.shape[:-1].numel(), device, stream), True, logits, *args)
 
 
 def try_sample(logits, *args):
