@@ -295,7 +295,7 @@ def test_module(planted):
     def there(x):
         return x.as_subclass(Tensor)
 
-    z, zeros = [there(torch.zeros(3, 8)) for _ in range(2)], there(torch.zeros(12, dtype=torch.int32))
+    z, zeros = [there(torch.zeros(3, 8)) for _ in range(2)], there(torch.zeros(24, dtype=torch.int32))
 
     def sample(counters=zeros, strict=True, z=z, weights=(1.0, 1.0), temperature=1.0):
         return module.sample(counters, strict, z, weights, temperature, 0, 1.0, 0.0, 1.0, 5, 0, None, 8, 1, 0, 0, False,
@@ -307,7 +307,7 @@ def test_module(planted):
     bad = there(torch.full((3,), -1.0))
     assert sample(temperature=bad) is not None and sample(temperature=-1.0, strict=False) is not None
     assert sample(temperature=-1.0) is None and sample(weights=(1.0, float("nan"))) is None
-    for wrong in (None, 3, zeros[:2], there(zeros.long()), zeros.view(3, 4), zeros[::2][:2]):
+    for wrong in (None, 3, zeros[:5], there(zeros.long()), zeros.view(6, 4), zeros[::2][:2]):
         assert sample(wrong) is None
     for x, call in ((zeros, {}), (z[1], {}), (bad, dict(temperature=bad))):
         elsewhere.value = id(x)
@@ -320,7 +320,7 @@ def test_module(planted):
     options = ((1.0,), 1.0, 0, 1.0, 0.0, 1.0, 5, 0, None, 8, 0)
     out = module.verify(zeros, False, slots, *options, drafts, None, 1, None, *[None] * 4, True)
     assert [tuple(x.shape) for x in out] == [(3, 4), (3,), (3,), (3, 4), (3, 4)] and seen[3] and seen[4] == seen[0]
-    assert module.verify(zeros[:11], False, slots, *options, drafts, None, 1, None, *[None] * 4, True) is None
+    assert module.verify(zeros[:23], False, slots, *options, drafts, None, 1, None, *[None] * 4, True) is None
     for ids, count in ((None, 8), (there(torch.zeros(3, 5, dtype=torch.int64)), 5)):
         with pytest.raises(RuntimeError, match="logprobs: out of threads"):
             module.logprobs(zeros, False, z[:1], *options, ids)
@@ -354,6 +354,7 @@ def test_auto_on_a_gpu(monkeypatch, built, here, warned):
     extension = types.ModuleType("eft_kernels._cuda")
     extension.__spec__ = importlib.machinery.ModuleSpec("eft_kernels._cuda", None)
     monkeypatch.setitem(sys.modules, "eft_kernels._cuda", extension if built else None)
+    monkeypatch.setattr(dispatch.extension, "_files", lambda name: [])  # in place, it may be there
     monkeypatch.setattr(dispatch, "status", lambda name: (name in here, f"{name} is too old"))
     monkeypatch.setattr(dispatch, "load", lambda name: name)
     monkeypatch.delenv("EFT_KERNELS_BACKEND", raising=False)

@@ -119,9 +119,50 @@ EFT_KERNEL void __launch_bounds__(kThreads, 3)
 constexpr int kDirectThreads = 128, kDirectWarps = kDirectThreads / kLanes;
 
 struct DirectShared {
-  Row row;
+  Row row[kDirectWarps];  // of a warp whose chunk is looked at one token at a time
   Part parts[kDirectWarps];
 };
+
+// A lane's sums of 8 tokens from `token` on straight from the call's arguments, which every thread can read without
+// waiting for another; NaN where the chunk may not be read so, or some sum is not finite.
+EFT_DEVICE float direct_sums(const Call& call, int64_t b, int chunk, int token, float (&s)[kPerLane]) {
+  const char* z[kAhead];
+  float w[kAhead];
+  bool aligned = true;
+#pragma unroll
+  for (int j = 0; j < kAhead; ++j)
+    if (j < call.models) {
+      const Input in = input_of(call, j, b, 0);
+      z[j] = in.z, w[j] = in.w;
+      aligned &= reinterpret_cast<uintptr_t>(in.z) % 16 == 0;
+    }
+  // a vector that is not aligned is taken from the two around it, which must not leave the row
+  const int from = aligned ? 0 : 1, to = aligned ? call.vocab_size / kChunkSize : max((call.vocab_size - 8) / kChunkSize, 1);
+  if (chunk < from || chunk >= to || call.models > kAhead) return NAN;
+  uint4 v[kAhead][2];
+#pragma unroll
+  for (int j = 0; j < kAhead; ++j)
+    if (j < call.models) {
+      const bool wide = call.model[j].dtype == kF32;
+      const char* p = z[j] + int64_t{token} * (wide ? 4 : 2);
+      v[j][0] = load16_anywhere(p);
+      if (wide) v[j][1] = load16_anywhere(p + 16);
+    }
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) s[i] = 0;
+#pragma unroll
+  for (int j = 0; j < kAhead; ++j)
+    if (j < call.models && w[j] != 0) {
+      const int dtype = call.model[j].dtype;
+      float x[kPerLane];
+      if (dtype == kBF16) widen<kBF16>(v[j][0], x);
+      else if (dtype == kF16) widen<kF16>(v[j][0], x);
+      else widen<kF32>(v[j][0], x), widen<kF32>(v[j][1], x + 4);
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) s[i] = s[i] + w[j] * x[i];
+    }
+  return top_if_finite(s);
+}
 
 // Blocks of a multiprocessor: before 10.0 ptxas spills with a seventh, or without a bound; from 10.0 on it needs none.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000
@@ -135,23 +176,11 @@ EFT_KERNEL void __launch_bounds__(EFT_DIRECT_BOUNDS) sample_direct(const __grid_
   const int64_t b = blockIdx.x / splits;
   const int split = blockIdx.x % splits, lane = lane_id();
   DirectShared& shared = *reinterpret_cast<DirectShared*>(shared_memory());
-  Row& row = shared.row;
-  if (threadIdx.x == 0) set_row(row, call, b, 0);
   const Knobs q = knobs_of(call, b);
   const Source source = source_of(call, b, 0, call.stream, call.slot);
-  __syncthreads();
   const int chunk = split * kDirectWarps + warp_id(), token = chunk * kChunkSize + lane * kPerLane;
-  const bool quick = chunk >= row.quick_from && chunk < row.quick_to && row.models <= kAhead;
-  uint4 v[kAhead][2];
-  if (quick) {
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j)
-      if (j < row.models) {
-        const char* p = row.in[j].z + int64_t{token} * item_size(row.in[j].dtype);
-        v[j][0] = load16_anywhere(p);
-        if (row.in[j].dtype == kF32) v[j][1] = load16_anywhere(p + 16);
-      }
-  }
+  float s[kPerLane];
+  const float high = direct_sums(call, b, chunk, token, s);
   float key[kPerLane] = {};  // T g
   if (!q.greedy) {
     const ChunkNoise<float> noise = chunk_noise<float>(source, static_cast<uint32_t>(chunk));
@@ -165,26 +194,15 @@ EFT_KERNEL void __launch_bounds__(EFT_DIRECT_BOUNDS) sample_direct(const __grid_
       }
     }
   }
-  float s[kPerLane];
-  bool ok = true, fine = quick;
-  if (quick) {
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) s[i] = 0;
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j)
-      if (j < row.models) {
-        const Input in = row.in[j];
-        float z[kPerLane];
-        if (in.dtype == kBF16) widen<kBF16>(v[j][0], z);
-        else if (in.dtype == kF16) widen<kF16>(v[j][0], z);
-        else widen<kF32>(v[j][0], z), widen<kF32>(v[j][1], z + 4);
-#pragma unroll
-        for (int i = 0; i < kPerLane; ++i) s[i] = s[i] + in.w * z[i];
-      }
-    fine = !isnan(top_if_finite(s));
-    apply_mask(row, token, s);
+  bool ok = true;
+  if (!__all_sync(kAll, !isnan(high))) {
+    Row& row = shared.row[warp_id()];
+    if (lane == 0) set_row(row, call, b, 0);
+    __syncwarp();
+    ok = careful_scores(row, token, s);
+  } else if (call.mask) {
+    mask_scores(mask_of(call, b, 0), token, s);
   }
-  if (!__all_sync(kAll, fine)) ok = careful_scores(row, token, s);
   Winner best;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i)
@@ -193,8 +211,8 @@ EFT_KERNEL void __launch_bounds__(EFT_DIRECT_BOUNDS) sample_direct(const __grid_
   best = warp_all(best);
   ExpSum sum;
   if (call.logprobs) {
-    const float high = top_of(s);
-    if (high > -kInf && high < kInf) sum.add(s, high, q.c, !q.greedy && q.temperature != 1);
+    const float top = top_of(s);
+    if (top > -kInf && top < kInf) sum.add(s, top, q.c, !q.greedy && q.temperature != 1);
     sum = warp_all(sum, q.c);
   }
   if (lane == 0) shared.parts[warp_id()] = {best.key, best.score, sum.top, sum.sum, sum.sum_c};

@@ -61,6 +61,7 @@ struct Row {
   int models, vocab, chunks;
   int tuned_at;          // its place in `in`, where upscaled
   int dtype;             // of all models that count, aligned to 16 bytes and at most kAhead of them; else kAny
+  bool is_upscale;       // 16-bit models with weights 1, 1, -1, and dtype is not kAny
   int quick_from, quick_to;  // chunks that may be read by vectors
   bool upscaled;
   float tau, inside, outside;  // the up-scaling filter, once known (row.cuh)
@@ -78,17 +79,20 @@ EFT_DEVICE Input input_of(const Call& call, int j, int64_t b, int64_t slot) {
           call.weights ? call.weights[b * call.weights_stride + j] : call.weight[j], m.dtype};
 }
 
-// Only thread 0 of a block calls this; a barrier follows.
+// a bit a token of the row, or null
+EFT_DEVICE const uint8_t* mask_of(const Call& call, int64_t b, int64_t slot) {
+  if (!call.mask) return nullptr;
+  const int64_t words = (call.vocab_size + 31) / 32;
+  return reinterpret_cast<const uint8_t*>(call.mask + (b * call.slots + slot) * words);
+}
+
+// One thread of those that share the row calls this; a barrier of theirs follows.
 EFT_DEVICE void set_row(Row& row, const Call& call, int64_t b, int64_t slot) {
   row.vocab = call.vocab_size;
   row.chunks = (call.vocab_size + kChunkSize - 1) / kChunkSize;
   row.upscaled = call.upscale_top_p[b] < 1;
   row.tau = row.inside = row.outside = 0;
-  row.mask = nullptr;
-  if (call.mask) {
-    const int64_t words = (call.vocab_size + 31) / 32;
-    row.mask = reinterpret_cast<const uint8_t*>(call.mask + (b * call.slots + slot) * words);
-  }
+  row.mask = mask_of(call, b, slot);
   int n = 0, dtype = kAny;
   bool aligned = true;
   for (int j = 0; j < call.models; ++j) {
@@ -101,6 +105,8 @@ EFT_DEVICE void set_row(Row& row, const Call& call, int64_t b, int64_t slot) {
   }
   row.models = n;
   row.dtype = aligned && n > 0 && n <= kAhead ? dtype : kAny;
+  row.is_upscale = n == 3 && (row.dtype == kBF16 || row.dtype == kF16) && row.in[0].w == 1 && row.in[1].w == 1 &&
+                   row.in[2].w == -1;
   // a vector that is not aligned is taken from the two around it, which must not leave the row
   row.quick_from = aligned ? 0 : 1;
   row.quick_to = aligned ? row.vocab / kChunkSize : max((row.vocab - 8) / kChunkSize, 1);
@@ -204,12 +210,42 @@ EFT_DEVICE void sums_of(const Row& row, int token, float (&s)[N * kPerLane]) {
   }
 }
 
+// the same where row.is_upscale, of its models' logits: no product
+template <int D, int N>
+EFT_DEVICE void upscale_sums_of(const char* const (&z)[3], int token, float (&s)[N * kPerLane]) {
+  // sass: model
+  uint4 v[3][N];
+#pragma unroll
+  for (int j = 0; j < 3; ++j)
+#pragma unroll
+    for (int n = 0; n < N; ++n) v[j][n] = load16(z[j] + int64_t{token} * 2 + n * kChunkSize * 2);
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    float base[kPerLane], tuned[kPerLane], ref[kPerLane];
+    widen<D>(v[0][n], base);
+    widen<D>(v[1][n], tuned);
+    widen<D>(v[2][n], ref);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) s[n * kPerLane + i] = (base[i] + tuned[i]) - ref[i];
+  }
+  // sass: end
+}
+
 // the same of one chunk, whatever its models are
 EFT_DEVICE void sums_of_chunk(const Row& row, int token, float (&s)[kPerLane]) {
-  if (row.dtype == kBF16) sums_of<kBF16, 1>(row, token, s);
-  else if (row.dtype == kF16) sums_of<kF16, 1>(row, token, s);
-  else if (row.dtype == kF32) sums_of<kF32, 1>(row, token, s);
-  else sums_of<kAny, 1>(row, token, s);
+  if (!row.is_upscale) {
+    sums_of<kAny, 1>(row, token, s);
+    return;
+  }
+  const char* const z[3] = {row.in[0].z, row.in[1].z, row.in[2].z};
+  if (row.dtype == kBF16) upscale_sums_of<kBF16, 1>(z, token, s);
+  else upscale_sums_of<kF16, 1>(z, token, s);
+}
+
+// The largest of a warp's x, NaN (the canonical one) where one is; -0 is below +0.
+EFT_DEVICE float warp_max_or_nan(float x) {
+  const int32_t b = bits(x), most = __reduce_max_sync(kAll, b ^ ((b >> 31) & 0x7FFFFFFF));
+  return unordered(most);
 }
 
 // The largest of a lane's 8 sums, NaN unless all are below kLarge: then some token may be excluded, or the row bad.
@@ -237,10 +273,13 @@ EFT_DEVICE float top_or_nan(const float* s) {
 // which of a lane's 8 tokens the mask allows
 EFT_DEVICE uint32_t allowed(const Row& row, int token) { return row.mask ? row.mask[token >> 3] : 0xFFu; }
 
-EFT_DEVICE void apply_mask(const Row& row, int token, float* s) {
-  const uint32_t on = allowed(row, token);
+EFT_DEVICE void mask_scores(const uint8_t* mask, int token, float* s) {
+  const uint32_t on = mask[token >> 3];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) s[i] = on >> i & 1 ? s[i] : -kInf;
+}
+EFT_DEVICE void apply_mask(const Row& row, int token, float* s) {
+  if (row.mask) mask_scores(row.mask, token, s);
 }
 
 // A lane's 8 scores of any chunk, one token at a time, -inf where excluded or beyond the vocabulary; false where a value

@@ -46,29 +46,32 @@ EFT_DEVICE ExpSum warp_all(ExpSum x, float c) {
 
 // Chunks [first, first + n) of a row into tops[n] (+inf: a bad value), and into `sum` where wanted. keep(c, s): a lane's
 // 8 scores of chunk c, in no order of chunks. All threads of the block call this; a barrier ends it.
-template <int D, class Keep>
+template <int D, bool kUpscale, class Keep>
 EFT_DEVICE void pass_of(const Row& row, int first, int n, float* tops, bool summed, bool tempered, float c, ExpSum& sum,
                         const Keep& keep) {
+  constexpr int N = kAtOnce<D>;
   const int lane = lane_id(), from = max(first, row.quick_from), to = min(first + n, row.quick_to);
-  if (to - from < kAtOnce<D>) return;
+  if (to - from < N) return;
+  const char* const z[3] = {row.in[0].z, row.in[1].z, row.in[2].z};  // in registers, where they are all there is
+  const bool masked = row.mask != nullptr;
   // sass: group first_pass 512 tokens
 #pragma unroll 1
-  for (int i = from + warp_id() * kAtOnce<D>; i < to; i += kWarps * kAtOnce<D>) {
-    const int chunk = min(i, to - kAtOnce<D>);  // the last ones overlap
+  for (int i = from + warp_id() * N; i < to; i += kWarps * N) {
+    const int chunk = min(i, to - N);  // the last ones overlap
     const int token = chunk * kChunkSize + lane * kPerLane;
-    float s[kAtOnce<D> * kPerLane];
-    sums_of<D, kAtOnce<D>>(row, token, s);
+    float s[N * kPerLane];
+    if constexpr (kUpscale) upscale_sums_of<D, N>(z, token, s);
+    else sums_of<D, N>(row, token, s);
 #pragma unroll
-    for (int k = 0; k < kAtOnce<D>; ++k) {
-      float* x = s + k * kPerLane;
-      float high = top_if_finite(x);
-      const bool fine = __all_sync(kAll, !isnan(high));
-      if (fine && row.mask) {
+    for (int k = 0; k < N; ++k) {
+      float(&x)[kPerLane] = reinterpret_cast<float(&)[kPerLane]>(s[k * kPerLane]);
+      float high = top_if_finite(x), top = warp_max_or_nan(high);
+      if (isnan(top) || chunk + k < i) continue;  // a chunk that two warps have taken counts once
+      if (masked) {
         apply_mask(row, token + k * kChunkSize, x);
         high = top_of(x);
+        top = warp_max_or_nan(high);
       }
-      if (!fine || chunk + k < i) continue;  // a chunk that two warps have taken counts once
-      const float top = warp_max(high);
       if (lane == 0) tops[chunk + k - first] = top;
       if (summed && high > -kInf) sum.add(x, high, c, tempered);
       keep(chunk + k, x);
@@ -82,14 +85,18 @@ EFT_DEVICE void first_pass(const Row& row, int first, int n, float* tops, bool s
                            const Keep& keep) {
   for (int i = threadIdx.x; i < n; i += kThreads) tops[i] = NAN;
   __syncthreads();
-  if (row.dtype == kBF16)
-    pass_of<kBF16>(row, first, n, tops, summed, tempered, c, sum, keep);
+  if (row.is_upscale && row.dtype == kBF16)
+    pass_of<kBF16, true>(row, first, n, tops, summed, tempered, c, sum, keep);
+  else if (row.is_upscale)
+    pass_of<kF16, true>(row, first, n, tops, summed, tempered, c, sum, keep);
+  else if (row.dtype == kBF16)
+    pass_of<kBF16, false>(row, first, n, tops, summed, tempered, c, sum, keep);
   else if (row.dtype == kF16)
-    pass_of<kF16>(row, first, n, tops, summed, tempered, c, sum, keep);
+    pass_of<kF16, false>(row, first, n, tops, summed, tempered, c, sum, keep);
   else if (row.dtype == kF32)
-    pass_of<kF32>(row, first, n, tops, summed, tempered, c, sum, keep);
+    pass_of<kF32, false>(row, first, n, tops, summed, tempered, c, sum, keep);
   else
-    pass_of<kAny>(row, first, n, tops, summed, tempered, c, sum, keep);
+    pass_of<kAny, false>(row, first, n, tops, summed, tempered, c, sum, keep);
   __syncthreads();
   // the ends of the row, and chunks with a value that is not finite
   for (int i = warp_id(); i < n; i += kWarps) {

@@ -23,7 +23,7 @@ struct Cuts {
   // instructions each) ...
   int direct = 32;
   // ... beyond, so many blocks fall to a multiprocessor, of 8 to 256 chunks each
-  int streamed = 4;
+  int streamed = 3;
   // bytes of shared memory that a row's block has before its row is spread over more of them: three fit beside each other
   int room = 72 << 10;
   // where nothing but the token is returned, top-k or top-p: 1 draws until the winner is kept, 0 finds the threshold first
