@@ -14,6 +14,8 @@ TORCH_ARGS  ?=
 TRITON      ?= triton==3.6.0 numpy<2.4
 # versions of transformers that `make test-transformers` tries
 TRANSFORMERS ?= 5.0 5.12 5.24
+# the site: mkdocs, its theme, and formulas without JavaScript
+DOCS        ?= mkdocs<2 mkdocs-material latex2mathml
 PYTEST_ARGS ?=
 DEMO_ARGS   ?=
 
@@ -36,7 +38,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 
 HAVE_TORCH := import torch; v = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])); assert v >= (2, 11)
 
-.PHONY: help demo test test-transformers interpreted bench report lint wheel sanitize fuzz build clean
+.PHONY: help demo test test-transformers interpreted bench report lint docs wheel sanitize fuzz build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
@@ -77,6 +79,9 @@ lint: $(READY) ## ruff
 	@$(PY) -c 'import ruff' 2>/dev/null || $(PIP) install ruff
 	@$(PY) -m ruff check .
 
+docs: .venv-docs/.ready ## the documentation as a site, build/site/index.html; a broken link fails
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build
+
 wheel: $(READY) ## dist/*.whl
 	@$(PIP) wheel . --no-deps -w dist
 	@ls dist/*.whl
@@ -111,6 +116,11 @@ $(VENV)/.eft-ready: pyproject.toml
 	@echo "setup: $$(paste -sd ' ' $(VENV)/constraints.txt); installing the other requirements"
 	@$(PIP) install -c $(VENV)/constraints.txt 'setuptools>=77'
 	@EFT_KERNELS_CPU=0 EFT_KERNELS_CUDA=0 $(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e '.[hf,test,bench]'
+	@touch $@
+
+.venv-docs/.ready: Makefile
+	@$(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/python -m pip --disable-pip-version-check -qq install $(foreach package,$(DOCS),'$(package)')
 	@touch $@
 
 # The extension, in place. Without a compiler there is nothing to stamp, and the next call looks again.
