@@ -13,7 +13,7 @@ Data flows one way: inputs, baselines -> registry -> run -> rows (JSON lines) ->
 | report.py, plots.py | rows as tables, goals met or missed, plots; measures nothing |
 | compare.py | rows against rows: faster, slower, or noise; measures nothing |
 | tune.py | how the Triton kernels' launches are cut best, on the GPU that is here |
-| gpu.sh, sanitize.py, GPU_OWED.md | everything that a GPU is needed for |
+| gpu.sh, sanitize.py | everything that needs a GPU; docs/gpu-status.md says what has been verified |
 | results/, findings/ | rows by device; a page for each finding |
 
 To add an implementation: a record in baselines.py. A variant or an operation: a row of OPS in registry.py (and its

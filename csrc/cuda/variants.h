@@ -16,7 +16,7 @@ Device device_of(int index);
 
 inline int64_t chunks_of(const Call& call) { return (call.vocab_size + 255) / 256; }
 
-// Not measured yet (benchmarks/GPU_OWED.md): chosen for an H200's 132 multiprocessors. `python -m benchmarks cuts` measures
+// Not measured yet (docs/gpu-status.md): chosen for an H200's 132 multiprocessors. `python -m benchmarks cuts` measures
 // others, with set_cuts of the module.
 struct Cuts {
   // sample without filters: up to so many chunks a multiprocessor a warp takes one and draws every token's noise (about 100
