@@ -169,6 +169,10 @@ def test_every_page_is_in_the_navigation():
     assert sorted(listed) == sorted(p.name for p in (ROOT / "docs").glob("*.md"))
 
 
+def test_the_citation_is_of_this_version():
+    assert f"\nversion: {eft.__version__}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+
+
 # --- the API reference ---------------------------------------------------------------------------------------------
 
 def test_api_reference_is_current():
