@@ -28,10 +28,12 @@ BUILT   := build/.extension
 ifeq ($(strip $(VENV)),)
 PY    := $(PYTHON)
 READY :=
+TOOLS :=
 RUN   := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
 else
 PY    := $(VENV)/bin/python
 READY := $(VENV)/.eft-ready
+TOOLS := $(VENV)/.eft-tools
 RUN   :=
 endif
 PIP := $(PY) -m pip --disable-pip-version-check -qq
@@ -46,10 +48,10 @@ help: ## list the targets
 demo: $(BUILT) ## what base, tuned and emulated models write, how well, how fast
 	@$(RUN) $(PY) -m eft_kernels demo $(DEMO_ARGS)
 
-test: $(BUILT) ## every test this machine can run
+test: $(TOOLS) $(BUILT) ## every test this machine can run
 	@$(RUN) $(PY) -m pytest $$($(PY) -c 'import xdist; print("-n auto --maxprocesses 8")' 2>/dev/null) $(PYTEST_ARGS)
 
-test-transformers: $(BUILT) ## the tests of the integration with transformers on each version of $(TRANSFORMERS)
+test-transformers: $(TOOLS) $(BUILT) ## the tests of the integration with transformers on each version of $(TRANSFORMERS)
 	@for version in $(TRANSFORMERS); do \
 	  env=$(VENV)-transformers-$$version; echo "== transformers $$version ($$env)"; \
 	  if [ ! -f $$env/.ready ]; then \
@@ -62,20 +64,20 @@ test-transformers: $(BUILT) ## the tests of the integration with transformers on
 	  PYTHONPATH="$(CURDIR)" $$env/bin/python -m pytest tests/test_hf*.py $(PYTEST_ARGS) || exit 1; \
 	done
 
-interpreted: $(BUILT) ## the Triton kernels on the whole case table, in Triton's interpreter (half an hour with -n 2)
+interpreted: $(TOOLS) $(BUILT) ## the Triton kernels on the whole case table, in Triton's interpreter (half an hour with -n 2)
 	@TRITON_INTERPRET=1 $(RUN) $(PY) -m pytest tests/test_triton.py $(PYTEST_ARGS)
 
-bench: $(BUILT) ## measure this CPU (7 minutes; a clean tree), into benchmarks/results/<device>
+bench: $(TOOLS) $(BUILT) ## measure this CPU (7 minutes; a clean tree), into benchmarks/results/<device>
 	@rows=build/cpu-$$(date +%Y%m%d-%H%M%S).jsonl; \
 	  $(RUN) $(PY) -m benchmarks run --suite cpu --json $$rows && $(RUN) $(PY) -m benchmarks add $$rows
 	@$(RUN) $(PY) -m benchmarks report
 
-report: $(READY) ## tables and plots of benchmarks/results, from the rows there
+report: $(TOOLS) ## tables and plots of benchmarks/results, from the rows there
 	@$(RUN) $(PY) -m benchmarks report
 
 build: $(BUILT) ## environment and C++ extension only
 
-lint: $(READY) ## ruff
+lint: $(TOOLS) ## ruff
 	@$(PY) -c 'import ruff' 2>/dev/null || $(PIP) install ruff
 	@$(PY) -m ruff check .
 
@@ -90,7 +92,7 @@ sanitize: ## the C++ core under AddressSanitizer and ThreadSanitizer
 	@$(MAKE) --no-print-directory -C csrc/tests sanitize
 
 FUZZ_SECONDS ?= 120
-fuzz: $(BUILT) ## calls nobody would write, at random, under sanitizers and without (FUZZ_SECONDS each)
+fuzz: $(TOOLS) $(BUILT) ## calls nobody would write, at random, under sanitizers and without (FUZZ_SECONDS each)
 	@$(RUN) $(PY) tests/fuzz/sanitized.py --seconds $(FUZZ_SECONDS)
 	@$(RUN) $(PY) tests/fuzz/fuzz.py --seconds $(FUZZ_SECONDS)
 
@@ -98,7 +100,8 @@ clean: ## remove what was built (the environment stays)
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis eft_kernels/*.so
 	@find eft_kernels tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
-# The environment. torch comes first and is then pinned, so that no other requirement can replace it.
+# The environment: what the package and the demo need. torch comes first and is then pinned, so that no other requirement
+# can replace it. Tests, plots and lint need more.
 $(VENV)/.eft-ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 	  { echo "make: $(PYTHON) is missing or older than 3.10: pass PYTHON=/path/to/python3.10+" >&2; exit 1; }
@@ -113,8 +116,13 @@ $(VENV)/.eft-ready: pyproject.toml
 	fi
 	@$(PY) -W ignore -c 'import torch; print("torch==" + torch.__version__)' > $(VENV)/constraints.txt
 	@$(PY) -c 'import triton' 2>/dev/null || echo '$(TRITON)' | tr ' ' '\n' >> $(VENV)/constraints.txt
-	@echo "setup: $$(paste -sd ' ' $(VENV)/constraints.txt); installing the other requirements"
+	@echo "setup: $$(head -n 1 $(VENV)/constraints.txt); installing transformers and the package"
 	@$(PIP) install -c $(VENV)/constraints.txt 'setuptools>=77'
+	@EFT_KERNELS_CPU=0 EFT_KERNELS_CUDA=0 $(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e '.[hf]'
+	@touch $@
+
+$(VENV)/.eft-tools: $(VENV)/.eft-ready
+	@echo "setup: installing what tests, plots and lint need"
 	@EFT_KERNELS_CPU=0 EFT_KERNELS_CUDA=0 $(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e '.[hf,test,bench]'
 	@touch $@
 
@@ -126,6 +134,8 @@ $(VENV)/.eft-ready: pyproject.toml
 # The extension, in place. Without a compiler there is nothing to stamp, and the next call looks again.
 $(BUILT): $(READY) $(SOURCES)
 	@mkdir -p $(@D)
+	@echo "build: compiling the C++ kernels for every instruction set, a minute on one core ($(@D)/build.log)"
 	@$(PY) setup.py -q build_ext --inplace > $(@D)/build.log 2>&1 || { cat $(@D)/build.log >&2; exit 1; }
-	@grep -h '^eft_kernels:' $(@D)/build.log || true
+	@grep -h '^eft_kernels: built' $(@D)/build.log || true
+	@grep -h '^eft_kernels: NOT' $(@D)/build.log || true
 	@if ls eft_kernels/_cpu*.so >/dev/null 2>&1; then touch $@; fi
