@@ -81,15 +81,15 @@ def parser() -> Parser:
     p.add_argument("--text", required=True, action="append", metavar="FILE",
                    help="the text (UTF-8; repeat it for several, each with a table of its own)")
     p.add_argument("--truth", action="once", metavar="MODEL",
-                   help="the base model really fine-tuned: also report the share of the gap recovered")
+                   help="the base model after real fine-tuning: also report how much of the gap is recovered")
     p.add_argument("--context", type=positive, metavar="N", help="tokens a window (default: up to 1024)")
     p.add_argument("--stride", type=positive, metavar="N", help="tokens counted a window (default: half the context)")
     p.add_argument("--json", action="store_true")
     add_combination(p)
 
-    p = command("demo", "the model family: text, perplexities and speed",
-                "What base, tuned, emulated and truly tuned models of the small example family write, how well they "
-                "predict held-out text, and what speculation brings.")
+    p = command("demo", "the example family: how much is recovered, how fast, what the models write",
+                "How much of real fine-tuning the emulation recovers on the small example family, how fast a sampling "
+                "step is here, what base, tuned, emulated and really fine-tuned models write, what speculation brings.")
     p.add_argument("--family", action="once", metavar="DIR",
                    help="folder with ref, tuned-a, tuned-b, base, large-a, large-b "
                         "(default: examples/family/weights of the checkout)")

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -524,10 +525,39 @@ def test_demo(family, capsys):
     assert main(["demo", "--family", str(family / "weights"), "--new-tokens", "6", "--heldout-tokens", "256"]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out, "escape codes off a terminal"
-    assert "emulated" in out and "gap recovered" in out
+    order = ["1  The result", "recovers ", "what really fine-tuning the large one gains", "A sampling step takes ",
+             "eager PyTorch", "gap recovered", "2  What they write", "really fine-tuned", "3  Speculation", "Next, "]
+    places = [out.index(words) for words in order]
+    assert places == sorted(places) and "truth" not in out
     assert "coupled wrote exactly the tokens of plain decoding" in out
     table = out[out.index("method") :].splitlines()
     assert [row.split()[:2] for row in table[2:11]] == [[m, k] for m in ("coupled", "token", "block") for k in "248"]
+    command = out[out.index("Next, ") :].partition(":")[2].replace("\\\n", "")  # what one is told to try works
+    command = shlex.split(command)
+    assert main([*command[command.index("generate") :], "--max-new-tokens", "3"]) == 0
+
+
+def test_demo_tells_a_step_that_is_no_faster(capsys):
+    from eft_kernels._cli import demo
+
+    assert demo.times_as_fast(50.0, 3500.0) == "70 times faster than"
+    assert demo.times_as_fast(50.0, 200.0) == "4.0 times as fast as"
+    assert demo.times_as_fast(50.0, 20.0) == "0.4 times as fast as"
+    assert [demo.shown(x) for x in (48.21, 999.4, 999.6, 4390.0)] == ["48.2 us", "999 us", "1 ms", "4.39 ms"]
+
+
+def test_demo_times_nothing_on_wrong_tokens(family, capsys, monkeypatch):
+    from eft_kernels._cli import bench
+
+    runs = bench.load("run")
+
+    def gate(*args):
+        raise runs.WrongTokens("ours is not the reference")
+
+    monkeypatch.setattr(runs, "gate", gate)
+    assert main(["demo", "--family", str(family / "weights"), "--new-tokens", "2", "--heldout-tokens", "256"]) == 1
+    out, err = capsys.readouterr()
+    assert "ours is not the reference" in err and "A sampling step" not in out
 
 
 def test_demo_scores_agree_with_score(family, capsys):

@@ -1,10 +1,16 @@
-"""`eft-kernels demo`: the example family offline: what its models write and predict, and what speculation brings."""
+"""`eft-kernels demo`: the example family offline: what is recovered, how fast, what the models write, speculation."""
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import statistics
+import sys
 import time
 from pathlib import Path
 
+from . import bench
 from .files import expand, read_text
 from .models import Family, check_folder, load_model, load_tokenizer, set_threads
 from .score import recovered, score, windows
@@ -82,7 +88,7 @@ def emulate(family: Family, ids, seed: int, new_tokens: int, **settings):
 
 
 def show_texts(models, tokenizer, args) -> None:
-    heading("1  What they write")
+    heading("2  What they write")
     end, temperature = tokenizer.eos_token_id, 0.7
 
     def told(ids):
@@ -100,7 +106,7 @@ def show_texts(models, tokenizer, args) -> None:
                 texts.append(told(new))
                 progress.step()
         print(f"\n  style {style} ({STYLES[style]}), temperature {temperature}: {paint(prompt + ' ...', CYAN)}")
-        print(beside(["base (large)", f"tuned-{style} (small)", "emulated", f"large-{style} (the truth)"], texts),
+        print(beside(["base (large)", f"tuned-{style} (small)", "emulated", "really fine-tuned"], texts),
               flush=True)
 
     ids = tokenizer(BOTH).input_ids
@@ -125,28 +131,82 @@ def heldout_windows(text: str, tokenizer, tokens: int):
     return windows(ids, tokenizer.bos_token_id, CONTEXT, CONTEXT)
 
 
-def show_scores(models, tokenizer, texts: dict[str, str], args) -> None:
+def scores_of(models, tokenizer, texts: dict[str, str], args) -> dict[str, dict]:
+    """Of every style, each model's and the emulated one's score on held-out text."""
     import eft_kernels as eft
 
-    heading("2  How well they predict held-out text (perplexity, lower is better)")
-    lines, verdicts = [], []
-    for style, title in STYLES.items():
+    scores = {}
+    for style in STYLES:
         rows = heldout_windows(texts[style], tokenizer, args.heldout_tokens)
-        tuned, truth = f"tuned-{style}", f"large-{style}"
-        s = score({n: models[n] for n in ("base", tuned, "ref", truth)}, rows,
-                  {"emulated": (["base", tuned, "ref"], eft.upscale(), 1.0)}, label=f"scoring style {style}")
-        share = recovered(s["base"].nats, s["emulated"].nats, s[truth].nats)
-        lines.append([f"{style} ({title})", f"{s['base'].tokens}", *(f"{s[n].perplexity:.2f}" for n in
-                      ("ref", "base", tuned, "emulated", truth)), "-" if share is None else f"{share:.0%}"])
-        for other in ("base", tuned):
+        small = f"tuned-{style}"
+        emulated = (["base", small, "ref"], eft.upscale(), 1.0)
+        scores[style] = score({n: models[n] for n in ("base", small, "ref", f"large-{style}")}, rows,
+                              {"emulated": emulated}, label=f"scoring style {style}")
+    return scores
+
+
+def share_of(style: str, s: dict) -> float | None:
+    return recovered(s["base"].nats, s["emulated"].nats, s[f"large-{style}"].nats)
+
+
+def time_of_a_step(threads: int) -> tuple[float, float, str]:
+    """Microseconds of our sampling step and of eager PyTorch's, and the shape; nothing is timed on wrong tokens."""
+    runs, registry, device = (bench.load(name) for name in ("run", "registry", "device"))
+    shape = registry.Shape(threads=threads)
+    both = [b for b in (*registry.OURS, *bench.load("baselines").BASELINES) if b.name in ("eft", "eager")]
+    try:
+        with Progress("timing a sampling step", 1), device.pinned(threads):
+            sets, problem = runs.inputs_for(shape), registry.problem(shape)
+            runs.gate(shape, sets[:1], both[0])
+            timers = {b.name: device.timer(b.make(shape.op, shape.variant, problem), sets, shape.device, shape.launch)
+                      for b in both}
+            for timer in timers.values():
+                timer(1)
+            times = runs.interleave(timers, shape.rounds)
+    except runs.WrongTokens as error:
+        print(f"eft-kernels demo: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    ours, eager = (statistics.median(times[b.name]) * 1e6 for b in both)
+    return ours, eager, (f"{shape.models} models, {shape.vocab} tokens, {shape.dtype}, one row, "
+                         f"{threads} thread{'s' if threads > 1 else ''}")
+
+
+def times_as_fast(ours: float, other: float) -> str:
+    ratio = other / ours
+    return f"{ratio:.0f} times faster than" if ratio >= 10 else f"{ratio:.1f} times as fast as"
+
+
+def shown(us: float) -> str:
+    return f"{us:.3g} us" if us < 999.5 else f"{us / 1e3:.3g} ms"
+
+
+def show_result(scores: dict[str, dict], step: tuple[float, float, str]) -> None:
+    heading("1  The result")
+    shares = {style: share_of(style, s) for style, s in scores.items()}
+    told = " and ".join(f"{share:.0%} ({STYLES[style]})" if share is not None else f"nothing ({STYLES[style]})"
+                        for style, share in shares.items())
+    good = all(share is not None and share > 0 for share in shares.values())
+    print("  " + paint(f"Fine-tuning only the small model recovers {told}", BOLD, GREEN if good else YELLOW))
+    print("  of what really fine-tuning the large one gains on held-out text.")
+    ours, eager, shape = step
+    print("  " + paint(f"A sampling step takes {shown(ours)}: {times_as_fast(ours, eager)} eager PyTorch "
+                       f"({shown(eager)})", BOLD, GREEN if eager > ours else YELLOW))
+    print(f"  on this machine ({shape}).\n")
+    lines = []
+    for style, s in scores.items():
+        names = ("ref", "base", f"tuned-{style}", "emulated", f"large-{style}")
+        share = shares[style]
+        lines.append([f"{style} ({STYLES[style]})", f"{s['base'].tokens}", *(f"{s[n].perplexity:.2f}" for n in names),
+                      "-" if share is None else f"{share:.0%}"])
+    print(table(["perplexity on held-out text", "tokens", "ref", "base", "tuned", "emulated", "large, fine-tuned",
+                 "gap recovered"], lines))
+    print(paint("  lower is better; gap recovered: (base - emulated) / (base - fine-tuned) in nats per token", DIM))
+    for style, s in scores.items():
+        for other in ("base", f"tuned-{style}"):
             gain = s[other].nats - s["emulated"].nats
-            name = "the base model" if other == "base" else f"the small tuned model {tuned}"
-            verdict = "better" if gain > 0 else "NOT better"
-            verdicts.append((gain > 0, f"style {style}: emulation is {verdict} than {name} ({gain:+.3f} nats a token)"))
-    print(table(["style", "tokens", "ref", "base", "tuned", "emulated", "truth", "gap recovered"], lines))
-    print(paint("  gap recovered: (base - emulated) / (base - truth) in nats a token", DIM))
-    for good, line in verdicts:
-        print("  " + paint(line, GREEN if good else YELLOW))
+            if gain <= 0:
+                verdict = f"style {style}: emulation is NOT better than {other} ({gain:+.3f} nats per token)"
+                print("  " + paint(verdict, YELLOW))
 
 
 def show_speed(models, tokenizer, texts: dict[str, str], args) -> None:
@@ -193,7 +253,7 @@ def run(args) -> int:
 
     from ..dispatch import backends
 
-    print(paint("eft-kernels: decode from a large model as if it had been fine-tuned, using two small ones", BOLD))
+    print(paint("eft-kernels: run a large model as if you had fine-tuned it, by fine-tuning a small one", BOLD))
     with Progress("loading transformers", len(NAMES)) as progress:
         models = {}
         for name in NAMES:
@@ -207,8 +267,22 @@ def run(args) -> int:
           f"({size(models['base'])})\n  loaded in {time.perf_counter() - start:.1f} s; backends here: {here}; "
           f"{torch.get_num_threads()} thread(s); seed {args.seed}")
     with torch.inference_mode():
+        show_result(scores_of(models, tokenizer, texts, args), time_of_a_step(args.threads))
         show_texts(models, tokenizer, args)
-        show_scores(models, tokenizer, texts, args)
         show_speed(models, tokenizer, texts, args)
-    print(f"\n  {time.perf_counter() - start:.0f} s in all")
+    print(f"\n  {time.perf_counter() - start:.0f} s in all. Next, a prompt of your own:\n")
+    print(next_command(folder))
     return 0
+
+
+def next_command(family: Path) -> str:
+    """How to go on, as one types it here."""
+    def here(path) -> str:
+        return shlex.quote(os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else str(path))
+
+    script = Path(sys.executable).with_name("eft-kernels")
+    program = "eft-kernels" if shutil.which("eft-kernels") else here(script) if script.is_file() else \
+        f"{here(sys.executable)} -m eft_kernels"
+    names = {"base": "base", "tuned": "tuned-a", "ref": "ref"}
+    models = " ".join(f"--{option} {here(family / name)}" for option, name in names.items())
+    return f"  {program} generate {models} \\\n    --temperature 0.7 --draft-tokens 4 --prompt 'In the beginning'"

@@ -148,13 +148,14 @@ def run(args) -> int:
         if len(texts) > 1:
             print(("\n" if path != args.text[0] else "") + paint(path, BOLD))
         print(table(["model", "tokens", "nats/token", "perplexity"],
-                    [[n, f"{s.tokens}", f"{s.nats:.4f}", f"{s.perplexity:.3f}"] for n, s in scores.items()],
+                    [["base, fine-tuned" if n == "truth" else n, f"{s.tokens}", f"{s.nats:.4f}", f"{s.perplexity:.3f}"]
+                     for n, s in scores.items()],
                     best=list(scores).index(best)))
         print(f"  {mode['mode']}{' ' + told if told else ''}; windows of {context} tokens, stride {stride}"
               f"{', each behind the start token' if bos is not None else ', the first token not counted'}", flush=True)
         if args.truth:
-            print("  share of the gap from base to truth recovered: " + (f"{share:.0%}" if share is not None else
-                  "none (the truth is no better than the base model here)"), flush=True)
+            print("  gap recovered: " + (f"{share:.0%} of (base -> fine-tuned base)" if share is not None else
+                  "none (the fine-tuned base model is no better than the base model here)"), flush=True)
     for path, name in invalid:
         print(f"eft-kernels score: --text {path}: {name}: invalid scores (NaN, +inf or no token left)", file=sys.stderr)
     return 1 if invalid else 0
