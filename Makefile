@@ -134,7 +134,7 @@ $(VENV)/.eft-tools: $(VENV)/.eft-ready
 # The extension, in place. Without a compiler there is nothing to stamp, and the next call looks again.
 $(BUILT): $(READY) $(SOURCES)
 	@mkdir -p $(@D)
-	@echo "build: compiling the C++ kernels for every instruction set, a minute on one core ($(@D)/build.log)"
+	@echo "build: compiling the C++ kernels, under a minute (log: $(@D)/build.log)"
 	@$(PY) setup.py -q build_ext --inplace > $(@D)/build.log 2>&1 || { cat $(@D)/build.log >&2; exit 1; }
 	@grep -h '^eft_kernels: built' $(@D)/build.log || true
 	@grep -h '^eft_kernels: NOT' $(@D)/build.log || true
