@@ -119,7 +119,7 @@ def parser() -> Parser:
                        help="the same, and exit code 1 when ours is slower in B (without B: A's shapes are measured "
                             "now, but no whole generations)")
 
-    p = command("doctor", "what is installed, which backends are here and why another is not")
+    p = command("doctor", "versions, the available backends, and why the others are unavailable")
     p.add_argument("--json", action="store_true")
     return root
 

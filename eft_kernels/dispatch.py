@@ -55,7 +55,7 @@ def status(name: str) -> tuple[bool, str]:
 
 
 def backends() -> dict[str, dict]:
-    """Which backends are here and why another is not: ``{name: {available, devices, summary, reason}}``."""
+    """The backends, and why those that are unavailable are: ``{name: {available, devices, summary, reason}}``."""
     rows = {}
     for b in TABLE:
         available, reason = status(b.name)

@@ -123,7 +123,7 @@ def generate(
     of which the last tokens may differ from the call before, and scores [n, V]. draft_tokens=0 takes all as they are.
 
     Returns: int64 [rows, P + T], or `EmulatedOutput` with ``return_dict_in_generate``.
-    Raises: ValueError naming the argument, before anything is computed; an option that cannot be honoured is refused.
+    Raises: ValueError naming the argument, before anything is computed; unsupported options raise it, too.
     """
     outer = outer_arguments()
     device = device_of(model)
