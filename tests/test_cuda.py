@@ -372,7 +372,8 @@ FAULTS = {
     "the last block comes too early": (
         "sample.cu", "static_cast<unsigned>(splits - 1)",
         "static_cast<unsigned>(splits - 2)"),
-    "counters are not set back": ("sample.cu", "counters[b] = counters[call.rows + b] = 0;", "counters[call.rows + b] = 0;"),
+    "counters are not set back": ("sample.cu", "counters[b] = counters[call.rows + b] = 0;",
+                                  "counters[call.rows + b] = 0;"),
     "the lead is not set back": ("sample.cu", "counters[b] = counters[call.rows + b] = 0;", "counters[b] = 0;"),
     "another token's noise": ("race.cuh", "token & 1 ? w.r[1] : w.r[0]", "token & 1 ? w.r[0] : w.r[1]"),
     "a bound too low": ("race.cuh", "pack(high + q.temperature * g,", "pack(high + q.temperature * g - 3,"),
