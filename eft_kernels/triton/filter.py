@@ -210,7 +210,7 @@ def threshold(m, up, row, q, best, top, tops, approximate, chunk, chunks, found,
     """The smallest score kept by top-k, top-p and min-p, and the exact mass kept (0: nothing is filtered)."""
     floor = tl.cast(NEG_INF, tl.float32)
     mass_kept = tl.cast(0, tl.int64)
-    use_k = (q.top_k > 0) & (q.top_k < m.V)
+    use_k = (q.top_k > 0) & (q.top_k < row.V)
     use_p = q.top_p < 1.0
     if use_k | use_p | (q.min_p > 0.0):
         context = Kept(m, up, row, floor)
@@ -223,7 +223,7 @@ def threshold(m, up, row, q, best, top, tops, approximate, chunk, chunks, found,
             if q.top_k <= chunks:  # no lower than the k-th largest maximum
                 low = kth(tops, chunks, q.top_k, low, best, N)
         elif use_p:
-            low = cutoff(best, q.top_p, approximate * (1.0 - slack), q.temperature, m.V.to(tl.float32))
+            low = cutoff(best, q.top_p, approximate * (1.0 - slack), q.temperature, row.V.to(tl.float32))
         count = gather(kept_scores, context, top, chunk, low, found, buffer, TC)
         floor = low
         if use_k:
@@ -234,7 +234,7 @@ def threshold(m, up, row, q, best, top, tops, approximate, chunk, chunks, found,
                 floor, above, below = nucleus(buffer, count, floor, best, q.c, mass_limit(q.top_p, all_mass), N)
             else:
                 units = (approximate * MASS_ONE).to(tl.float64)
-                error = units * slack + m.V
+                error = units * slack + row.V
                 floor, above, below = nucleus(buffer, count, low, best, q.c, mass_limit(q.top_p, units), N)
                 if (above >= mass_limit(q.top_p, units - error)) | (below < mass_limit(q.top_p, units + error)):
                     all_mass = mass_of_row(context, best, q.c, chunks, TC)
@@ -276,7 +276,7 @@ def row_kernel(m, up, sampling, top_k, seed, position, domain, top, sum, sum_c, 
     if FILTERED:
         if ok & ~q.greedy:
             floor, mass_kept = threshold(m, up, row, q, best, high, tops, approximate, chunk, chunks,
-                                         found + r * chunks, buffer + r * m.V, slack, TC, N)
+                                         found + r * chunks, buffer + r * row.V, slack, TC, N)
             if mass_kept > 0:
                 log_kept = log_total(mass_kept)
     if q.greedy:
@@ -307,7 +307,7 @@ def row_kernel(m, up, sampling, top_k, seed, position, domain, top, sum, sum_c, 
 @triton.jit
 def own_logits(m, row, token, s, j: tl.constexpr):
     """Model j's logits where scores s exclude nothing, -inf elsewhere."""
-    z = tl.load(row.z[j] + token, mask=token < m.V, other=NEG_INF).to(tl.float32)
+    z = tl.load(row.z[j] + token, mask=token < row.V, other=NEG_INF).to(tl.float32)
     return tl.where(s > NEG_INF, z, NEG_INF)
 
 
@@ -383,14 +383,14 @@ def own_row_kernel(m, up, top, totals, found, buffer, rows, chunks, CP: tl.const
             best, high = own_best(top, j * rows + r, chunks, CP)
             lse = best + log_total(tl.maximum(tl.load(totals + j * rows + r), 1))
             inside = tl.where(row.w[j] != 0, inside + times(row.w[j], lse), inside)
-        all_mass = tl.maximum(tl.load(totals + up.tuned * rows + r), 1)
-        best, high = own_best(top, up.tuned * rows + r, chunks, CP)
+        all_mass = tl.maximum(tl.load(totals + row.tuned * rows + r), 1)
+        best, high = own_best(top, row.tuned * rows + r, chunks, CP)
         p = value(up.on, up.on_value, r // m.slots, tl.float32)
         share = all_mass.to(tl.float32) * 9.0949e-13  # a little below 2^-40
-        low = cutoff(best, p, share, 1.0, m.V.to(tl.float32))
+        low = cutoff(best, p, share, 1.0, row.V.to(tl.float32))
         count = gather(own_scores, Kept(m, up, row, 0.0), high, tl.arange(0, CP), low, found + r * chunks,
-                       buffer + r * m.V, TC)
-        tau, above, below = nucleus(buffer + r * m.V, count, low, best, LOG2E, mass_limit(p, all_mass), N)
+                       buffer + r * row.V, TC)
+        tau, above, below = nucleus(buffer + r * row.V, count, low, best, LOG2E, mass_limit(p, all_mass), N)
         tl.store(up.tau + r, tau)
         tl.store(up.inside + r, inside)
         tl.store(up.outside + r, best + log_total(all_mass))

@@ -47,7 +47,7 @@ def logprobs_kernel(m, up, sampling, top_k, seed, position, state, out, SPLITS: 
         lp = raw_logprobs(s, state, r)
         if other:
             lp = processed_logprobs(s, token, state, r, q)
-        tl.store(out + r * m.V + token, lp + nan, mask=token < m.V)
+        tl.store(out + r * row.V + token, lp + nan, mask=token < row.V)
 
 
 @triton.jit(do_not_specialize=["top_k", "seed", "position", "number"])
@@ -61,12 +61,14 @@ def ids_kernel(m, up, sampling, top_k, seed, position, state, ids, number, emitt
     row = row_of(m, up, r)
     q = knobs_of(sampling, top_k, seed, position, r // m.slots, r % m.slots)
     nan = tl.where(tl.load(state.valid + r), 0.0, float("nan"))
+    length = 1
+    if emitted is not None:
+        length = tl.load(emitted + r // m.slots) - r % m.slots
     for i in range(0, number, N):
         at = i + tl.arange(0, N)
         token = tl.load(ids + r * number + at, mask=at < number, other=0)
-        there = (token >= 0) & (token < m.V)  # on a GPU nobody has checked
-        if emitted is not None:
-            there = there & (r % m.slots + at * 0 < tl.load(emitted + r // m.slots))
+        there = (token >= 0) & (token < row.V)  # on a GPU nobody has checked
+        there = there & (length > 0)
         token = tl.where(there, token, 0).to(tl.int32)
         s, _ = combine(m, up, row, token)
         full = raw_logprobs(s, state, r)
@@ -94,7 +96,7 @@ def top_kernel(m, up, top, found, buffer, state, ids, logprobs, n, chunks, CP: t
     low = tl.cast(NEG_INF, tl.float32)
     if ok & (n <= chunks):  # no lower than the n-th largest maximum
         low = kth(top + r * chunks, chunks, n, low, tl.load(state.best + r), N)
-    keys = buffer + r * m.V
+    keys = buffer + r * row.V
     count = gather(kept_scores, Kept(m, up, row, low), high, chunk, low, found + r * chunks, keys, TC, True)
     last = tl.cast(0x7FFFFFFFFFFFFFFF, tl.int64)
     for i in range(0, n):

@@ -54,7 +54,8 @@ class Up(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row: base pointers, weights, mask."""
+    """One row: base pointers, weights, mask. Loops use what is here: of a kernel's own tuples, a value that Triton knows
+    while it compiles (a 1 among them) is lost there (3.6)."""
 
     z: tuple
     w: tuple
@@ -64,6 +65,8 @@ class Row(NamedTuple):
     tau: object
     inside: object
     outside: object
+    tuned: object  # constexpr
+    V: object
 
 
 class Knobs(NamedTuple):
@@ -137,7 +140,7 @@ def row_of(m, up, r):
         valid = in_range(p, TINY, 1.0)
         on = valid & (p < 1.0)
         tau, inside, outside = tl.load(up.tau + r), tl.load(up.inside + r), tl.load(up.outside + r)
-    return Row(z, w, mask, valid, on, tau, inside, outside)
+    return Row(z, w, mask, valid, on, tau, inside, outside, up.tuned, tl.cast(m.V, tl.int32))
 
 
 @triton.jit
@@ -156,7 +159,8 @@ def scaled(up, row, s, own):
 @triton.jit
 def raw_scores(m, up, row, token):
     """sum_j w_j z_j (-inf: excluded, or beyond V), where the row is bad, and the tuned model's logits (with `Up`)."""
-    inside = token < m.V
+    tl.static_assert(row.tuned is not None)
+    inside = token < row.V
     s = tl.zeros(token.shape, tl.float32)
     low = tl.full(token.shape, INF, tl.float32)
     high = tl.full(token.shape, NEG_INF, tl.float32)
@@ -164,14 +168,14 @@ def raw_scores(m, up, row, token):
     for j in tl.static_range(len(row.z)):
         w = row.w[j]
         reads = inside
-        if up.tau is not None and j == up.tuned:
+        if up.tau is not None and j == row.tuned:
             reads = tl.where((w != 0) | row.on, inside, False)
         elif m.w is not None:
             reads = tl.where(w != 0, inside, False)
         z = tl.load(row.z[j] + token, mask=reads, other=0.0).to(tl.float32)
         low = tl.minimum(low, z)
         high = tl.maximum(high, z, propagate_nan=tl.PropagateNan.ALL)
-        if up.tau is not None and j == up.tuned:
+        if up.tau is not None and j == row.tuned:
             own = z
             s = tl.where(w != 0, s + times(w, z), s)
         else:
@@ -215,7 +219,7 @@ def quick_scores(m, up, row, token):
         z = tl.load(row.z[j] + token).to(tl.float32)
         if j > 0:
             s = s + times(row.w[j], z)
-        if up.tau is not None and j == up.tuned:
+        if up.tau is not None and j == row.tuned:
             own = z
     plain = s
     if up.tau is not None:
