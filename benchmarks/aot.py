@@ -26,6 +26,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from eft_kernels.parameters import METHODS
+
 from . import report
 from .device import ROOT
 
@@ -111,7 +113,6 @@ VARIANTS = {
     "diagnostics": dict(diagnostics=True), "top_logprobs": dict(top_logprobs=5),
     "drafts_declared": dict(temperature=0.8, drawn_by=dict(temperature=1.0, top_p=0.9)),
 }
-METHODS = ("coupled", "token", "block")
 
 
 class Case(NamedTuple):
@@ -153,7 +154,8 @@ def call(module, c: Case) -> None:
     """What `eft_kernels.ops` would ask of the backend."""
     import torch
 
-    from eft_kernels.params import DraftParams, check_logits, check_params
+    from eft_kernels.arguments import check_logits, check_params, dtype_of
+    from eft_kernels.parameters import NAMES, ROWS, DraftParams
 
     names = ("bfloat16", "float32", "float16") if c.dtype == "mixed" else (c.dtype,)
     slots = (5,) if c.op == "verify" else ()
@@ -167,11 +169,11 @@ def call(module, c: Case) -> None:
     if settings.pop("masked", False):
         settings["token_mask"] = torch.empty(c.batch, *slots, (c.vocab + 31) // 32, dtype=torch.int32)
     if settings.pop("rows", False):
-        settings = {name: torch.full((c.batch,), x) for name, x in
-                    dict(temperature=0.8, top_k=5, top_p=0.9, min_p=0.1, upscale_top_p=0.9, seed=1, position=1).items()}
+        settings = {name: torch.full((c.batch,), p.tried[1], dtype=dtype_of(p)) for name, p in ROWS.items()}
         weights = torch.ones(c.batch, c.models)
     z, vocab = check_logits(z, 2 + len(slots), None)
-    p = check_params(z, weights, c.batch, vocab, tuned=min(1, c.models - 1), **settings)
+    sampling = {name: settings.pop(name) for name in NAMES if name in settings}
+    p = check_params(z, weights, c.batch, vocab, sampling, tuned=min(1, c.models - 1), **settings)
     if c.op == "sample":
         module.sample(z, p, stream, 0, logprobs, top, diagnostics)
     elif c.op == "verify":

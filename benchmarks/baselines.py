@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from eft_kernels.parameters import OFF, PARAMETERS
+
 
 class Problem(NamedTuple):
     """What a call is about, beside its inputs."""
@@ -24,7 +26,7 @@ class Problem(NamedTuple):
     allowed: torch.Tensor | None = None  # the same, bool [rows, V]
 
     def get(self, name: str) -> float:
-        return self.params.get(name, dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, upscale_top_p=1.0)[name])
+        return self.params.get(name, OFF[name])
 
 
 class Baseline(NamedTuple):
@@ -46,13 +48,11 @@ EVERYTHING = dict(sample=SAMPLE, verify=VERIFY, logprobs=("plain",), token_logpr
 
 def warpers(q: Problem) -> list:
     """transformers' own, in its order."""
-    wanted = dict(TemperatureLogitsWarper=q.get("temperature"), TopKLogitsWarper=q.get("top_k"),
-                  TopPLogitsWarper=q.get("top_p"), MinPLogitsWarper=q.get("min_p"))
-    wanted = {name: x for (name, x), off in zip(wanted.items(), (1.0, 0, 1.0, 0.0)) if x != off}
+    wanted = [(p.warper, x) for p in PARAMETERS if p.warper and (x := q.get(p.name)) != p.off]
     if not wanted:
         return []
     from transformers.generation import logits_process
-    return [getattr(logits_process, name)(x) for name, x in wanted.items()]
+    return [getattr(logits_process, name)(x) for name, x in wanted]
 
 
 def eager_scores(logits, q: Problem):

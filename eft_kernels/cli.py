@@ -11,8 +11,9 @@ import errno
 import importlib
 import sys
 
-from ._cli.options import REQUEST_OPTIONS, add_combination, add_models, count, positive
+from ._cli.options import REQUEST_OPTIONS, add_combination, add_models, add_parameters, count, positive
 from ._cli.term import Refused, drop_output, ready_streams
+from .parameters import DRAFTED, METHODS
 
 
 class Once(argparse._StoreAction):
@@ -63,16 +64,14 @@ def parser() -> Parser:
     group.add_argument("--json", action="store_true",
                        help="one JSON object a prompt: text, token_ids, seed; with speculation what was accepted")
     group = p.add_argument_group("sampling")
-    for name, text in [("temperature", "default 1; 0 is greedy"), ("top_k", "default 0: off"),
-                       ("top_p", "default 1: off"), ("min_p", "default 0: off")]:
-        group.add_argument(f"--{name.replace('_', '-')}", type=REQUEST_OPTIONS[name], metavar="X", help=text)
+    add_parameters(group, DRAFTED)
     group.add_argument("--greedy", action="store_true", help="always the likeliest token")
     group.add_argument("--seed", type=REQUEST_OPTIONS["seed"], metavar="N",
                        help="same seed, same text (default: drawn; --json tells it)")
     add_combination(p)
     group = p.add_argument_group("speculation (the tuned model drafts)")
     group.add_argument("--draft-tokens", type=count, default=0, metavar="K", help="drafts a round (default 0: off)")
-    group.add_argument("--verify", choices=["coupled", "token", "block"],
+    group.add_argument("--verify", choices=METHODS,
                        help="coupled (default): the tokens of plain decoding, exactly so in float32; token, block: its "
                             "distribution")
 

@@ -17,37 +17,48 @@ import torch
 from torch._subclasses.fake_tensor import is_fake
 
 from . import dispatch
+from .arguments import check_logits, check_mask, check_params, dtype_of, row_of, scalar_or_rows
 from .checks import INTEGERS, dense, flag, from_host, index, one_of, readable, shown, stands_for_others
-from .params import MAX_VOCAB, SPECS, DraftParams, Params, check_logits, check_mask, check_params, scalar_or_rows
+from .parameters import (
+    DRAFTED,
+    MAX_MODELS,
+    MAX_SLOT,
+    MAX_VOCAB,
+    METHOD_CODES,
+    METHODS,
+    NAMES,
+    ROWS,
+    STREAM_CODES,
+    STREAMS,
+    DraftParams,
+    Params,
+)
 from .reference import row_seed
 from .weights import Weights
 
-STREAM_NAMES = ("sample", "draft")
-METHODS = ("coupled", "token", "block")
+STREAM_NAMES = STREAMS[:2]  # those that are for a caller to choose
+PerRow = float | Sequence[float] | torch.Tensor | None  # a number, or one for each row; None: it is off
 
-_PARAMS = (
-    "Tensor? weights, float[] weight_values, Tensor? temperature, float temperature_value, Tensor? top_k, "
-    "int top_k_value, Tensor? top_p, float top_p_value, Tensor? min_p, float min_p_value, Tensor? upscale_top_p, "
-    "float upscale_top_p_value, Tensor? seed, int seed_value, Tensor? position, int position_value, "
-    "Tensor? token_mask, int vocab_size, int tuned"
-)
-_DRAFT_PARAMS = (
-    "Tensor? draft_temperature, float? draft_temperature_value, Tensor? draft_top_k, int? draft_top_k_value, "
-    "Tensor? draft_top_p, float? draft_top_p_value, Tensor? draft_min_p, float? draft_min_p_value"
-)
+
+def _pairs(rows, prefix: str = "", optional: str = "") -> str:
+    """The arguments of a schema for parameters: of each an optional tensor, which wins, and a number."""
+    return ", ".join(f"Tensor? {prefix}{p.name}, {p.type.__name__}{optional} {prefix}{p.name}_value" for p in rows)
+
+
+_PARAMS = (f"Tensor? weights, float[] weight_values, {_pairs(ROWS.values())}, "
+           "Tensor? token_mask, int vocab_size, int tuned")
 SCHEMAS = {
     "sample": f"(Tensor[] logits, {_PARAMS}, str stream, int slot, bool logprobs, int top_logprobs, bool diagnostics, "
               "str backend) -> (Tensor tokens, Tensor valid, Tensor logprobs, Tensor raw_logprobs, Tensor top_ids, "
               "Tensor top_logprobs, Tensor entropy, Tensor tv)",
     "verify": f"(Tensor[] logits, {_PARAMS}, Tensor draft_tokens, Tensor draft_lengths, str method, int draft, "
-              f"{_DRAFT_PARAMS}, bool logprobs, str backend) -> (Tensor tokens, Tensor num_emitted, Tensor valid, "
-              "Tensor logprobs, Tensor raw_logprobs)",
+              f"{_pairs(DRAFTED, 'draft_', '?')}, bool logprobs, str backend) -> (Tensor tokens, Tensor num_emitted, "
+              "Tensor valid, Tensor logprobs, Tensor raw_logprobs)",
     "logprobs": f"(Tensor[] logits, {_PARAMS}, str backend) -> Tensor",
     "token_logprobs": f"(Tensor[] logits, {_PARAMS}, Tensor ids, str backend) -> Tensor",
 }
-_PAIRS = ("temperature", "top_k", "top_p", "min_p", "upscale_top_p", "seed", "position")
-_COUNT = 2 + 2 * len(_PAIRS) + 3  # arguments of _PARAMS
-_DRAFT = slice(_COUNT + 4, _COUNT + 4 + 2 * len(DraftParams._fields))  # of verify's: _DRAFT_PARAMS
+_COUNT = 2 + 2 * len(ROWS) + 3  # arguments of _PARAMS
+_DRAFT = slice(_COUNT + 4, _COUNT + 4 + 2 * len(DRAFTED))  # of verify's: what drafts were drawn by
 _F, _I, _B = torch.float32, torch.int64, torch.bool
 _RETURNS = {"sample": (_I, _B, _F, _F, _I, _F, _F, _F), "verify": (_I, _I, _B, _F, _F)}
 
@@ -56,10 +67,9 @@ def _flatten(p: Params, *args) -> list:
     """`Params` and an operation's own arguments (`DraftParams` among them) as the operator's."""
     tensor = isinstance(p.weights, torch.Tensor)
     flat = [p.weights if tensor else None, [] if tensor else list(p.weights)]
-    for name in _PAIRS:
+    for name, row in ROWS.items():
         value = getattr(p, name)
-        number = 0 if name in ("top_k", "seed", "position") else 0.0
-        flat += [value, number] if isinstance(value, torch.Tensor) else [None, value]
+        flat += [value, row.type(0)] if isinstance(value, torch.Tensor) else [None, value]
     flat += [p.token_mask, p.vocab_size, p.tuned]
     for a in args:
         if type(a) is DraftParams:
@@ -98,7 +108,8 @@ def _checked(name: str, logits, p: Params, args: tuple):
         if not isinstance(ids, torch.Tensor) or ids.is_nested or ids.dim() != 2:
             raise ValueError(f"ids: expected an int64 tensor [{rows}, n], got {shown(ids)}")
         args = (_integers("ids", ids, (rows, ids.shape[1]), device),)
-    p = check_params(logits, fields.pop("weights"), rows, vocab_size, **fields,
+    sampling = {name: fields.pop(name) for name in NAMES}
+    p = check_params(logits, fields.pop("weights"), rows, vocab_size, sampling, **fields,
                      needs_tuned=name == "sample" and args[4])
     return logits, p, *args
 
@@ -156,7 +167,7 @@ def _shapes_alone(fake):
     @functools.wraps(fake)
     def run(logits, *args):
         if not logits:
-            raise ValueError("logits: expected a list of 1 to 8 tensors, one per model, got 0 tensors")
+            raise ValueError(f"logits: expected a list of 1 to {MAX_MODELS} tensors, one per model, got 0 tensors")
         if logits[0].device.type != "meta" and not is_fake(logits[0]):
             raise ValueError(f"an argument is on meta, the logits are on {logits[0].device}; move it there")
         return fake(logits, *args)
@@ -241,7 +252,8 @@ def row_seeds(seed: int, rows: int, device=None) -> torch.Tensor:
 
     `sample` and `verify` do the same to a ``seed`` that is one number.
     """
-    seed = index("seed", seed, -(1 << 63), (1 << 64) - 1, "a 64-bit integer") & ((1 << 64) - 1)
+    p = ROWS["seed"]
+    seed = index("seed", seed, p.low, p.high, p.allowed) & ((1 << 64) - 1)
     return row_seed(seed - (1 << 64) if seed >= 1 << 63 else seed, torch.arange(rows, device=device))
 
 
@@ -261,23 +273,45 @@ def _noise(seed, position, rows: int, device) -> tuple:
     return seed, position
 
 
-def sample(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | torch.Tensor, *, temperature=1.0,
-           top_k=0, top_p=1.0, min_p=0.0, upscale_top_p=1.0, seed=None, position=None, vocab_size: int | None = None,
-           token_mask: torch.Tensor | None = None, logprobs: bool = True, top_logprobs: int = 0,
-           diagnostics: bool = False, stream: str = "sample", slot: int = 0, tuned: int = 1, backend: str = "auto",
-           check: bool = False) -> SampleOutput:
-    """One token per row from ``softmax(sum_j w_j z_j)`` after temperature, top-k, top-p and min-p.
+def sample(
+    logits: Sequence[torch.Tensor],
+    weights: Weights | Sequence[float] | torch.Tensor,
+    *,
+    # parameters: arguments
+    temperature: PerRow = 1.0,
+    top_k: PerRow = 0,
+    top_p: PerRow = 1.0,
+    min_p: PerRow = 0.0,
+    upscale_top_p: PerRow = 1.0,
+    # parameters: end
+    seed: PerRow = None,
+    position: PerRow = None,
+    vocab_size: int | None = None,
+    token_mask: torch.Tensor | None = None,
+    logprobs: bool = True,
+    top_logprobs: int = 0,
+    diagnostics: bool = False,
+    stream: str = "sample",
+    slot: int = 0,
+    tuned: int = 1,
+    backend: str = "auto",
+    check: bool = False,
+) -> SampleOutput:
+    """One token per row from ``softmax(sum_j w_j z_j)`` after the sampling parameters.
 
     With ``weights = upscale()`` and logits [base, tuned, ref] this is emulated fine-tuning (arXiv 2310.12962).
 
     Args:
       logits: J tensors [B, V_j], float32, float16 or bfloat16, any mix, any row stride.
       weights: `Weights`, J numbers, or a tensor [J] or [B, J]. A model of weight 0 is not read.
-      temperature, top_k, top_p, min_p: a number, or a tensor, list or NumPy array [B]; in this order, as in
-        transformers. Every filter is a threshold on the score and keeps ties. temperature below 1e-5 is greedy (lowest
-        id on ties); 0 or -1, 1.0, 0.0 switch top_k, top_p, min_p off. None is the default.
-      upscale_top_p: the paper's conservative decoding: outside the smallest nucleus of this mass of the tuned
-        model's own distribution a token keeps log p_tuned. 1.0 is off.
+      The sampling parameters, numbers, or tensors, lists or NumPy arrays [B], in the order in which they apply:
+        temperature: divides the scores; 0 (below 1e-5) is greedy, the lowest id on ties.
+        top_k: keeps the k largest scores; 0 or -1 is off.
+        top_p: keeps a token if those more likely have less than this mass together; 1 is off.
+        min_p: keeps tokens of at least this share of the likeliest token's probability; 0 is off.
+        upscale_top_p: conservative decoding: outside the smallest nucleus of this mass of the tuned model's own
+          distribution a token keeps log p_tuned; 1 is off.
+        Filters are thresholds on the score: ties are kept. None is a parameter's default.
       seed, position: integers (64 bits) or tensors [B]. The noise is a pure function of a row's (seed, position,
         stream, slot, token), whatever the batch or the device. One ``seed`` for all rows is expanded as `row_seeds`
         does; of a tensor [B], rows of equal seed and position share noise. A seed needs a ``position``, the step's
@@ -294,11 +328,13 @@ def sample(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
     Returns: `SampleOutput`. A row with NaN, +inf, or nothing left gives token -1 and valid False, that row alone.
     Raises: ValueError naming the argument, before anything is computed.
     """
+    # parameters: values
+    sampling = (temperature, top_k, top_p, min_p, upscale_top_p)
+    # parameters: end
     if seed is not None and position is not None and not check and type(stream) is str and _plain() and \
             (shortcut := dispatch.shortcut("try_sample", backend, _device_type(logits))):
-        out = shortcut(logits, _values(weights), temperature, top_k, top_p, min_p, upscale_top_p, seed, position,
-                       token_mask, vocab_size, tuned, 0 if stream == "sample" else 1 if stream == "draft" else None,
-                       slot, logprobs, top_logprobs, diagnostics)
+        out = shortcut(logits, _values(weights), *sampling, seed, position, token_mask, vocab_size, tuned,
+                       STREAM_CODES.get(stream), slot, logprobs, top_logprobs, diagnostics)
         if out is not None:
             return SampleOutput(*out)
     logits, vocab_size = check_logits(logits, 2, vocab_size)
@@ -306,9 +342,8 @@ def sample(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
     slot, top_logprobs = _check_draw(stream, slot, top_logprobs)
     logprobs, diagnostics = flag("logprobs", logprobs), flag("diagnostics", diagnostics)
     seed, position = _noise(seed, position, rows, device)
-    p = check_params(logits, weights, rows, vocab_size, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                     upscale_top_p=upscale_top_p, seed=seed, position=position, token_mask=token_mask, tuned=tuned,
-                     check=check or _eager_cpu(device), needs_tuned=diagnostics)
+    p = check_params(logits, weights, rows, vocab_size, dict(zip(NAMES, sampling)), seed=seed, position=position,
+                     token_mask=token_mask, tuned=tuned, check=check or _eager_cpu(device), needs_tuned=diagnostics)
     out = _call("sample", logits, p, stream, slot, logprobs, top_logprobs, diagnostics, backend=backend)
     tokens, valid, lp, raw, top_ids, top_lp, entropy, tv = out
     return SampleOutput(tokens, valid, *((lp, raw) if logprobs else (None, None)),
@@ -316,9 +351,25 @@ def sample(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
                         *((entropy, tv) if diagnostics else (None, None)))
 
 
-def draft(logits: torch.Tensor, *, slot: int, method: str, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed,
-          position, vocab_size: int | None = None, token_mask: torch.Tensor | None = None, logprobs: bool = False,
-          backend: str = "auto", check: bool = False) -> DraftOutput:
+def draft(
+    logits: torch.Tensor,
+    *,
+    slot: int,
+    method: str,
+    # parameters: arguments of draft
+    temperature: PerRow = 1.0,
+    top_k: PerRow = 0,
+    top_p: PerRow = 1.0,
+    min_p: PerRow = 0.0,
+    # parameters: end
+    seed: PerRow,
+    position: PerRow,
+    vocab_size: int | None = None,
+    token_mask: torch.Tensor | None = None,
+    logprobs: bool = False,
+    backend: str = "auto",
+    check: bool = False,
+) -> DraftOutput:
     """A draft per row from one model, by the noise that `verify`'s ``method`` needs.
 
     Args:
@@ -329,6 +380,9 @@ def draft(logits: torch.Tensor, *, slot: int, method: str, temperature=1.0, top_
 
     Returns: `DraftOutput`; give `verify` a list of the round's. Raises: ValueError naming the argument.
     """
+    # parameters: values of draft
+    sampling = (temperature, top_k, top_p, min_p)
+    # parameters: end
     if not isinstance(logits, torch.Tensor):
         raise ValueError(f"logits: expected the drafting model's tensor [B, V], got {type(logits).__name__}")
     one_of("method", method, METHODS)
@@ -336,26 +390,49 @@ def draft(logits: torch.Tensor, *, slot: int, method: str, temperature=1.0, top_
     if seed is None:
         raise ValueError("seed: got None; give the seed that verify will be given")
     noise = dict(stream="sample") if method == "coupled" else dict(stream="draft", slot=slot)
-    out = sample([logits], (1.0,), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
-                 position=position, vocab_size=vocab_size, token_mask=token_mask, logprobs=logprobs, tuned=0,
-                 backend=backend, check=check, **noise)
+    out = sample([logits], (1.0,), **dict(zip(DraftParams._fields, sampling)), seed=seed, position=position,
+                 vocab_size=vocab_size, token_mask=token_mask, logprobs=logprobs, tuned=0, backend=backend, check=check,
+                 **noise)
     vocab_size = logits.shape[1] if vocab_size is None else vocab_size
     if token_mask is not None:
         token_mask = check_mask(token_mask, (logits.shape[0], (vocab_size + 31) // 32), logits.device)
     # what their owner writes there until verify looks at them does not count
-    kept = [x.clone() if isinstance(x, torch.Tensor) else copy.copy(x)
-            for x in (temperature, top_k, top_p, min_p, seed, position, token_mask)]
-    return DraftOutput(out.tokens, out.valid, out.logprobs, method, slot, *kept[4:6], DraftParams(*kept[:4]),
-                       vocab_size, kept[6])
+    *sampling, seed, position, token_mask = (x.clone() if isinstance(x, torch.Tensor) else copy.copy(x)
+                                             for x in (*sampling, seed, position, token_mask))
+    return DraftOutput(out.tokens, out.valid, out.logprobs, method, slot, seed, position, DraftParams(*sampling),
+                       vocab_size, token_mask)
 
 
-def verify(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | torch.Tensor,
-           draft_tokens: torch.Tensor | Sequence[DraftOutput], draft_lengths: torch.Tensor | None = None, *,
-           method: str = "token", draft: int | None = 1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
-           upscale_top_p=1.0, seed=None, position=None, vocab_size: int | None = None,
-           token_mask: torch.Tensor | None = None, draft_temperature=None, draft_top_k=None, draft_top_p=None,
-           draft_min_p=None, logprobs: bool = False, tuned: int = 1, backend: str = "auto",
-           check: bool = False) -> VerifyOutput:
+def verify(
+    logits: Sequence[torch.Tensor],
+    weights: Weights | Sequence[float] | torch.Tensor,
+    draft_tokens: torch.Tensor | Sequence[DraftOutput],
+    draft_lengths: torch.Tensor | None = None,
+    *,
+    method: str = "token",
+    draft: int | None = 1,
+    # parameters: arguments
+    temperature: PerRow = 1.0,
+    top_k: PerRow = 0,
+    top_p: PerRow = 1.0,
+    min_p: PerRow = 0.0,
+    upscale_top_p: PerRow = 1.0,
+    # parameters: end
+    seed: PerRow = None,
+    position: PerRow = None,
+    vocab_size: int | None = None,
+    token_mask: torch.Tensor | None = None,
+    # parameters: arguments draft_
+    draft_temperature: PerRow = None,
+    draft_top_k: PerRow = None,
+    draft_top_p: PerRow = None,
+    draft_min_p: PerRow = None,
+    # parameters: end
+    logprobs: bool = False,
+    tuned: int = 1,
+    backend: str = "auto",
+    check: bool = False,
+) -> VerifyOutput:
     """Judge K drafted tokens per row against the emulated distribution and add one token of its own.
 
     Args:
@@ -378,12 +455,17 @@ def verify(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
 
     Returns: `VerifyOutput`. Raises: ValueError naming the argument, before anything is computed.
     """
+    # parameters: values
+    sampling = (temperature, top_k, top_p, min_p, upscale_top_p)
+    # parameters: end
+    # parameters: values draft_
+    drawn_by = (draft_temperature, draft_top_k, draft_top_p, draft_min_p)
+    # parameters: end
     if seed is not None and position is not None and not check and _plain() and \
             type(method) is str and method in METHODS and \
             (shortcut := dispatch.shortcut("try_verify", backend, _device_type(logits))):
-        out = shortcut(logits, _values(weights), temperature, top_k, top_p, min_p, upscale_top_p, seed, position,
-                       token_mask, vocab_size, tuned, draft_tokens, draft_lengths, METHODS.index(method), draft,
-                       draft_temperature, draft_top_k, draft_top_p, draft_min_p, logprobs)
+        out = shortcut(logits, _values(weights), *sampling, seed, position, token_mask, vocab_size, tuned, draft_tokens,
+                       draft_lengths, METHOD_CODES[method], draft, *drawn_by, logprobs)
         if out is not None:
             return VerifyOutput(*out)
     logits, vocab_size = check_logits(logits, 3, vocab_size)
@@ -392,10 +474,8 @@ def verify(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
     draft, logprobs = _check_method(logits, method, draft), flag("logprobs", logprobs)
     look = check or _eager_cpu(device)
     seed, position = _noise(seed, position, rows, device)
-    p = check_params(logits, weights, rows, vocab_size, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                     upscale_top_p=upscale_top_p, seed=seed, position=position, token_mask=token_mask, tuned=tuned,
-                     check=look)
-    drawn_by = DraftParams(draft_temperature, draft_top_k, draft_top_p, draft_min_p)
+    p = check_params(logits, weights, rows, vocab_size, dict(zip(NAMES, sampling)), seed=seed, position=position,
+                     token_mask=token_mask, tuned=tuned, check=look)
     drafts = None
     if isinstance(draft_tokens, (list, tuple)) and all(isinstance(d, DraftOutput) for d in draft_tokens) or \
             isinstance(draft_tokens, DraftOutput):
@@ -405,7 +485,7 @@ def verify(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
         raise ValueError(f"draft_tokens: expected an int64 tensor [{rows}, {slots - 1}] (torch.stack(tokens, 1)) or "
                          "the round's outputs of eft.draft, got a list of tensors")
     refused = "draft_tokens say what they were drawn by" if drafts is not None else _no_distribution(method, draft)
-    drawn_by = _own_params(drawn_by, rows, device, look, refused)
+    drawn_by = _own_params(DraftParams(*drawn_by), rows, device, look, refused)
     if drafts is not None:
         drawn_by = _drawn_by(drafts, p, rows, device, method, draft, look)
         if drafts:  # a row's drafts end at its first invalid one
@@ -429,7 +509,7 @@ def verify(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | 
 
 
 def _slot(slot) -> int:
-    return index("slot", slot, 0, (1 << 24) - 1, "an integer from 0 to 2^24 - 1")
+    return index("slot", slot, 0, MAX_SLOT, "an integer from 0 to 2^24 - 1")
 
 
 def _check_draw(stream, slot, top_logprobs) -> tuple[int, int]:
@@ -481,7 +561,8 @@ def _differ(name: str, a, b, rows: int, look: bool) -> bool:
     device = (a if isinstance(a, torch.Tensor) else b).device
     if name == "seed":
         a, b = (x if isinstance(x, torch.Tensor) else row_seeds(x, rows, device) for x in (a, b))
-    return not torch.equal(*(torch.as_tensor(x, dtype=SPECS[name][0], device=device).expand(rows) for x in (a, b)))
+    a, b = (torch.as_tensor(x, dtype=dtype_of(row_of(name)), device=device).expand(rows) for x in (a, b))
+    return not torch.equal(a, b)
 
 
 def _drawn_by(drafts, p: Params, rows: int, device, method: str, draft: int | None, look: bool) -> DraftParams:
@@ -537,30 +618,62 @@ def _integers(name: str, value, shape, device) -> torch.Tensor:
     return value.to(torch.int64).contiguous()
 
 
-def logprobs(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | torch.Tensor, *, temperature=1.0,
-             top_k=0, top_p=1.0, min_p=0.0, upscale_top_p=1.0, vocab_size: int | None = None,
-             token_mask: torch.Tensor | None = None, tuned: int = 1, backend: str = "auto",
-             check: bool = False) -> torch.Tensor:
+def logprobs(
+    logits: Sequence[torch.Tensor],
+    weights: Weights | Sequence[float] | torch.Tensor,
+    *,
+    # parameters: arguments
+    temperature: PerRow = 1.0,
+    top_k: PerRow = 0,
+    top_p: PerRow = 1.0,
+    min_p: PerRow = 0.0,
+    upscale_top_p: PerRow = 1.0,
+    # parameters: end
+    vocab_size: int | None = None,
+    token_mask: torch.Tensor | None = None,
+    tuned: int = 1,
+    backend: str = "auto",
+    check: bool = False,
+) -> torch.Tensor:
     """Log-softmax of the emulated distribution, float32 [B, V], nats; arguments as in `sample`.
 
     With temperature or filters it is the processed distribution, -inf outside (greedy: 0 at one token). An invalid
     row is NaN. No gradient flows back.
     """
+    # parameters: values
+    sampling = (temperature, top_k, top_p, min_p, upscale_top_p)
+    # parameters: end
     logits, vocab_size = check_logits(logits, 2, vocab_size)
-    p = check_params(logits, weights, logits[0].shape[0], vocab_size, temperature=temperature, top_k=top_k, top_p=top_p,
-                     min_p=min_p, upscale_top_p=upscale_top_p, token_mask=token_mask, tuned=tuned,
-                     check=check or _eager_cpu(logits[0].device))
+    p = check_params(logits, weights, logits[0].shape[0], vocab_size, dict(zip(NAMES, sampling)), token_mask=token_mask,
+                     tuned=tuned, check=check or _eager_cpu(logits[0].device))
     return _call("logprobs", logits, p, backend=backend)
 
 
-def token_logprobs(logits: Sequence[torch.Tensor], weights: Weights | Sequence[float] | torch.Tensor,
-                   ids: torch.Tensor, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, upscale_top_p=1.0,
-                   vocab_size: int | None = None, token_mask: torch.Tensor | None = None, tuned: int = 1,
-                   backend: str = "auto", check: bool = False) -> torch.Tensor:
+def token_logprobs(
+    logits: Sequence[torch.Tensor],
+    weights: Weights | Sequence[float] | torch.Tensor,
+    ids: torch.Tensor,
+    *,
+    # parameters: arguments
+    temperature: PerRow = 1.0,
+    top_k: PerRow = 0,
+    top_p: PerRow = 1.0,
+    min_p: PerRow = 0.0,
+    upscale_top_p: PerRow = 1.0,
+    # parameters: end
+    vocab_size: int | None = None,
+    token_mask: torch.Tensor | None = None,
+    tuned: int = 1,
+    backend: str = "auto",
+    check: bool = False,
+) -> torch.Tensor:
     """Emulated log-probs of given tokens, float32 like ``ids`` ([B] or [B, n] int64), without [B, V] in memory.
 
     exp of minus their mean over a text is its perplexity under the emulated model. Otherwise as `logprobs`.
     """
+    # parameters: values
+    sampling = (temperature, top_k, top_p, min_p, upscale_top_p)
+    # parameters: end
     logits, vocab_size = check_logits(logits, 2, vocab_size)
     rows, device = logits[0].shape[0], logits[0].device
     ids = from_host("ids", ids, device)
@@ -572,6 +685,6 @@ def token_logprobs(logits: Sequence[torch.Tensor], weights: Weights | Sequence[f
     look = check or _eager_cpu(device)
     if look and ids.numel() and readable(ids) and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
         raise ValueError(f"ids: got an id outside 0 to {vocab_size - 1}")
-    p = check_params(logits, weights, rows, vocab_size, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                     upscale_top_p=upscale_top_p, token_mask=token_mask, tuned=tuned, check=look)
+    p = check_params(logits, weights, rows, vocab_size, dict(zip(NAMES, sampling)), token_mask=token_mask, tuned=tuned,
+                     check=look)
     return _call("token_logprobs", logits, p, ids, backend=backend).reshape(shape)

@@ -11,18 +11,14 @@ from __future__ import annotations
 
 import torch
 
-from .params import SPECS, DraftParams, Params
+from .arguments import dtype_of
+from .parameters import FILTERS, GREEDY, LARGE, MASKED, PARAMETERS, STREAM_CODES, TINY, DraftParams, Params
 
 NEG_INF = float("-inf")
-GREEDY = 1e-5  # temperatures below are greedy
-# A mask by the least number of a type: a logit <= MASKED excludes its token where the models' sum is not finite, or as
-# large as only a mask makes it.
-MASKED, LARGE = -3.38e38, 1e30
 LOG2E = 1.44269504  # float32(log2 e)
 CHUNK = 256
 MASS_BITS = 40  # the mass of the best token is 2^40
 RESIDUAL_BITS = 58  # the residual of a whole distribution is 2^58
-STREAMS = {"sample": 0, "draft": 1, "accept": 2, "residual": 3}
 KIND_CHUNK, KIND_TOKEN = 0, 1
 
 
@@ -132,7 +128,7 @@ def gumbel(seed, position, stream: int, slot, vocab_size: int) -> torch.Tensor:
 def accept_uniform(seed, position, slot) -> torch.Tensor:
     """float64 uniform in (0, 1) of the accept stream."""
     zero = torch.zeros_like(seed)
-    r0, r1, _, _ = words(seed, position, STREAMS["accept"], slot, KIND_CHUNK, zero)
+    r0, r1, _, _ = words(seed, position, STREAM_CODES["accept"], slot, KIND_CHUNK, zero)
     return (r0.to(torch.float64) + (r1.to(torch.float64) + 0.5) * 2.0**-32) * 2.0**-32
 
 
@@ -189,10 +185,10 @@ def nucleus(scores, masses, limit) -> torch.Tensor:
 class Rows:
     """Rows with every parameter as a tensor [R]; ``index`` maps rows to the batch when rows are (row, slot) pairs.
 
-    Values need not have been checked. A row is invalid, that row alone, where its temperature, top_p, min_p or
-    upscale_top_p is outside the range of `SPECS` (as float32; NaN is) or a weight is not finite. ``top_k`` <= 0 or
-    >= V is off; draft lengths are clamped to [0, K]; a draft outside [0, V) is never accepted; an id outside has
-    log-prob NaN; seed and position are any 64 bits.
+    Values need not have been checked. A row is invalid, that row alone, where a parameter of float32 is outside the
+    range of `PARAMETERS` (NaN is) or a weight is not finite; all its parameters are off then. ``top_k`` <= 0 or >= V is
+    off; draft lengths are clamped to [0, K]; a draft outside [0, V) is never accepted; an id outside has log-prob NaN;
+    seed and position are any 64 bits.
     """
 
     def __init__(self, logits, p: Params, index=None, mask=None):
@@ -208,12 +204,15 @@ class Rows:
         w = w.expand(rows, -1) if w.dim() == 1 else w if index is None else w[index]
         self.in_range = w.isfinite().all(1)
         self.weights = torch.where(w.isfinite(), w, 0.0)  # [R, J]
-        for name, off in dict(temperature=1.0, top_p=1.0, min_p=0.0, upscale_top_p=1.0).items():
-            (_, low, high, _), value = SPECS[name], per_row(getattr(p, name), torch.float32)
-            fine = (value >= low) & (value <= high)
-            self.in_range = self.in_range & fine
-            setattr(self, name, torch.where(fine, value, off))
-        self.top_k = per_row(p.top_k, torch.int64)
+        values = {q: per_row(getattr(p, q.name), dtype_of(q)) for q in PARAMETERS}
+        in_range = torch.ones_like(self.in_range)
+        for q, value in values.items():
+            if q.type is float:
+                in_range = in_range & (value >= q.low) & (value <= q.high)
+        for q, value in values.items():
+            setattr(self, q.name, torch.where(in_range, value, q.off))
+        self.in_range = self.in_range & in_range
+        self.top_k = torch.where((self.top_k < 0) | (self.top_k >= p.vocab_size), 0, self.top_k)
         row = torch.arange(rows, device=device) if index is None else index
         self.seed = per_row(p.seed, torch.int64) if isinstance(p.seed, torch.Tensor) else row_seed(p.seed, row)
         self.position = per_row(p.position, torch.int64)
@@ -226,6 +225,11 @@ class Rows:
         if mask is not None:
             token = torch.arange(p.vocab_size, device=device)
             self.allowed = (mask[:, token // 32] >> (token % 32).to(torch.int32)) & 1 != 0
+
+    def filtered(self) -> torch.Tensor:
+        """Whether some token may be left out, [R]."""
+        on = torch.stack([getattr(self, q.name) != q.off for q in FILTERS]).any(0)
+        return on & ~self.greedy
 
     def combine(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Emulated scores [R, V] and whether each row is valid.
@@ -289,14 +293,13 @@ class Rows:
         """The smallest score that top-k, top-p and min-p keep, [R]; greedy rows keep the best."""
         best = s.amax(1)
         lowest = torch.full_like(best, NEG_INF)
-        if not bool(((self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)).any()):
+        if not bool(self.filtered().any()):
             return torch.where(self.greedy, best, lowest)
-        k = self.top_k.clamp(0, self.vocab_size)
-        kth = s.sort(1, descending=True).values.gather(1, (k - 1).clamp(min=0)[:, None])[:, 0]
-        lowest = torch.where(k > 0, kth, lowest)
+        kth = s.sort(1, descending=True).values.gather(1, (self.top_k - 1).clamp(min=0)[:, None])[:, 0]
+        lowest = torch.where(self.top_k > 0, kth, lowest)
         masses = torch.where(s >= lowest[:, None], mass(s, best, self.c), 0)
         tau = nucleus(s, masses, mass_limit(self.top_p, masses.sum(1)))
-        log_min_p = torch.where(self.min_p > 0, log(self.min_p.clamp(min=2.0**-126)), NEG_INF)
+        log_min_p = torch.where(self.min_p > 0, log(self.min_p.clamp(min=TINY)), NEG_INF)
         floor = torch.where(self.min_p > 0, best + self.temperature * log_min_p, NEG_INF)
         lowest = torch.maximum(lowest, floor)
         lowest = torch.where(self.top_p < 1, torch.maximum(lowest, tau), lowest)
@@ -350,7 +353,7 @@ def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logpro
         r = _rows(logits, p, part)
         s, ok = r.combine()
         kept, _ = r.process(s)
-        chosen = race(kept, r.temperature, r.seed, r.position, STREAMS[stream], torch.full_like(r.seed, slot))
+        chosen = race(kept, r.temperature, r.seed, r.position, STREAM_CODES[stream], torch.full_like(r.seed, slot))
         tokens[part], valid[part] = torch.where(ok, chosen, -1), ok
         if logprobs:
             lp[part] = torch.where(ok, r.log_softmax(s, True).gather(1, chosen[:, None])[:, 0], nan)
@@ -381,7 +384,7 @@ def logprobs(logits, p: Params):
     for part in blocks(*out.shape):
         r = _rows(logits, p, part)
         s, ok = r.combine()
-        processed = (r.temperature != 1) | (r.top_k > 0) | (r.top_p < 1) | (r.min_p > 0)
+        processed = (r.temperature != 1) | r.filtered()
         lp = r.log_softmax(s, False)
         if bool(processed.any()):
             lp = torch.where(processed[:, None], r.log_softmax(s, True), lp)
@@ -447,7 +450,7 @@ def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: i
     def plain(i):
         r, s, _, _ = slots[i]
         kept, _ = r.process(s)
-        return race(kept, r.temperature, r.seed, r.position, STREAMS["sample"], torch.zeros_like(r.seed))
+        return race(kept, r.temperature, r.seed, r.position, STREAM_CODES["sample"], torch.zeros_like(r.seed))
 
     accepted = torch.zeros(B, dtype=torch.int64, device=dev)
     factor = torch.ones(B, dtype=torch.float64, device=dev)  # of the residual at the slot where the row stops
@@ -491,7 +494,7 @@ def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: i
             rest = residual(i, factor)
             some = here & (i < lengths) & (rest > 0).any(1)
             score = torch.where(rest > 0, log(rest.clamp(min=1).to(torch.float32)), NEG_INF)
-            drawn = race(score, torch.ones_like(r.temperature), r.seed, r.position, STREAMS["residual"],
+            drawn = race(score, torch.ones_like(r.temperature), r.seed, r.position, STREAM_CODES["residual"],
                          torch.full_like(r.seed, i))
             final = torch.where(some, drawn, final)
         tokens[:, i] = torch.where(here, torch.where(ok, final, -1), tokens[:, i])

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 
 from . import ops, reference
-from .params import DraftParams, Params
+from .arguments import dtype_of
+from .parameters import DRAFTED, INT64, OFF, PARAMETERS, ROWS, DraftParams, Parameter, Params
 from .weights import Weights, interpolate, upscale
 
 TOLERANCE = 1e-5  # nats: float32 log-sum-exp against the fixed-point one
@@ -253,7 +254,7 @@ def draft_params(case: Case, device="cpu") -> dict:
 
 def draft_tokens(logits, kwargs, method: str, draft: int | None, slots: int):
     """Drafts of model ``draft`` as `verify` expects them (None: of model 0 greedily, a deterministic proposer)."""
-    kwargs = {k: v for k, v in kwargs.items() if k not in ("upscale_top_p", "tuned", "stream", "slot", "token_mask")}
+    kwargs = {k: v for k, v in kwargs.items() if k in (*DraftParams._fields, "seed", "position", "vocab_size")}
     vocab_size = kwargs.pop("vocab_size", None) or min(z.shape[-1] for z in logits)
     position, tokens = kwargs.pop("position"), []
     for i in range(slots - 1):
@@ -341,16 +342,23 @@ def unchecked(operation: str, logits, weights=(1.0, 1.0, -1.0), *args, name: str
     if operation == "verify":
         drawn_by = None if args[2] == "coupled" or args[3] < 0 else drawn_by
         args = (*args[:4], drawn_by or DraftParams(), *args[4:])
-    off = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, upscale_top_p=1.0, seed=1, position=2, token_mask=None,
-               vocab_size=min(z.shape[-1] for z in logits), tuned=min(1, len(logits) - 1))
+    off = dict(OFF, seed=1, position=2, token_mask=None, vocab_size=min(z.shape[-1] for z in logits),
+               tuned=min(1, len(logits) - 1))
     return Call(name or operation, operation, logits, Params(weights, **off | params), args)
+
+
+def out_of_range(p: Parameter) -> tuple:
+    """Values that the checks refuse; of an integer also those that are off because of the vocabulary."""
+    if p.type is int:
+        return tuple(x for x in (-1, *INT64) if not 0 <= x < p.high)
+    nan, inf = float("nan"), float("inf")
+    return (nan, inf, -inf, p.low - 1, 2 * p.high, *((p.low / 2, 0.0) if p.low > 0 else ()))
 
 
 def odd_calls() -> list[Call]:
     """Values that the checks would have refused, and those that overflow, a row each; row 0 is as it should be."""
-    nan, inf, low, high = float("nan"), float("inf"), -(1 << 63), (1 << 63) - 1
-    values = dict(temperature=(1, nan, inf, -inf, -1, 2e30), top_p=(0.9, nan, inf, 0, -1, 1.5, 1e-40),
-                  min_p=(0.1, nan, 2, -0.5, inf), upscale_top_p=(0.9, nan, inf, 0, -1, 1.5, 1e-40))
+    nan, inf, (low, high) = float("nan"), float("inf"), INT64
+    values = {p: (p.tried[1], *out_of_range(p)) for p in PARAMETERS if p.type is float}
     draw, V = ("sample", 0, True, 3, True), 300
     calls = []
 
@@ -373,15 +381,17 @@ def odd_calls() -> list[Call]:
         calls.extend(call for call in made if only in call.operation)
 
     usual = [torch.randn(1, V, generator=torch.Generator().manual_seed(j)) for j in range(3)]
-    for name, odd in values.items():
-        add(f"{name} out of range", usual, rows=len(odd), **{name: torch.tensor(odd)})
-        add(f"{name} out of range, filtered", usual, rows=len(odd),
-            **dict(top_p=0.5, top_k=9) | {name: torch.tensor(odd)})
-    add("top_k below 0 and beyond V", usual, rows=5, top_k=torch.tensor([0, -1, low, high, V]))
-    for name, odd in dict(values, top_k=(0, -1, low, high, V)).items():
-        if name != "upscale_top_p":
-            add(f"drafts drawn with any {name}", usual, rows=len(odd), only="verify",
-                drawn_by=DraftParams(**{name: torch.tensor(odd)}))
+    for p, odd in values.items():
+        add(f"{p.name} out of range", usual, rows=len(odd), **{p.name: torch.tensor(odd)})
+        add(f"{p.name} out of range, filtered", usual, rows=len(odd),
+            **dict(top_p=0.5, top_k=9) | {p.name: torch.tensor(odd)})
+    beyond = {ROWS["top_k"]: (0, -1, low, high, V)}
+    for p, odd in beyond.items():
+        add(f"{p.name} below 0 and beyond V", usual, rows=len(odd), **{p.name: torch.tensor(odd)})
+    for p, odd in (values | beyond).items():
+        if p in DRAFTED:
+            add(f"drafts drawn with any {p.name}", usual, rows=len(odd), only="verify",
+                drawn_by=DraftParams(**{p.name: torch.tensor(odd)}))
     add("any seed and position", usual, rows=4, seed=torch.tensor([1, low, high, -1]),
         position=torch.tensor([2, low, high, -1]))
     for w in (nan, inf, -inf):
@@ -489,15 +499,15 @@ def random_call(seed: int, largest: int = 1000) -> Call:
     lengths = [V + pick.choice([0, 0, 0, 1, 24]) for _ in range(models)]
     logits = [_random_layout(pick, _random_values(pick, (*lead, v), d, g)) for v, d in zip(lengths, dtypes)]
 
-    def per_row(dtype, usual, *odd):
-        """A number of ``usual``, or a tensor with ``odd`` values among them."""
+    def per_row(p: Parameter):
+        """A number, mostly off, or a tensor with values out of range among them."""
+        usual, odd = (p.tried[0], *p.tried), out_of_range(p) + ((V, V + 1) if p.type is int else ())
         if pick.random() < 0.4:
             return pick.choice(usual)
         odd = odd if pick.random() < 0.3 else ()
-        return torch.tensor([pick.choice((*usual, *usual, *odd)) for _ in range(rows)], dtype=dtype)
+        return torch.tensor([pick.choice((*usual, *usual, *odd)) for _ in range(rows)], dtype=dtype_of(p))
 
-    nan, inf = float("nan"), float("inf")
-    low, high = -(1 << 63), (1 << 63) - 1
+    nan, inf, (low, high) = float("nan"), float("inf"), INT64
     values = [0.0, 1.0, -1.0, 0.5, 2.0, 1e-3]
     weights = tuple(pick.choice(values) for _ in range(models))
     if pick.random() < 0.4:
@@ -512,18 +522,8 @@ def random_call(seed: int, largest: int = 1000) -> Call:
         mask = torch.randint(-(1 << 31), 1 << 31, (*lead, (V + 31) // 32), generator=g).to(torch.int32)
         mask *= torch.rand(mask.shape, generator=g) < pick.choice([0.1, 0.9])
 
-    def filters():
-        return dict(
-            temperature=per_row(F32, (1.0, 1.0, 0.7, 0.0, 1e-5, 1e30), nan, inf, -1.0, 2e30),
-            top_k=per_row(torch.int64, (0, 0, 1, 5, 300), -1, low, high, V, V + 1),
-            top_p=per_row(F32, (1.0, 1.0, 0.9, 0.3, 1e-6), nan, 0.0, -1.0, 1.5, 1e-40, inf),
-            min_p=per_row(F32, (0.0, 0.0, 0.05, 1.0), nan, 2.0, -0.5, -inf))
-
-    params = dict(
-        filters(),
-        upscale_top_p=per_row(F32, (1.0, 1.0, 1.0, 0.9, 0.3), nan, 0.0, -1.0, 1.5, inf),
-        seed=per_row(torch.int64, (0, 1, -1, high, low)), token_mask=mask, vocab_size=pick.choice([V, V, (V + 1) // 2]),
-        position=per_row(torch.int64, (0, 7, 1 << 40), -1, low, high), tuned=pick.randrange(models))
+    params = {name: per_row(p) for name, p in ROWS.items()}
+    params |= dict(token_mask=mask, vocab_size=pick.choice([V, V, (V + 1) // 2]), tuned=pick.randrange(models))
     if mask is not None:
         params["vocab_size"] = V
     args = ()
@@ -540,5 +540,5 @@ def random_call(seed: int, largest: int = 1000) -> Call:
         counts = torch.randint(-1, lead[1] + 2, (rows,), generator=g)
         counts[torch.rand(rows, generator=g) < 0.1] = pick.choice([low, high])
         args = (drafts, counts, pick.choice(ops.METHODS), pick.randint(-1, models - 1), pick.random() < 0.7)
-        params["drawn_by"] = DraftParams(**{name: x for name, x in filters().items() if pick.random() < 0.4})
+        params["drawn_by"] = DraftParams(**{p.name: per_row(p) for p in DRAFTED if pick.random() < 0.4})
     return unchecked(operation, logits, weights, *args, name=f"random_call({seed})", **params)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from .checks import dense, from_host, is_array
+from .parameters import MAX_MODELS
 
 Number = float | int | torch.Tensor | Sequence[float]
 
@@ -74,8 +75,8 @@ class Weights:
                 self.tensor = torch.stack(columns, dim=1)
             else:
                 self.values = tuple(values)
-        if not 1 <= len(self) <= 8:
-            raise ValueError(f"weights: expected 1 to 8 models, got {len(self)}")
+        if not 1 <= len(self) <= MAX_MODELS:
+            raise ValueError(f"weights: expected 1 to {MAX_MODELS} models, got {len(self)}")
 
     def __len__(self) -> int:
         return len(self.values) if self.values is not None else self.tensor.shape[-1]

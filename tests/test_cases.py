@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import eft_kernels as eft
-from eft_kernels import dispatch, ops, params, reference, testing
+from eft_kernels import arguments, dispatch, ops, parameters, reference, testing
 from eft_kernels.testing import BF16, CASES, F16, F32, Case, check_logprobs, check_sample, check_verify, make, per_row
 
-METHODS = ("coupled", "token", "block")
+METHODS = ops.METHODS
 NAMES = [case.name for case in CASES]
 SMALL = [case for case in CASES if max(case.vocab) <= 5000]
 OPERATIONS = ("sample", "verify", "logprobs", "token_logprobs")
@@ -172,9 +172,9 @@ def test_every_parameter_is_in_the_table():
     given = {name for case in CASES for name in case.kwargs} | {"weights"}
     specials = {case.special for case in CASES}
     assert any("mask" in s for s in specials)  # token_mask
-    assert set(params.Params._fields) - {"token_mask"} <= given
+    assert set(parameters.Params._fields) - {"token_mask"} <= given
     assert {"stream", "slot"} <= given
-    assert {d for case in CASES for d in case.dtypes} == set(params.DTYPES)
+    assert {d for case in CASES for d in case.dtypes} == set(arguments.DTYPES)
 
 
 def test_every_special_is_in_the_table():

@@ -162,7 +162,7 @@ def test_rare_tokens(compiled):
 
 def noise(seeds=200, V=1000, stream="sample", slot=0, position=0, first=0):
     seed = torch.arange(first, first + seeds)[:, None]
-    return reference.gumbel(seed, torch.full_like(seed, position), reference.STREAMS[stream],
+    return reference.gumbel(seed, torch.full_like(seed, position), reference.STREAM_CODES[stream],
                             torch.full_like(seed, slot), V).double()
 
 
@@ -558,10 +558,11 @@ def test_broken_noise_is_rejected(monkeypatch):
 def test_reused_noise_is_rejected(method, share, monkeypatch):
     """Residuals that race with the draft's noise, and acceptance that looks at it."""
     if share == "residual":
-        monkeypatch.setitem(reference.STREAMS, "residual", reference.STREAMS["draft"])
+        monkeypatch.setitem(reference.STREAM_CODES, "residual", reference.STREAM_CODES["draft"])
     else:
         def shared(seed, position, slot):
-            word = reference.words(seed, position, reference.STREAMS["draft"], slot, reference.KIND_TOKEN, 0 * seed)[0]
+            stream = reference.STREAM_CODES["draft"]
+            word = reference.words(seed, position, stream, slot, reference.KIND_TOKEN, 0 * seed)[0]
             return reference.uniform(word).double()
 
         monkeypatch.setattr(reference, "accept_uniform", shared)

@@ -5,6 +5,7 @@ import torch
 
 import eft_kernels as eft
 from eft_kernels import ops
+from eft_kernels.parameters import OFF, DraftParams, Params
 
 B, K, V = 5, 3, 300
 METHODS = ops.METHODS
@@ -243,13 +244,11 @@ def test_masks_of_drafts_are_those_of_verify_whatever_their_form(mask, backend):
 @pytest.mark.parametrize("method, draft", [("coupled", 1), ("token", -1)])
 def test_the_operator_refuses_parameters_of_drafts_that_have_no_distribution(method, draft):
     z = torch.zeros(2, 2, 9)
-    numbers = [0.5 if name == "draft_temperature_value" else None for name in (
-        "draft_temperature", "draft_temperature_value", "draft_top_k", "draft_top_k_value", "draft_top_p",
-        "draft_top_p_value", "draft_min_p", "draft_min_p_value")]
+    params = Params((1.0, 1.0), **OFF, seed=1, position=0, token_mask=None, vocab_size=9, tuned=1)
+    args = ops._flatten(params, torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, dtype=torch.int64), method, draft,
+                        DraftParams(temperature=0.5), False)
     with pytest.raises(ValueError, match="draft_temperature: got a value, allowed is None"):
-        torch.ops.eft_kernels.verify([z, z], None, [1.0, 1.0], None, 1.0, None, 0, None, 1.0, None, 0.0, None, 1.0,
-                                     None, 1, None, 0, None, 9, 1, torch.zeros(2, 1, dtype=torch.int64),
-                                     torch.ones(2, dtype=torch.int64), method, draft, *numbers, False, "auto")
+        torch.ops.eft_kernels.verify([z, z], *args, "auto")
 
 
 def test_a_list_of_tokens_is_no_list_of_drafts():

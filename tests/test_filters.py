@@ -6,14 +6,10 @@ there. Everything here but the test of ties is without ties: transformers cuts t
 
 import pytest
 import torch
-from transformers.generation.logits_process import (
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation import logits_process
 
 import eft_kernels as eft
+from eft_kernels.parameters import PARAMETERS
 
 NEG_INF = float("-inf")
 EDGE = 1e-6  # of mass
@@ -29,16 +25,11 @@ def combined(z, weights=(1.0, 1.0, -1.0)):
     return sum(w * x.double() for w, x in zip(weights, z))
 
 
-def warp(scores, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """transformers' order: temperature, top-k, top-p, min-p."""
-    if temperature != 1.0:
-        scores = TemperatureLogitsWarper(temperature)(None, scores)
-    if top_k > 0:
-        scores = TopKLogitsWarper(top_k)(None, scores)
-    if top_p < 1.0:
-        scores = TopPLogitsWarper(top_p)(None, scores)
-    if min_p > 0.0:
-        scores = MinPLogitsWarper(min_p)(None, scores)
+def warp(scores, **values):
+    """transformers' own, in its order."""
+    for p in PARAMETERS:
+        if values.get(p.name, p.off) != p.off:
+            scores = getattr(logits_process, p.warper)(values[p.name])(None, scores)
     return scores
 
 

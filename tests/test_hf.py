@@ -515,7 +515,7 @@ BAD = {
     "draft_tokens float": (dict(draft_tokens=2.0), "draft_tokens: got 2.0"),
     "draft": (dict(draft=3, draft_tokens=2), "draft: got 3.*0 to 2"),
     "on_invalid": (dict(on_invalid="ignore"), "on_invalid: got 'ignore'"),
-    "seed rows": (dict(seed=torch.tensor([1, 2])), r"seed.*\[2\].*\[4\]"),
+    "seed rows": (dict(seed=torch.tensor([1, 2])), r"seed.*\[4\].*\[2\]"),
     "seed float": (dict(seed=1.5), "seed: got 1.5"),
     "temperature": (dict(do_sample=True, temperature=-1.0), "temperature: got -1.0"),
     "top_p": (dict(do_sample=True, top_p=0.0), "top_p: got 0.0"),

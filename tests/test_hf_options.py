@@ -569,7 +569,7 @@ def test_arrays_and_lists_of_parameters(llamas):  # noqa: F811
         assert torch.equal(run(models, do_sample=True, top_k=top_k, **one), want)
     assert torch.equal(run(models, do_sample=True, top_k=None, **one),
                        run(models, do_sample=True, top_k=50, **one))
-    with pytest.raises(ValueError, match="seed: got an array"):
+    with pytest.raises(ValueError, match="seed: expected a number"):
         run(models, do_sample=True, seed=np.array(["a"] * 4))
 
 

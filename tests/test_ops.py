@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import eft_kernels as eft
 from eft_kernels import dispatch, ops
-from eft_kernels.params import SPECS
+from eft_kernels.arguments import dtype_of
+from eft_kernels.parameters import NAMES, ROWS
 
 V, B, K = 40, 3, 2
 
@@ -123,7 +124,6 @@ def test_opcheck(name, backend):
 def test_every_operator_is_registered():
     for name in ops.SCHEMAS:
         assert torch.Tag.pt2_compliant_tag in getattr(torch.ops.eft_kernels, name).default.tags
-    assert set(SPECS) == set(ops._PAIRS)
 
 
 def test_gradients_are_refused_or_absent():
@@ -241,15 +241,15 @@ def test_values_out_of_range(name, values, call):
     for value in values:
         words = ("got", "allowed is")
         refused(call, name, *words, **{name: value})
-        dtype = SPECS[name][0]
+        dtype = dtype_of(ROWS[name])
         if not (dtype == torch.int64 and (value != int(value) if abs(value) < INF else True)) and abs(value) < 1 << 62:
             refused(call, name, *words, **{name: torch.tensor([1, value, 1], dtype=dtype)})
 
 
 @pytest.mark.parametrize("call", (sample, verify), ids=lambda f: f.__name__)
-@pytest.mark.parametrize("name", sorted(SPECS))
+@pytest.mark.parametrize("name", sorted(ROWS))
 def test_parameters_of_wrong_shape_type_or_device(name, call):
-    dtype = SPECS[name][0]
+    dtype = dtype_of(ROWS[name])
     one = torch.ones(B, dtype=dtype)
     refused(call, name, "[3]", "[4]", **{name: torch.ones(B + 1, dtype=dtype)})
     refused(call, name, "[3]", "[3, 1]", **{name: one[:, None]})
@@ -439,7 +439,7 @@ def test_seeds_of_64_bits(backend):
 
 
 def test_none_and_minus_one_are_off(backend):
-    off = dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "upscale_top_p"))
+    off = dict.fromkeys(NAMES)
     for name in off:
         refused(sample, name, "NoneType", **{name: [None, None, None]})
     want = sample(seed=1, position=0, backend=backend)
@@ -734,8 +734,7 @@ ANY_DTYPE = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch
                              torch.bool, torch.complex64])
 VALUES = st.one_of(st.none(), st.booleans(), st.integers(-(1 << 70), 1 << 70), st.floats(), st.text(max_size=2),
                    st.tuples(SHAPES, ANY_DTYPE, st.integers(-3, 3)))
-ARGUMENTS = ("temperature", "top_k", "top_p", "min_p", "upscale_top_p", "seed", "position", "vocab_size", "token_mask",
-             "tuned", "weights", "draft_tokens", "draft_lengths", "ids", "logits")
+ARGUMENTS = (*ROWS, "vocab_size", "token_mask", "tuned", "weights", "draft_tokens", "draft_lengths", "ids", "logits")
 
 
 def tensor_of(value):

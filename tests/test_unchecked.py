@@ -135,10 +135,10 @@ def test_random_calls(part, compiled):
 def test_random_calls_are_of_every_kind():
     calls = [testing.random_call(seed) for seed in range(300)]
     assert {call.operation for call in calls} == set(eft.ops.SCHEMAS)
-    assert {z.dtype for call in calls for z in call.logits} == set(eft.params.DTYPES)
+    assert {z.dtype for call in calls for z in call.logits} == set(eft.arguments.DTYPES)
     values = [item for call in calls for item in call.params._asdict().items()]
     tensors = {name for name, value in values if isinstance(value, torch.Tensor)}
-    assert tensors == set(eft.params.Params._fields) - {"vocab_size", "tuned"}
+    assert tensors == set(eft.parameters.Params._fields) - {"vocab_size", "tuned"}
     assert {z.stride(-1) == 1 for call in calls for z in call.logits if z.numel() > 1} == {True, False}
     outs = [call.run("reference") for call in calls]
     valid = torch.cat([out["valid"] for out in outs if "valid" in out])
@@ -282,8 +282,10 @@ def test_values_that_change_while_a_kernel_runs(isa):
         kinds = [z[0].clone(), z[0] * 0, z[0] * 1e38, z[0] * 30]
         kinds += [torch.full_like(z[0], x) for x in (nan, -inf, 3e38, -3e38)]
         mask = torch.randint(-(1 << 31), 1 << 31, (B, S, (V + 31) // 32)).int()
-        params = dict(temperature=torch.ones(B), top_p=torch.ones(B), min_p=torch.zeros(B), upscale_top_p=torch.ones(B),
-                      top_k=torch.zeros(B, dtype=torch.int64), seed=torch.arange(B), position=torch.arange(B))
+        from eft_kernels.arguments import dtype_of
+        from eft_kernels.parameters import PARAMETERS
+        params = {p.name: torch.full((B,), p.off, dtype=dtype_of(p)) for p in PARAMETERS}
+        params |= dict(seed=torch.arange(B), position=torch.arange(B))
         weights = torch.tensor([[1., 1., -1.]]).repeat(B, 1)
         drafts, lengths, ids = torch.zeros(B, S - 1).long(), torch.full((B,), S - 1), torch.zeros(B, 9).long()
         floats = torch.tensor([1.0, 0.9, 0.3, 0.0, 0.5, nan, inf, -1.0, 1e-7, 2.0, 1e30])
@@ -305,8 +307,8 @@ def test_values_that_change_while_a_kernel_runs(isa):
                         values = floats if y.is_floating_point() else numbers
                         y.copy_(values[torch.randint(0, len(values), y.shape)])
                 if pick.random() < 0.5:  # all usual
-                    for name, off in dict(temperature=1, top_p=0.5, min_p=0, upscale_top_p=0.7, top_k=0).items():
-                        params[name].fill_(off)
+                    for p in PARAMETERS:
+                        params[p.name].fill_(dict(top_p=0.5, upscale_top_p=0.7).get(p.name, p.off))
                     weights.copy_(torch.tensor([1., 1., -1.]))
 
         other = threading.Thread(target=change)

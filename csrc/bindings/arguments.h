@@ -20,11 +20,9 @@ inline const dlpack::ExchangeAPI* api = nullptr;
 constexpr dlpack::DataType kInt64{dlpack::kInt, 64, 1}, kInt32{dlpack::kInt, 32, 1}, kFloat32{dlpack::kFloat, 32, 1},
     kFloat16{dlpack::kFloat, 16, 1}, kBfloat16{dlpack::kBfloat, 16, 1}, kBool8{dlpack::kBool, 8, 1},
     kUint8{dlpack::kUint, 8, 1};
-constexpr float kTiny = 0x1p-126f;     // params.py: TINY
-constexpr int64_t kMaxVocab = 1 << 22;  // params.py: MAX_VOCAB
 
 // The arguments of a call. Whatever is not in its plain form (exact types, contiguous tensors on one device, values that
-// are allowed) sets `unusual`: the caller then looks closer, converts it, or says what is wrong with it (params.py).
+// are allowed) sets `unusual`: the caller then looks closer, converts it, or says what is wrong with it (arguments.py).
 struct Reader {
   PyObject* const* args;
   Py_ssize_t n;
@@ -114,22 +112,31 @@ struct Reader {
     return {p, 0};
   }
 
-  // true: one was given. None is left as it is where it is allowed.
+  // true: one was given. None leaves x as it is.
   template <class T>
-  bool per_row(PerRow<T>& x, T low, T high, bool optional) {
-    if (optional && i < n && args[i] == Py_None) return ++i, false;
+  bool per_row(PerRow<T>& x, T low, T high) {
+    if (i < n && args[i] == Py_None) return ++i, false;
     x = per_row<T>(low, high);
     return true;
   }
-  bool sampling(Sampling& s, bool optional = false) {
-    bool given = per_row<float>(s.temperature, 0, 1e30f, optional);
-    given |= per_row<int64_t>(s.top_k, -1, INT64_MAX, optional);  // -1: off, too
-    given |= per_row<float>(s.top_p, kTiny, 1, optional);
-    given |= per_row<float>(s.min_p, 0, 1, optional);
+  void sampling(Sampling& s) {
+#define EFT_READ(T, name, off, low, high) s.name = per_row<T>(low, high);
+    EFT_PARAMETERS(EFT_READ)
+#undef EFT_READ
+  }
+  // what drafts were drawn by, where it is not the target's
+  bool drawn_by(Sampling& s) {
+    bool given = false;
+#define EFT_READ(T, name, off, low, high) given |= per_row<T>(s.name, low, high);
+    EFT_DRAFTED(EFT_READ)
+#undef EFT_READ
+#define EFT_OFF(T, name, off, low, high) s.name = {nullptr, off};
+    EFT_COMBINING(EFT_OFF)
+#undef EFT_OFF
     return given;
   }
 
-  // what every operation has: strict, logits [rows, (slots,) V], and the fields of params.py's Params
+  // what every operation has: strict, logits [rows, (slots,) V], and the fields of parameters.py's Params
   void call(Call& c, int dims) {
     strict = boolean();
     PyObject* logits = next();
@@ -177,7 +184,6 @@ struct Reader {
     if (c.weights ? values() : strict)
       for (int64_t k = 0; k < (c.weights_stride ? rows : 1) * count; ++k) need(std::isfinite(weights[k]));
     sampling(c);
-    c.upscale_top_p = per_row<float>(kTiny, 1);
     c.seed = per_row<int64_t>(INT64_MIN, INT64_MAX);
     c.position = per_row<int64_t>(0, INT64_MAX);
     PyObject* mask = next();
@@ -277,7 +283,7 @@ class Outputs {
 inline bool prepare(Reader& r, SampleCall& c, Outputs& out) {
   r.call(c, 2);
   c.stream = static_cast<uint32_t>(r.integer(0, 1));
-  c.slot = static_cast<uint32_t>(r.integer(0, (1 << 24) - 1));
+  c.slot = static_cast<uint32_t>(r.integer(0, kMaxSlot));
   const bool logprobs = r.boolean();
   c.top_n = r.integer(0, kMaxVocab);
   const bool diagnostics = r.boolean();
@@ -310,8 +316,7 @@ inline bool prepare(Reader& r, VerifyCall& c, Outputs& out) {
   if (r.i < r.n && r.args[r.i] == Py_None) ++r.i;
   else c.draft = static_cast<int>(r.integer(0, c.models - 1));
   c.drawn_by = c;  // what is not given is the target's
-  c.drawn_by.upscale_top_p = {nullptr, 1};
-  r.need(!r.sampling(c.drawn_by, true) || !r.strict || (c.method != kCoupled && c.draft >= 0));
+  r.need(!r.drawn_by(c.drawn_by) || !r.strict || (c.method != kCoupled && c.draft >= 0));
   const bool logprobs = r.boolean();
   if (!r.unusual && r.values())
     for (int64_t b = 0; b < B; ++b) {

@@ -58,7 +58,7 @@ void sample(const SampleCall& call) {
   each_row(call, [&](int64_t b, int threads) {
     Row r = row_of(call, b, 0, threads);
     const Filters& f = r.filters;
-    const bool filtered = f.any();
+    const bool filtered = f.filtered();
     // with filters the sum helps to find the nucleus of all tokens
     const bool sum = call.logprobs && !f.greedy && f.temperature != 1 && (!filtered || (f.top_p < 1 && f.top_k == 0));
     r.score(call.logprobs || call.top_n > 0 || call.entropy, sum);
@@ -100,7 +100,7 @@ void logprobs(const LogprobsCall& call) {
   each_row(call, [&](int64_t b, int threads) {
     Row r = row_of(call, b, 0, threads);
     const Filters& f = r.filters;
-    const bool filtered = f.any(), processed = !f.greedy && (filtered || f.temperature != 1);
+    const bool filtered = f.filtered(), processed = !f.greedy && f.processed();
     r.score(!processed && !f.greedy, processed && !filtered);
     const int64_t width = call.ids ? call.n_ids : call.vocab_size;
     float* out = call.out + b * width;

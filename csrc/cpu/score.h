@@ -22,7 +22,7 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr int kGroup = 32, kGroups = kChunkSize / kGroup;
 constexpr int kBlockChunks = 16;             // chunks a thread takes at a time within a row
-constexpr int kMaxBlocks = (1 << 22) / kChunkSize / kBlockChunks;  // params.py: MAX_VOCAB
+constexpr int kMaxBlocks = kMaxVocab / kChunkSize / kBlockChunks;
 constexpr int64_t kSplitTokens = 1 << 14;    // rows shorter than this stay on one thread
 constexpr int kLikeliest = 8;                // chunks that run first in a race
 constexpr float kLowestMass = -41.0f;        // base-2 exponents below this have mass 0

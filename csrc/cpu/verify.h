@@ -23,12 +23,12 @@ struct Slot {
         point(point) {
     prepare(target, target_best);
     if (!has_draft) return;
-    draft.filters = filters_of(call.drawn_by, b);
+    draft.filters = filters_of(call.drawn_by, b, call.vocab_size);
     prepare(draft, draft_best);
   }
   static void prepare(Row& r, int64_t& argmax) {
     const Filters& f = r.filters;
-    r.score(false, !f.greedy && f.top_k == 0 && (f.top_p < 1 || !f.any()));  // the sum often spares the masses
+    r.score(false, !f.greedy && f.top_k == 0 && (f.top_p < 1 || !f.filtered()));  // the sum often spares the masses
     if (!r.valid) return;
     r.filter(true);
     argmax = f.greedy ? r.draw({}).id : -1;
@@ -55,7 +55,7 @@ struct Slot {
   }
   // a total, or a bound on it (sign: 1 above, -1 below) where that is all there is so far
   static int64_t bound(const Row& r, int sign) {
-    if (r.kept_mass || r.filters.any() || !(r.sum > 0)) return r.kept_mass;
+    if (r.kept_mass || r.filters.filtered() || !(r.sum > 0)) return r.kept_mass;
     return static_cast<int64_t>(r.sum * (1 + sign * kExpError) * 0x1p40) + (sign > 0);
   }
   int64_t target_bound(int sign) {

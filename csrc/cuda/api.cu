@@ -20,10 +20,7 @@ Device device_of(int index) {
 
 namespace {
 
-bool filters(const Call& c) {
-  return c.top_k.data || c.top_p.data || c.min_p.data || c.upscale_top_p.data || (c.top_k.value > 0 && c.top_k.value < c.vocab_size) ||
-         c.top_p.value < 1 || c.min_p.value > 0 || c.upscale_top_p.value < 1;
-}
+bool filters(const Call& c) { return may_filter(c) || c.upscale_top_p.data || c.upscale_top_p.value < 1; }
 bool needs_row(const SampleCall& c) { return filters(c) || c.top_n > 0 || c.entropy; }
 
 RowCall row_call(const SampleCall& c) {

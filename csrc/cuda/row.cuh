@@ -71,7 +71,7 @@ EFT_DEVICE float processed_logprob(const State& f, const Knobs& q, float s, int 
 }
 // the processed one where temperature or filters make it another
 EFT_DEVICE float logprob(const State& f, const Knobs& q, float s, int token) {
-  return q.greedy || q.temperature != 1 || q.filtered() ? processed_logprob(f, q, s, token) : raw_logprob(f, s);
+  return q.processed() ? processed_logprob(f, q, s, token) : raw_logprob(f, s);
 }
 
 // --- launches ------------------------------------------------------------------------------------------------------

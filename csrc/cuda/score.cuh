@@ -367,13 +367,12 @@ EFT_DEVICE float score_of(const Row& row, int token) {
 
 struct Knobs : Filters {
   bool use_k, use_p;
-  EFT_HD bool filtered() const { return !greedy && (use_k || use_p || min_p > 0); }
 };
 
 EFT_DEVICE Knobs knobs_of(const Call& call, int64_t b) {
   Knobs q;
   static_cast<Filters&>(q) = filters_of(call, b);
-  q.use_k = q.top_k > 0 && q.top_k < call.vocab_size;
+  q.use_k = q.top_k > 0;
   q.use_p = q.top_p < 1;
   return q;
 }

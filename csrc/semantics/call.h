@@ -7,8 +7,6 @@
 namespace eft {
 
 enum Dtype { kF32 = 0, kF16 = 1, kBF16 = 2 };
-enum Method { kCoupled = 0, kTokenwise = 1, kBlock = 2 };
-constexpr int kMaxModels = 8;
 
 struct Model {
   const void* data;
@@ -24,10 +22,10 @@ struct PerRow {
   EFT_HD T operator[](int64_t row) const { return data ? data[row] : value; }
 };
 
-// temperature and filters
 struct Sampling {
-  PerRow<float> temperature, top_p, min_p, upscale_top_p;
-  PerRow<int64_t> top_k;
+#define EFT_FIELD(T, name, off, low, high) PerRow<T> name;
+  EFT_PARAMETERS(EFT_FIELD)
+#undef EFT_FIELD
 };
 
 struct Call : Sampling {

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "parameters.h"
+
 #ifdef __CUDACC__
 #define EFT_HD __host__ __device__ __forceinline__
 #else
@@ -20,10 +22,6 @@
 
 namespace eft {
 namespace EFT_ISA {
-
-// A mask by the least number of a type: a logit <= kMasked excludes its token where the models' sum is not finite, or as
-// large as only a mask makes it.
-constexpr float kMasked = -3.38e38f, kLarge = 1e30f;
 
 template <class F>
 struct Lanes;

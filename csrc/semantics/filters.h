@@ -1,4 +1,4 @@
-// A row's sampling parameters, and what follows from them alone.
+// A row's sampling parameters: what they mean, and what follows from them alone.
 #pragma once
 #include <cmath>
 
@@ -9,14 +9,24 @@
 namespace eft {
 namespace EFT_ISA {
 
-constexpr float kGreedy = 1e-5f;  // temperatures below are greedy
-
+// The parameters of one row, all off where one is out of range, and what follows from them.
 struct Filters {
-  float temperature, inverse, c;  // c: scores times c are base-2 exponents
+#define EFT_FIELD(T, name, off, low, high) T name;
+  EFT_PARAMETERS(EFT_FIELD)
+#undef EFT_FIELD
+  float inverse, c;  // 1 / temperature; scores times c are base-2 exponents
   bool greedy, valid;
-  int64_t top_k;
-  float top_p, min_p, upscale_top_p;
-  EFT_HD bool any() const { return !greedy && (top_k > 0 || top_p < 1 || min_p > 0); }
+
+  // some token may be left out
+  EFT_HD bool filtered() const {
+    bool on = false;
+#define EFT_ON(T, name, off, low, high) on = on || name != off;
+    EFT_FILTERS(EFT_ON)
+#undef EFT_ON
+    return on && !greedy;
+  }
+  // the distribution that is drawn from may be another than the emulated one
+  EFT_HD bool processed() const { return greedy || temperature != 1 || filtered(); }
   // the smallest score that min-p keeps
   EFT_HD float least(float best) const {
     return min_p > 0 ? best + temperature * log(maximum(min_p, 0x1p-126f)) : -INFINITY;
@@ -24,24 +34,45 @@ struct Filters {
 };
 
 EFT_HD bool in_range(float x, float low, float high) { return x >= low && x <= high; }  // NaN is not
+EFT_HD bool in_range(int64_t, int64_t, int64_t) { return true; }  // any integer has a meaning
 
-// Each parameter is read once. A row with one out of range is not valid, and has all of them off. (A weight that is not
-// finite makes every score NaN, +inf or excluded: the row is found to be invalid as its scores are.)
-EFT_HD Filters filters_of(const Sampling& sampling, int64_t row) {
+// Each parameter is read once. (A weight that is not finite makes every score NaN, +inf or excluded: the row is found to be
+// invalid as its scores are.)
+EFT_HD Filters filters_of(const Sampling& sampling, int64_t row, int64_t vocab) {
   Filters f;
-  f.temperature = sampling.temperature[row];
-  f.top_k = sampling.top_k[row];
-  f.top_p = sampling.top_p[row];
-  f.min_p = sampling.min_p[row];
-  f.upscale_top_p = sampling.upscale_top_p[row];
-  f.valid = in_range(f.temperature, 0, 1e30f) && in_range(f.top_p, 0x1p-126f, 1) && in_range(f.min_p, 0, 1) &&
-            in_range(f.upscale_top_p, 0x1p-126f, 1);
-  if (!f.valid) f.temperature = f.top_p = f.upscale_top_p = 1, f.min_p = 0, f.top_k = 0;
+#define EFT_READ(T, name, off, low, high) f.name = sampling.name[row];
+  EFT_PARAMETERS(EFT_READ)
+#undef EFT_READ
+  f.valid = true;
+#define EFT_CHECK(T, name, off, low, high) f.valid = f.valid && in_range(f.name, low, high);
+  EFT_PARAMETERS(EFT_CHECK)
+#undef EFT_CHECK
+  if (!f.valid) {
+#define EFT_OFF(T, name, off, low, high) f.name = off;
+    EFT_PARAMETERS(EFT_OFF)
+#undef EFT_OFF
+  }
+  if (f.top_k < 0 || f.top_k >= vocab) f.top_k = 0;
   f.greedy = f.temperature < kGreedy;
   if (f.greedy) f.temperature = 0;
   f.inverse = f.greedy ? 0 : 1.0f / f.temperature;
   f.c = f.inverse * kLog2e;
   return f;
+}
+EFT_HD Filters filters_of(const Call& call, int64_t row) { return filters_of(call, row, call.vocab_size); }
+
+// Whether some row may be filtered, by what the host knows: a tensor on a device may hold anything.
+inline bool may_filter(const Call& call) {
+  Sampling numbers = call;
+#define EFT_KNOWN(T, name, off, low, high) \
+  if (numbers.name.data) numbers.name = {nullptr, off};
+  EFT_PARAMETERS(EFT_KNOWN)
+#undef EFT_KNOWN
+  bool tensors = false;
+#define EFT_TENSOR(T, name, off, low, high) tensors = tensors || call.name.data;
+  EFT_FILTERS(EFT_TENSOR)
+#undef EFT_TENSOR
+  return tensors || filters_of(numbers, 0, call.vocab_size).filtered();
 }
 
 // the noise of batch row `row`, `after` positions after the call's

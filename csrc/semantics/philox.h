@@ -5,7 +5,6 @@
 namespace eft {
 namespace EFT_ISA {
 
-enum Stream : uint32_t { kSample = 0, kDraft = 1, kAccept = 2, kResidual = 3 };
 enum Kind : uint32_t { kChunk = 0, kToken = 1 };
 
 constexpr int kChunkSize = 256;

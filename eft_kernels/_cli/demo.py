@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from ..parameters import METHODS
 from . import bench
 from .files import expand, read_text
 from .models import Family, check_folder, load_model, load_tokenizer, set_threads
@@ -22,7 +23,7 @@ PROMPTS = {"a": "And the king said unto", "b": "She had been so much"}
 BOTH = "The young man"
 CONTEXT = 256
 UNIT_END = "\n\f\n"  # between the chapters of a held-out file
-KS, METHODS = (2, 4, 8), ("coupled", "token", "block")
+KS = (2, 4, 8)
 
 
 def find_family(given: str | None, heldout: str | None) -> tuple[Path, dict[str, str]]:
@@ -139,7 +140,7 @@ def scores_of(models, tokenizer, texts: dict[str, str], args) -> dict[str, dict]
     for style in STYLES:
         rows = heldout_windows(texts[style], tokenizer, args.heldout_tokens)
         small = f"tuned-{style}"
-        emulated = (["base", small, "ref"], eft.upscale(), 1.0)
+        emulated = (["base", small, "ref"], eft.upscale(), {})
         scores[style] = score({n: models[n] for n in ("base", small, "ref", f"large-{style}")}, rows,
                               {"emulated": emulated}, label=f"scoring style {style}")
     return scores

@@ -8,12 +8,13 @@ import secrets
 import sys
 from dataclasses import dataclass, field
 
+from ..parameters import DRAFTED, OFF
 from .files import argument_text, check_text, read_stdin, read_text
 from .models import end_of_turn, first_line, load_family, token_id
-from .options import REQUEST_OPTIONS, mode_settings
+from .options import REQUEST_OPTIONS, mode_settings, option
 from .term import BOLD, Refused, json_line, paint
 
-SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # their defaults: temperature 1, no filter
+SAMPLING = {p.name: p.off for p in DRAFTED}
 
 
 @dataclass
@@ -122,12 +123,12 @@ def run(args) -> int:
     mode = mode_settings(args)
     if args.verify and not args.draft_tokens:
         raise Refused(f"--verify {args.verify}: goes with --draft-tokens")
-    given = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
+    given = {name: value for name in OFF if (value := getattr(args, name)) is not None}
     for r, settings in [(None, given), *((r, r.settings) for r in requests)]:
         for name in SAMPLING if args.greedy else ():
             if settings.get(name) is not None and (name, settings[name]) != ("temperature", 0):
-                raise Refused(f"{r.where + ': ' + name if r else '--' + name.replace('_', '-')}: goes without --greedy")
-    defaults = {**SAMPLING, **given, "upscale_top_p": args.upscale_top_p, "max_new_tokens": args.max_new_tokens}
+                raise Refused(f"{r.where + ': ' + name if r else option(name)}: goes without --greedy")
+    defaults = {**OFF, **given, "max_new_tokens": args.max_new_tokens}
     for r in requests:
         own = {k: v for k, v in r.settings.items() if k != "seed"}
         for name in own.keys() & {"beta", "alpha", "lam"}:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
+from ..parameters import PARAMETERS, Parameter
 from .term import Refused
 
 
@@ -30,13 +31,15 @@ count = number(int, lambda v: v >= 0, "an integer >= 0")
 finite = number(float, math.isfinite, "a finite number")
 share = number(float, lambda v: 0 < v <= 1, "a number in (0, 1]")
 
+
+def sampling_option(p: Parameter):
+    """The type of a sampling parameter's option."""
+    return number(p.type, lambda v: p.low <= v <= p.high, p.allowed)
+
+
 # What a line of --batch-file may set for its own request.
 REQUEST_OPTIONS = {
-    "temperature": number(float, lambda v: 0 <= v < math.inf, "a finite number >= 0 (0 is greedy)"),
-    "top_k": number(int, lambda v: v >= 0, "an integer >= 0 (0 is off)"),
-    "top_p": number(float, lambda v: 0 < v <= 1, "a number in (0, 1] (1 is off)"),
-    "min_p": number(float, lambda v: 0 <= v <= 1, "a number in [0, 1] (0 is off)"),
-    "upscale_top_p": number(float, lambda v: 0 < v <= 1, "a number in (0, 1] (1 is off)"),
+    **{p.name: sampling_option(p) for p in PARAMETERS},
     "beta": finite,
     "alpha": finite,
     "lam": finite,
@@ -73,8 +76,17 @@ def add_combination(parser) -> None:
     group.add_argument("--beta", type=finite, help="strength of the large model's knowledge (upscale; default 1)")
     group.add_argument("--alpha", type=finite, help="strength of the fine-tuning (proxy; default 1)")
     group.add_argument("--lam", type=finite, help="share of the first of two --tuned models (default 0.5)")
-    group.add_argument("--upscale-top-p", type=REQUEST_OPTIONS["upscale_top_p"], default=1.0, metavar="P",
-                       help="up-scale only inside this nucleus of the tuned model (default 1: everywhere)")
+    add_parameters(group, (p for p in PARAMETERS if p.stage == "combine"))
+
+
+def add_parameters(group, parameters) -> None:
+    for p in parameters:
+        group.add_argument(option(p.name), type=REQUEST_OPTIONS[p.name], metavar="X",
+                           help=f"{p.doc} (default {p.off:g})".replace("%", "%%"))
+
+
+def option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def mode_settings(args) -> dict:

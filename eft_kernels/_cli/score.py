@@ -6,6 +6,7 @@ import math
 import sys
 from dataclasses import dataclass
 
+from ..parameters import OFF, PARAMETERS
 from .files import read_text
 from .models import first_line, load_family, load_model, load_tokenizer, shared_vocabulary
 from .options import mode_settings
@@ -51,14 +52,14 @@ def combination(mode: dict):
 
 def score(models: dict, rows: list[tuple[list[int], int]], emulations: dict, vocab_size: int | None = None,
           label: str = "scoring") -> dict[str, Score]:
-    """Scores on windows, of each model and of each emulation ``name: (its models' names, weights, upscale_top_p)``."""
+    """Scores on windows, of each model and of each emulation ``name: (its models' names, weights, parameters)``."""
     import torch
 
     import eft_kernels as eft
 
     vocab = vocab_size or min(m.config.get_text_config().vocab_size for m in models.values())
     plans = {name: ([name], [1.0], {}) for name in models}
-    plans |= {name: (parts, w, {} if p == 1.0 else {"upscale_top_p": p}) for name, (parts, w, p) in emulations.items()}
+    plans |= emulations
     total, tokens = dict.fromkeys(plans, 0.0), 0
     at_once = max(1, min(16, (1 << 26) // (len(rows[0][0]) * vocab)))  # logits of a batch stay below ~256 MB a model
     groups, batch = [], []
@@ -119,15 +120,17 @@ def run(args) -> int:
         rows[path] = windows(ids, bos, context, stride)
     names = ["base", *(["tuned"] if len(family.tuned) == 1 else ["tuned 1", "tuned 2"]), "ref"]
     models = dict(zip(names, family.models))
-    emulations = {"emulated": (names, combination(mode), args.upscale_top_p)}
+    combining = {p.name: p.off if (x := getattr(args, p.name)) is None else x
+                 for p in PARAMETERS if p.stage == "combine"}
+    emulations = {"emulated": (names, combination(mode), combining)}
     if args.truth:
         models["truth"] = load_model(args.truth, "--truth", args.dtype, family.base.device, args.trust_remote_code)
         known = [tokenizer, load_tokenizer(args.truth, "--truth", args.trust_remote_code)]
         shared_vocabulary(["the tokenizer", "--truth " + args.truth], [family.base, models["truth"]], known,
                           family.vocab_size)
 
-    settings = {k: v for k, v in mode.items() if k != "mode"} | {"upscale_top_p": args.upscale_top_p}
-    told = ", ".join(f"{k} {v:g}" for k, v in settings.items() if (k, v) != ("upscale_top_p", 1.0))
+    settings = {k: v for k, v in mode.items() if k != "mode"} | combining
+    told = ", ".join(f"{k} {v:g}" for k, v in settings.items() if OFF.get(k) != v)
     invalid = []
     for path in texts:
         try:

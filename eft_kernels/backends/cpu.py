@@ -9,7 +9,7 @@ import os
 
 import torch
 
-from ..params import DraftParams, Params
+from ..parameters import METHOD_CODES, STREAM_CODES, DraftParams, Params
 from . import extension
 
 _cpu = extension.load("eft_kernels._cpu", "C++", "no C++ compiler was found at install time, or EFT_KERNELS_CPU=0 was "
@@ -36,8 +36,6 @@ def _isas() -> list[str]:
 
 
 _isa = _chosen_isa()
-_STREAM = {"sample": 0, "draft": 1}
-_METHOD = {"coupled": 0, "token": 1, "block": 2}
 
 
 def status() -> tuple[bool, str]:
@@ -57,19 +55,19 @@ def _run(function, logits, p: Params, *args):
     if out is None:  # a subclass of torch.Tensor
         logits = [z.detach().as_subclass(torch.Tensor) for z in logits]
         out = function(torch.get_num_threads(), False, logits, *p, *args)
-        assert out is not None, "the extension takes other arguments than eft_kernels.params makes"
+        assert out is not None, "the extension takes other arguments than eft_kernels.arguments makes"
     return out
 
 
 def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logprobs: int, diagnostics: bool):
-    return _run(_cpu.sample, logits, p, _STREAM[stream], int(slot), bool(logprobs), int(top_logprobs),
+    return _run(_cpu.sample, logits, p, STREAM_CODES[stream], int(slot), bool(logprobs), int(top_logprobs),
                 bool(diagnostics))
 
 
 def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, drawn_by: DraftParams,
            logprobs: bool):
-    return _run(_cpu.verify, logits, p, draft_tokens, draft_lengths, _METHOD[method], None if draft < 0 else int(draft),
-                *drawn_by, bool(logprobs))
+    return _run(_cpu.verify, logits, p, draft_tokens, draft_lengths, METHOD_CODES[method],
+                None if draft < 0 else int(draft), *drawn_by, bool(logprobs))
 
 
 def logprobs(logits, p: Params):
@@ -81,7 +79,8 @@ def token_logprobs(logits, p: Params, ids):
 
 
 # The same on arguments that nobody has checked: the extension does, in their usual forms, because that takes Python
-# longer than the kernel a row. None where one is unusual; then look closer (eft_kernels.params), and say what is wrong.
+# longer than the kernel a row. None where one is unusual; then look closer (eft_kernels.arguments), and say what is
+# wrong.
 
 
 def try_sample(logits, *args):

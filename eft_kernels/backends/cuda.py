@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..params import DraftParams, Params
+from ..parameters import METHOD_CODES, STREAM_CODES, DraftParams, Params
 from . import extension, workspace
 
 _cuda = extension.load("eft_kernels._cuda", "CUDA", "no nvcc, or a torch without CUDA, was found at install time, or "
@@ -23,8 +23,6 @@ except ImportError:
         return torch.cuda.current_stream(index).cuda_stream
 
 _SIMT = _cuda.simt
-_STREAM = {"sample": 0, "draft": 1}
-_METHOD = {"coupled": 0, "token": 1, "block": 2}
 
 
 def status() -> tuple[bool, str]:
@@ -66,7 +64,7 @@ def _launch(function, logits, p: Params, *args):
     if out is None:  # a subclass of torch.Tensor
         logits = [z.detach().as_subclass(torch.Tensor) for z in logits]
         out = function(counters, False, logits, *p, *args)
-        assert out is not None, "the extension takes other arguments than eft_kernels.params makes"
+        assert out is not None, "the extension takes other arguments than eft_kernels.arguments makes"
     return out
 
 
@@ -79,13 +77,13 @@ def _run(function, logits, *args):
 
 
 def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logprobs: int, diagnostics: bool):
-    return _run(_cuda.sample, logits, p, _STREAM[stream], int(slot), bool(logprobs), int(top_logprobs),
+    return _run(_cuda.sample, logits, p, STREAM_CODES[stream], int(slot), bool(logprobs), int(top_logprobs),
                 bool(diagnostics))
 
 
 def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, drawn_by: DraftParams,
            logprobs: bool):
-    return _run(_cuda.verify, logits, p, draft_tokens, draft_lengths, _METHOD[method],
+    return _run(_cuda.verify, logits, p, draft_tokens, draft_lengths, METHOD_CODES[method],
                 None if draft < 0 else int(draft), *drawn_by, bool(logprobs))
 
 

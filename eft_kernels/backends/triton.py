@@ -15,7 +15,7 @@ try:
 except ImportError as error:
     raise ImportError("triton is not installed (it comes with torch on GPU machines; pip install triton)") from error
 
-from ..params import DraftParams, Params
+from ..parameters import METHOD_CODES, NAMES, OFF, PARAMETERS, STREAM_CODES, DraftParams, Params
 from ..triton import config, filter, outputs, race
 from ..triton import verify as judge
 from ..triton.rows import Models, Sampling, Up
@@ -27,8 +27,6 @@ NO_STATE = filter.State(*[None] * 7)
 OPTIONS = dict(enable_fp_fusion=False)  # tokens depend on it
 SLACK = 2e-5  # of a float32 sum of exponentials over a row, relative
 CHUNK = 256
-STREAM = {"sample": 0, "draft": 1}
-METHOD = {"coupled": 0, "token": 1, "block": 2}
 NO_UP = Up(None, 1.0, None, None, None, tl.constexpr(-1))
 
 
@@ -87,9 +85,10 @@ def _number(w: float):
     return tl.constexpr(float(w)) if w in (1, -1) else float(w)
 
 
-def _varies(x, off) -> bool:
+def _varies(p: Params, name: str) -> bool:
     """Some row may have the parameter on."""
-    return isinstance(x, torch.Tensor) or x != off
+    value = getattr(p, name)
+    return isinstance(value, torch.Tensor) or value != OFF[name]
 
 
 class Call:
@@ -99,7 +98,9 @@ class Call:
         self.slots = logits[0].shape[1] if logits[0].dim() == 3 else 1
         self.rows, self.device = logits[0].shape[0] * self.slots, logits[0].device
         self.V, self.chunks = p.vocab_size, ceil_div(p.vocab_size, CHUNK)
-        upscales = _varies(p.upscale_top_p, 1.0)
+        if not isinstance(p.top_k, torch.Tensor) and not 0 < p.top_k < self.V:
+            p = p._replace(top_k=0)
+        upscales = _varies(p, "upscale_top_p")
         tuned, weights = p.tuned, p.weights
         if not isinstance(weights, torch.Tensor):  # a model of weight 0 is not read
             live = [j for j, w in enumerate(weights) if w != 0 or (upscales and j == tuned)]
@@ -112,14 +113,14 @@ class Call:
             weights if tensor else None, weights.stride(0) if tensor and weights.dim() == 2 else 0,
             () if tensor else weights, p.token_mask, 0 if p.token_mask is None else p.token_mask.shape[-1], self.V,
             self.slots)
-        (k, top_k), (seed, seed_value), (position, at) = _pair(p.top_k, 0), _pair(p.seed, 0), _pair(p.position, 0)
-        floats = (*_pair(p.temperature, 1.0), *_pair(p.top_p, 1.0), *_pair(p.min_p, 0.0))
-        self.sampling = (Sampling(*floats, k, seed, position), top_k, seed_value, at)
-        self.filtered = _varies(p.top_k, 0) or _varies(p.top_p, 1.0) or _varies(p.min_p, 0.0)
-        self.processed = _varies(p.temperature, 1.0)
+        (seed, seed_value), (position, at) = _pair(p.seed, 0), _pair(p.position, 0)
+        pointers, numbers = zip(*(_pair(getattr(p, name), off) for name, off in OFF.items()))
+        self.sampling = (Sampling(pointers, tuple(map(float, numbers)), seed, position), seed_value, at)
+        on = [q.name for q in PARAMETERS if q.stage == "filter" and _varies(p, q.name)]
+        self.filtered, self.processed = bool(on), _varies(p, "temperature")
         # every row is: its exact mass is known
-        self.all_filtered = any(type(x) is not torch.Tensor and on(x) for x, on in (
-            (p.top_k, lambda k: 0 < k < p.vocab_size), (p.top_p, lambda x: x < 1.0), (p.min_p, lambda x: x > 0.0)))
+        self.all_filtered = any(not isinstance(getattr(p, name), torch.Tensor) for name in on)
+        self.nucleus = "top_p" in on
         self.up = NO_UP
         self.stream = self.split(config.pick(config.STREAM, self.device, self.rows * self.chunks))
         self.cp, self.search = power_of_2(self.chunks), search(p.token_mask is not None)
@@ -179,7 +180,9 @@ class Call:
             self.launch_stream(judge.mass_kernel, *self.sampling, state)
 
     def side(self, state):
-        return Side(self.models, self.up, state, self.sampling[0].temperature, self.sampling[0].temperature_value)
+        pointers, numbers, *_ = self.sampling[0]
+        at = NAMES.index("temperature")
+        return Side(self.models, self.up, state, pointers[at], numbers[at])
 
     def state(self):
         return filter.State(*(self.empty() for _ in range(4)), self.empty(dtype=torch.int64),
@@ -192,10 +195,10 @@ def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logpro
     B, device = call.rows, call.device
     tokens, valid = call.empty(dtype=torch.int64), call.empty(dtype=torch.bool)
     lp, raw = (call.empty() if logprobs else None for _ in range(2))
-    domain = STREAM[stream] << 1 | slot << 3
+    domain = STREAM_CODES[stream] << 1 | slot << 3
     more = top_logprobs or diagnostics
     if call.filtered or more:
-        call.stats(sum=logprobs or bool(more), sum_c=logprobs or _varies(p.top_p, 1.0))
+        call.stats(sum=logprobs or bool(more), sum_c=logprobs or call.nucleus)
         state = call.state() if more else None
         call.row(domain, state, tokens, valid, lp, raw)
     else:
@@ -250,17 +253,16 @@ def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: i
     B, S = logits[0].shape[:2]
     device, judges, blocks = logits[0].device, method != "coupled", method == "block"
     call = Call(logits, p)
-    call.stats(sum=logprobs, sum_c=logprobs or _varies(p.top_p, 1.0))
+    call.stats(sum=logprobs, sum_c=logprobs or call.nucleus)
     state = call.state()
     own, own_valid = (None, None) if judges else (call.empty(dtype=torch.int64), call.empty(dtype=torch.bool))
-    call.row(STREAM["sample"] << 1, state, own, own_valid)
+    call.row(STREAM_CODES["sample"] << 1, state, own, own_valid)
     target, other = call.side(state), call.side(NO_STATE)
     if judges:
         call.masses(state)
         if draft >= 0:
-            own = drawn_by.of(p)
-            q = Call([logits[draft]], own)
-            q.stats(sum=False, sum_c=_varies(own.top_p, 1.0))
+            q = Call([logits[draft]], drawn_by.of(p))
+            q.stats(sum=False, sum_c=q.nucleus)
             other = q.side(q.state())
             q.row(state=other.state)
             q.masses(other.state)
@@ -272,7 +274,7 @@ def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: i
     ratios = torch.empty(B, S, dtype=torch.float64, device=device) if blocks else None
     if not B:
         return tokens, emitted, valid, lp, raw
-    options = dict(METHOD=METHOD[method], **OPTIONS)
+    options = dict(METHOD=METHOD_CODES[method], **OPTIONS)
     judge.accept_kernel[(B,)](target, other, *call.sampling, draft_tokens, draft_lengths, own, accepted, factor, ratios,
                               S, call.V, num_warps=1, **options)
     if blocks:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..ops import draft, logprobs, sample, verify
+from ..parameters import GREEDY
 from ..weights import Weights
 from .text import Text
 
@@ -18,8 +19,9 @@ class Target:
 
     weights: Weights
     seeds: torch.Tensor  # int64 [B]
-    filters: dict = field(default_factory=dict)  # temperature, top_k, top_p, min_p: numbers or tensors [B]
-    upscale_top_p: float | torch.Tensor = 1.0
+    # sampling parameters, numbers or tensors [B]: those of any scores, and those of the combination alone
+    filters: dict = field(default_factory=dict)
+    combining: dict = field(default_factory=dict)
     vocab_size: int | None = None  # needed where the models' logits differ in width: a draft must exist for all
     # process(ids [B, P + n], scores [B, V] float32) -> scores, before the filters; `verify` calls its method
     # of_rows(ids, scores, rows) instead, if it has one: only the rows of the mask [B] have n new tokens
@@ -28,7 +30,7 @@ class Target:
     keep_scores: bool = False  # ... and after process and filters
 
     def __post_init__(self):
-        self.emulate = dict(upscale_top_p=self.upscale_top_p, vocab_size=self.vocab_size)
+        self.emulate = dict(self.combining, vocab_size=self.vocab_size)
         self.noise = dict(self.filters, seed=self.seeds)
         self.materialise = self.process is not None or self.keep_logits or self.keep_scores
 
@@ -49,7 +51,7 @@ class Target:
         """Scores [B, V] divided by the temperature, -inf outside the filters; greedy rows stay as they are."""
         temperature = torch.as_tensor(self.filters.get("temperature", 1.0), dtype=torch.float32, device=scores.device)
         temperature = temperature.reshape(-1, 1).expand(scores.shape[0], 1)
-        greedy = temperature < 1e-5
+        greedy = temperature < GREEDY
         kept = logprobs([scores], [1.0], **self.filters) > float("-inf")
         scores = torch.where(kept | greedy, scores, float("-inf"))
         return scores / torch.where(greedy, 1.0, temperature)

@@ -19,10 +19,9 @@ from .rows import (
     combine,
     full_tiles,
     is_allowed,
-    is_valid,
     kept_scores,
-    knobs_of,
     own_scores,
+    params_of,
     quick_scores,
     raw_scores,
     row_of,
@@ -76,13 +75,13 @@ def put_stats(s, bad, row, chunk, chunks, top, sum, sum_c, c):
         tl.store(sum_c + row + chunk, sums(s, high, c), mask=there)
 
 
-@triton.jit(do_not_specialize=["top_k", "seed", "position"])
-def stats_kernel(m, up, sampling, top_k, seed, position, top, sum, sum_c, chunks, SPLITS: tl.constexpr,
+@triton.jit(do_not_specialize=["seed", "position"])
+def stats_kernel(m, up, sampling, seed, position, top, sum, sum_c, chunks, SPLITS: tl.constexpr,
                  TILES: tl.constexpr, TC: tl.constexpr):
     """Grid (rows * SPLITS): maxima (+inf: a bad row) and sums of every chunk, [rows, chunks]."""
     r = (tl.program_id(0) // SPLITS).to(tl.int64)
     row = row_of(m, up, r)
-    c = knobs_of(sampling, top_k, seed, position, r // m.slots, r % m.slots).c
+    c = params_of(sampling, seed, position, m.V, r // m.slots, r % m.slots).c
     first = (tl.program_id(0) % SPLITS) * (TILES * TC)
     whole, tiles = full_tiles(m, first, TILES, TC)
     size = tl.zeros([TC, CHUNK], tl.float32)
@@ -210,9 +209,9 @@ def threshold(m, up, row, q, best, top, tops, approximate, chunk, chunks, found,
     """The smallest score kept by top-k, top-p and min-p, and the exact mass kept (0: nothing is filtered)."""
     floor = tl.cast(NEG_INF, tl.float32)
     mass_kept = tl.cast(0, tl.int64)
-    use_k = (q.top_k > 0) & (q.top_k < row.V)
+    use_k = q.top_k > 0
     use_p = q.top_p < 1.0
-    if use_k | use_p | (q.min_p > 0.0):
+    if q.filtered:
         context = Kept(m, up, row, floor)
         least = tl.cast(NEG_INF, tl.float32)
         if q.min_p > 0.0:
@@ -244,8 +243,8 @@ def threshold(m, up, row, q, best, top, tops, approximate, chunk, chunks, found,
     return floor, mass_kept
 
 
-@triton.jit(do_not_specialize=["top_k", "seed", "position", "domain"])
-def row_kernel(m, up, sampling, top_k, seed, position, domain, top, sum, sum_c, found, buffer, slack, state, tokens,
+@triton.jit(do_not_specialize=["seed", "position", "domain"])
+def row_kernel(m, up, sampling, seed, position, domain, top, sum, sum_c, found, buffer, slack, state, tokens,
                valid, logprobs, raw, chunks, CP: tl.constexpr, TC: tl.constexpr, N: tl.constexpr,
                FILTERED: tl.constexpr):
     """Grid (rows): thresholds from `stats_kernel`'s maxima and sums [rows, chunks]; CP is the power of two >= chunks.
@@ -255,13 +254,13 @@ def row_kernel(m, up, sampling, top_k, seed, position, domain, top, sum, sum_c, 
     """
     r = tl.program_id(0).to(tl.int64)
     row = row_of(m, up, r)
-    q = knobs_of(sampling, top_k, seed, position, r // m.slots, r % m.slots)
+    q = params_of(sampling, seed, position, m.V, r // m.slots, r % m.slots)
     chunk = tl.arange(0, CP)
     here = chunk < chunks
     tops = top + r * chunks
     high = tl.load(tops + chunk, mask=here, other=NEG_INF)
     best = tl.max(high, 0)
-    ok = (best < INF) & (best > NEG_INF) & is_valid(up, row, q)
+    ok = (best < INF) & (best > NEG_INF) & q.valid
     high = tl.where(ok, high, NEG_INF)
     best = tl.where(ok, best, 0.0)
     lse, approximate = 0.0, 1.0
@@ -274,7 +273,7 @@ def row_kernel(m, up, sampling, top_k, seed, position, domain, top, sum, sum_c, 
     mass_kept = tl.cast(0, tl.int64)
     log_kept = log(tl.cast(approximate, tl.float32))
     if FILTERED:
-        if ok & ~q.greedy:
+        if ok & q.filtered:
             floor, mass_kept = threshold(m, up, row, q, best, high, tops, approximate, chunk, chunks,
                                          found + r * chunks, buffer + r * row.V, slack, TC, N)
             if mass_kept > 0:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .filter import gather, kth
-from .rows import Kept, combine, kept_scores, knobs_of, row_of, tokens_of
+from .rows import Kept, combine, kept_scores, params_of, row_of, tokens_of
 from .semantics import CHUNK, INF, LOG2E, NEG_INF, NONE, log, packed_key, packed_token, times
 
 
@@ -29,16 +29,16 @@ def raw_logprobs(s, state, r):
 @triton.jit
 def changes(q):
     """Whether temperature or filters make the processed distribution another one."""
-    return (q.temperature != 1.0) | (q.top_k > 0) | (q.top_p < 1.0) | (q.min_p > 0.0)
+    return (q.temperature != 1.0) | q.filtered
 
 
-@triton.jit(do_not_specialize=["top_k", "seed", "position"])
-def logprobs_kernel(m, up, sampling, top_k, seed, position, state, out, SPLITS: tl.constexpr, TILES: tl.constexpr,
+@triton.jit(do_not_specialize=["seed", "position"])
+def logprobs_kernel(m, up, sampling, seed, position, state, out, SPLITS: tl.constexpr, TILES: tl.constexpr,
                     TC: tl.constexpr):
     """Grid (rows * SPLITS): out float32 [rows, V]."""
     r = (tl.program_id(0) // SPLITS).to(tl.int64)
     row = row_of(m, up, r)
-    q = knobs_of(sampling, top_k, seed, position, r // m.slots, r % m.slots)
+    q = params_of(sampling, seed, position, m.V, r // m.slots, r % m.slots)
     nan = tl.where(tl.load(state.valid + r), 0.0, float("nan"))
     other = changes(q)
     for t in range(TILES):
@@ -50,8 +50,8 @@ def logprobs_kernel(m, up, sampling, top_k, seed, position, state, out, SPLITS: 
         tl.store(out + r * row.V + token, lp + nan, mask=token < row.V)
 
 
-@triton.jit(do_not_specialize=["top_k", "seed", "position", "number"])
-def ids_kernel(m, up, sampling, top_k, seed, position, state, ids, number, emitted, logprobs, raw, N: tl.constexpr):
+@triton.jit(do_not_specialize=["seed", "position", "number"])
+def ids_kernel(m, up, sampling, seed, position, state, ids, number, emitted, logprobs, raw, N: tl.constexpr):
     """Grid (rows): log-probs of ids [rows, number] into ``logprobs``.
 
     With ``raw`` (`verify`: one id a row, -1 where there is none) both kinds; else the processed one where it is
@@ -59,7 +59,7 @@ def ids_kernel(m, up, sampling, top_k, seed, position, state, ids, number, emitt
     """
     r = tl.program_id(0).to(tl.int64)
     row = row_of(m, up, r)
-    q = knobs_of(sampling, top_k, seed, position, r // m.slots, r % m.slots)
+    q = params_of(sampling, seed, position, m.V, r // m.slots, r % m.slots)
     nan = tl.where(tl.load(state.valid + r), 0.0, float("nan"))
     length = 1
     if emitted is not None:

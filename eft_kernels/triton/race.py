@@ -10,7 +10,7 @@ key order is total, so neither split nor tile can change a token.
 import triton
 import triton.language as tl
 
-from .rows import Kept, combine, full_tiles, is_valid, kept_scores, knobs_of, quick_scores, row_of, tokens_of
+from .rows import Kept, combine, full_tiles, kept_scores, params_of, quick_scores, row_of, tokens_of
 from .semantics import (
     BAD,
     CHUNK,
@@ -98,8 +98,8 @@ def finish(r, tokens, valid, logprobs, raw, best, score, top, sum, sum_c, q, PRO
         tl.store(logprobs + r, full + nan)
 
 
-@triton.jit(do_not_specialize=["top_k", "seed", "position", "domain"])
-def sample_kernel(m, up, sampling, top_k, seed, position, domain, tokens, valid, logprobs, raw, arrived, part_key,
+@triton.jit(do_not_specialize=["seed", "position", "domain"])
+def sample_kernel(m, up, sampling, seed, position, domain, tokens, valid, logprobs, raw, arrived, part_key,
                   part, SPLITS: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, TC: tl.constexpr,
                   DIRECT: tl.constexpr, PROCESSED: tl.constexpr):
     """Grid (rows * SPLITS). part_key [rows, SPLITS], part [rows, SPLITS, 4]: score, maximum, sum, sum at temperature.
@@ -109,8 +109,8 @@ def sample_kernel(m, up, sampling, top_k, seed, position, domain, tokens, valid,
     r = (tl.program_id(0) // SPLITS).to(tl.int64)
     split = tl.program_id(0) % SPLITS
     row = row_of(m, up, r)
-    q = knobs_of(sampling, top_k, seed, position, r // m.slots, r % m.slots)
-    out_of_range = ~is_valid(up, row, q)
+    q = params_of(sampling, seed, position, m.V, r // m.slots, r % m.slots)
+    out_of_range = ~q.valid
     domain = tl.cast(domain, tl.uint32)
     first = split * (TILES * TC)
     if DIRECT:

@@ -1,15 +1,24 @@
 """What a launch is given, and a row's scores from it.
 
-A row r of a launch is slot ``r % slots`` of batch row ``r // slots`` (`sample`: one slot). Every sampling parameter is
-a pointer [B], or None and a number. Rows of the tuned model's up-scaling filter carry `Up`.
+A row r of a launch is slot ``r % slots`` of batch row ``r // slots`` (`sample`: one slot). Rows of the tuned model's
+up-scaling filter carry `Up`.
 """
 
+from collections import namedtuple
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from .semantics import CHUNK, GREEDY, HOT, INF, LARGE, LOG2E, MASKED, NEG_INF, TINY, in_range, row_seed, times
+from ..parameters import NAMES, PARAMETERS
+from .semantics import CHUNK, GREEDY, INF, LARGE, LOG2E, MASKED, NEG_INF, TINY, in_range, row_seed, times
+
+COUNT = tl.constexpr(len(PARAMETERS))
+INTEGER = tl.constexpr(tuple(p.type is int for p in PARAMETERS))
+FILTER = tl.constexpr(tuple(p.stage == "filter" for p in PARAMETERS))
+OFF, LOW, HIGH = (tl.constexpr(tuple(float(x) for x in column))
+                  for column in zip(*((p.off, p.low, p.high) for p in PARAMETERS)))
+TEMPERATURE, TOP_K = tl.constexpr(NAMES.index("temperature")), tl.constexpr(NAMES.index("top_k"))
 
 
 class Models(NamedTuple):
@@ -28,16 +37,14 @@ class Models(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """Per-row parameters: a pointer, or None and a number. The numbers of top_k, seed and position are arguments of
-    their own, for Triton would compile anew for an integer that is 1 or divides by 16."""
+    """Per-row parameters in the order of the table: a pointer [B], or None and a number.
 
-    temperature: object
-    temperature_value: object
-    top_p: object
-    top_p_value: object
-    min_p: object
-    min_p_value: object
-    top_k: object
+    The numbers of seed and position are arguments of their own, for Triton compiles anew for an integer that is 1 or
+    divisible by 16; the others are floats, integers too (a top_k that is on is below 2^22, and exact).
+    """
+
+    pointers: tuple
+    numbers: tuple
     seed: object
     position: object
 
@@ -54,13 +61,14 @@ class Up(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row: base pointers, weights, mask. Loops use what is here: of a kernel's own tuples, a value that Triton knows
-    while it compiles (a 1 among them) is lost there (3.6)."""
+    """One row: base pointers, weights, mask.
+
+    Loops use what is here: inside one, Triton 3.6 loses the compile-time values (1 is one) of a kernel's own tuples.
+    """
 
     z: tuple
     w: tuple
     mask: object
-    valid: object  # upscale_top_p is in range
     on: object  # up-scaling filter, as in Up
     tau: object
     inside: object
@@ -69,19 +77,9 @@ class Row(NamedTuple):
     V: object
 
 
-class Knobs(NamedTuple):
-    """One row's sampling parameters as numbers; all off where one is out of range, which makes the row invalid."""
-
-    valid: object
-    greedy: object
-    temperature: object
-    inverse: object
-    c: object
-    top_k: object
-    top_p: object
-    min_p: object
-    seed: object
-    position: object
+# One row's sampling parameters as numbers, all off where one is out of range, which makes the row invalid, and what
+# follows from them: scores times c are base-2 exponents; filtered: some token may be left out.
+RowParams = namedtuple("RowParams", [*NAMES, "valid", "greedy", "inverse", "c", "filtered", "seed", "position"])
 
 
 @triton.jit
@@ -109,16 +107,37 @@ def seed_of(pointer, number, b):
 
 
 @triton.jit
-def knobs_of(s, top_k, seed, position, b, slot):
-    temperature = value(s.temperature, s.temperature_value, b, tl.float32)
-    top_p = value(s.top_p, s.top_p_value, b, tl.float32)
-    min_p = value(s.min_p, s.min_p_value, b, tl.float32)
-    valid = in_range(temperature, 0.0, HOT) & in_range(top_p, TINY, 1.0) & in_range(min_p, 0.0, 1.0)
-    greedy, temperature, inverse = scales_of(tl.where(valid, temperature, 1.0))
-    return Knobs(valid, greedy, temperature, inverse, inverse * LOG2E,
-                 tl.where(valid, value(s.top_k, top_k, b, tl.int64), 0), tl.where(valid, top_p, 1.0),
-                 tl.where(valid, min_p, 0.0), seed_of(s.seed, seed, b),
-                 value(s.position, position, b, tl.int64) + slot)
+def noise_of(s, seed, position, b, slot):
+    """Seed and position of batch row b at a slot."""
+    return seed_of(s.seed, seed, b), value(s.position, position, b, tl.int64) + slot
+
+
+@triton.jit
+def params_of(s, seed, position, V, b, slot):
+    """`RowParams` of batch row b at a slot."""
+    given = ()
+    valid = True
+    for i in tl.static_range(COUNT):
+        if INTEGER[i]:
+            x = value(s.pointers[i], s.numbers[i], b, tl.int64)
+        else:
+            x = value(s.pointers[i], s.numbers[i], b, tl.float32)
+            valid = valid & in_range(x, LOW[i], HIGH[i])
+        given = given + (x,)
+    values = ()
+    filtered = False
+    for i in tl.static_range(COUNT):
+        off = tl.cast(OFF[i], given[i].dtype)
+        x = tl.where(valid, given[i], off)
+        if i == TOP_K:
+            x = tl.where((x < 0) | (x >= V), off, x)
+        if FILTER[i]:
+            filtered = filtered | (x != off)
+        if i == TEMPERATURE:
+            greedy, x, inverse = scales_of(x)
+        values = values + (x,)
+    seed, position = noise_of(s, seed, position, b, slot)
+    return RowParams(*values, valid, greedy, inverse, inverse * LOG2E, filtered & ~greedy, seed, position)
 
 
 @triton.jit
@@ -132,15 +151,14 @@ def row_of(m, up, r):
             w = w + (tl.cast(m.numbers[j], tl.float32),)
         else:
             w = w + (tl.load(m.w + b * m.w_stride + j).to(tl.float32),)
-    mask, valid, on, tau, inside, outside = r, True, False, 0.0, 0.0, 0.0  # a function cannot return None
+    mask, on, tau, inside, outside = r, False, 0.0, 0.0, 0.0  # a function cannot return None
     if m.mask is not None:
         mask = m.mask + r * m.words
     if up.tau is not None:
         p = value(up.on, up.on_value, b, tl.float32)
-        valid = in_range(p, TINY, 1.0)
-        on = valid & (p < 1.0)
+        on = (p >= TINY) & (p < 1.0)
         tau, inside, outside = tl.load(up.tau + r), tl.load(up.inside + r), tl.load(up.outside + r)
-    return Row(z, w, mask, valid, on, tau, inside, outside, up.tuned, tl.cast(m.V, tl.int32))
+    return Row(z, w, mask, on, tau, inside, outside, up.tuned, tl.cast(m.V, tl.int32))
 
 
 @triton.jit
@@ -197,15 +215,6 @@ def combine(m, up, row, token):
         s = scaled(up, row, s, own)
         bad = bad | ~(s < INF)  # overflown
     return s, bad
-
-
-@triton.jit
-def is_valid(up, row, q):
-    """Whether the row's parameters are in range."""
-    ok = q.valid
-    if up.tau is not None:
-        ok = ok & row.valid
-    return ok
 
 
 @triton.jit

@@ -6,15 +6,16 @@ Launch with ``enable_fp_fusion=False``: tokens depend on every float32 operation
 import triton
 import triton.language as tl
 
+from .. import parameters
+
 NEG_INF = tl.constexpr(float("-inf"))
 INF = tl.constexpr(float("inf"))
-GREEDY = tl.constexpr(1e-5)
-# a logit <= MASKED excludes a token whose sum is not below LARGE in size
-MASKED, LARGE = tl.constexpr(-3.38e38), tl.constexpr(1e30)
-TINY, HOT = tl.constexpr(2.0**-126), tl.constexpr(1e30)  # the least top_p, the highest temperature
+GREEDY, TINY = tl.constexpr(parameters.GREEDY), tl.constexpr(parameters.TINY)
+MASKED, LARGE = tl.constexpr(parameters.MASKED), tl.constexpr(parameters.LARGE)
 LOG2E = tl.constexpr(1.44269504)
 CHUNK = tl.constexpr(256)
-SAMPLE, DRAFT, ACCEPT, RESIDUAL = (tl.constexpr(i) for i in range(4))  # streams
+SAMPLE, DRAFT, ACCEPT, RESIDUAL = map(tl.constexpr, parameters.STREAM_CODES.values())
+COUPLED, TOKEN, BLOCK = map(tl.constexpr, parameters.METHOD_CODES.values())
 KIND_CHUNK, KIND_TOKEN = tl.constexpr(0), tl.constexpr(1)
 MASS_ONE = tl.constexpr(2.0**40)  # the mass of the best token
 RESIDUAL_ONE = tl.constexpr(2.0**58)

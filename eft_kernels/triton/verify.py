@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 
 from .race import race, race_kept
-from .rows import combine, knobs_of, row_of, scales_of, tokens_of, value
+from .rows import combine, noise_of, params_of, row_of, scales_of, tokens_of, value
 from .semantics import (
+    BLOCK,
+    COUPLED,
     LOG2E,
     MASS_ONE,
     NEG_INF,
@@ -30,7 +32,6 @@ from .semantics import (
     residual,
 )
 
-COUPLED, TOKEN, BLOCK = (tl.constexpr(i) for i in range(3))  # methods
 SLACK = tl.constexpr(1e-3)  # nats: over the bound of a chunk's residual, for its logarithm is not quite monotone
 
 
@@ -73,13 +74,13 @@ def mass_of(side, v, token):
     return tl.where(v.greedy, tl.where(token == v.token, 1 << 40, 0).to(tl.int64), kept)
 
 
-@triton.jit(do_not_specialize=["top_k", "seed", "position"])
-def mass_kernel(m, up, sampling, top_k, seed, position, state, SPLITS: tl.constexpr, TILES: tl.constexpr,
+@triton.jit(do_not_specialize=["seed", "position"])
+def mass_kernel(m, up, sampling, seed, position, state, SPLITS: tl.constexpr, TILES: tl.constexpr,
                 TC: tl.constexpr):
     """Grid (rows * SPLITS): adds up the exact mass of the rows that no filter touched (state.total is 0 there)."""
     r = (tl.program_id(0) // SPLITS).to(tl.int64)
-    q = knobs_of(sampling, top_k, seed, position, r // m.slots, r % m.slots)
-    if ~q.greedy & (q.min_p <= 0.0) & (q.top_p >= 1.0) & ((q.top_k <= 0) | (q.top_k >= m.V)):
+    q = params_of(sampling, seed, position, m.V, r // m.slots, r % m.slots)
+    if ~q.greedy & ~q.filtered:
         row = row_of(m, up, r)
         best = tl.load(state.best + r)
         a = tl.zeros([TC, 256], tl.int64)
@@ -112,11 +113,11 @@ def ends_of(target, draft, b, length, slots, METHOD: tl.constexpr):
 
 
 @triton.jit
-def judged(target, draft, sampling, top_k, seed, position, b, i, slots, d, V):
+def judged(target, draft, sampling, seed, position, b, i, slots, d, V):
     """Masses and totals of draft d at slot i in target and draft, and the slot's uniform."""
     r = b * slots + i
-    q = knobs_of(sampling, top_k, seed, position, b, i)
-    u = accept_uniform(q.seed, q.position, tl.cast(i, tl.uint32))
+    row_seed, at = noise_of(sampling, seed, position, b, i)
+    u = accept_uniform(row_seed, at, tl.cast(i, tl.uint32))
     inside = (d >= 0) & (d < V)
     token = tl.where(inside, d, 0).to(tl.int32)
     at_target = view(target, r)
@@ -129,8 +130,8 @@ def judged(target, draft, sampling, top_k, seed, position, b, i, slots, d, V):
     return t, at_target.total, tl.where(inside, p, 1), p_total, u
 
 
-@triton.jit(do_not_specialize=["top_k", "seed", "position", "slots"])
-def accept_kernel(target, draft, sampling, top_k, seed, position, draft_tokens, draft_lengths, own, accepted, factor,
+@triton.jit(do_not_specialize=["seed", "position", "slots"])
+def accept_kernel(target, draft, sampling, seed, position, draft_tokens, draft_lengths, own, accepted, factor,
                   ratios, slots, V, METHOD: tl.constexpr):
     """Grid (B): accepted [B] and, for "block", the ratio after every draft [B, slots] (float64).
 
@@ -143,7 +144,7 @@ def accept_kernel(target, draft, sampling, top_k, seed, position, draft_tokens, 
         ratio = tl.cast(1.0, tl.float64)
         for i in range(0, end):
             d = tl.load(draft_tokens + b * (slots - 1) + i)
-            t, t_total, p, p_total, _ = judged(target, draft, sampling, top_k, seed, position, b, i, slots, d, V)
+            t, t_total, p, p_total, _ = judged(target, draft, sampling, seed, position, b, i, slots, d, V)
             ratio = block_ratio(ratio, t, t_total, p, p_total)
             tl.store(ratios + b * slots + i, ratio)
         tl.store(accepted + b, end)  # how many count; `block_kernel` says how many are accepted
@@ -154,7 +155,7 @@ def accept_kernel(target, draft, sampling, top_k, seed, position, draft_tokens, 
             if METHOD == COUPLED:
                 going = (d >= 0) & (d == tl.load(own + b * slots + count))
             else:
-                t, t_total, p, p_total, u = judged(target, draft, sampling, top_k, seed, position, b, count, slots, d,
+                t, t_total, p, p_total, u = judged(target, draft, sampling, seed, position, b, count, slots, d,
                                                    V)
                 going = accept_token(u, t, t_total, p, p_total)
             count += going.to(tl.int32)
@@ -224,15 +225,15 @@ def rest_kernel(target, draft, draft_tokens, accepted, ratios, rest, slots, SPLI
             tl.atomic_add(rest + at, tl.sum(tl.sum(a, 1), 0), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["top_k", "seed", "position", "slots"])
-def block_kernel(sampling, top_k, seed, position, accepted, factor, ratios, rest, slots):
+@triton.jit(do_not_specialize=["seed", "position", "slots"])
+def block_kernel(sampling, seed, position, accepted, factor, ratios, rest, slots):
     """Grid (B): the longest prefix that passes (Sun et al., algorithm 2)."""
     b = tl.program_id(0).to(tl.int64)
     end = tl.load(accepted + b)
     count, f = tl.cast(0, tl.int32), tl.cast(1.0, tl.float64)
     for i in range(0, end):
-        q = knobs_of(sampling, top_k, seed, position, b, i)
-        u = accept_uniform(q.seed, q.position, tl.cast(i, tl.uint32))
+        row_seed, at = noise_of(sampling, seed, position, b, i)
+        u = accept_uniform(row_seed, at, tl.cast(i, tl.uint32))
         ratio = tl.load(ratios + b * slots + i)
         passes = block_passes(u, ratio, tl.load(rest + b * slots + i), i + 1 == end)
         count = tl.where(passes, i + 1, count)
@@ -243,8 +244,8 @@ def block_kernel(sampling, top_k, seed, position, accepted, factor, ratios, rest
 
 # --- the token after the accepted drafts ---------------------------------------------------------------------------
 
-@triton.jit(do_not_specialize=["top_k", "seed", "position", "slots"])
-def last_kernel(target, draft, sampling, top_k, seed, position, top, draft_tokens, draft_lengths, own, accepted,
+@triton.jit(do_not_specialize=["seed", "position", "slots"])
+def last_kernel(target, draft, sampling, seed, position, top, draft_tokens, draft_lengths, own, accepted,
                 factor, tokens, emitted, valid, slots, chunks, METHOD: tl.constexpr, CP: tl.constexpr,
                 SP: tl.constexpr):
     """Grid (B): tokens [B, slots]: the accepted drafts, the residual's or the target's own sample, -1."""
@@ -260,7 +261,7 @@ def last_kernel(target, draft, sampling, top_k, seed, position, top, draft_token
         token = tl.where(ok, tl.load(own + r), -1)
     else:
         if ok:
-            q = knobs_of(sampling, top_k, seed, position, b, i)
+            q = params_of(sampling, seed, position, target.m.V, b, i)
             at = view(target, r)
             chunk = tl.arange(0, CP)
             high = tl.load(top + r * chunks + chunk, mask=chunk < chunks, other=NEG_INF)

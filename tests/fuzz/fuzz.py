@@ -166,14 +166,18 @@ def compare(got, want, words: str):
 
 def tame(call):
     """``call`` with its values in range, so that what is hostile in it is what was put there later."""
+    from eft_kernels.parameters import ROWS
+
     K = call.logits[0].shape[1] - 1
     V, p = call.params.vocab_size, call.params
-    limits = dict(temperature=(0, 1e30), top_p=(1e-6, 1), min_p=(0, 1), upscale_top_p=(1e-6, 1), top_k=(-1, MAX - 1),
-                  position=(0, MAX - 1))
-    changed = {name: getattr(p, name).nan_to_num(0.5).clamp(*limit) if limit[1] < MAX - 1 else
-               getattr(p, name).clamp(*limit) for name, limit in limits.items()
-               if isinstance(getattr(p, name), torch.Tensor)}
-    changed |= {name: max(0, getattr(p, name)) for name in ("position",) if not isinstance(p.position, torch.Tensor)}
+    changed = {}
+    for name, row in ROWS.items():
+        x = getattr(p, name)
+        if isinstance(x, torch.Tensor):
+            changed[name] = x.clamp(row.low, min(row.high, MAX - 1)) if row.type is int else \
+                x.nan_to_num(row.tried[1]).clamp(row.low, row.high)
+    if not isinstance(p.position, torch.Tensor):
+        changed["position"] = max(0, p.position)
     if isinstance(p.weights, torch.Tensor):
         changed["weights"] = p.weights.nan_to_num(1.0, 1.0, 1.0)
     args = list(call.args)

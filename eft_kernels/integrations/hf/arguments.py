@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import numbers
 import sys
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from transformers import GenerationConfig, GenerationMixin
 
+from ...arguments import scalar_or_rows
+from ...checks import from_host, index
 from ...ops import row_seeds
+from ...parameters import MAX_MODELS
 from ...weights import Weights, downscale, interpolate, proxy, upscale
 from .models import CACHE_NAMES, device_of, logits_width
 from .peft import Off, layers_of, unwrapped
@@ -47,14 +48,6 @@ def refuse_unless(name: str, got, ok: bool, allowed: str) -> None:
         raise ValueError(f"{name}: got {got!r}, allowed is {allowed}")
 
 
-def is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def outer_arguments() -> dict:
     """The arguments of the transformers ``generate`` that called us.
 
@@ -87,24 +80,16 @@ def given_of(outer: dict) -> set[str] | None:
     return {*given, *own}
 
 
-def per_row(name: str, value, device):
-    """A parameter that may be an array, a list or one of NumPy's numbers, as a number or a tensor on ``device``."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, (list, tuple)) and value and all(isinstance(v, numbers.Real) for v in value):
-        value = np.array(value)
-    if isinstance(value, np.ndarray):
-        if value.dtype.kind not in "iuf":
-            raise ValueError(f"{name}: got an array of {value.dtype}, allowed are numbers")
-        value = torch.from_numpy(np.ascontiguousarray(value))
-    if isinstance(value, torch.Tensor):
-        if value.dtype == torch.uint64:
-            value = value.view(torch.int64)  # the same 64 bits
-        value = value.to(device)
-    if name == "top_k" and isinstance(value, torch.Tensor) and not value.is_floating_point():
-        value = value.to(torch.int64)
-        return torch.where(value == -1, 0, value)
-    return 0 if name == "top_k" and is_int(value) and value == -1 else value  # -1 is off elsewhere
+def on_device(name: str, value, device):
+    """A number, or what may be a list or an array as a tensor on ``device``."""
+    value = from_host(name, value, device)
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def per_row(name: str, value, rows: int, device):
+    """A sampling parameter or seed, checked: a number, or a tensor [rows] on ``device``."""
+    value = value.to(device) if isinstance(value, torch.Tensor) else value
+    return scalar_or_rows(name, value, rows, device, check=True)
 
 
 def combination_of(model, tuned, ref, mode, beta, alpha, lam):
@@ -140,16 +125,16 @@ def free_combination_of(model, models, weights, given: dict):
         if value is not None:
             raise ValueError(f"{name}: goes with tuned and ref, got weights, too; give one of the two")
     models = [] if models is None else models
-    if not isinstance(models, (list, tuple)) or len(models) > 7 or any(m is None for m in models):
+    if not isinstance(models, (list, tuple)) or len(models) >= MAX_MODELS or any(m is None for m in models):
         got = f"{len(models)} models" if isinstance(models, (list, tuple)) else type(models).__name__
-        raise ValueError(f"models: got {got}, allowed is a list of up to 7 beside model")
+        raise ValueError(f"models: got {got}, allowed is a list of up to {MAX_MODELS - 1} beside model")
     device = device_of(model)
     if isinstance(weights, (list, tuple)):
-        weights = [per_row("weights", w, device) for w in weights]
+        weights = [on_device("weights", w, device) for w in weights]
     elif isinstance(weights, Weights):
         weights = list(weights.values) if weights.tensor is None else weights.tensor.to(device)
     else:
-        weights = per_row("weights", weights, device)
+        weights = on_device("weights", weights, device)
     weights = Weights(weights)
     if len(weights) != 1 + len(models):
         raise ValueError(f"weights: got {len(weights)} for {1 + len(models)} models, model and models")
@@ -268,7 +253,7 @@ def check_inputs(models, names, input_ids, model_kwargs, vocab_size, tokenizers)
     widths = {name: logits_width(m) for m, name in zip(models, names)}
     shortest = min(widths.values())
     if vocab_size is not None:
-        refuse_unless("vocab_size", vocab_size, is_int(vocab_size) and 0 < vocab_size <= shortest, f"1 to {shortest}")
+        vocab_size = index("vocab_size", vocab_size, 1, shortest, f"1 to {shortest}")
     if tokenizers is not None:
         check_tokenizers(tokenizers, names, shortest if vocab_size is None else vocab_size, vocab_size is None)
     elif vocab_size is None and len(set(widths.values())) > 1:
@@ -315,12 +300,8 @@ def check_context(models, names, prompts: list[int], max_new_tokens: int) -> Non
 
 
 def seeds_of(seed, rows: int, device, greedy: bool) -> torch.Tensor:
-    if isinstance(seed, torch.Tensor):
-        if seed.shape != (rows,) or seed.is_floating_point() or seed.dtype == torch.bool:
-            raise ValueError(f"seed: got {seed.dtype} {list(seed.shape)}, allowed is an int or int64 [{rows}]")
-        return seed.to(device, torch.int64)
+    """int64 [rows]; None: from torch's global generator."""
     if seed is None:
         seed = 0 if greedy else int(torch.randint(1 << 62, ()))
-    refuse_unless("seed", seed, is_int(seed) and -(1 << 63) <= seed < 1 << 64,
-                  f"a 64-bit int, a tensor int64 [{rows}] or None")
-    return row_seeds(seed, rows, device)
+    seed = per_row("seed", seed, rows, device)
+    return seed if isinstance(seed, torch.Tensor) else row_seeds(seed, rows, device)

@@ -16,16 +16,17 @@ import torch
 from transformers import GenerationConfig, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from ...checks import index, one_of
 from ...decoding import OwnPrompt, Prompt, Speculation, Target, plain, speculative
-from ...ops import METHODS, sample
+from ...ops import PerRow, sample
+from ...parameters import GREEDY, MAX_SLOT, METHODS, OFF, PARAMETERS
 from .arguments import (
     check_context,
     check_inputs,
     check_options,
     combination_of,
     free_combination_of,
-    is_int,
-    is_number,
+    on_device,
     outer_arguments,
     own_prompts,
     per_row,
@@ -70,10 +71,38 @@ def invalid_message(failed: dict[int, int]) -> str:
 
 
 def generate(
-    model, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, *, tuned=None, ref=None,
-    models=None, weights=None, prompts=None, mode=None, beta=None, alpha=None, lam=None, upscale_top_p=1.0,
-    temperature=None, top_k=None, top_p=None, min_p=None, draft_tokens=0, verify="coupled", draft=None, seed=None,
-    vocab_size=None, tokenizers=None, on_invalid="raise", streamer=None, stop_strings=None, tokenizer=None,
+    model,
+    input_ids,
+    logits_processor=None,
+    stopping_criteria=None,
+    generation_config=None,
+    *,
+    tuned=None,
+    ref=None,
+    models=None,
+    weights=None,
+    prompts=None,
+    mode=None,
+    beta: PerRow = None,
+    alpha: PerRow = None,
+    lam: PerRow = None,
+    # parameters: arguments of hf
+    temperature: PerRow = None,
+    top_k: PerRow = None,
+    top_p: PerRow = None,
+    min_p: PerRow = None,
+    upscale_top_p: PerRow = 1.0,
+    # parameters: end
+    draft_tokens: int = 0,
+    verify: str = "coupled",
+    draft: int | None = None,
+    seed: PerRow = None,
+    vocab_size: int | None = None,
+    tokenizers=None,
+    on_invalid: str = "raise",
+    streamer=None,
+    stop_strings=None,
+    tokenizer=None,
     **model_kwargs,
 ):
     """Decodes as if ``model`` had been fine-tuned the way ``tuned`` was from ``ref`` (arXiv 2310.12962).
@@ -95,9 +124,9 @@ def generate(
         a small model and large tuned and ref; "interpolate": model + lam tuned_a + (1 - lam) tuned_b - ref.
         Default: "interpolate" for two tuned models, else "upscale".
       beta, alpha (default 1), lam (default 0.5): the mode's own strength; another mode's is refused.
-      upscale_top_p: nucleus of the tuned model outside which its own probabilities stay (1 is off).
-      temperature, top_k, top_p, min_p: as transformers' options of that name; a temperature of 0 is greedy. As there,
-        do_sample=True without top_k takes the generation config's (50 by default).
+      The sampling parameters as in `eft_kernels.sample`. Those that are options of transformers, too, mean the same
+        there; a temperature of 0 is greedy, and with do_sample=True one that is not given is the generation config's
+        (top_k=50 by default).
       draft_tokens: K, drafted per round; 0 decodes one token a step.
       verify: "coupled": the tokens of plain decoding where the logits are equal: float32 (a pass over K + 1 tokens
         rounds bfloat16 in another order than one over 1); "token", "block": the same distribution, more accepted.
@@ -115,10 +144,10 @@ def generate(
     its turn with a token that its base may never use. ``eos_token_id`` in the call replaces them all.
 
     Processors and stopping criteria (options or the caller's) see each token with its own prefix, also under
-    speculation; processors get the emulated scores, float32 [rows, V], drafts do not. temperature, top_k, top_p and
-    min_p alone are the operation's own and never make scores [rows, V]. Under speculation a processor is a function of
-    (input_ids, scores). xgrammar's own follows each row's drafts and back; another that keeps a state is refused where
-    that shows, unless it declares ``stateless = True`` (the result depends on the arguments alone) or has
+    speculation; processors get the emulated scores, float32 [rows, V], drafts do not. The sampling parameters alone are
+    the operation's own and never make scores [rows, V]. Under speculation a processor is a function of (input_ids,
+    scores). xgrammar's own follows each row's drafts and back; another that keeps a state is refused where that shows,
+    unless it declares ``stateless = True`` (the result depends on the arguments alone) or has
     ``process_rows(rows, input_ids, scores) -> scores``: the indices of n rows, their whole prefixes int64 [n, P + m],
     of which the last tokens may differ from the call before, and scores [n, V]. draft_tokens=0 takes all as they are.
 
@@ -127,10 +156,10 @@ def generate(
     """
     outer = outer_arguments()
     device = device_of(model)
-    beta, alpha, lam, upscale_top_p, temperature, top_k, top_p, min_p, seed = (
-        per_row(name, value, device) for name, value in dict(
-            beta=beta, alpha=alpha, lam=lam, upscale_top_p=upscale_top_p, temperature=temperature, top_k=top_k,
-            top_p=top_p, min_p=min_p, seed=seed).items())
+    # parameters: dict
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, upscale_top_p=upscale_top_p)
+    # parameters: end
+    beta, alpha, lam = (on_device(name, x, device) for name, x in dict(beta=beta, alpha=alpha, lam=lam).items())
     streamer = outer.get("streamer") if streamer is None else streamer
     config = generation_config if generation_config is not None else GenerationConfig()
     free = weights is not None or models is not None
@@ -145,10 +174,10 @@ def generate(
     draft = default_draft if draft is None else draft
     home, input_ids = input_ids.device, input_ids.to(device)
 
-    refuse_unless("verify", verify, verify in METHODS, f"one of {', '.join(METHODS)}")
-    refuse_unless("draft_tokens", draft_tokens, is_int(draft_tokens) and draft_tokens >= 0, "an integer >= 0")
-    refuse_unless("draft", draft, is_int(draft) and 0 <= draft < len(models), f"0 to {len(models) - 1}")
-    refuse_unless("on_invalid", on_invalid, on_invalid in ("raise", "warn"), "'raise' or 'warn'")
+    one_of("verify", verify, METHODS)
+    draft_tokens = index("draft_tokens", draft_tokens, 0, MAX_SLOT, "an integer >= 0")
+    draft = index("draft", draft, 0, len(models) - 1, f"0 to {len(models) - 1}")
+    one_of("on_invalid", on_invalid, ("raise", "warn"))
     check_options(config, outer, model_kwargs, sees=model.config.get_text_config(decoder=True) is not model.config)
     left, vocab_size = check_inputs(models, names, input_ids, model_kwargs, vocab_size, tokenizers)
     input_ids = input_ids.long()
@@ -156,11 +185,11 @@ def generate(
     if streamer is not None and rows != 1:
         raise ValueError(f"streamer: got {rows} rows, allowed is one")
 
-    named = {k: v for k, v in dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p).items()
-             if v is not None}
-    if free or len(models) == 4:
-        refuse_unless("upscale_top_p", upscale_top_p, is_number(upscale_top_p) and upscale_top_p == 1,
-                       "1.0 with weights or two tuned models")
+    sampling = {name: per_row(name, x, rows, device) for name, x in sampling.items() if x is not None}
+    combining = {p.name: sampling.pop(p.name, p.off) for p in PARAMETERS if p.stage == "combine"}
+    for name, x in combining.items() if free or len(models) == 4 else ():
+        refuse_unless(name, x, not isinstance(x, torch.Tensor) and x == OFF[name],
+                      f"{OFF[name]} with weights or two tuned models")
     if prompts is not None and not free:
         raise ValueError("prompts: go with models and weights; leave them out beside tuned and ref")
     prompts = own_prompts(prompts, names, rows, device, vocab_size, getattr(config, "_pad_token_tensor", None))
@@ -180,12 +209,13 @@ def generate(
         if ends != set(eos):
             eos = sorted(ends)
             logits_processor = hold_back(logits_processor or [], config, eos, input_ids.shape[1], device)
-    processors, filters = sampling_of(logits_processor or [], config, named, outer.get("logits_processor"))
+    processors, filters = sampling_of(logits_processor or [], config, sampling, outer.get("logits_processor"))
     process = RowProcessors(processors, rows, speculating=draft_tokens > 0) if processors else None
-    seeds = seeds_of(seed, rows, device, greedy=is_number(t := filters.get("temperature", 1.0)) and t < 1e-5)
+    temperature = filters.get("temperature", 1.0)
+    greedy = not isinstance(temperature, torch.Tensor) and temperature < GREEDY
+    seeds = seeds_of(seed, rows, device, greedy=greedy)
     nothing = torch.zeros(rows, 1, dtype=torch.float32, device=device)
-    sample([nothing] * len(models), weights, upscale_top_p=upscale_top_p, seed=seeds, position=0, logprobs=False,
-           check=True, **named)  # the operation's own checks of every value
+    sample([nothing] * len(models), weights, seed=seeds, position=0, logprobs=False, check=True)  # checks the weights
 
     lengths = [int((ids.shape[1] - pads).max()) for ids, pads in (p or (input_ids, left) for p in prompts)]
     check_context(models, names, lengths, max_new_tokens)
@@ -194,7 +224,7 @@ def generate(
     known = min(map(logits_width, models))
     prompt = Prompt(input_ids, left, max_new_tokens, eos, pad, known, criteria or None)
     verbose = bool(config.return_dict_in_generate)
-    target = Target(weights, seeds, filters, upscale_top_p, vocab_size, process,
+    target = Target(weights, seeds, filters, combining, vocab_size, process,
                     keep_logits=bool(verbose and config.output_logits),
                     keep_scores=bool(verbose and config.output_scores))
     adapters = [CausalLM(m, name, rollback=draft_tokens > 0, context=context)

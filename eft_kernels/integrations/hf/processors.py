@@ -7,16 +7,15 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as lp
 
 from ...decoding import Target
+from ...parameters import OFF, PARAMETERS
 from ...weights import Weights
-from .arguments import is_number, refuse_unless
+from .arguments import refuse_unless
 
 # transformers' order of what it appends after the caller's processors, and the filters of ours among them
 ORDER = (lp.TemperatureLogitsWarper, lp.TopHLogitsWarper, lp.TopKLogitsWarper, lp.TopPLogitsWarper,
          lp.MinPLogitsWarper, lp.TypicalLogitsWarper, lp.EpsilonLogitsWarper, lp.EtaLogitsWarper,
          lp.WatermarkLogitsProcessor, lp.SynthIDTextWatermarkLogitsProcessor, lp.LogitNormalization)
-WARPERS = {lp.TemperatureLogitsWarper: "temperature", lp.TopKLogitsWarper: "top_k", lp.TopPLogitsWarper: "top_p",
-           lp.MinPLogitsWarper: "min_p"}
-OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+WARPERS = {getattr(lp, p.warper): p.name for p in PARAMETERS if p.warper}
 
 
 class _Filter:
@@ -56,7 +55,8 @@ def sampling_of(processors, config, named: dict, callers) -> tuple[LogitsProcess
     processors = list(processors)
     if not config.do_sample:
         for name, value in named.items():
-            neutral = is_number(value) and (value == OFF[name] or (name == "temperature" and value == 0))
+            off = (OFF[name], 0) if name == "temperature" else (OFF[name],)
+            neutral = not isinstance(value, torch.Tensor) and value in off
             refuse_unless(name, value, neutral, "only with do_sample=True")
         return LogitsProcessorList(processors), {"temperature": 0.0}
     own = {id(p) for p in callers or ()}

@@ -1,86 +1,54 @@
-"""Sampling parameters: checking what the host can see, and the one form every backend takes.
+"""The arguments of a call: checking what the host can see, and the one form every backend takes.
 
-Each parameter is a Python scalar (it travels as a scalar, no device copy) or a tensor ``[rows]``. Lists and NumPy
-arrays become tensors on the logits' device.
+Each sampling parameter is a Python scalar (it travels as a scalar, no device copy) or a tensor ``[rows]``. Lists and
+NumPy arrays become tensors on the logits' device.
 """
 
 from __future__ import annotations
 
 import numbers
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import torch
 
 from .checks import INTEGERS, dense, from_host, index, is_array, readable, shown
+from .parameters import MAX_MODELS, MAX_VOCAB, PARAMETERS, ROWS, Parameter, Params
 from .weights import Weights
 
-# name: (dtype of the tensor form, smallest and largest value, what is allowed)
-TINY = 2.0**-126  # a float32 that no mode flushes to 0
-SPECS = {
-    "temperature": (torch.float32, 0, 1e30, "0 to 1e30 (below 1e-5 is greedy)"),
-    "top_k": (torch.int64, -1, (1 << 63) - 1, "an integer >= 0 (0 and -1 are off)"),
-    "top_p": (torch.float32, TINY, 1, "in (0, 1] (1 is off)"),
-    "min_p": (torch.float32, 0, 1, "in [0, 1] (0 is off)"),
-    "upscale_top_p": (torch.float32, TINY, 1, "in (0, 1] (1 is off)"),
-    "seed": (torch.int64, -(1 << 63), (1 << 64) - 1, "a 64-bit integer"),
-    "position": (torch.int64, 0, (1 << 63) - 1, "an integer >= 0"),
-}
-MAX_MODELS = 8
 MAX_WEIGHT = 2.0**128 - 2.0**103  # from here on a number rounds to an infinite float32
-MAX_VOCAB = 1 << 22  # the fixed-point masses (2^40 each) of this many tokens cannot overflow 63 bits
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-DEFAULTS = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, upscale_top_p=1.0, position=0)  # what None means
 
 
-class Params(NamedTuple):
-    """What a backend receives beside the logits: each value a Python scalar or a tensor [rows]."""
-
-    weights: tuple[float, ...] | torch.Tensor  # J floats, or float32 [J] or [rows, J]
-    temperature: float | torch.Tensor
-    top_k: int | torch.Tensor
-    top_p: float | torch.Tensor
-    min_p: float | torch.Tensor
-    upscale_top_p: float | torch.Tensor
-    seed: int | torch.Tensor  # a scalar is expanded by row_seed
-    position: int | torch.Tensor
-    token_mask: torch.Tensor | None  # int32 [rows, ceil(V / 32)] (verify: [rows, K+1, ceil(V / 32)]), bit 1 = allowed
-    vocab_size: int
-    tuned: int
+def row_of(name: str) -> Parameter:
+    """The table's row of a parameter, or of what the drafts were drawn by."""
+    return ROWS[name.removeprefix("draft_")]
 
 
-class DraftParams(NamedTuple):
-    """What `verify`'s drafts were drawn by: each value a Python scalar, a tensor [rows], or None: as the target."""
-
-    temperature: float | torch.Tensor | None = None
-    top_k: int | torch.Tensor | None = None
-    top_p: float | torch.Tensor | None = None
-    min_p: float | torch.Tensor | None = None
-
-    def of(self, p: Params) -> Params:
-        """`Params` of the draft distribution: one model alone."""
-        own = {name: x for name, x in self._asdict().items() if x is not None}
-        return p._replace(weights=(1.0,), upscale_top_p=1.0, tuned=0, **own)
+def dtype_of(p: Parameter) -> torch.dtype:
+    """Of the tensor form."""
+    return torch.int64 if p.type is int else torch.float32
 
 
 def scalar(name: str, value, rows: int):
     """``value`` as a Python number in range, integers as signed 64 bits; ValueError names ``name``."""
-    dtype, low, high, words = SPECS[name.removeprefix("draft_")]
-    integer = dtype is torch.int64
+    p = row_of(name)
+    integer = p.type is int
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{name}: expected a number or a tensor [{rows}], got {type(value).__name__}")
-    if not low <= value <= high or (integer and value % 1):
-        raise ValueError(f"{name}: got {value}, allowed is {words}")
+    if not p.low <= value <= p.high or (integer and value % 1):
+        raise ValueError(f"{name}: got {value}, allowed is {p.allowed}")
     if not integer:
         return float(value)
     value = int(value)
-    if name in ("top_k", "draft_top_k"):
-        return max(value, 0)
+    if p.stage == "filter":
+        return max(value, 0)  # -1 is off, too
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
 def scalar_or_rows(name: str, value, rows: int, device: torch.device, check: bool):
     """``value`` as a Python scalar or a contiguous tensor [rows] on ``device``; ValueError names ``name``."""
-    dtype, low, high, words = SPECS[name.removeprefix("draft_")]
+    p = row_of(name)
+    dtype = dtype_of(p)
     if is_array(value):
         value = value.tolist()  # of no dimensions: a number
     if isinstance(value, (list, tuple)):
@@ -105,16 +73,16 @@ def scalar_or_rows(name: str, value, rows: int, device: torch.device, check: boo
     if value.device != device:
         raise ValueError(f"{name}: is on {value.device}, the logits are on {device}; move it there")
     given, value = value, value.to(dtype).contiguous()  # compared as its own type, int8 would wrap the bounds
-    if check and name != "seed" and readable(value) and not bool(((value >= low) & (value <= high)).all()):
-        raise ValueError(f"{name}: got {given.tolist()}, allowed is {words}")
+    if check and name != "seed" and readable(value) and not bool(((value >= p.low) & (value <= p.high)).all()):
+        raise ValueError(f"{name}: got {given.tolist()}, allowed is {p.allowed}")
     return value
 
 
 def check_logits(logits, dims: int, vocab_size: int | None) -> tuple[list[torch.Tensor], int]:
     """The logits as a list of tensors with unit last stride, and V; ValueError says which model is wrong and how."""
-    if isinstance(logits, torch.Tensor) or not isinstance(logits, (list, tuple)) or not 1 <= len(logits) <= 8:
+    if isinstance(logits, torch.Tensor) or not isinstance(logits, (list, tuple)) or not 1 <= len(logits) <= MAX_MODELS:
         got = type(logits).__name__ if not isinstance(logits, (list, tuple)) else f"{len(logits)} tensors"
-        raise ValueError(f"logits: expected a list of 1 to 8 tensors, one per model, got {got}")
+        raise ValueError(f"logits: expected a list of 1 to {MAX_MODELS} tensors, one per model, got {got}")
     lead, device, shortest, out = None, None, None, []
     for j, z in enumerate(logits):
         if isinstance(z, torch.Tensor):
@@ -161,10 +129,10 @@ def check_mask(mask, shape: tuple[int, ...], device: torch.device) -> torch.Tens
     return mask.expand(shape).contiguous()
 
 
-def check_params(logits, weights, rows, vocab_size, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
-                 upscale_top_p=1.0, seed=0, position=0, token_mask=None, tuned=1, check=False,
-                 needs_tuned=False) -> Params:
-    """All arguments beside the logits, checked, as `Params`. ``logits`` are already checked."""
+def check_params(logits, weights, rows, vocab_size, sampling: Mapping, *, seed=0, position=0, token_mask=None, tuned=1,
+                 check=False, needs_tuned=False) -> Params:
+    """All arguments beside the logits, checked, as `Params`. ``logits`` are already checked; what ``sampling`` lacks or
+    has None for is off."""
     device = logits[0].device
     weights = weights if isinstance(weights, Weights) else Weights(weights)
     if len(weights) != len(logits):
@@ -186,13 +154,11 @@ def check_params(logits, weights, rows, vocab_size, *, temperature=1.0, top_k=0,
     if token_mask is not None:
         token_mask = check_mask(token_mask, (*logits[0].shape[:-1], (vocab_size + 31) // 32), device)
 
-    def value(name, x):
-        return scalar_or_rows(name, DEFAULTS.get(name) if x is None else x, rows, device, check)
-
-    upscale_top_p = value("upscale_top_p", upscale_top_p)
-    needs_tuned = needs_tuned or isinstance(upscale_top_p, torch.Tensor) or upscale_top_p != 1.0
-    tuned = index("tuned", tuned, 0, len(logits) - 1 if needs_tuned else MAX_MODELS - 1,
+    given = {**sampling, "seed": seed, "position": position}
+    values = {name: scalar_or_rows(name, p.off if given.get(name) is None else given[name], rows, device, check)
+              for name, p in ROWS.items()}
+    combines = any(isinstance(values[p.name], torch.Tensor) or values[p.name] != p.off
+                   for p in PARAMETERS if p.stage == "combine")
+    tuned = index("tuned", tuned, 0, len(logits) - 1 if needs_tuned or combines else MAX_MODELS - 1,
                   f"the index of one of the {len(logits)} models")
-    return Params(w, value("temperature", temperature), value("top_k", top_k), value("top_p", top_p),
-                  value("min_p", min_p), upscale_top_p, value("seed", seed), value("position", position), token_mask,
-                  vocab_size, tuned)
+    return Params(w, **values, token_mask=token_mask, vocab_size=vocab_size, tuned=tuned)

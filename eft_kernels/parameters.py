@@ -1,0 +1,116 @@
+"""The sampling parameters, one row each, and the limits and codes that all languages share.
+
+Everything else about a parameter follows from its row: how it is checked, the operators' schemas, the structs of
+csrc/semantics/parameters.h and how they are read, the arguments of the Triton kernels, of the public functions and of
+the command line, the table in docs/semantics.md, and the values that tests sweep. Generated text is written by
+``python tools/parameters.py``. What a parameter means is one function in each language: `reference.Rows.interval`,
+csrc/semantics/filters.h and `triton.semantics`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+# --- limits and codes ----------------------------------------------------------------------------------------------
+
+MAX_MODELS = 8
+MAX_VOCAB = 1 << 22  # the fixed-point masses (2^40 each) of this many tokens cannot overflow 63 bits
+MAX_SLOT = (1 << 24) - 1  # the noise's counters hold 24 bits of it
+GREEDY = 1e-5  # temperatures below are greedy
+TINY = 2.0**-126  # a float32 that no mode flushes to 0
+# A mask by the least number of a type: a logit <= MASKED excludes its token where the models' sum is not finite, or as
+# large as only a mask makes it.
+MASKED, LARGE = -3.38e38, 1e30
+# their places are their codes
+METHODS = ("coupled", "token", "block")
+STREAMS = ("sample", "draft", "accept", "residual")
+METHOD_CODES = {name: code for code, name in enumerate(METHODS)}
+STREAM_CODES = {name: code for code, name in enumerate(STREAMS)}
+
+# --- parameters ----------------------------------------------------------------------------------------------------
+
+INT64 = -(1 << 63), (1 << 63) - 1
+
+
+class Parameter(NamedTuple):
+    """A value per row: a number, or a tensor [rows]."""
+
+    name: str
+    type: type  # float: a float32; int: an int64
+    off: float  # what None means: it changes nothing
+    low: float
+    high: float
+    allowed: str  # what an error says
+    doc: str
+    # scale: the temperature; filter: tokens are left out; combine: how models are combined (not a draft's, which has
+    # one model); noise: what is drawn
+    stage: str
+    tried: tuple  # values that tests sweep; the second one is on
+    warper: str = ""  # the class of transformers that does the same
+
+
+# in the order in which they apply, which is transformers'
+PARAMETERS = (
+    Parameter("temperature", float, 1.0, 0, 1e30, "0 to 1e30 (below 1e-5 is greedy)",
+              "divides the scores; 0 (below 1e-5) is greedy, the lowest id on ties", "scale",
+              (1.0, 0.7, 0.0, 1e-5, 1e30), "TemperatureLogitsWarper"),
+    Parameter("top_k", int, 0, -1, INT64[1], "an integer >= 0 (0 and -1 are off)",
+              "keeps the k largest scores; 0 or -1 is off", "filter", (0, 5, 1, 300), "TopKLogitsWarper"),
+    Parameter("top_p", float, 1.0, TINY, 1, "in (0, 1] (1 is off)",
+              "keeps a token if those more likely have less than this mass together; 1 is off", "filter",
+              (1.0, 0.9, 0.3, 1e-6), "TopPLogitsWarper"),
+    Parameter("min_p", float, 0.0, 0, 1, "in [0, 1] (0 is off)",
+              "keeps tokens of at least this share of the likeliest token's probability; 0 is off", "filter",
+              (0.0, 0.05, 1.0), "MinPLogitsWarper"),
+    Parameter("upscale_top_p", float, 1.0, TINY, 1, "in (0, 1] (1 is off)",
+              "conservative decoding: outside the smallest nucleus of this mass of the tuned model's own distribution "
+              "a token keeps log p_tuned; 1 is off", "combine", (1.0, 0.9, 0.3)),
+)
+NOISE = (
+    Parameter("seed", int, 0, INT64[0], (1 << 64) - 1, "a 64-bit integer", "of the noise", "noise", (0, 1, -1, *INT64)),
+    Parameter("position", int, 0, 0, INT64[1], "an integer >= 0", "the step's number, of the noise", "noise",
+              (0, 7, 1 << 40)),
+)
+ROWS = {p.name: p for p in (*PARAMETERS, *NOISE)}
+NAMES = tuple(p.name for p in PARAMETERS)
+FILTERS = tuple(p for p in PARAMETERS if p.stage == "filter")
+DRAFTED = tuple(p for p in PARAMETERS if p.stage != "combine")  # those that drafts have, too
+OFF = {p.name: p.off for p in PARAMETERS}
+
+
+class Params(NamedTuple):
+    """What a backend receives beside the logits: each value a Python scalar or a tensor [rows]."""
+
+    weights: tuple[float, ...] | torch.Tensor  # J floats, or float32 [J] or [rows, J]
+    # parameters: fields
+    temperature: float | torch.Tensor
+    top_k: int | torch.Tensor
+    top_p: float | torch.Tensor
+    min_p: float | torch.Tensor
+    upscale_top_p: float | torch.Tensor
+    # parameters: end
+    seed: int | torch.Tensor  # a scalar is expanded by row_seed
+    position: int | torch.Tensor
+    token_mask: torch.Tensor | None  # int32 [rows, ceil(V / 32)] (verify: [rows, K+1, ceil(V / 32)]), bit 1 = allowed
+    vocab_size: int
+    tuned: int
+
+
+class DraftParams(NamedTuple):
+    """What `verify`'s drafts were drawn by: each value a Python scalar, a tensor [rows], or None: as the target."""
+
+    # parameters: draft fields
+    temperature: float | torch.Tensor | None = None
+    top_k: int | torch.Tensor | None = None
+    top_p: float | torch.Tensor | None = None
+    min_p: float | torch.Tensor | None = None
+    # parameters: end
+
+    def of(self, p: Params) -> Params:
+        """`Params` of the draft distribution: one model alone."""
+        own = OFF | {q.name: getattr(p, q.name) for q in DRAFTED}
+        own |= {name: x for name, x in self._asdict().items() if x is not None}
+        return p._replace(weights=(1.0,), tuned=0, **own)
