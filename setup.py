@@ -219,8 +219,7 @@ def main():
     extensions = [Extension(f"eft_kernels._{kind.lower()}", sources=[], py_limited_api=limited_api(), optional=True)
                   for kind, reason in reasons.items() if not reason]
     setup(
-        packages=[*find_packages(include=["eft_kernels*"]), "eft_kernels._benchmarks"],
-        package_dir={"eft_kernels._benchmarks": "benchmarks"},
+        packages=find_packages(include=["eft_kernels*"]),
         ext_modules=extensions,
         cmdclass={"build_ext": Build},
         options=elsewhere() | ({"bdist_wheel": {"py_limited_api": "cp310"}} if extensions and limited_api() else {}),

@@ -1,4 +1,4 @@
-"""python -m benchmarks {list, run, add, report, compare, aot, sass, tune, cuts, coupled}
+"""python -m benchmarks {list, run, add, report, compare}
 
 Exit codes: 0 it worked, 1 our own tokens are wrong (nothing was timed), 2 bad input or refused, 130 interrupted.
 """
@@ -6,23 +6,21 @@ Exit codes: 0 it worked, 1 our own tokens are wrong (nothing was timed), 2 bad i
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 import torch
 
-from . import aot, compare, coupled, cuts, generate, inputs, registry, report, run, sass, tune
-from .baselines import BASELINES
-from .registry import GENERATIONS, OPS, OURS, SUITES, Shape
-from .run import Refused
+from eft_kernels._cli.files import check_writable
+from eft_kernels._cli.options import Parser
+from eft_kernels._cli.term import Refused
+from eft_kernels.bench import inputs, run, shapes
+from eft_kernels.bench.baselines import BASELINES
+from eft_kernels.bench.rows import newest
+from eft_kernels.bench.shapes import MIN_VOCAB, OPS, OURS, Shape
 
-MIN_VOCAB = 1000
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise Refused(f"{message}; see {self.prog} --help")
+from . import compare, generate, provenance, report
+from .registry import GENERATIONS, SUITES
 
 
 def at_least(low: int):
@@ -43,12 +41,6 @@ def parser(prog: str) -> Parser:
     p.add_argument("file", type=Path)
     commands.add_parser("report", help="tables and plots of results", add_help=False)
     commands.add_parser("compare", help="rows against rows", add_help=False)
-    commands.add_parser("aot", help="what the Triton kernels compile to", add_help=False)
-    commands.add_parser("sass", help="what the CUDA kernels compile to", add_help=False)
-    commands.add_parser("tune", help="how the Triton kernels' launches are cut best, on a GPU", add_help=False)
-    commands.add_parser("cuts", help="how the CUDA kernels' launches are cut best, on a GPU", add_help=False)
-    commands.add_parser("coupled", help="in which precision coupled speculation gives plain decoding's texts",
-                        add_help=False)
     return root
 
 
@@ -64,11 +56,11 @@ def add_options(p: argparse.ArgumentParser) -> None:
     several("--batch", "rows", type=at_least(1), metavar="B")
     several("--vocab", f"vocabulary, {MIN_VOCAB} and more", type=at_least(MIN_VOCAB), metavar="V")
     several("--models", "models", type=int, choices=inputs.WEIGHTS)
-    several("--dtype", "of the logits", choices=registry.DTYPES)
+    several("--dtype", "of the logits", choices=shapes.DTYPES)
     several("--logits", "their kind", choices=inputs.KINDS)
     several("--draft-tokens", "of verify and generate", type=at_least(1), metavar="K")
     several("--threads", "pinned CPU threads", type=at_least(1), metavar="N")
-    p.add_argument("--device", choices=registry.DEVICES, help="instead of the suite's")
+    p.add_argument("--device", choices=shapes.DEVICES, help="instead of the suite's")
     p.add_argument("--against", action="extend", nargs="*", choices=[b.name for b in BASELINES], metavar="NAME",
                    help=f"of {', '.join(b.name for b in BASELINES)} (default: the suite's choice)")
     p.add_argument("--rounds", type=at_least(1), metavar="N", help="instead of the suite's")
@@ -80,26 +72,15 @@ def add_options(p: argparse.ArgumentParser) -> None:
 def select(args) -> list[Shape]:
     """The shapes that the options of `run` ask for."""
     if args.suite is None and (args.op or args.variant):
-        shapes = registry.variants((1, 8), against=registry.PEERS)
+        found = shapes.variants((1, 8), against=shapes.PEERS)
     else:
-        shapes = SUITES[args.suite or "quick"]()
-    shapes = [s for s in shapes if s.op in (args.op or OPS) and s.variant in (args.variant or OPS[s.op])]
-    device = {}
-    if args.device:
-        device = dict(device=[args.device], launch=["graph" if args.device == "cuda" else "eager"],
-                      threads=[None] if args.device == "cuda" else [1])
-    factors = {name: getattr(args, name) for name in ("batch", "vocab", "models", "dtype", "logits", "draft_tokens")}
-    shapes = registry.replaced(shapes, **factors, **device)
-    if args.threads:
-        shapes = registry.replaced([s for s in shapes if s.device == "cpu"], threads=args.threads)
-    if args.draft_tokens:
-        shapes = [s for s in shapes if s.op == "verify"]
-    if args.rounds:
-        shapes = [s._replace(rounds=args.rounds) for s in shapes]
-    shapes = [s for s in shapes if s.models > 1 or s.op != "verify" and s.variant != "upscale_filter"]  # a tuned model
-    if not shapes:
+        found = SUITES[args.suite or "quick"]()
+    found = shapes.select(found, args.op, args.variant, args.device, args.threads, args.rounds, batch=args.batch,
+                          vocab=args.vocab, models=args.models, dtype=args.dtype, logits=args.logits,
+                          draft_tokens=args.draft_tokens)
+    if not found:
         raise Refused("no shape is all of that; python -m benchmarks list says what there is")
-    return shapes
+    return found
 
 
 def generations(args) -> dict | None:
@@ -120,12 +101,11 @@ def generations(args) -> dict | None:
 
 
 def show(rows: list[dict]) -> None:
-    shapes = report.newest(rows)
-    if whole := {s: group for s, group in shapes.items() if s.op == "generate"}:
+    found = newest(rows)
+    if whole := {s: group for s, group in found.items() if s.op == "generate"}:
         print("\ngenerate: " + "\n".join(report.generate_table(whole)))
-        shapes = {s: group for s, group in shapes.items() if s not in whole}
-    for op, variant in dict.fromkeys((s.op, s.variant) for s in shapes):
-        part = {s: group for s, group in shapes.items() if (s.op, s.variant) == (op, variant)}
+    for op, variant in dict.fromkeys((s.op, s.variant) for s in found if s not in whole):
+        part = {s: group for s, group in found.items() if (s.op, s.variant) == (op, variant)}
         print(f"\n{op}, {variant}: " + "\n".join(report.op_table(part)))
     for line in dict.fromkeys(f"{r['implementation']}: {r['status']}: {r['why']}" for r in rows if r["why"]):
         print(line)
@@ -133,24 +113,24 @@ def show(rows: list[dict]) -> None:
 
 def measure(args, command: str) -> int:
     whole = generations(args)
-    shapes = [] if args.suite == "generate" else select(args)
+    wanted = [] if args.suite == "generate" else select(args)
     if args.list:
-        print("\n".join([s.label() for s in shapes] + [f"generate {whole}"] * bool(whole)))
+        print("\n".join([s.label() for s in wanted] + [f"generate {whole}"] * bool(whole)))
         return 0
-    cuda = any(s.device == "cuda" for s in shapes) or whole and None in whole["threads"]
+    cuda = any(s.device == "cuda" for s in wanted) or whole and None in whole["threads"]
     if cuda and not torch.cuda.is_available():
         raise Refused("no CUDA device is here; --suite cpu or quick measures the CPU")
     if args.json:
-        run.refuse_dirty()
-        if not os.access(Path(args.json).resolve().parent, os.W_OK):
-            raise Refused(f"--json {args.json}: its folder is not there or cannot be written")
+        provenance.refuse_dirty()
+        check_writable(args.json, "--json")
         Path(args.json).unlink(missing_ok=True)
 
     def keep(new):  # at once: what stops a long run loses no row that was measured
         if args.json:
             run.write_rows(new, args.json, "a")
 
-    rows = run.run(shapes, args.against, command, run.on_stderr, keep, args.seconds) if shapes else []
+    rows = run.run(wanted, args.against, command, run.on_stderr, keep, args.seconds,
+                   provenance.of_a_row()) if wanted else []
     if whole:
         run_id = dict(run=rows[0]["run"]) if rows else {}
         written = [row | run_id for row in generate.measure(**whole, tell=run.on_stderr, command=command)]
@@ -176,7 +156,7 @@ def catalogue() -> str:
 def main(argv: list[str] | None = None, prog: str = "python -m benchmarks") -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
-        own = dict(report=report, compare=compare, aot=aot, sass=sass, tune=tune, cuts=cuts, coupled=coupled)
+        own = dict(report=report, compare=compare)
         if argv and argv[0] in own:
             return own[argv[0]].main(argv[1:])
         args = parser(prog).parse_args(argv)
@@ -184,7 +164,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m benchmarks") -> i
             print(catalogue())
             return 0
         if args.command == "add":
-            print(run.add(args.file))
+            print(provenance.add(args.file))
             return 0
         return measure(args, " ".join([prog, *argv]))
     except run.WrongTokens as error:

@@ -1,16 +1,5 @@
 """Two runs against each other: `python -m benchmarks compare A B [--check]`; files or folders of JSON lines.
 
-Rows match when op, variant, implementation, shape, dtype, logits, launch, threads and device are equal. A time is known
-to within its p20..p80 only. So the ratio B / A has an interval too, p20_B / p80_A to p80_B / p20_A, and a row is
-*faster* or *slower* only when 1 lies outside it, which is when the two p20..p80 do not overlap; else it is the *same*.
-
-A machine that is slower today is no regression. Where both runs timed the same baseline on the same shape, our time is
-therefore also compared in units of that baseline's (the two were interleaved, so what slowed one slowed the other), and
-the baseline's own p20..p80 widens the interval. Of several common baselines the least noisy one is taken; the table
-shows this ratio. Ours is faster or slower only when it is so in both senses: in microseconds, or else a baseline that
-was disturbed in one run would make a regression of ours; and in the baseline's time, or else a slower machine would.
-A row of fewer than 3 repetitions says nothing of its noise: it is *unclear*, and no baseline.
-
 Exit codes: 0; 1 with --check when a row of ours is slower; 2 when nothing is in common, or a file cannot be read.
 """
 
@@ -18,80 +7,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import NamedTuple
 
-from .report import OURS, Group, Shape, name_of, newest, read, timed, us
-
-ENOUGH = 3  # repetitions from which p20..p80 says something of the noise
-
-
-class Line(NamedTuple):
-    shape: Shape
-    implementation: str
-    before: float  # microseconds
-    after: float
-    baseline: str | None  # whose time both are divided by
-    ratio: float
-    low: float
-    high: float
-    verdict: str
-
-
-ONE = dict(median_us=1.0, p20_us=1.0, p80_us=1.0)
-
-
-def ratio(a: dict, b: dict, base_a: dict | None = None, base_b: dict | None = None) -> tuple[float, float, float]:
-    """b's time / a's, the least and the greatest that it may be; in units of the baselines' times if there are any."""
-    def divide(x, y):
-        return x[0] / y[0], x[1] / y[2], x[2] / y[1]
-
-    a, base_a, b, base_b = ([row[k] for k in ONE] for row in (a, base_a or ONE, b, base_b or ONE))
-    return divide(divide(b, base_b), divide(a, base_a))
-
-
-def line(shape: Shape, name: str, before: Group, after: Group) -> Line:
-    def known(n):  # whether the noise of both rows was measured
-        return all(timed(g, n) and g[n]["repetitions"] >= ENOUGH for g in (before, after))
-
-    def noise(n):
-        return before[n]["p80_us"] / before[n]["p20_us"] * after[n]["p80_us"] / after[n]["p20_us"]
-
-    baseline = min((n for n in before if n not in OURS and known(n)), key=noise, default=None) if name in OURS else None
-    alone, relative = ratio(before[name], after[name]), ratio(before[name], after[name], before.get(baseline),
-                                                              after.get(baseline))
-    verdict = "unclear" if not known(name) else "faster" if max(alone[2], relative[2]) < 1 else \
-        "slower" if min(alone[1], relative[1]) > 1 else "same"
-    return Line(shape, name, before[name]["median_us"], after[name]["median_us"], baseline, *relative, verdict)
-
-
-def compare(before: list[dict], after: list[dict]) -> list[Line]:
-    """A line for every implementation and shape that both runs timed; ours first."""
-    old, new = newest(before), newest(after)
-    both = [(s, n) for s in old if s in new for n in old[s] if timed(old[s], n) and timed(new[s], n)]
-    return sorted((line(s, n, old[s], new[s]) for s, n in both), key=lambda x: x.implementation not in OURS)
-
-
-def cells(lines: list[Line]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table for people; a shape names what is not the same everywhere."""
-    fields = [f for f in Shape._fields[2:] if len({getattr(x.shape, f) for x in lines}) > 1]
-    signs = dict(models="J=", draft_tokens="K=", vocab="V=", batch="B=", threads="threads=")
-
-    def words(s):
-        return " ".join([s.op, s.variant, *(f"{signs.get(f, '')}{v}" for f in fields
-                                            if (v := getattr(s, f)) is not None)])
-
-    return (["shape", "implementation", "A", "B", "B / A", "noise", "relative to", "verdict"],
-            [[words(x.shape), name_of(x.implementation), us(x.before), us(x.after), f"{x.ratio:.2f}",
-              f"{x.low:.2f}..{x.high:.2f}", name_of(x.baseline) if x.baseline else "-", x.verdict] for x in lines])
-
-
-def slower(lines: list[Line]) -> list[Line]:
-    return [x for x in lines if x.implementation in OURS and x.verdict == "slower"]
-
-
-def summary(lines: list[Line]) -> str:
-    own = [x.verdict for x in lines if x.implementation in OURS]
-    return f"{len(own)} times of ours: " + ", ".join(f"{own.count(v)} {v}" for v in dict.fromkeys(own))
+from eft_kernels.bench.compare import cells, compare, slower, summary
+from eft_kernels.bench.rows import read
 
 
 def main(argv: list[str] | None = None) -> int:

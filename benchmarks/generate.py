@@ -19,11 +19,12 @@ from typing import NamedTuple
 import torch
 
 import eft_kernels as eft
-from eft_kernels._cli import demo, models, term
+from eft_kernels._cli import demo, models
+from eft_kernels.bench import device as machine
+from eft_kernels.bench.inputs import FAMILY_VOCAB
+from eft_kernels.bench.run import MEASURED, WrongTokens, error_line, interleave, statistics_of
 
-from . import device as machine
-from .inputs import FAMILY_VOCAB
-from .run import Refused, WrongTokens, first_line, interleave
+from . import provenance
 
 VARIANTS = ("plain", "coupled", "token", "block")
 PROMPT, NEW, STRIDE = 32, 64, 100  # tokens: of a prompt, written after it, from one prompt to the next
@@ -45,13 +46,10 @@ class Family:
     """base, tuned and ref in float32, held-out text, and every writer's way to write."""
 
     def __init__(self, kind: str):
-        try:
-            folder, texts = demo.find_family(None, None)
-            self.base, self.tuned, self.ref = (models.load_model(str(folder / name), "--family", "float32", kind)
-                                               for name in ("base", "tuned-a", "ref"))
-            tokenizer = models.load_tokenizer(str(folder / "base"), "--family")
-        except term.Refused as error:
-            raise Refused(str(error)) from None
+        folder, texts = demo.find_family(None, None)
+        self.base, self.tuned, self.ref = (models.load_model(str(folder / name), "--family", "float32", kind)
+                                           for name in ("base", "tuned-a", "ref"))
+        tokenizer = models.load_tokenizer(str(folder / "base"), "--family")
         from transformers import LogitsProcessor, LogitsProcessorList
 
         class Stateless(LogitsProcessor):
@@ -100,7 +98,7 @@ def gate(family: Family, batch: int, drafts) -> dict[Writer, dict]:
         except ValueError as error:  # transformers refuses
             if w.implementation == "eft":
                 raise
-            states[w] = dict(status="absent", why=first_line(error))
+            states[w] = dict(status="absent", why=error_line(error))
             continue
         if not same and w.implementation == "eft":
             raise WrongTokens(f"{w.variant} with K = {w.draft_tokens} does not write plain's tokens at B={batch}: "
@@ -135,7 +133,7 @@ def measure(rounds: int = 5, threads=(1,), batches=(1, 8), drafts=range(1, 9), t
     for i, (n, batch) in enumerate(todo):
         kind = "cuda" if n is None else "cpu"
         tell(i, len(todo), f"generate B={batch} " + ("cuda" if n is None else f"{n} thread(s)"))
-        about = machine.environment(command, kind)
+        about = machine.environment(command, kind) | provenance.of_a_row()
         run_id = about["run"] = run_id or about["run"]
         with machine.pinned(n):
             rows += [dict(about, **row, threads=n) for row in measure_batch(Family(kind), batch, drafts, rounds)]
@@ -148,18 +146,14 @@ def measure_batch(family: Family, batch: int, drafts, rounds: int) -> list[dict]
     told = {w: [] for w, state in states.items() if state["status"] == "measured"}
     times, rows = interleave({w: timer(family, w, batch, seen) for w, seen in told.items()}, rounds), []
     for w, state in states.items():
-        row = dict.fromkeys(("median_us", "p20_us", "p80_us", "repetitions", "bytes", "bandwidth_gbs", "copy_gbs",
-                             "floor_us", "fraction", "slots", "slots_us", "launches", "peak_memory", "tokens_per_s",
-                             "acceptance", "backend"))
+        row = dict.fromkeys(MEASURED)
         row.update(op="generate", **w._asdict(), **state, batch=batch, vocab=FAMILY_VOCAB, models=3, dtype="float32",
                    logits="family", launch="eager", new_tokens=NEW)
         if w.implementation == "eft":
             row["backend"] = machine.backend(family.base.device.type)
         if w in times:
             t, seen = times[w], [s for s in told[w] if s]
-            p20, _, _, p80 = statistics.quantiles(t, n=5, method="inclusive") if len(t) > 1 else t * 4
-            row.update(median_us=statistics.median(t) * 1e6, p20_us=p20 * 1e6, p80_us=p80 * 1e6, repetitions=len(t),
-                       tokens_per_s=batch * NEW / statistics.median(t))
+            row.update(statistics_of(t), tokens_per_s=batch * NEW / statistics.median(t))
             if seen:
                 row["acceptance"] = sum(int(s.accepted.sum()) for s in seen) / sum(int(s.drafted.sum()) for s in seen)
         rows.append(row)

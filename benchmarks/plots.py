@@ -1,6 +1,6 @@
 """The pictures of a report: time against B, speed-up over B x V, speculation against K. Needs matplotlib.
 
-No global state and no dates: the same rows give the same bytes. An implementation has its colour of `report.STYLE`
+No global state and no dates: the same rows give the same bytes. An implementation has its colour of `STYLE`
 everywhere, and names stand at the ends of the lines.
 """
 
@@ -13,7 +13,10 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from .report import CENTRE, OURS, STYLE, Group, Shape, name_of, percent, ratio, speculation, timed, times, us
+from eft_kernels.bench.rows import OUR_NAMES, STYLE, Group, name_of, percent, ratio, timed, times, us
+from eft_kernels.bench.shapes import Shape
+
+from .report import CENTRE, speculation
 
 METHODS = {"coupled": ("#08306B", "o"), "token": ("#0072B2", "s"), "block": ("#56B4E9", "^")}
 INK, GREY, GRID = "#222222", "#6E6E6E", "#E4E4E4"
@@ -42,7 +45,7 @@ def config(s: Shape) -> str:
 
 def about(s: Shape, *fields: str) -> str:
     words = dict(vocab=f"V = {s.vocab}", models=f"{s.models} models", dtype=s.dtype, logits=f"{s.logits} logits")
-    return f"{s.device}; " + ", ".join(words[f] for f in fields)
+    return f"{s.device_name}; " + ", ".join(words[f] for f in fields)
 
 
 def spread(values: list[float], gap: float) -> list[float]:
@@ -140,7 +143,7 @@ def heat_plot(shapes: dict[Shape, Group], names: list[str]) -> Figure:
 def speculation_plot(shapes: dict[Shape, Group]) -> Figure:
     """Acceptance and wall clock relative to plain decoding, against K."""
     gains = speculation(shapes)
-    others = {n: found for n in STYLE if n not in OURS and (found := speculation(shapes, n))}
+    others = {n: found for n in STYLE if n not in OUR_NAMES and (found := speculation(shapes, n))}
     first, ks = next(iter(gains)), sorted({s.draft_tokens for s in gains})
     fig, axes = canvas(3.9, f"{first.op}: what speculation brings, B = {first.batch}, {config(first)}",
                        about(first, "vocab", "models", "dtype"), 2)
@@ -190,7 +193,7 @@ def plots(shapes: dict[Shape, Group]) -> Iterator[tuple[str, str, Figure]]:
             yield f"{file('time', s)}.png", f"Time of {s.op}, {s.variant}, against B, {config(s)}", time_plot(part)
     for s, part in families(["sample"], "batch", "vocab"):
         if {**CENTRE, "vocab": None}.items() <= s._asdict().items():
-            counts = {n: sum(ratio(g, n) is not None for g in part.values()) for n in STYLE if n not in OURS}
+            counts = {n: sum(ratio(g, n) is not None for g in part.values()) for n in STYLE if n not in OUR_NAMES}
             names = [n for n in counts if counts[n] and 2 * counts[n] > max(counts.values())][:3]
             grid = {t: g for t, g in part.items() if any(ratio(g, n) for n in names)}
             if min(len({t.batch for t in grid}), len({t.vocab for t in grid})) > 1:

@@ -1,179 +1,15 @@
-"""What can be measured: operations with their variants, the bytes and issue slots they need, and suites of shapes."""
+"""Suites of shapes, and those that whole generations (generate.py) are a part of."""
 
 from __future__ import annotations
 
 import functools
-import itertools
-from typing import NamedTuple
 
 import torch
 
-import eft_kernels as eft
-from eft_kernels import dispatch
+from eft_kernels.bench import inputs
+from eft_kernels.bench.shapes import OPS, PEERS, Shape, on, quick, unique, variants
 
-from . import device as machine
-from . import inputs
-from .baselines import EVERYTHING, SAMPLE, Baseline, Problem
-
-DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes
-DEVICES = ("cpu", "cuda")
-
-# op: variant: sampling parameters; "masked" allows half of the tokens, "logprobs" asks for the token's log-probs
-OPS = {
-    "sample": {
-        "plain": {}, "top_k": dict(top_k=50), "top_p": dict(top_p=0.9), "min_p": dict(min_p=0.05),
-        "all": dict(temperature=0.8, top_k=50, top_p=0.95, min_p=0.02), "upscale_filter": dict(upscale_top_p=0.9),
-        "masked": dict(masked=True), "with_logprobs": dict(logprobs=True),
-        "top_p_with_logprobs": dict(top_p=0.9, logprobs=True),
-    },
-    "verify": {"coupled": {}, "token": {}, "block": {}},
-    "logprobs": {"plain": {}},
-    "token_logprobs": {"plain": {}},
-}
-
-
-class Shape(NamedTuple):
-    """One measurement of every implementation; ``against`` names those beside ours (None: all)."""
-    op: str = "sample"
-    variant: str = "plain"
-    batch: int = 1
-    vocab: int = 128256
-    models: int = 3
-    draft_tokens: int | None = None
-    dtype: str = "bfloat16"
-    logits: str = "peaked"
-    threads: int | None = 1
-    device: str = "cpu"
-    launch: str = "eager"
-    against: tuple[str, ...] | None = None
-    rounds: int = 15
-
-    @property
-    def slots(self) -> int:
-        """Rows of logits for each row of the batch."""
-        return (self.draft_tokens or 0) + 1
-
-    def key(self) -> tuple:
-        return self[:11]
-
-    def label(self) -> str:
-        words = [self.op, self.variant, f"B={self.batch}", f"V={self.vocab}", f"J={self.models}"]
-        words += [f"K={self.draft_tokens}"] if self.draft_tokens else []
-        launch = self.launch if self.device == "cuda" else f"{self.threads} thread(s)"
-        return " ".join([*words, self.dtype, self.logits, launch])
-
-
-def nbytes(s: Shape) -> int:
-    """Least bytes to move: every logit read once, the mask's bits, outputs written once."""
-    settings = OPS[s.op][s.variant]
-    total = s.models * s.batch * s.slots * s.vocab * DTYPES[s.dtype]
-    total += 4 * s.batch * ((s.vocab + 31) // 32) if settings.get("masked") else 0
-    total += s.batch * dict(sample=9 + 8 * bool(settings.get("logprobs")), verify=8 * s.draft_tokens + 8 * s.slots + 9
-                            if s.op == "verify" else 0, logprobs=4 * s.vocab, token_logprobs=12)[s.op]
-    return total
-
-
-# issue slots: of a thread, for a token (of one row, one slot)
-EXP = 16  # the polynomial of a mass, its scaling and its sum
-RACE = 12  # bound of the chunk, noise of those that may win, comparison; an average over pruned chunks
-
-
-def slots(s: Shape) -> float:
-    """Issue slots a token. For each model its share of a 16-byte load, a conversion, a multiply-add; the maximum; then
-    what the variant adds: the race; an exponential for each distribution whose mass is needed; a comparison for each
-    threshold, and the passes that find it (top-k 4 counting passes, top-p 2)."""
-    q = OPS[s.op][s.variant]
-    score = s.models * (DTYPES[s.dtype] / 16 + 2) + 1
-    if s.op in ("logprobs", "token_logprobs"):
-        return score + EXP
-    if s.op == "verify":  # masses of target and draft; block's residual: ratio, difference, sum
-        return score + RACE + dict(coupled=0, token=2 * EXP, block=2 * EXP + 4)[s.variant]
-    masses = ("top_p" in q) + bool(q.get("logprobs")) + (s.models + 1 if "upscale_top_p" in q else 0)
-    passes = 4 * ("top_k" in q) + 2 * ("top_p" in q) + ("min_p" in q) + bool(q.get("masked"))
-    return score + RACE + EXP * masses + passes
-
-
-# --- a shape as a problem, and our own implementations -------------------------------------------------------------
-
-def problem(s: Shape) -> Problem:
-    settings = OPS[s.op][s.variant]
-    mask = allowed = None
-    if settings.get("masked"):
-        words = torch.randint(-(1 << 31), 1 << 31, ((s.vocab + 31) // 32,), generator=torch.Generator().manual_seed(5))
-        mask = words.to(torch.int32).expand(s.batch, -1).contiguous().to(s.device)
-        token = torch.arange(s.vocab, device=s.device)
-        allowed = (mask[:, token // 32] >> (token % 32).to(torch.int32)) & 1 != 0
-    params = {k: v for k, v in settings.items() if k not in ("masked", "logprobs")}
-    return Problem(inputs.WEIGHTS[s.models], params, eft.row_seeds(1, s.batch, s.device),
-                   settings.get("logprobs", False), mask, allowed)
-
-
-def arguments(s: Shape, seed: int) -> tuple:
-    """What a call takes: (logits,), with the drafts of `verify` (sampled from model 1) or `token_logprobs`' ids."""
-    z = inputs.logits(s.logits, s.batch, s.vocab, s.models, s.dtype, seed, s.device,
-                      s.slots if s.op == "verify" else None)
-    if s.op == "verify":
-        rows = eft.row_seeds(1, s.batch, s.device)
-        drafts = [eft.draft(z[1][:, i], slot=i, method=s.variant, seed=rows, position=i).tokens
-                  for i in range(s.draft_tokens)]
-        return z, torch.stack(drafts, 1)
-    if s.op == "token_logprobs":
-        return z, torch.randint(s.vocab, (s.batch, 1), generator=torch.Generator().manual_seed(seed)).to(s.device)
-    return (z,)
-
-
-def ours(op: str, variant: str, q: Problem, backend: str = "auto", **override):
-    """Our operators as a baseline's ``make``."""
-    weights = eft.weights(q.weights)
-    kwargs = dict(q.params, backend=backend, **override)
-    if op in ("sample", "verify"):
-        kwargs = dict(position=0) | kwargs | dict(logprobs=q.logprobs, token_mask=q.token_mask, seed=q.seeds)
-
-    def sample(logits):
-        out = eft.sample(logits, weights, **kwargs)
-        return (out.tokens, out.logprobs, out.raw_logprobs) if q.logprobs else out.tokens
-
-    def verify(logits, drafts):
-        return eft.verify(logits, weights, drafts, method=variant, **kwargs)[:2]
-    return dict(sample=sample, verify=verify, logprobs=lambda logits: eft.logprobs(logits, weights, **kwargs),
-                token_logprobs=lambda logits, ids: eft.token_logprobs(logits, weights, ids, **kwargs))[op]
-
-
-def combine_max(op: str, variant: str, q: Problem, backend: str = "auto"):
-    plain = q._replace(params={}, logprobs=False, token_mask=None)
-    return ours(op, variant, plain, backend, temperature=0.0)
-
-
-def triton(op: str, variant: str, q: Problem, backend: str = "auto"):
-    return ours(op, variant, q, "triton" if backend == "auto" else backend)
-
-
-def no_triton() -> str | None:
-    available, why = dispatch.status("triton")
-    return why if not available else "it is what eft takes here" if machine.backend("cuda") == "triton" else None
-
-
-OURS = [
-    Baseline("eft", "ours", "eft_kernels", EVERYTHING, ours),
-    Baseline("eft_triton", "our Triton kernels, where the CUDA ones are built", "eft_kernels", EVERYTHING, triton,
-             no_triton, ("cuda",)),
-    Baseline("combine_max", "our kernel at temperature 0: combine and maximum, no noise and no filter: the practical "
-             "floor", "eft_kernels", dict(sample=SAMPLE), combine_max),
-]
-
-
-# --- suites --------------------------------------------------------------------------------------------------------
-
-PEERS = ("eager", "lean")  # where compiling for each shape would cost more than it tells
 VOCABS = (32000, 128256, 151936, 256000)
-
-
-def variants(batches, **fixed) -> list[Shape]:
-    """Every operation and variant at bf16, J = 3, V = 128256, peaked."""
-    S = functools.partial(Shape, **fixed)
-    out = [S("sample", v, b) for v in OPS["sample"] for b in batches]
-    out += [S("verify", v, b, draft_tokens=4) for v in OPS["verify"] for b in batches]
-    return out + [S(op, "plain", b) for op in ("logprobs", "token_logprobs") for b in batches]
 
 
 def factors(batches, **fixed) -> list[Shape]:
@@ -191,29 +27,16 @@ def grid(batches, **fixed) -> list[Shape]:
         [Shape("sample", "plain", 512, 32000, against=PEERS, rounds=5, **fixed)]
 
 
-def unique(shapes: list[Shape]) -> list[Shape]:
-    """The first of those that measure the same, where it was."""
-    found = {}
-    for s in shapes:
-        found.setdefault(s.key(), s)
-    return list(found.values())
-
-
-def quick() -> list[Shape]:
-    return [Shape("sample", v, b, against=PEERS, rounds=7) for b in (1, 8) for v in ("plain", "top_p", "with_logprobs")]
-
-
 def cpu() -> list[Shape]:
     centre = [Shape("sample", v, b, threads=t) for t in (1, 2) for b in (1, 8, 64) for v in ("plain", "top_p")]
     return unique([*centre, *variants((1, 8)), *factors((1, 8)), *grid((1, 8, 64))])
 
 
 def gpu() -> list[Shape]:
-    batches, S = (1, 64, 256, 8, 512), dict(threads=None, device="cuda")  # those of goals first: time may run out
-    centre = [Shape("sample", v, b, launch=how, **S) for how in ("graph", "eager") for b in batches
+    batches, graph = (1, 64, 256, 8, 512), on("cuda")  # those of goals first: time may run out
+    centre = [Shape("sample", v, b, **graph | dict(launch=how)) for how in ("graph", "eager") for b in batches
               for v in ("plain", "top_p")]
-    S["launch"] = "graph"
-    return unique([*centre, *variants((1, 64), **S), *factors((1, 64), **S), *grid(batches, **S)])
+    return unique([*centre, *variants((1, 64), **graph), *factors((1, 64), **graph), *grid(batches, **graph)])
 
 
 def everything() -> list[Shape]:
@@ -223,18 +46,3 @@ def everything() -> list[Shape]:
 SUITES = {"quick": quick, "cpu": cpu, "gpu": gpu, "all": everything}
 # suites of which whole generations (generate.py) are a part, or all: numbers of drafts, rounds
 GENERATIONS = {"generate": (tuple(range(1, 9)), 5), "cpu": ((2, 4), 3), "all": ((2, 4), 3)}
-
-
-def replaced(shapes: list[Shape], **values: list) -> list[Shape]:
-    """The shapes with every combination of the values given in place of their own, where there is such a shape."""
-    given = {name: v for name, v in values.items() if v}
-    out = []
-    for s in shapes:
-        for choice in itertools.product(*given.values()):
-            new = dict(zip(given, choice))
-            if s.op != "verify":
-                new.pop("draft_tokens", None)
-            if new.get("logits") == "family":
-                new.setdefault("vocab", inputs.FAMILY_VOCAB)
-            out.append(s._replace(**new))
-    return unique([s for s in out if s.logits != "family" or s.vocab == inputs.FAMILY_VOCAB])

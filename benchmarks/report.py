@@ -1,128 +1,42 @@
-"""Rows -> README.md and PNG plots in each folder of results. Never measures and never imports torch.
+"""Rows -> README.md and PNG plots in each folder of results. Never measures.
 
     python -m benchmarks report                                # every folder of benchmarks/results
     python -m benchmarks report benchmarks/results/nvidia-h200
 
 A line of a table holds what one run measured side by side; where several runs measured a shape, the newest counts.
-The same rows give the same bytes. `GOALS` are the aims of the project, each computed from the rows; `STYLE` gives an
-implementation its name and colour in every table and plot: a new baseline is a row there.
+The same rows give the same bytes. `GOALS` are the aims of the project, each computed from the rows.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from eft_kernels.bench.rows import (
+    HEADS,
+    OUR_NAMES,
+    STYLE,
+    Group,
+    cells,
+    dense,
+    hoist,
+    name_of,
+    newest,
+    over_combine_max,
+    percent,
+    ratio,
+    read,
+    timed,
+    times,
+    untimed,
+    us,
+)
+from eft_kernels.bench.shapes import Shape
+
 RESULTS = Path(__file__).parent / "results"
-OURS = ("eft", "eft_triton", "combine_max")
-STYLE = {  # implementation: name, colour (Okabe and Ito's, and two of Tol's: colour-blind-safe)
-    "eft": ("eft-kernels", "#0072B2"),
-    "eft_triton": ("eft-kernels, Triton", "#003F5C"),
-    "combine_max": ("combine + max", "#56B4E9"),
-    "eager": ("eager PyTorch", "#D55E00"),
-    "compiled": ("torch.compile", "#E69F00"),
-    "lean": ("lean PyTorch", "#009E73"),
-    "flashinfer": ("flashinfer", "#CC79A7"),
-    "vllm": ("vLLM", "#882255"),
-    "sglang": ("SGLang", "#999933"),
-    "assisted": ("HF assisted", "#D55E00"),
-    "stateless": ("HF processor", "#009E73"),
-}
-
-
-class Shape(NamedTuple):
-    """What identifies a measurement, but for the implementation."""
-    op: str
-    variant: str
-    device: str
-    launch: str | None
-    threads: int | None
-    models: int | None
-    dtype: str | None
-    logits: str | None
-    draft_tokens: int | None
-    vocab: int | None
-    batch: int | None
-
-
-Group = dict[str, dict]  # implementation: its row
-
-
-def read(path: str | Path) -> list[dict]:
-    """The rows of a file of JSON lines, or of all those in a folder; ValueError says what is no row, and where."""
-    path, rows = Path(path), []
-    for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
-        try:
-            text = file.read_text(encoding="utf-8-sig").removesuffix("\n")
-        except UnicodeDecodeError:
-            raise ValueError(f"{file}: not UTF-8 text") from None
-        for number, line in enumerate(text.split("\n") if text else (), 1):
-            try:
-                row = json.loads(line)
-                if row["schema"] != 1 or row["status"] not in ("measured", "absent", "disagrees"):
-                    raise ValueError(f"schema {row['schema']}, status {row['status']}")
-                Shape(*(row[name] for name in Shape._fields)), row["implementation"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{file}:{number}: not a row of schema 1 ({type(error).__name__}: {error})") from None
-            rows.append(row)
-    return rows
-
-
-def shape(row: dict) -> Shape:
-    return Shape(*(row[name] for name in Shape._fields))
-
-
-def newest(rows: list[dict]) -> dict[Shape, Group]:
-    """Shape -> what the newest run that timed our implementation there says of every implementation."""
-    runs: dict[Shape, dict[str, Group]] = {}
-    for row in sorted(rows, key=lambda r: r["date"]):  # stable: among equal dates the later line counts
-        runs.setdefault(shape(row), {}).setdefault(row["run"], {})[row["implementation"]] = row
-
-    def best(groups: list[Group]) -> Group:
-        return next((g for g in reversed(groups) if timed(g, "eft")), groups[-1])
-
-    key = {s: tuple((v is not None, v) for v in s) for s in runs}
-    return {s: best(list(runs[s].values())) for s in sorted(runs, key=key.get)}
-
-
-def timed(group: Group, name: str) -> dict | None:
-    row = group.get(name)
-    return row if row and row["status"] == "measured" else None
-
-
-def ratio(group: Group, name: str) -> float | None:
-    """How many times our time ``name`` takes."""
-    ours, other = timed(group, "eft"), timed(group, name)
-    return other["median_us"] / ours["median_us"] if ours and other else None
-
-
-def us(t: float | None) -> str:
-    if t is None:
-        return "-"
-    for unit, size in (("µs", 1.0), ("ms", 1e3), ("s", 1e6)):
-        if float(f"{t / size:.3g}") < 1000 or unit == "s":
-            return f"{t / size:.3g} {unit}" if t / size < 999.5 else f"{t / size:.0f} {unit}"
-
-
-def times(x: float) -> str:
-    return f"{x:.2f}x" if x < 1.995 else f"{x:.1f}x" if x < 9.95 else f"{x:.0f}x"
-
-
-def size(n: int | None) -> str:
-    if n is None:
-        return "-"
-    for unit, each in (("B", 1), ("KiB", 2**10), ("MiB", 2**20)):
-        if n < 1024 * each or unit == "MiB":
-            return f"{n / each:.3g} {unit}" if n < 999.5 * each else f"{n / each:.0f} {unit}"
-
-
-def name_of(implementation: str) -> str:
-    return STYLE.get(implementation, (implementation,))[0]
-
 
 # --- goals ---------------------------------------------------------------------------------------------------------
 
@@ -131,7 +45,7 @@ CENTRE = dict(vocab=128256, models=3, dtype="bfloat16", logits="peaked")
 
 def best_peer(group: Group) -> float | None:
     """The fastest other sampler beside ours; eager PyTorch has goals of its own."""
-    found = [ratio(group, n) for n in group if n not in (*OURS, "eager")]
+    found = [ratio(group, n) for n in group if n not in (*OUR_NAMES, "eager")]
     return min((r for r in found if r is not None), default=None)
 
 
@@ -154,11 +68,6 @@ def against(name: str):
     return lambda group: ratio(group, name)
 
 
-def over_combine_max(group: Group) -> float | None:
-    r = ratio(group, "combine_max")
-    return r and 1 / r
-
-
 class Goal(NamedTuple):
     """``measure`` of the shapes that ``where`` picks, the worst of them, must be on the right side of ``bound``."""
     text: str
@@ -169,10 +78,6 @@ class Goal(NamedTuple):
     bound: float
     upper: bool = False
     form: Callable[[float], str] = times
-
-
-def percent(x: float) -> str:
-    return f"{x:.0%}"
 
 
 ONE, GRAPH = dict(batch=1, threads=1), dict(launch="graph")
@@ -222,61 +127,11 @@ def goals(shapes: dict[Shape, Group], kind: str) -> list[list[str]]:
 
 # --- tables --------------------------------------------------------------------------------------------------------
 
-def dense(header: list[str], lines: list[list]) -> tuple[list[str], list[list[str]]]:
-    """Without the columns in which every cell is "-"."""
-    keep = [i for i in range(len(header)) if any(line[i] != "-" for line in lines)]
-    return [header[i] for i in keep], [[str(line[i]) for i in keep] for line in lines]
-
-
 def table(header: list[str], lines: list[list[str]], left: int = 0) -> list[str]:
     """Markdown; the first ``left`` columns left aligned."""
     escaped = [[c.replace("|", "\\|") for c in line] for line in lines]
     return ["| " + " | ".join(line) + " |" for line in
             [header, [":--" if i < left else "--:" for i in range(len(header))], *escaped]] + [""]
-
-
-WORDS = dict(op="{}", variant="{}", launch="launch {}", threads="threads {}", models="J = {}", dtype="{}",
-             logits="{} logits", draft_tokens="K = {}", vocab="V = {}")
-HEADS = dict(models="J", draft_tokens="K", vocab="V", batch="B")
-
-
-def hoist(shapes: list[Shape], skip: tuple[str, ...]) -> tuple[str, list[str]]:
-    """What all shapes share, in words, and the fields that need a column."""
-    columns, shared = [], []
-    for field in (f for f in WORDS if f not in skip):
-        values = {getattr(s, field) for s in shapes}
-        if len(values) > 1:
-            columns.append(field)
-        elif (value := values.pop()) is not None and not (field == "launch" and shapes[0].threads):
-            shared.append(WORDS[field].format(value))
-    return ", ".join(shared), [*columns, "batch"]
-
-
-def cells(shapes: dict[Shape, Group], skip: tuple[str, ...] = ()) -> tuple[str, list[str], list[list[str]]]:
-    """Our times beside every other implementation's: what all shapes share, header, lines."""
-    others = [n for n in dict.fromkeys([*STYLE, *(n for g in shapes.values() for n in g)])
-              if n not in OURS and any(timed(g, n) for g in shapes.values())]
-    shared, columns = hoist(list(shapes), skip)
-    lines = []
-    for s, g in shapes.items():
-        own = timed(g, "eft") or {}
-        over = over_combine_max(g)
-
-        def cell(name, g=g):
-            row = g.get(name)
-            if not row or row["status"] != "measured":
-                return row["status"] if row else "-"
-            r = ratio(g, name)
-            return us(row["median_us"]) + (f" ({times(r)})" if r else "")
-
-        share = own.get("fraction")
-        lines.append([*("-" if (v := getattr(s, c)) is None else v for c in columns), us(own.get("median_us")),
-                      f"{us(own['p20_us'])}..{us(own['p80_us'])}" if own else "-", us(own.get("floor_us")),
-                      "-" if share is None else percent(share), "-" if over is None else f"{over:.2f}",
-                      *map(cell, others), own.get("launches") or "-", size(own.get("peak_memory"))])
-    header = [*(HEADS.get(c, c) for c in columns), "ours", "p20..p80", "floor", "of floor", "/ combine + max",
-              *map(name_of, others), "launches", "peak memory"]
-    return shared, *dense(header, lines)
 
 
 def op_table(shapes: dict[Shape, Group]) -> list[str]:
@@ -304,17 +159,6 @@ def generate_cells(shapes: dict[Shape, Group]) -> tuple[str, list[str], list[lis
 def generate_table(shapes: dict[Shape, Group]) -> list[str]:
     shared, header, lines = generate_cells(shapes)
     return [*([shared + ".", ""] if shared else []), *table(header, lines, left=2)]
-
-
-def untimed(shapes: dict[Shape, Group]) -> list[str]:
-    """Each implementation that was absent or disagreed: where, and why."""
-    missing: dict[tuple, list[str]] = {}
-    for s, g in shapes.items():
-        for name, row in g.items():
-            if row["status"] != "measured":
-                missing.setdefault((name_of(name), row["status"], row["why"]), []).append(f"{s.op} {s.variant}")
-    return [f"{name}, {status} ({', '.join(dict.fromkeys(where))}): {why}"
-            for (name, status, why), where in sorted(missing.items(), key=str)]
 
 
 def environments(rows: list[dict]) -> list[str]:

@@ -6,32 +6,13 @@ Exit codes: 0 it worked, 1 a row or a check failed or the output cannot be writt
 
 from __future__ import annotations
 
-import argparse
 import errno
 import importlib
 import sys
 
-from ._cli.options import REQUEST_OPTIONS, add_combination, add_models, add_parameters, count, positive
+from ._cli.options import REQUEST_OPTIONS, Parser, add_combination, add_models, add_parameters, count, positive
 from ._cli.term import Refused, drop_output, ready_streams
 from .parameters import DRAFTED, METHODS
-
-
-class Once(argparse._StoreAction):
-    """An option whose earlier value nobody should lose by giving it again."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        if getattr(namespace, self.dest) is not None:
-            parser.error(f"argument {option_string}: given twice")
-        super().__call__(parser, namespace, values, option_string)
-
-
-class Parser(argparse.ArgumentParser):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.register("action", "once", Once)
-
-    def error(self, message):
-        raise Refused(f"{message}; see {self.prog} --help", self.prog)
 
 
 def parser() -> Parser:
@@ -102,21 +83,22 @@ def parser() -> Parser:
                    help="default 1: more do not help models this small")
 
     p = command("bench", "time of our operations here, beside PyTorch and others",
-                "Times our operations beside other implementations, interleaved, and only after the tokens are right. "
-                "What is given stands in place of the suite's own values. An unknown name lists what there is.")
-    p.add_argument("--suite", metavar="NAME", help="quick (default, about a minute), cpu, gpu, generate or all")
+                "Times our operations beside other implementations, interleaved, and only after the tokens are right: "
+                "sampling without filters, with top-p and with log-probs, or what is given instead. An unknown name "
+                "lists what there is.")
+    p.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     for name, kind, metavar, text in [("op", str, "NAME", "operation"), ("batch", positive, "B", "rows"),
                                       ("vocab", positive, "V", "vocabulary"), ("threads", positive, "N", "CPU threads"),
                                       ("against", str, "NAME", "implementation to measure beside ours")]:
         p.add_argument(f"--{name}", type=kind, action="append", metavar=metavar, help=f"{text} (repeat it for several)")
     p.add_argument("--rounds", type=positive, metavar="N", help="timed rounds")
     p.add_argument("--json", action="once", metavar="FILE",
-                   help="write the rows there, one JSON object a line; refused where the sources are not the commit's")
+                   help="write the rows there, one JSON object a line")
     group = p.add_argument_group("one run against another (files or folders of such rows)")
     group.add_argument("--compare", nargs=2, metavar=("A", "B"), help="ratios B / A, and whether they are noise")
     group.add_argument("--check", nargs="+", metavar=("A", "B"),
                        help="the same, and exit code 1 when ours is slower in B (without B: A's shapes are measured "
-                            "now, but no whole generations)")
+                            "now)")
 
     p = command("doctor", "versions, the available backends, and why the others are unavailable")
     p.add_argument("--json", action="store_true")

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks import aot
+from tools import aot
 
 
 class Logits(NamedTuple):

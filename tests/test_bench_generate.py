@@ -8,7 +8,7 @@ pytest.importorskip("transformers", minversion="5.0")
 from benchmarks import __main__ as command  # noqa: E402
 from benchmarks import generate, report  # noqa: E402
 from benchmarks.generate import GREEDY, SAMPLED, Writer  # noqa: E402
-from benchmarks.run import WrongTokens  # noqa: E402
+from eft_kernels.bench.run import WrongTokens  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -112,12 +112,3 @@ def test_command(capsys):
         assert "drafts" not in run("--suite", "cpu", "--list", *option)[1]
     if not torch.cuda.is_available():
         assert run("--suite", "generate", "--device", "cuda")[0] == 2
-
-
-def test_sanitize_runs_its_cases_through_the_backends_of_a_device(capsys):
-    from benchmarks import sanitize
-
-    assert {*sanitize.NAMES} <= {case.name for case in sanitize.CASES}
-    calls = sum(len(sanitize.NAMES) * (8 + 5 * (name == "triton")) for name in sanitize.backends("cpu"))
-    assert sanitize.main("cpu") == calls and f"{calls} calls on cpu" in capsys.readouterr().out
-    assert sanitize.main("xpu") == 0 and "no backend but the reference" in capsys.readouterr().out

@@ -12,16 +12,19 @@ import torch
 
 import eft_kernels as eft
 from benchmarks import __main__ as command
-from benchmarks import baselines, device, inputs, registry, run
-from benchmarks.baselines import BASELINES, Baseline
-from benchmarks.registry import OPS, Shape
+from benchmarks import provenance, registry
 from eft_kernels import ops
+from eft_kernels._cli.term import Refused
+from eft_kernels.bench import baselines, device, inputs, run, shapes
+from eft_kernels.bench.baselines import BASELINES, Baseline
+from eft_kernels.bench.shapes import OPS, Shape
 
 TINY = Shape(vocab=1000, batch=2, rounds=2)
 EAGER, LEAN, COMPILED = BASELINES[:3]
 CORES = device.cores()  # before anything is pinned
 FIELDS = """schema status why op variant implementation backend batch vocab models draft_tokens dtype logits launch
-    threads median_us p20_us p80_us repetitions bytes bandwidth_gbs copy_gbs floor_us fraction slots slots_us launches
+    threads median_us p20_us p80_us repetitions bytes bandwidth_gbs copy_gbs floor_us fraction issue_slots issue_us
+    launches
     peak_memory tokens_per_s acceptance new_tokens device device_kind driver isa cores os python torch triton
     transformers eft_kernels commit dirty source command date run""".split()
 
@@ -44,25 +47,25 @@ EVERY = [(op, variant) for op, variants in OPS.items() for variant in variants]
 def test_every_operator_is_measured():
     assert set(OPS) == set(ops.SCHEMAS) == set(baselines.EVERYTHING)
     assert all(set(baselines.EVERYTHING[op]) == set(OPS[op]) for op in OPS)
-    for b in [*registry.OURS, *BASELINES]:
+    for b in [*shapes.OURS, *BASELINES]:
         assert all(set(variants) <= set(OPS[op]) for op, variants in b.ops.items()), b.name
 
 
 def test_suites_hold_real_shapes():
     for name, suite in registry.SUITES.items():
-        shapes = suite()
-        assert shapes and len({s.key() for s in shapes}) == len(shapes), name
-        for s in shapes:
+        found = suite()
+        assert found and len({s.key() for s in found}) == len(found), name
+        for s in found:
             assert s.variant in OPS[s.op] and (s.draft_tokens is not None) == (s.op == "verify")
             assert (s.threads is None) == (s.device == "cuda")
-            assert registry.nbytes(s) > 0 and registry.slots(s) > 0
+            assert shapes.nbytes(s) > 0 and shapes.issue_slots(s) > 0
     assert {(s.op, s.variant) for s in registry.cpu()} == {(s.op, s.variant) for s in registry.gpu()} == set(EVERY)
 
 
 def test_what_the_goals_are_about_comes_first():
     """Time may run out: a shape keeps the first of its places."""
     first, again, other = TINY, TINY._replace(rounds=9), TINY._replace(batch=3)
-    assert registry.unique([first, other, again]) == [first, other]
+    assert shapes.unique([first, other, again]) == [first, other]
     goals = [("plain", 1), ("top_p", 1), ("plain", 64), ("top_p", 64), ("plain", 256), ("top_p", 256)]
     assert [(s.variant, s.batch) for s in registry.gpu()[:6]] == goals
     assert all(s.launch == "graph" and s.vocab == 128256 for s in registry.gpu()[:6])
@@ -70,14 +73,14 @@ def test_what_the_goals_are_about_comes_first():
 
 def test_bytes_by_hand():
     z = 3 * 128256 * 2
-    assert registry.nbytes(Shape()) == z + 9  # a token and its validity
-    assert registry.nbytes(Shape(variant="with_logprobs", batch=8)) == 8 * (z + 17)
-    assert registry.nbytes(Shape(variant="masked")) == z + 9 + 128256 // 8
-    assert registry.nbytes(Shape(dtype="float32", models=4)) == 4 * 128256 * 4 + 9
-    assert registry.nbytes(Shape("verify", "token", draft_tokens=4)) == 5 * z + 4 * 8 + 5 * 8 + 9
-    assert registry.nbytes(Shape("logprobs")) == z + 4 * 128256
-    assert registry.nbytes(Shape("token_logprobs")) == z + 12
-    assert registry.slots(Shape()) == 3 * (1 / 8 + 2) + 1 + registry.RACE
+    assert shapes.nbytes(Shape()) == z + 9  # a token and its validity
+    assert shapes.nbytes(Shape(variant="with_logprobs", batch=8)) == 8 * (z + 17)
+    assert shapes.nbytes(Shape(variant="masked")) == z + 9 + 128256 // 8
+    assert shapes.nbytes(Shape(dtype="float32", models=4)) == 4 * 128256 * 4 + 9
+    assert shapes.nbytes(Shape("verify", "token", draft_tokens=4)) == 5 * z + 4 * 8 + 5 * 8 + 9
+    assert shapes.nbytes(Shape("logprobs")) == z + 4 * 128256
+    assert shapes.nbytes(Shape("token_logprobs")) == z + 12
+    assert shapes.issue_slots(Shape()) == 3 * (1 / 8 + 2) + 1 + shapes.RACE
 
 
 @pytest.mark.parametrize("kind", inputs.KINDS)
@@ -88,7 +91,7 @@ def test_inputs(kind):
         assert len(z) == models == len(inputs.WEIGHTS[models])
         assert all(x.shape == (3, V) and x.dtype == getattr(torch, dtype) and x.isfinite().all() for x in z)
         assert all(torch.equal(a, b) for a, b in zip(z, again)) and not torch.equal(z[0], other[0])
-    assert inputs.logits(kind, 2, V, 3, "float32", 0, slots=4)[2].shape == (2, 4, V)
+    assert inputs.logits(kind, 2, V, 3, "float32", 0, positions=4)[2].shape == (2, 4, V)
     top = eft.logprobs(z, inputs.WEIGHTS[4]).exp().amax(1)
     assert (top < 2 / V).all() if kind == "flat" else (top > 20 / V).all()
 
@@ -101,11 +104,11 @@ def test_the_family_has_one_vocabulary():
 # --- the gates -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("op, variant", EVERY)
-@pytest.mark.parametrize("implementation", [b for b in registry.OURS if "cpu" in b.devices], ids=lambda b: b.name)
+@pytest.mark.parametrize("implementation", [b for b in shapes.OURS if "cpu" in b.devices], ids=lambda b: b.name)
 def test_gate_of_ours(op, variant, implementation):
     if variant in implementation.ops.get(op, ()):
         s = shape(op, variant, batch=9)
-        run.gate(s, [registry.arguments(s, 0)], implementation)
+        run.gate(s, [shapes.arguments(s, 0)], implementation)
 
 
 @pytest.mark.parametrize("op, broken, says", [
@@ -123,7 +126,7 @@ def test_wrong_tokens_are_not_timed(op, broken, says, monkeypatch, quick_rates):
         out = right(logits, *args, backend=backend, **kwargs)
         return out if backend == "reference" else broken(out, len(logits[0]))
 
-    monkeypatch.setattr(registry.eft, op, wrong)
+    monkeypatch.setattr(shapes.eft, op, wrong)
     variant = dict(sample="with_logprobs", verify="token").get(op, "plain")
     with pytest.raises(run.WrongTokens, match=f"eft is not {says}.*nothing is timed"):
         run.run([shape(op, variant, batch=12)])
@@ -250,10 +253,10 @@ def test_rows(monkeypatch, quick_rates):
             continue
         assert r["why"] is None and 0 < r["p20_us"] <= r["median_us"] <= r["p80_us"] and r["repetitions"] == 2
         assert r["bytes"] == 2 * 3 * 1000 * 2 + 2 * 9 and r["floor_us"] == pytest.approx(r["bytes"] / 10e9 * 1e6)
-        assert r["fraction"] == pytest.approx(r["floor_us"] / r["median_us"]) and r["slots_us"] is None
+        assert r["fraction"] == pytest.approx(r["floor_us"] / r["median_us"]) and r["issue_us"] is None
     assert len({r["run"] for r in rows}) == 1
-    args, q = registry.arguments(shape("sample", "top_p"), 0), registry.problem(shape("sample", "top_p"))
-    torch_alone = device.profile(registry.ours("sample", "top_p", q), args, "cpu")[0]
+    args, q = shapes.arguments(shape("sample", "top_p"), 0), shapes.problem(shape("sample", "top_p"))
+    torch_alone = device.profile(shapes.ours("sample", "top_p", q), args, "cpu")[0]
     assert by["eager"]["launches"] > by["eft"]["launches"] == torch_alone + (by["eft"]["backend"] == "cpu")
     # ours counts what its threads keep from earlier calls
     assert by["eager"]["peak_memory"] >= 3 * 2 * 1000 * 4 and by["eft"]["peak_memory"] >= 2 * 9
@@ -342,9 +345,9 @@ def commit(tmp_path_factory):
         pytest.skip("needs git")
     tree = tmp_path_factory.mktemp("checkout")
     for name in ("eft_kernels", "benchmarks", "csrc"):
-        shutil.copytree(device.ROOT / name, tree / name,
+        shutil.copytree(provenance.ROOT / name, tree / name,
                         ignore=shutil.ignore_patterns("*.so", "*.o", "__pycache__", "results"))
-    shutil.copy(device.ROOT / "setup.py", tree)
+    shutil.copy(provenance.ROOT / "setup.py", tree)
     for words in (["init", "-q"], ["add", "-A"], ["-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "all"]):
         subprocess.run(["git", *words], cwd=tree, check=True)
     return tree
@@ -354,48 +357,50 @@ def commit(tmp_path_factory):
 def checkout(commit, tmp_path, monkeypatch):
     tree = tmp_path / "tree"
     shutil.copytree(commit, tree)
-    monkeypatch.setattr(device, "ROOT", tree)
+    monkeypatch.setattr(provenance, "ROOT", tree)
     monkeypatch.setattr(eft, "__file__", str(tree / "eft_kernels" / "__init__.py"))
     return tree
 
 
 def test_environment_names_the_commit(checkout, monkeypatch):
-    about = device.environment("this", "cpu")
-    assert about["dirty"] is False and about["source"] == device.source_of(about["commit"])
-    assert about["command"] == "this" and about["device"] and about["torch"] == torch.__version__
-    assert device.environment("this", "cpu")["run"] != about["run"]
+    about = provenance.of_a_row()
+    assert about["dirty"] is False and about["source"] == provenance.source_of(about["commit"])
+    row = device.environment("this", "cpu")
+    assert row["command"] == "this" and row["device"] and row["torch"] == torch.__version__
+    assert row["commit"] is row["dirty"] is row["source"] is None and set(about) < set(row)
+    assert device.environment("this", "cpu")["run"] != row["run"]
     (checkout / "csrc" / "semantics" / "noise.h").open("a").write("//\n")
-    edited = device.environment("this", "cpu")["source"]
+    edited = provenance.of_a_row()["source"]
     (checkout / "benchmarks" / "new.py").touch()
     (checkout / "README.md").write_text("makes no result")
-    changed = device.environment("this", "cpu")
+    changed = provenance.of_a_row()
     assert changed["dirty"] is True and changed["commit"] == about["commit"]
     assert len({about["source"], edited, changed["source"]}) == 3
-    with pytest.raises(run.Refused, match="benchmarks/new.py") as error:
-        run.refuse_dirty()
+    with pytest.raises(Refused, match="benchmarks/new.py") as error:
+        provenance.refuse_dirty()
     assert "csrc/semantics/noise.h" in str(error.value) and "README" not in str(error.value)
     shutil.rmtree(checkout / ".git")
     monkeypatch.delenv("EFT_KERNELS_COMMIT", raising=False)
-    assert device.environment("this", "cpu")["commit"] is device.environment("this", "cpu")["dirty"] is None
+    assert provenance.of_a_row()["commit"] is provenance.of_a_row()["dirty"] is None
     monkeypatch.setenv("EFT_KERNELS_COMMIT", "abc")
-    copied = device.environment("this", "cpu")
+    copied = provenance.of_a_row()
     assert copied["commit"] == "abc" and copied["dirty"] is None and copied["source"] == changed["source"]
-    run.refuse_dirty()
+    provenance.refuse_dirty()
 
 
 def test_a_stale_extension_is_refused(checkout):
     extension = checkout / "eft_kernels" / "_cpu.abi3.so"
     extension.touch()
     os.utime(extension, (1, 1))
-    with pytest.raises(run.Refused, match="newer than the extension"):
-        run.refuse_dirty()
+    with pytest.raises(Refused, match="newer than the extension"):
+        provenance.refuse_dirty()
     extension.touch()
-    run.refuse_dirty()
+    provenance.refuse_dirty()
 
 
 def test_add(checkout, quick_rates, capsys):
     path, target = checkout / "rows.jsonl", checkout / "benchmarks" / "results" / "amd-epyc-7b13" / "rows.jsonl"
-    rows = run.run([TINY], ["lean"])
+    rows = run.run([TINY], ["lean"], more=provenance.of_a_row())
     assert len(rows) == 3 and rows[0]["dirty"] is False
 
     def add(**changes):
@@ -438,9 +443,9 @@ def test_run_saves(checkout, quick_rates, capsys):
 
 def test_red_gate_on_the_command_line(monkeypatch, quick_rates, capsys, tmp_path):
     right = eft.sample
-    monkeypatch.setattr(registry.eft, "sample", lambda *args, backend="auto", **kwargs: right(
+    monkeypatch.setattr(shapes.eft, "sample", lambda *args, backend="auto", **kwargs: right(
         *args, backend=backend, **kwargs | ({} if backend == "reference" else dict(position=1))))
-    monkeypatch.setattr(run, "refuse_dirty", lambda: None)
+    monkeypatch.setattr(provenance, "refuse_dirty", lambda: None)
     words = ["run", "--vocab", "1000", "--rounds", "1", "--json", str(tmp_path / "rows")]
     assert command.main(words) == 1 and "nothing is timed" in capsys.readouterr().err
     assert not (tmp_path / "rows").exists()
@@ -460,7 +465,7 @@ def test_red_gate_on_the_command_line(monkeypatch, quick_rates, capsys, tmp_path
     (["sing"], "'list', 'run', 'add', 'report', 'compare'"), (["add", "/no/where"], "/no/where"),
 ], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 def test_bad_input_is_one_line(words, says, capsys, monkeypatch):
-    monkeypatch.setattr(run, "refuse_dirty", lambda: None)
+    monkeypatch.setattr(provenance, "refuse_dirty", lambda: None)
     assert command.main(words) == 2
     out, err = capsys.readouterr()
     assert out == "" and says in err and len(err.splitlines()) == 1
@@ -479,9 +484,3 @@ def test_lists(capsys):
     assert command.main(["run", "--list", "--suite", "cpu", "--op", "verify", "--dtype", "float16"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 18 and all(line.startswith("verify") and "float16" in line for line in lines)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="measures there")
-def test_cuts_are_measured_on_a_gpu(capsys):
-    assert command.main(["cuts"]) == 2
-    assert "the cuda backend is not available" in capsys.readouterr().err

@@ -589,11 +589,11 @@ def test_bench_table(capsys):
 
 @pytest.fixture(scope="module")
 def bench_rows(tmp_path_factory):
-    """What `bench --json` writes, run from elsewhere by a copy of the checkout without git."""
+    """What `bench --json` writes, run from elsewhere by a copy of the package alone."""
     folder = tmp_path_factory.mktemp("copy")
     root = os.path.dirname(os.path.dirname(eft.__file__))
-    for name in ("eft_kernels", "benchmarks"):
-        shutil.copytree(os.path.join(root, name), folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(os.path.join(root, "eft_kernels"), folder / "eft_kernels",
+                    ignore=shutil.ignore_patterns("__pycache__"))
     path = folder / "rows.jsonl"
     p = program("bench", "--op", "sample", "--batch", "1", "--rounds", "5", *SMALL, "--json", str(path), cwd=folder,
                 env={**os.environ, "PYTHONPATH": str(folder)})
@@ -773,13 +773,11 @@ BAD = {
     "bench vocabulary": (["bench", "--vocab", "10"], "--vocab: got 10"),
     "bench threads": (["bench", "--threads", "0"], "--threads: got '0'"),
     "bench cores": (["bench", "--threads", "10000"], "--threads: got 10000, allowed is 1 to "),
-    "bench suite": (["bench", "--suite", "slow"], "--suite: got 'slow', allowed is quick, cpu, gpu, all, generate"),
+    "bench device": (["bench", "--device", "abacus"], "'abacus'"),
     **({} if torch.cuda.is_available() else {
-        "bench without a GPU": (["bench", "--suite", "gpu"], "--suite gpu: no CUDA device is here")}),
-    "bench generations of ops": (["bench", "--suite", "generate", "--op", "sample"], "there is no choice of --op"),
+        "bench without a GPU": (["bench", "--device", "cuda"], "--device cuda: no CUDA device is here")}),
     "bench op": (["bench", "--op", "fry"], "--op: got 'fry', allowed is sample, verify"),
     "bench baseline": (["bench", "--against", "magic"], "--against: got 'magic', allowed is eager"),
-    "bench op of a suite": (["bench", "--suite", "quick", "--op", "verify"], "no shape is all of that"),
     "bench json": (["bench", "--json", "{zoo}"], "--json"),
     "bench no file": (["bench", "--compare", "{zoo}/none", "{zoo}/none"], "No such file"),
     "bench no rows": (["bench", "--check", "{zoo}/bad1"], "bad1:1: not a row"),

@@ -236,7 +236,7 @@ BARRIERS = {
 @pytest.mark.parametrize("kind", BARRIERS)
 def test_thresholds_take_few_barriers(shim, kind):
     """What the blocks of a row, 16 here, wait for each other."""
-    from benchmarks import inputs
+    from eft_kernels.bench import inputs
 
     both = dict(top_k=50, top_p=0.95)
     variants = dict(min_p=dict(min_p=0.05), top_p=dict(top_p=0.9), top_k=dict(top_k=50), many=dict(top_k=2000),
@@ -293,7 +293,7 @@ def test_counters_are_left_zero(device):
 @pytest.mark.parametrize("method", METHODS)
 def test_verify_looks_only_where_it_must(method, shim):
     """Rows beyond the last draft are left alone, and behind a draft that was rejected, should that be known by then."""
-    from benchmarks import cuts
+    from tools import cuts
 
     shim.simt_set_device(90, 1, 232448, 4, 4)
     rows, slots = 6, 8
@@ -302,7 +302,7 @@ def test_verify_looks_only_where_it_must(method, shim):
     logits[0][..., 5] = -50  # never accepted
 
     def barriers(ask, lengths):
-        with cuts.forced(ask=ask, room=0):
+        with cuts.launch_config(ask=ask, room=0):
             before, launched = shim.simt_barriers(0), shim.simt_launches()
             got, want = (eft.verify(logits, eft.upscale(), drafts, lengths, method=method, seed=3, position=0,
                                     backend=name)
@@ -327,19 +327,19 @@ def test_no_mismatch_in_bulk(device):
 
 
 def test_cuts_change_no_token_and_are_set_back(shim):
-    """The knobs that `python -m benchmarks cuts` turns on a GPU."""
-    from benchmarks import cuts
+    """The knobs that `python -m tools cuts` turns on a GPU."""
+    from tools import cuts
 
     shim.simt_set_device(90, 3, 232448, 16, 16)
     backend = dispatch.load("cuda")
     written = dict(re.findall(r"int (\w+) = ([^;]+);", (build.ROOT / "csrc/cuda/variants.h").read_text()))
     assert {name: eval(value) for name, value in written.items()} == backend.Cuts()._asdict()
-    for name in cuts.KNOBS:
-        assert set(cuts.measure(name, 2, "cpu", "eager", 3000)) == set(cuts.KNOBS[name].values)
+    for name in cuts.FIELDS:
+        assert set(cuts.measure(name, 2, "cpu", "eager", 3000)) == set(cuts.FIELDS[name].values)
     for direct in (0, 100):
-        with cuts.forced(direct=direct):
+        with cuts.launch_config(direct=direct):
             check_sample(Case("cuda cuts", rows=3, vocab=(300,), dtypes=(BF16,)), "cuda", logprobs=True)
-    with cuts.forced(peel=0):
+    with cuts.launch_config(peel=0):
         for case in CASES:
             if case.special == "hard" or case.name in ("top-k", "top-p", "bad rows filtered", "parameters per row"):
                 check_sample(case, "cuda", logprobs=False)
@@ -350,9 +350,9 @@ def test_cuts_change_no_token_and_are_set_back(shim):
 
 def test_the_way_of_many_rows_on_small_cases(device):
     """As the memory checkers on a GPU look at it."""
-    from benchmarks import sanitize
+    from tools import sanitize
 
-    assert sanitize.cuts("cuda") == ["few rows", "many rows"]
+    assert sanitize.launches("cuda") == ["few rows", "many rows"]
     for case in CASES:
         if case.name in sanitize.NAMES:
             assert sanitize.calls(case, "cuda", "many rows", "cpu") == 3

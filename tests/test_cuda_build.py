@@ -127,7 +127,7 @@ def make(tmp_path):
         (tmp_path / name).write_text(FAKE)
         (tmp_path / name).chmod(0o755)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/bindings", "csrc/semantics",
-                 "eft_kernels/__init__.py", "eft_kernels/version.py", "benchmarks/__init__.py"):
+                 "eft_kernels/__init__.py", "eft_kernels/version.py"):
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tree / name)
     (tree / "csrc/cuda").mkdir()

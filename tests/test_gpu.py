@@ -13,9 +13,9 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 import eft_kernels as eft
-from benchmarks import sanitize
 from eft_kernels import dispatch, ops, testing
 from eft_kernels.testing import BF16, CASES, F16, F32, Case, check_logprobs, check_sample, check_verify, make, per_row
+from tools import sanitize
 
 DEVICE = torch.device(os.environ.get("EFT_KERNELS_TEST_DEVICE", "cuda"))
 if DEVICE.type == "cuda" and not torch.cuda.is_available():

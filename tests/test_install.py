@@ -17,8 +17,7 @@ import pytest
 import eft_kernels as eft
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile", "csrc", "eft_kernels",
-           "benchmarks"]
+SOURCES = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile", "csrc", "eft_kernels"]
 needs_setuptools = pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="needs setuptools")
 
 
@@ -65,11 +64,9 @@ def test_wheel_without_a_compiler(tree, tmp_path):
         metadata = Parser().parsestr(z.read(f"{info}/METADATA").decode())
         entry = configparser.ConfigParser()
         entry.read_string(z.read(f"{info}/entry_points.txt").decode())
-    assert not [n for n in names if n.endswith((".so", ".cpp", ".h", ".cu", ".cuh"))
-                or n.startswith(("tests", "benchmarks"))]
+    assert not [n for n in names if n.endswith((".so", ".cpp", ".h", ".cu", ".cuh"))]
     assert {n for n in names if not n.startswith(info)} == {
-        *(p.relative_to(tree).as_posix() for p in (tree / "eft_kernels").rglob("*.py")),
-        *(f"eft_kernels/_benchmarks/{p.name}" for p in (tree / "benchmarks").glob("*.py"))}
+        p.relative_to(tree).as_posix() for p in (tree / "eft_kernels").rglob("*.py")}
     assert any(n.startswith(info) and n.endswith("LICENSE") for n in names)
     assert metadata["Requires-Python"] == ">=3.10" and metadata["Name"] == "eft-kernels"
     requires = metadata.get_all("Requires-Dist")
@@ -129,7 +126,7 @@ def test_a_tree_that_cannot_be_written_to(tree, tmp_path, writer, hook):
     (path,) = into.glob("*.whl")
     assert "cp310-abi3" in path.name
     with zipfile.ZipFile(path) as z:
-        assert {"eft_kernels/_cpu.abi3.so", "eft_kernels/ops.py", "eft_kernels/_benchmarks/__init__.py"} <= {
+        assert {"eft_kernels/_cpu.abi3.so", "eft_kernels/ops.py", "eft_kernels/bench/run.py"} <= {
             *z.namelist()}
     assert sorted(copy.rglob("*")) == before
     assert not [p for p in temporary.iterdir() if p.name.startswith("eft_kernels")]
@@ -174,7 +171,7 @@ def test_source_distribution_is_complete(tree, tmp_path):
     (path,) = tmp_path.glob("*.zip")
     with zipfile.ZipFile(path) as z:
         names = {n.split("/", 1)[1] for n in z.namelist()}
-    needed = {p.relative_to(tree).as_posix() for folder in ("csrc", "eft_kernels", "benchmarks")
+    needed = {p.relative_to(tree).as_posix() for folder in ("csrc", "eft_kernels")
               for p in (tree / folder).rglob("*") if p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")}
     assert needed and needed <= names, needed - names
     assert {"LICENSE", "README.md", "pyproject.toml", "setup.py"} <= names

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compare, report
+from benchmarks import compare as command
+from benchmarks import report
+from eft_kernels.bench import compare
+from eft_kernels.bench import rows as bench_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,7 +38,7 @@ def row(implementation="eft", op="sample", variant="plain", kind="cpu", batch=1,
         vocab=vocab, models=3, draft_tokens=None, dtype="bfloat16", logits="peaked", launch="eager" if cpu else "graph",
         threads=1 if cpu else None, median_us=us, p20_us=us * (1 - spread / 2), p80_us=us * (1 + spread),
         repetitions=15, bytes=moved, bandwidth_gbs=bandwidth, copy_gbs=bandwidth, floor_us=floor, fraction=floor / us,
-        slots=12, slots_us=None, launches=1, peak_memory=batch * 64, tokens_per_s=None, acceptance=None,
+        issue_slots=12, issue_us=None, launches=1, peak_memory=batch * 64, tokens_per_s=None, acceptance=None,
         new_tokens=None, device="AMD EPYC" if cpu else "NVIDIA H200", device_kind=kind,
         driver=None if cpu else "580.95", isa="avx2" if cpu else None, cores=2, os="Linux 6.8", python="3.11.7",
         torch="2.13.0", triton=None if cpu else "3.6.0", transformers="5.3.0", eft_kernels="0.1.0",
@@ -123,8 +126,8 @@ def test_tables_hold_the_rows(rendered):
     cells = {(c["threads"], c["V"], c["B"]): c for c in section(page, "sample, plain")}
     own, eager = row(), row("eager")
     at = cells["1", "128256", "1"]
-    assert at["**ours**"] == report.us(own["median_us"]) == "81.3 µs" and at["p20..p80"] == "78.9 µs..86.2 µs"
-    assert at["eager PyTorch"] == f"{report.us(eager['median_us'])} (65x)" and at["/ combine + max"] == "1.39"
+    assert at["**ours**"] == bench_rows.us(own["median_us"]) == "81.3 µs" and at["p20..p80"] == "78.9 µs..86.2 µs"
+    assert at["eager PyTorch"] == f"{bench_rows.us(eager['median_us'])} (65x)" and at["/ combine + max"] == "1.39"
     assert at["floor"] == "65.2 µs" and at["of floor"] == "80%"
     assert at["launches"] == "1" and at["peak memory"] == "64 B"
     assert {b for _, _, b in cells} == {"1", "8", "64"} and {v for _, v, _ in cells} >= {"32000", "256000"}
@@ -154,13 +157,13 @@ def test_goals_are_computed_from_the_rows(rendered, kind):
         assert ("plain: time of a call (launch graph, B = 1)", "4.29 µs", "met") in got
     assert all(g["verdict"] in ("met", "missed") for g in goals)
     alone = [row(kind=kind, batch=b) for b in (1, 8)]
-    assert ["no rows", "-"] in [g[2:] for g in report.goals(report.newest(alone), kind)]
+    assert ["no rows", "-"] in [g[2:] for g in report.goals(bench_rows.newest(alone), kind)]
 
 
 def test_goals_take_the_worst_shape():
     rows = [row(n, kind="cuda", batch=b, us=us) for b, us in ((1, 1), (64, 10)) for n in ("eft", "eager")
             for us in [us * (1 if n == "eft" else 20 if b == 1 else 14)]]
-    got = {g[0]: g[2:] for g in report.goals(report.newest(rows), "cuda")}
+    got = {g[0]: g[2:] for g in report.goals(bench_rows.newest(rows), "cuda")}
     assert got["plain: faster than eager PyTorch, every B (launch graph)"] == ["14x", "missed"]
 
 
@@ -168,7 +171,7 @@ def test_newest_run_counts_and_runs_are_not_mixed(tmp_path):
     old = [row(us=100), row("eager", us=1000), row("lean", us=500)]
     new = [row(us=80, run="r2", date="2026-02-01"), row("eager", us=1600, run="r2", date="2026-02-01")]
     later = [row("lean", us=7, run="r3", date="2026-03-01")]  # nothing of ours in it
-    (group,) = report.newest([*new, *later, *old]).values()
+    (group,) = bench_rows.newest([*new, *later, *old]).values()
     assert {n: r["median_us"] for n, r in group.items()} == {"eft": 80, "eager": 1600}
 
 
@@ -181,11 +184,10 @@ def test_a_line_that_is_no_row_is_named(tmp_path, capsys):
     assert report.main([str(tmp_path / "nowhere")]) == 2 and "nowhere: not a folder" in capsys.readouterr().err
 
 
-def test_report_needs_neither_torch_nor_matplotlib(tmp_path):
-    """Without matplotlib: one line says so, and the Markdown is there."""
+def test_report_does_not_need_matplotlib(tmp_path):
+    """One line says that there are no plots, and the Markdown is there."""
     write(tmp_path / "rows.jsonl", suite())
-    code = ("import sys; sys.modules['torch'] = sys.modules['matplotlib'] = None; "
-            "from benchmarks import compare, report; f = sys.argv[1]; "
+    code = ("import sys; sys.modules['matplotlib'] = None; from benchmarks import compare, report; f = sys.argv[1]; "
             "sys.exit(report.main([f]) or compare.main([f, f, '--check']))")
     p = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert p.returncode == 0 and p.stderr == "", p.stderr
@@ -228,10 +230,10 @@ OTHER = dict(op="verify", variant="top_p", device="other", launch="graph", threa
              logits="flat", draft_tokens=4, vocab=32000, batch=8)
 
 
-@pytest.mark.parametrize("field", report.Shape._fields)
+@pytest.mark.parametrize("field", OTHER)
 def test_compare_matches_only_the_same_measurement(field, tmp_path, capsys):
     a, b = write(tmp_path / "a.jsonl", [row()]), write(tmp_path / "b.jsonl", [row(**{field: OTHER[field]})])
-    assert compare.main([str(a), str(b)]) == 2 and "no measurement in common" in capsys.readouterr().err
+    assert command.main([str(a), str(b)]) == 2 and "no measurement in common" in capsys.readouterr().err
     both = [row(), row(**{field: OTHER[field]})]
     lines = compare.compare(both, both)
     assert len({tuple(c[:2]) for c in compare.cells(lines)[1]}) == 2, "the table tells them apart"
@@ -241,16 +243,16 @@ def test_compare_exit_codes(tmp_path, capsys):
     a, slow = write(tmp_path / "a.jsonl", suite()), write(tmp_path / "b.jsonl", [
         r | dict(p20_us=2 * r["p20_us"], p80_us=2 * r["p80_us"], median_us=2 * r["median_us"])
         if (r["implementation"], r["variant"], r["status"]) == ("eft", "top_p", "measured") else r for r in suite()])
-    assert compare.main([str(a), str(a), "--check"]) == 0
+    assert command.main([str(a), str(a), "--check"]) == 0
     out = capsys.readouterr().out
     assert "slower" not in out and out.splitlines()[-1].endswith(" same")
-    assert compare.main([str(a), str(slow)]) == 0 and compare.main([str(a), str(slow), "--check"]) == 1
-    assert compare.main([str(slow), str(a), "--check"]) == 0, "faster is no regression"
+    assert command.main([str(a), str(slow)]) == 0 and command.main([str(a), str(slow), "--check"]) == 1
+    assert command.main([str(slow), str(a), "--check"]) == 0, "faster is no regression"
     lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("sample") and x.endswith("slower")]
     assert lines and all("top_p" in x and "eft-kernels" in x and " 2.00 " in x for x in lines)
     worse = [r | dict(median_us=9 * r["median_us"], p20_us=9 * r["p20_us"], p80_us=9 * r["p80_us"])
              for r in (row("lean"), row("eager"))]
     b = write(tmp_path / "c.jsonl", worse)
-    assert compare.main([str(a), str(b), "--check"]) == 0, "a baseline that is slower is no regression of ours"
-    assert compare.main([str(a), str(tmp_path / "none.jsonl")]) == 2
+    assert command.main([str(a), str(b), "--check"]) == 0, "a baseline that is slower is no regression of ours"
+    assert command.main([str(a), str(tmp_path / "none.jsonl")]) == 2
     assert "none.jsonl" in capsys.readouterr().err

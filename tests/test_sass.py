@@ -1,4 +1,4 @@
-"""benchmarks/sass.py: it reads machine code and marks as a person would, and catches planted faults."""
+"""tools/sass.py: it reads marks as a person would, and catches planted faults."""
 
 import json
 import re
@@ -8,105 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import __main__ as command
-from benchmarks import aot, sass
+from tools import __main__ as command
+from tools import sass
 
 ROOT = Path(__file__).parents[1]
 PLANTED = ROOT / "tests" / "planted_cuda.cu"
-
-# a switch; a loop (0x50) inside another (0x30), which a call leaves; a function, and what a division calls
-SASS = """
-	.section	.text.k,"ax",@progbits
-.text.k:
-k:
-	//## File "/a/k.cu", line 3
-        /*0000*/                   LDC R1, c[0x0][0x28] ;
-        /*0010*/              @!P0 EXIT ;
-        /*0020*/                   BRX R2 -0x30                              (*"BRANCH_TARGETS .L_x_1,.L_x_5"*);
-.L_x_1:
-	//## File "/inc/f.hpp", line 9 inlined at "/a/h.cuh", line 5
-	//## File "/a/h.cuh", line 5 inlined at "/a/k.cu", line 7
-	//## File "/a/k.cu", line 7
-        /*0030*/                   HFMA2.MMA R0, -RZ, RZ, 0, 0 ;
-        /*0040*/                   BRA.DIV UR4, `(.L_x_5) ;
-.L_x_2:
-	//## File "/a/h.cuh", line 6
-        /*0050*/              @!P1 LDG.E.128 R4, desc[UR4][R2.64] ;
-        /*0060*/                   BRA.U UP0, `(.L_x_2) ;
-        /*0070*/               @P1 CALL.REL.NOINC `(.L_x_4) ;
-        /*0080*/                   BRA `(.L_x_1) ;
-.L_x_4:
-        /*0090*/                   CALL.REL.NOINC `($__internal_0_$__cuda_sm3x_div_rn_noftz_f32_slowpath) ;
-        /*00a0*/                   EXIT ;
-.L_x_5:
-        /*00b0*/                   WARPSYNC.COLLECTIVE R15, `(.L_x_6) ;
-.L_x_6:
-        /*00c0*/                   BRA `(.L_x_2) ;
-        .weak           $k$f
-$k$f:
-        /*00d0*/                   FFMA R0, R4, R5, R6 ;
-$__internal_0_$__cuda_sm3x_div_rn_noftz_f32_slowpath:
-        /*00e0*/                   FFMA R0, R4, R5, R6 ;
-        /*00f0*/                   RET.REL.NODEC R2 `(k) ;
-	.section	.text.other,"ax",@progbits
-other:
-        /*0000*/                   EXIT ;
-"""
-
-
-def test_reads_machine_code():
-    functions = sass.parse(SASS)
-    assert list(functions) == ["k", "other"] and len(functions["other"][0]) == 1
-    code, labels = functions["k"]
-    assert labels[".L_x_2"] == 5 and len(code) == 16
-    assert code[0].frames == (("/a/k.cu", 3),) and code[6].frames == (("/a/h.cuh", 6),)
-    assert code[4].frames == (("/inc/f.hpp", 9), ("/a/h.cuh", 5), ("/a/k.cu", 7))
-    assert [i for i, x in enumerate(code) if not x.falls] == [2, 8, 10, 12, 15]
-    assert {i: x.targets for i, x in enumerate(code) if x.targets} == {
-        2: (".L_x_1", ".L_x_5"), 6: (".L_x_2",), 7: (".L_x_4",), 8: (".L_x_1",), 12: (".L_x_2",)}
-    assert [x.part.split("_")[0] for x in code[12:]] == ["", "$k$f", "$", "$"]
-    f = sass.Function(code, labels)
-    assert [list(r) for r, _ in f.graph] == [[0, 1], [2], [3, 4], [5, 6], [7], [8], [9, 10], [11, 12]]
-    assert [to for _, to in f.graph] == [[1], [2, 7], [3], [3, 4], [6, 5], [2], [], [3]]
-
-
-def test_load_widths():
-    assert list(map(sass.bits_of, ("LDG.E.128.CONSTANT", "LD.E.64", "LD.E", "LDG.E.U16"))) == [128, 64, 32, 16]
-    assert not any(sass.bits_of(op) for op in ("LDS.128", "LDL.64", "LDC", "LDSM.16", "STG.E.128"))
-
-
-def test_ptx():
-    ptx = sass.entries("""
-.visible .entry k(
-	.param .u64 p
-)
-.maxntid 16, 8, 1
-{
-	.loc	1 12 3
-	div.rn.f32 	%f3, %f1, %f2;
-	.loc	1 13 3
-	mul.rn.f32 	%f3, %f1, %f2;
-	add.rn.ftz.f64 	%f3, %f1, %f2;
-	mad.lo.s32 	%r1, %r1, %r2, %r3;
-	.loc	2 14 3, function_name $L__info_string0, inlined_at 1 24 7
-	fma.rn.f32 	%f3, %f1, %f2, %f4;
-	fma.rn.bf16x2 	%r3, %r1, %r2, %r4;
-	mul.f32 	%f3, %f1, %f2;
-	sub.ftz.f32 	%f3, %f1, %f2;
-}
-.func (.param .b32 r) f(
-)
-{
-	rcp.rn.f32 	%f3, %f1;
-}
-	.file	1 "/a/k.cu"
-	.file	2 "/a/b/../h.cuh"
-""")
-    at = (("/a/h.cuh", 14), ("/a/k.cu", 24))
-    assert ptx["k"] == dict(threads=128, divisions={(("/a/k.cu", 12),)}, fused=[
-        (at, "fma.rn.f32"), (at, "fma.rn.bf16x2"), (at, "mul.f32"), (at, "sub.ftz.f32")])
-    assert ptx["f"] == dict(threads=None, divisions={()}, fused=[])
-
 
 def test_marks():
     marks = sass.parse_marks("""a
@@ -146,6 +52,7 @@ def test_occupancy():
     assert sass.resident("89", 32, 256, 0) == 1536 and sass.resident("120", 255, 256, 0) == 256
     assert sass.resident("80", 16, 32, 0) == 1024 and sass.resident("80", 32, 256, 48 << 10) == 768
     assert sass.resident("90a", 255, 1024, 0) == 0
+    assert sass.resident("110", 32, 256, 0) == 1536 and sass.resident("90", 32, 256, 0) == 2048
 
 
 def test_names():
@@ -178,7 +85,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(tools, cache):
-    rows = sass.survey([PLANTED], ["80", "90a"], cache=cache)
+    rows = sass.compile_and_examine([PLANTED], ["80", "90a"], cache=cache)
     return {(r["kernel"], r["arch"]): r for r in rows}
 
 
@@ -233,9 +140,9 @@ def test_loops_by_hand(rows):
 def test_contraction_is_found(tools, cache):
     file = cache / "fuse.cu"
     file.write_text("__global__ void fuse_kernel(float* p) { p[1] = p[1] * p[2] + p[3]; }")
-    (row,) = sass.survey([file], ["90a"], flags=[f for f in sass.FLAGS if "fmad" not in f], cache=cache)
+    (row,) = sass.compile_and_examine([file], ["90a"], flags=[f for f in sass.FLAGS if "fmad" not in f], cache=cache)
     assert row["findings"] == ["contracts at fuse.cu:1: 1 fma.rn.f32, 1 FFMA"]
-    (row,) = sass.survey([file], ["90a"], cache=cache)
+    (row,) = sass.compile_and_examine([file], ["90a"], cache=cache)
     assert row["findings"] == [] and row["threads"] is None and row["resident"] is None
 
 
@@ -244,13 +151,13 @@ def test_compiled_once(tools, tmp_path, monkeypatch):
     header.write_text("#define N 1\n// sass: group lost 64 tokens\n// sass: end\n")
     file.write_text('#include "k.cuh"\n__global__ void k_kernel(float* p) { p[0] = N; }')
     flags = [*sass.FLAGS, "-DX"]
-    (row,) = sass.survey([file], ["80"], flags=flags, cache=tmp_path / "cache")
+    (row,) = sass.compile_and_examine([file], ["80"], flags=flags, cache=tmp_path / "cache")
     assert row["findings"] == []
     run, ran = subprocess.run, []
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: ran.append(args) or run(*args, **kwargs))
-    assert sass.survey([file], ["80"], flags=flags, cache=tmp_path / "cache") == [row] and ran == []
+    assert sass.compile_and_examine([file], ["80"], flags=flags, cache=tmp_path / "cache") == [row] and ran == []
     header.write_text("#define N 1\n// sass: group lost 64 tokens\n#define M\n// sass: end\n")
-    assert [r["findings"] for r in sass.survey([file], ["80"], flags=flags, cache=tmp_path / "cache")] == [
+    assert [r["findings"] for r in sass.compile_and_examine([file], ["80"], flags=flags, cache=tmp_path / "cache")] == [
         [], ["group lost: no kernel has code of it"]]
     assert len(ran) == 2 and len(list((tmp_path / "cache").iterdir())) == 1
 
@@ -292,7 +199,3 @@ def test_no_tool(missing, monkeypatch, capsys):
     monkeypatch.setattr(sass, "output", lambda *words: "sm_80\n")
     assert command.main(["sass", "--arch", "80", str(PLANTED)]) == 2
     assert f"no {missing}: set CUDA_HOME" in capsys.readouterr().err
-
-
-def test_shares_the_budget():
-    assert sass.SLOTS * 6 == 41 and sass.BUDGETED == aot.BUDGETED == "sm_90"

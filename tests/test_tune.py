@@ -1,4 +1,4 @@
-"""benchmarks/tune.py: which cuts are candidates, the table chosen from times, what is printed; times are made up."""
+"""tools/tune.py: which cuts are candidates, the table chosen from times, what is printed; times are made up."""
 
 import json
 import os
@@ -9,11 +9,13 @@ import time
 import pytest
 import torch
 
-from benchmarks import __main__ as command
-from benchmarks import device, run, tune
-from benchmarks.registry import Shape
-from benchmarks.tune import Cut, Point, Times
+from eft_kernels.bench import run, shapes
+from eft_kernels.bench.shapes import Shape
 from eft_kernels.triton import config
+from eft_kernels.triton.config import Cut
+from tools import ROOT, tune
+from tools import __main__ as command
+from tools.tune import Point, Times
 
 A, B, C = Cut(1, 4, direct=True), Cut(4, 8, 8), Cut(32, 8)
 
@@ -67,7 +69,7 @@ def test_a_launch_takes_no_more_tiles_than_a_row_has():
 
 
 def test_what_config_takes_now_is_a_candidate():
-    with tune.forced("sample", Cut(64, 2)):
+    with tune.tile_config("sample", Cut(64, 2)):
         cuts = tune.wanted("sample", 32000, Machine())
     assert {p: c[0] for p, c in cuts.items()} == {p: Cut(64, 2) for p in tune.POINTS if p.vocab == 32000}
 
@@ -146,7 +148,7 @@ def test_tune(capsys, tmp_path):
 
 def test_what_there_is_no_time_for_is_said(capsys):
     clock = iter(range(1000))
-    results, skipped = tune.survey("sample", Machine(), 5.5, clock=lambda: next(clock))
+    results, skipped = tune.measure_points("sample", Machine(), 5.5, clock=lambda: next(clock))
     assert list(results) == tune.POINTS[:6] and skipped == tune.POINTS[6:]
     text = tune.render("sample", "X", results, skipped, {(Point(1), B): "out of registers"}, tune.now("sample"))
     assert "not measured, no time left: 128 x 128256" in text and "Cut(4, 8, 8) at 1 x 128256: out of reg" in text
@@ -163,7 +165,7 @@ def test_nothing_measured_fails(capsys):
 
 def test_forced():
     was = dict(config.SAMPLE), dict(config.STREAM)
-    with pytest.raises(KeyError), tune.forced("sample", B):
+    with pytest.raises(KeyError), tune.tile_config("sample", B):
         assert config.pick(config.SAMPLE, torch.device("cpu"), 1) == B
         assert config.pick(config.STREAM, torch.device("cpu"), 1) != B
         raise KeyError
@@ -198,9 +200,9 @@ class Here(tune.Gpu):
 
 def test_every_cut_is_timed_behind_the_gate(monkeypatch):
     p, seen, gated = Point(2, 3000), [], []
-    gate, ours = run.gate, tune.registry.ours
+    gate, ours = run.gate, shapes.ours
     monkeypatch.setattr(run, "gate", lambda s, *args: gated.append((s.op, s.variant)) or gate(s, *args))
-    monkeypatch.setattr(tune.registry, "ours", lambda *args, **kwargs: seen.append(
+    monkeypatch.setattr(shapes, "ours", lambda *args, **kwargs: seen.append(
         config.STREAM["default"]) or ours(*args, **kwargs))
     with Here() as machine:
         got = machine.time("stream", p, [A, B, C], 0)
@@ -211,7 +213,7 @@ def test_every_cut_is_timed_behind_the_gate(monkeypatch):
 
 
 def test_a_cut_that_fails_is_absent_and_one_with_other_tokens_stops_all(monkeypatch):
-    p, ours = Point(2, 3000), tune.registry.ours
+    p, ours = Point(2, 3000), shapes.ours
 
     def make(*args, **kwargs):
         call, cut = ours(*args, **kwargs), config.SAMPLE["default"][0][1]
@@ -221,7 +223,7 @@ def test_a_cut_that_fails_is_absent_and_one_with_other_tokens_stops_all(monkeypa
                 raise MemoryError("out of registers")
             return call(z) + (cut == C)
         return other
-    monkeypatch.setattr(tune.registry, "ours", make)
+    monkeypatch.setattr(shapes, "ours", make)
     machine = Here()
     assert list(machine.time("sample", p, [A, B], 0)) == [A]
     assert machine.absent == {(p, B): "MemoryError: out of registers"}
@@ -249,17 +251,19 @@ def test_processes_compile_ahead(tmp_path, monkeypatch):
 
 AHEAD = """
 import torch
-from benchmarks import registry, tune
+from eft_kernels.bench import shapes
+from eft_kernels.triton.config import Cut
+from tools import tune
 seen = tune.start("sm_90")
 for name in tune.TABLES:
-    tune.build(name, 3000, tune.Cut(2, 2))
+    tune.build(name, 3000, Cut(2, 2))
 hashes = {kernel.hash for *_, kernel in seen}
 for name in tune.TABLES:
     for rows in (2, 8, 64):
-        with tune.forced(name, tune.Cut(2, 2)):
+        with tune.tile_config(name, Cut(2, 2)):
             for op, variant in tune.TABLES[name].calls:
                 z = [torch.empty(rows, 3000, dtype=torch.bfloat16) for _ in range(3)]
-                registry.ours(op, variant, registry.problem(registry.Shape(op, variant, rows, 3000)))(z)
+                shapes.ours(op, variant, shapes.problem(shapes.Shape(op, variant, rows, 3000)))(z)
 assert {kernel.hash for *_, kernel in seen} == hashes, "other kernels for more rows"
 print(sorted({name for name, *_ in seen}))
 """
@@ -269,7 +273,7 @@ def test_compiled_ahead_is_what_is_launched(tmp_path):
     """For any number of rows."""
     pytest.importorskip("triton")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | dict(
-        TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(device.ROOT))
+        TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(ROOT))
     out = subprocess.run([sys.executable, "-c", AHEAD], capture_output=True, text=True, env=env)
     assert out.stdout == "['logprobs_kernel', 'row_kernel', 'sample_kernel', 'stats_kernel']\n", out.stderr
     assert list(tmp_path.rglob("*.cubin"))

@@ -16,14 +16,13 @@ Device device_of(int index);
 
 inline int64_t chunks_of(const Call& call) { return (call.vocab_size + 255) / 256; }
 
-// Not measured yet (docs/gpu-status.md): chosen for an H200's 132 multiprocessors. `python -m benchmarks cuts` measures
-// others, with set_cuts of the module.
+// Chosen on an H200 (132 multiprocessors) with `python -m tools cuts`, which sets others through set_cuts of the module.
 struct Cuts {
   // sample without filters: up to so many chunks a multiprocessor a warp takes one and draws every token's noise (about 100
   // instructions each) ...
   int direct = 32;
   // ... beyond, so many blocks fall to a multiprocessor, of 8 to 256 chunks each
-  int streamed = 3;
+  int streamed = 4;
   // bytes of shared memory that a row's block has before its row is spread over more of them: three fit beside each other
   int room = 72 << 10;
   // where nothing but the token is returned, top-k or top-p: 1 draws until the winner is kept, 0 finds the threshold first

@@ -22,7 +22,7 @@ uint16_t bf16_of(float x) {
   return static_cast<uint16_t>((u + 0x7FFF + (u >> 16 & 1)) >> 16);
 }
 
-// [base, tuned, ref]: Zipf-like peaks over noise, as benchmarks/inputs.py makes them
+// [base, tuned, ref]: Zipf-like peaks over noise, as eft_kernels/bench/inputs.py makes them
 std::vector<uint16_t> logits(unsigned seed) {
   std::mt19937 random(seed);
   std::normal_distribution<float> normal;

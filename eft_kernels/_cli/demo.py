@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 from ..parameters import METHODS
-from . import bench
 from .files import expand, read_text
 from .models import Family, check_folder, load_model, load_tokenizer, set_threads
 from .score import recovered, score, windows
@@ -152,12 +151,15 @@ def share_of(style: str, s: dict) -> float | None:
 
 def time_of_a_step(threads: int) -> tuple[float, float, str]:
     """Microseconds of our sampling step and of eager PyTorch's, and the shape; nothing is timed on wrong tokens."""
-    runs, registry, device = (bench.load(name) for name in ("run", "registry", "device"))
-    shape = registry.Shape(threads=threads)
-    both = [b for b in (*registry.OURS, *bench.load("baselines").BASELINES) if b.name in ("eft", "eager")]
+    from ..bench import device, shapes
+    from ..bench import run as runs
+    from ..bench.baselines import BASELINES
+
+    shape = shapes.Shape(threads=threads)
+    both = [b for b in (*shapes.OURS, *BASELINES) if b.name in ("eft", "eager")]
     try:
         with Progress("timing a sampling step", 1), device.pinned(threads):
-            sets, problem = runs.inputs_for(shape), registry.problem(shape)
+            sets, problem = runs.inputs_for(shape), shapes.problem(shape)
             runs.gate(shape, sets[:1], both[0])
             timers = {b.name: device.timer(b.make(shape.op, shape.variant, problem), sets, shape.device, shape.launch)
                       for b in both}

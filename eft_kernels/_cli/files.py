@@ -64,3 +64,10 @@ def argument_text(text: str, where: str) -> str:
         return os.fsencode(text).decode() if any("\udc80" <= c <= "\udcff" for c in text) else text
     except UnicodeError:
         return check_text(text, where)
+
+
+def check_writable(path: str, option: str) -> None:
+    """Refuses a file that cannot be written, before anything is done for it."""
+    file = expand(path)
+    if file.is_dir() or not os.access(file.resolve().parent, os.W_OK):
+        raise Refused(f"{option} {path}: cannot write it")

@@ -9,6 +9,26 @@ from ..parameters import PARAMETERS, Parameter
 from .term import Refused
 
 
+class Once(argparse._StoreAction):
+    """An option whose earlier value nobody should lose by giving it again."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"argument {option_string}: given twice")
+        super().__call__(parser, namespace, values, option_string)
+
+
+class Parser(argparse.ArgumentParser):
+    """Bad input is one line (`Refused`); ``action="once"`` refuses an option that is given twice."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register("action", "once", Once)
+
+    def error(self, message):
+        raise Refused(f"{message}; see {self.prog} --help", self.prog)
+
+
 def number(kind, allowed, words):
     """An argparse type: ``kind`` of a text or number if ``allowed``, else a line with what is given and allowed."""
 

@@ -1,6 +1,6 @@
 """How launches are cut, by device: tables of (limit, value); the first row whose limit is not below the work counts.
 
-Nothing here changes a token. ``python -m benchmarks tune`` measures the candidates on a GPU and prints a table.
+Nothing here changes a token. ``python -m tools tune`` measures the candidates on a GPU and prints a table.
 """
 
 from __future__ import annotations

@@ -1,16 +1,14 @@
 """How the CUDA backend's launches are best cut on this GPU: each number of `Cuts`, one at a time, in CUDA graphs.
 
-    python -m benchmarks cuts                          # a table for csrc/cuda/variants.h; --json FILE saves the times
+    python -m tools cuts                          # a table for csrc/cuda/variants.h; --json FILE saves the times
 
 Exit codes: 0 measured, 1 a candidate gave other tokens, 2 bad input or no such GPU.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
-import json
 import statistics
 import sys
 import time
@@ -18,17 +16,19 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks import report
 from eft_kernels import dispatch
-
-from . import device, registry, report, run
-from .registry import OURS, Shape
-from .run import WrongTokens
+from eft_kernels._cli.options import Parser
+from eft_kernels._cli.term import Refused
+from eft_kernels.bench import device, run
+from eft_kernels.bench.run import WrongTokens
+from eft_kernels.bench.shapes import OURS, Shape, ours, problem
 
 ROUNDS = 7
 
 
-class Knob(NamedTuple):
-    """A number of `Cuts`: candidates, the variant of an operation that it matters to, and the batches."""
+class TunedField(NamedTuple):
+    """A field of `Cuts`: candidates, the variant of an operation that it matters to, and the batches."""
     values: tuple[int, ...]
     variant: str
     batches: tuple[int, ...]
@@ -36,19 +36,19 @@ class Knob(NamedTuple):
     others: dict = {}  # noqa: RUF012
 
 
-KNOBS = {
-    "direct": Knob((0, 8, 16, 32, 64, 128), "plain", (1, 8, 16, 32, 2, 4, 64)),
-    "streamed": Knob((2, 3, 4, 6, 8, 12), "plain", (256, 64, 512, 32, 128), others=dict(direct=0)),
-    "room": Knob(tuple(k << 10 for k in (36, 54, 72, 110, 220)), "top_p", (256, 64, 8, 1, 512)),
-    "peel": Knob((0, 1), "top_p", (256, 64, 8, 1)),
-    "early": Knob((0, 1), "block", (1, 8, 64), "verify"),
-    "ask": Knob((0, 3, 6, 12, 1 << 20), "token", (64, 256, 16, 8), "verify"),
+FIELDS = {
+    "direct": TunedField((0, 8, 16, 32, 64, 128), "plain", (1, 8, 16, 32, 2, 4, 64)),
+    "streamed": TunedField((2, 3, 4, 6, 8, 12), "plain", (256, 64, 512, 32, 128), others=dict(direct=0)),
+    "room": TunedField(tuple(k << 10 for k in (36, 54, 72, 110, 220)), "top_p", (256, 64, 8, 1, 512)),
+    "peel": TunedField((0, 1), "top_p", (256, 64, 8, 1)),
+    "early": TunedField((0, 1), "block", (1, 8, 64), "verify"),
+    "ask": TunedField((0, 3, 6, 12, 1 << 20), "token", (64, 256, 16, 8), "verify"),
 }
 
 
 @contextlib.contextmanager
-def forced(**values: int):
-    """Launches of the CUDA backend cut so."""
+def launch_config(**values: int):
+    """Launches of the CUDA backend with these fields of `Cuts`."""
     backend = dispatch.load("cuda")
     backend.set_cuts(backend.Cuts()._replace(**values))
     try:
@@ -58,14 +58,14 @@ def forced(**values: int):
 
 
 def measure(name: str, batch: int, kind: str = "cuda", launch: str = "graph", vocab: int = 128256) -> dict[int, float]:
-    """Median microseconds of every candidate of a knob, in turns."""
-    knob = KNOBS[name]
-    s = Shape(knob.op, knob.variant, batch, vocab, device=kind, launch=launch, threads=None,
-              draft_tokens=4 if knob.op == "verify" else None)
-    sets, call = run.inputs_for(s), registry.ours(knob.op, knob.variant, registry.problem(s), "cuda")
+    """Median microseconds of every candidate of a field, in turns."""
+    field = FIELDS[name]
+    s = Shape(field.op, field.variant, batch, vocab, device=kind, launch=launch, threads=None,
+              draft_tokens=4 if field.op == "verify" else None)
+    sets, call = run.inputs_for(s), ours(field.op, field.variant, problem(s), "cuda")
     timers, want = {}, None
-    for value in knob.values:
-        with forced(**knob.others, **{name: value}):
+    for value in field.values:
+        with launch_config(**field.others, **{name: value}):
             if want is None:
                 run.gate(s, sets[:1], OURS[0])
             got = call(*sets[0])
@@ -83,36 +83,30 @@ def measure(name: str, batch: int, kind: str = "cuda", launch: str = "graph", vo
     return {value: statistics.median(t) * 1e6 for value, t in times.items()}
 
 
-def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m benchmarks cuts", description=__doc__.split("\n\n")[0])
-    p.add_argument("--knob", choices=KNOBS, help="only this one")
+def main(argv: list[str]) -> int:
+    p = Parser(prog="python -m tools cuts", description=__doc__.split("\n\n")[0])
+    p.add_argument("--field", choices=FIELDS, help="only this one")
     p.add_argument("--seconds", type=float, default=60, help="begin nothing after them (default: 60)")
     p.add_argument("--json", metavar="FILE", help="save a row for each candidate and batch")
     args = p.parse_args(argv)
     available, why = dispatch.status("cuda")
     if not (available and torch.cuda.is_available()):
-        print(f"python -m benchmarks cuts: the cuda backend is not available: {why}", file=sys.stderr)
-        return 2
+        raise Refused(f"the cuda backend is not available: {why}")
     until, rows = time.monotonic() + args.seconds, []
-    for name in [args.knob] if args.knob else KNOBS:
-        lines = []
-        for batch in KNOBS[name].batches:
+    for name in [args.field] if args.field else FIELDS:
+        field, lines = FIELDS[name], []
+        for batch in field.batches:
             if time.monotonic() > until:
                 print(f"no time for {name} at B = {batch}", file=sys.stderr)
                 continue
-            try:
-                times = measure(name, batch)
-            except WrongTokens as error:
-                print(f"python -m benchmarks cuts: {error}", file=sys.stderr)
-                return 1
-            rows += [dict(knob=name, value=v, op=KNOBS[name].op, variant=KNOBS[name].variant, batch=batch, median_us=t,
+            times = measure(name, batch)
+            rows += [dict(field=name, value=v, op=field.op, variant=field.variant, batch=batch, median_us=t,
                           device=torch.cuda.get_device_name()) for v, t in times.items()]
             best = min(times.values())
             lines.append([str(batch), *(f"**{t:.1f}**" if t == best else f"{t:.1f}" for t in times.values())])
         if lines:
-            header = [f"B, {KNOBS[name].variant}, us", *(f"{name} = {v}" for v in KNOBS[name].values)]
+            header = [f"B, {field.variant}, us", *(f"{name} = {v}" for v in field.values)]
             print("\n".join(report.table(header, lines, left=0)) + "\n")
     if args.json:
-        with open(args.json, "w") as f:
-            f.writelines(json.dumps(row) + "\n" for row in rows)
+        run.write_rows(rows, args.json)
     return 0

@@ -1,4 +1,4 @@
-"""python -m benchmarks coupled: in which precision coupled speculation gives the texts of plain decoding.
+"""In which precision coupled speculation gives the texts of plain decoding.
 
 Texts of the example family, each written twice with the same seeds: one token a pass, and K drafts and a token a pass.
 The logits of a pass over K + 1 tokens are rounded in another order than those of a pass over one; where two tokens are
@@ -7,16 +7,16 @@ nearly tied in the race, the text goes another way from there on.
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
-from pathlib import Path
 
 import torch
 
 import eft_kernels as eft
+from eft_kernels._cli.options import Parser
 
-FAMILY = Path(__file__).resolve().parents[1] / "examples" / "family"
+from . import ROOT
+
+FAMILY = ROOT / "examples" / "family"
 PROMPT, BATCH = 24, 8  # tokens, rows
 
 
@@ -57,7 +57,7 @@ def write(models, prompts, tokens: int, k: int) -> tuple[torch.Tensor, float]:
 
 
 def main(argv: list[str]) -> int:
-    p = argparse.ArgumentParser(prog="python -m benchmarks coupled", description=__doc__)
+    p = Parser(prog="python -m tools coupled", description=__doc__)
     p.add_argument("--texts", type=int, default=40)
     p.add_argument("--tokens", type=int, default=64)
     p.add_argument("--drafts", type=int, default=4)
@@ -79,7 +79,3 @@ def main(argv: list[str]) -> int:
         coupled, t1 = write(models, prompts, args.tokens, args.drafts)
         print(f"| {name} | {int((plain != coupled).any(1).sum())} | {t0:.1f} | {t1:.1f} |", flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

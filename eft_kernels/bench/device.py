@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import glob
-import hashlib
 import importlib.metadata
 import math
 import os
@@ -21,8 +21,6 @@ import torch
 import eft_kernels as eft
 from eft_kernels import dispatch
 
-ROOT = Path(__file__).resolve().parents[1]  # the checkout, or eft_kernels of an installed package
-SOURCES = (":(glob)eft_kernels/**/*.py", "csrc", ":(glob)benchmarks/*.py", "setup.py")  # what makes a result
 SCHEMA = 1
 
 
@@ -31,65 +29,6 @@ class Unavailable(Exception):
 
 
 # --- what a row says of where it was measured ----------------------------------------------------------------------
-
-def git(*args: str) -> str | None:
-    """What git prints about this checkout; None where there is none (also inside somebody else's repository)."""
-    def run(*words):
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout
-    try:
-        run("ls-files", "--error-unmatch", "setup.py")
-        return run(*args)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def is_source(path: str) -> bool:
-    """Of a path relative to the checkout: whether it is one of `SOURCES`."""
-    return path == "setup.py" or path.startswith("csrc/") and not path.startswith("csrc/tests/") or \
-        path.endswith(".py") and (path.startswith("eft_kernels/") or path.rpartition("/")[0] == "benchmarks")
-
-
-def changed() -> list[str] | None:
-    """Sources that differ from the commit, untracked ones too; None without git."""
-    out = git("status", "--porcelain", "--untracked-files=all", "--no-renames", "--", *SOURCES)
-    return None if out is None else [p for p in (line[3:] for line in out.splitlines()) if is_source(p)]
-
-
-def _digest(blobs: dict[str, str]) -> str:
-    return hashlib.sha256("".join(f"{blobs[p]} {p}\n" for p in sorted(blobs)).encode()).hexdigest()
-
-
-def source() -> str | None:
-    """sha256 over the sources (git's blob names and paths); None where they are not beside this file."""
-    if not (ROOT / "setup.py").exists() or Path(eft.__file__).resolve().parents[1] != ROOT:
-        return None
-    blobs = {}
-    for top in ("setup.py", "csrc/**/*.*", "eft_kernels/**/*.py", "benchmarks/*.py"):
-        for path in ROOT.glob(top):
-            if path.is_file() and is_source(name := path.relative_to(ROOT).as_posix()):
-                data = path.read_bytes()
-                blobs[name] = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-    return _digest(blobs)
-
-
-def source_of(commit: str) -> str | None:
-    """`source` of a commit in this repository; None where it is unknown here."""
-    tree = git("ls-tree", "-r", commit)
-    if tree is None:
-        return None
-    entries = (line.split("\t") for line in tree.splitlines())
-    return _digest({path: about.split()[2] for about, path in entries if is_source(path)})
-
-
-def stale_extension() -> str | None:
-    """A source of an extension that is newer than the extension built in this checkout."""
-    for name, other in (("cpu", "cuda"), ("cuda", "cpu")):
-        built = [p.stat().st_mtime for p in ROOT.glob(f"eft_kernels/_{name}*.so")]
-        for source in (p for d in (name, "semantics", "bindings") for p in (ROOT / "csrc" / d).rglob("*")):
-            if built and source.name != f"{other}_module.cpp" and source.stat().st_mtime > max(built):
-                return source.relative_to(ROOT).as_posix()
-    return None
-
 
 def cores() -> list[int]:
     """The cores this process may use."""
@@ -113,6 +52,7 @@ def _read(path: str, key: str) -> str | None:
         return None
 
 
+@functools.cache
 def _nvidia(query: str) -> str | None:
     try:
         out = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"],
@@ -130,8 +70,9 @@ def _version(package: str) -> str | None:
 
 
 def environment(command: str, kind: str | None = None) -> dict:
-    """The fields of a row that describe where, when and by what it was measured; ``run`` is new at every call."""
-    kind, files, commit = kind or default_kind(), changed(), git("rev-parse", "HEAD")
+    """The fields of a row that describe where, when and by what it was measured; ``run`` is new at every call. Of what
+    sources it was, only a checkout knows (benchmarks/provenance.py)."""
+    kind = kind or default_kind()
     if kind == "cuda":
         name, isa = torch.cuda.get_device_name(), "sm_{}{}".format(*torch.cuda.get_device_capability())
     else:
@@ -142,9 +83,7 @@ def environment(command: str, kind: str | None = None) -> dict:
     return dict(schema=SCHEMA, device=name, device_kind=kind, driver=driver, isa=isa,
                 cores=len(cores()), os=platform.platform(), python=platform.python_version(),
                 torch=torch.__version__, triton=_version("triton"), transformers=_version("transformers"),
-                eft_kernels=eft.__version__,
-                commit=commit.strip() if commit else os.environ.get("EFT_KERNELS_COMMIT"),
-                dirty=None if files is None else bool(files), source=source(), command=command,
+                eft_kernels=eft.__version__, commit=None, dirty=None, source=None, command=command,
                 date=time.strftime("%Y-%m-%d %H:%M:%S%z"), run=uuid.uuid4().hex[:12])
 
 

@@ -17,18 +17,14 @@ import torch
 
 import eft_kernels as eft
 
-from . import device, registry
+from . import device
 from .baselines import BASELINES, Baseline
-from .registry import OURS, Shape
+from .shapes import OURS, Shape, arguments, issue_slots, nbytes, problem
 
 TURN = 5e-3  # seconds an implementation's turn takes at least
 BUDGET = 1.0  # seconds of all its turns at one shape; never fewer than 3 rounds
 REJECT = 1e-6  # p-value below which an implementation draws from another distribution
 CLOSE = 1e-3  # nats: log-probs of float32 sums in another order
-
-
-class Refused(Exception):
-    """What cannot be measured, saved or added; the message says why."""
 
 
 class WrongTokens(Exception):
@@ -43,7 +39,7 @@ def as_tuple(out) -> tuple:
 
 def gate(s: Shape, sets: list[tuple], ours: Baseline) -> None:
     """Raises `WrongTokens` unless up to 8 rows are the reference's and each row alone equals the row in the batch."""
-    q, left = registry.problem(s), 8
+    q, left = problem(s), 8
 
     def call(args, at, backend="auto"):
         part = q._replace(seeds=q.seeds[at], token_mask=None if q.token_mask is None else q.token_mask[at])
@@ -68,7 +64,7 @@ def gate(s: Shape, sets: list[tuple], ours: Baseline) -> None:
 
 def p_value(counts: torch.Tensor, expected: torch.Tensor) -> float:
     """Of Pearson's chi-squared; 0 where a token of probability 0 was drawn. Rare tokens are pooled."""
-    counts, expected = counts.double().cpu(), expected.double().cpu()
+    counts, expected = counts.double().flatten().cpu(), expected.double().flatten().cpu()
     if counts[expected == 0].any():
         return 0.0
     rare = expected < 10
@@ -83,13 +79,13 @@ def agrees(s: Shape, other: Baseline, draws: int = 20000) -> str | None:
     """None, or how the implementation's draws (or log-probs) differ from the reference's distribution at a small
     problem of the shape's kind: 80 tokens, ``draws`` equal rows, 2 drafts."""
     s = s._replace(batch=draws, vocab=80, draft_tokens=s.draft_tokens and 2)
-    q, g = registry.problem(s), torch.Generator().manual_seed(1)
-    shared = torch.randn(s.slots, s.vocab, generator=g) * 1.5
-    one = [(shared + torch.randn(s.slots, s.vocab, generator=g) * 0.5).to(s.device, getattr(torch, s.dtype))
+    q, g = problem(s), torch.Generator().manual_seed(1)
+    shared = torch.randn(s.positions, s.vocab, generator=g) * 1.5
+    one = [(shared + torch.randn(s.positions, s.vocab, generator=g) * 0.5).to(s.device, getattr(torch, s.dtype))
            for _ in range(s.models)]
-    mask = None if q.token_mask is None else q.token_mask[:1].expand(s.slots, -1).contiguous()
-    want = eft.logprobs(one, q.weights, token_mask=mask, backend="reference", **q.params)  # [slots, V]
-    many = [z.expand(draws, *z.shape).contiguous() for z in one]  # [draws, slots, V]
+    mask = None if q.token_mask is None else q.token_mask[:1].expand(s.positions, -1).contiguous()
+    want = eft.logprobs(one, q.weights, token_mask=mask, backend="reference", **q.params)  # [positions, V]
+    many = [z.expand(draws, *z.shape).contiguous() for z in one]  # [draws, positions, V]
     if s.op != "verify":
         many = [z[:, 0] for z in many]
     call = other.make(s.op, s.variant, q)
@@ -108,9 +104,9 @@ def agrees(s: Shape, other: Baseline, draws: int = 20000) -> str | None:
             tokens, emitted = tokens[:, None], torch.ones(draws, device=s.device)
             raw = eft.logprobs(one, q.weights, token_mask=mask, backend="reference")
             for name, got, table in zip(("log-probs", "raw log-probs"), logprobs, (want, raw)):
-                if problem := far(name, got, table[0][tokens[:, 0]]):
-                    return problem
-    for i in range(s.slots):  # a slot's token, where it is reached, has the target's distribution there
+                if what := far(name, got, table[0][tokens[:, 0]]):
+                    return what
+    for i in range(s.positions):  # a position's token, where it is reached, has the target's distribution there
         drawn = tokens[emitted > i, i].long()
         if drawn.numel() and not 0 <= int(drawn.min()) <= int(drawn.max()) < s.vocab:
             return f"a token outside 0 to {s.vocab - 1} was drawn"
@@ -127,17 +123,17 @@ def far(what: str, got: torch.Tensor, want: torch.Tensor) -> str | None:
 
 # --- time ----------------------------------------------------------------------------------------------------------
 
-def first_line(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
 
 
 def inputs_for(s: Shape) -> list[tuple]:
     """Sets of arguments to rotate over, together larger than the caches that matter: up to 4 different ones, then
     copies of them elsewhere in memory."""
-    first = registry.arguments(s, 0)
+    first = arguments(s, 0)
     each = sum(z.nbytes for z in first[0])
     n = min(max(2, math.ceil(device.rotation_bytes(s.device) / each)), 1024 if s.device == "cuda" else 64)
-    sets = [first, *(registry.arguments(s, seed) for seed in range(1, min(n, 4 if s.batch < 64 else 2)))]
+    sets = [first, *(arguments(s, seed) for seed in range(1, min(n, 4 if s.batch < 64 else 2)))]
     return sets + [([z.clone() for z in z_], *(a.clone() for a in rest))
                    for z_, *rest in (sets[i % len(sets)] for i in range(n - len(sets)))]
 
@@ -160,67 +156,80 @@ def interleave(timers: dict, rounds: int) -> dict[str, list[float]]:
     return times
 
 
+# fields of a row that only a measurement fills
+MEASURED = ("median_us", "p20_us", "p80_us", "repetitions", "bytes", "bandwidth_gbs", "copy_gbs", "floor_us",
+            "fraction", "issue_slots", "issue_us", "launches", "peak_memory", "tokens_per_s", "acceptance",
+            "new_tokens", "backend", "why")
+
+
+def statistics_of(times: list[float]) -> dict:
+    """The fields of a row that its seconds give."""
+    p20, _, _, p80 = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
+    return dict(median_us=statistics.median(times) * 1e6, p20_us=p20 * 1e6, p80_us=p80 * 1e6, repetitions=len(times))
+
+
+def why_absent(s: Shape, b: Baseline) -> str | None:
+    return b.absent() if s.device in b.devices else f"it is for {', '.join(b.devices)}"
+
+
+def why_wrong(s: Shape, b: Baseline, sets: list[tuple], checked: dict) -> str | None:
+    """How an implementation's tokens differ; ours raise `WrongTokens`. ``checked`` remembers the others."""
+    if b in OURS:
+        gate(s, sets[:4], b)
+        return None
+    key = (b.name, s.op, s.variant, s.dtype, s.models, s.device, s.threads)
+    if key not in checked:
+        checked[key] = agrees(s, b)
+    return checked[key]
+
+
+def prepare(s: Shape, b: Baseline, sets: list[tuple], checked: dict):
+    """(status, why it is not timed, call, warm timer)."""
+    try:
+        if why := why_absent(s, b):
+            return "absent", why, None, None
+        if why := why_wrong(s, b, sets, checked):
+            return "disagrees", why, None, None
+        call = b.make(s.op, s.variant, problem(s))
+        timer = device.timer(call, sets, s.device, s.launch)
+        timer(1)
+        return "measured", None, call, timer
+    except WrongTokens:
+        raise
+    except Exception as error:  # of libraries, compilers and captures: it belongs in the row
+        if b in OURS and s.launch == "eager":
+            raise
+        return "absent", error_line(error), None, None
+
+
+def backend_of(b: Baseline, kind: str) -> str | None:
+    if b not in OURS:
+        return None
+    return "triton" if b.name == "eft_triton" else device.backend(kind)
+
+
 def measure(s: Shape, beside: list[Baseline], checked: dict, rates: dict, about: dict) -> list[dict]:
     """The rows of a shape. ``checked`` remembers gates, ``rates`` bandwidths."""
-    empty = dict.fromkeys(("median_us", "p20_us", "p80_us", "repetitions", "bytes", "bandwidth_gbs", "copy_gbs",
-                           "floor_us", "fraction", "slots", "slots_us", "launches", "peak_memory", "tokens_per_s",
-                           "acceptance", "new_tokens", "backend", "why"))
     base = dict(op=s.op, variant=s.variant, batch=s.batch, vocab=s.vocab, models=s.models, draft_tokens=s.draft_tokens,
                 dtype=s.dtype, logits=s.logits, launch=s.launch, threads=s.threads)
     candidates = [b for b in [*(b for b in OURS if s.device in b.devices), *beside] if s.variant in b.ops.get(s.op, ())]
-    rows = {b.name: {**empty, **base, **about, "implementation": b.name} for b in candidates}
+    rows = {b.name: {**dict.fromkeys(MEASURED), **base, **about, "implementation": b.name} for b in candidates}
     torch._dynamo.reset()  # what was compiled for other shapes counts against dynamo's limit
-    timers, calls = {}, {}
+    calls, timers = {}, {}
     try:
         with device.pinned(s.threads):
             if (s.device, s.threads) not in rates:
                 rates[s.device, s.threads] = device.bandwidth(s.device, s.threads)
-            sets, q = inputs_for(s), registry.problem(s)
+            sets = inputs_for(s)
             for b in candidates:
-                row, own = rows[b.name], b in OURS
-                try:
-                    if own:
-                        row["backend"] = "triton" if b.name == "eft_triton" else device.backend(s.device)
-                        if why := b.absent():
-                            row.update(status="absent", why=why)
-                            continue
-                        gate(s, sets[:4], b)
-                    else:
-                        why = b.absent() if s.device in b.devices else f"it is for {', '.join(b.devices)}"
-                        row.update(status="absent", why=why)
-                        if why:
-                            continue
-                        key = (b.name, s.op, s.variant, s.dtype, s.models, s.device, s.threads)
-                        if key not in checked:
-                            checked[key] = agrees(s, b)
-                        row.update(status="disagrees", why=checked[key])
-                        if row["why"]:
-                            continue
-                    calls[b.name] = b.make(s.op, s.variant, q)
-                    timer = device.timer(calls[b.name], sets, s.device, s.launch)
-                    timer(1)
-                    timers[b.name] = timer
-                except WrongTokens:
-                    raise
-                except Exception as error:  # of libraries, compilers and captures: it belongs in the row
-                    if own and s.launch == "eager":
-                        raise
-                    row.update(status="absent", why=first_line(error))
-            nbytes, slots = registry.nbytes(s), registry.slots(s)
-            bandwidth, copy = rates[s.device, s.threads]
+                status, why, call, timer = prepare(s, b, sets, checked)
+                rows[b.name].update(status=status, why=why, backend=backend_of(b, s.device))
+                if timer:
+                    calls[b.name], timers[b.name] = call, timer
             gc.disable()  # as timeit does
             for name, times in interleave(timers, s.rounds).items():
-                p20, _, _, p80 = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
-                median, row = statistics.median(times) * 1e6, rows[name]
-                launches, peak = device.profile(calls[name], sets[0], s.device)
-                if row["backend"] == "cpu":  # torch sees neither our kernel nor what it holds itself
-                    launches, peak = launches + 1, peak + device.own_scratch()
-                floor = nbytes / bandwidth * 1e-3
-                row.update(status="measured", why=None, median_us=median, p20_us=p20 * 1e6, p80_us=p80 * 1e6,
-                           repetitions=len(times), bytes=nbytes, bandwidth_gbs=bandwidth, copy_gbs=copy, floor_us=floor,
-                           fraction=floor / median, slots=slots, launches=launches, peak_memory=peak)
-                if s.device == "cuda":
-                    row["slots_us"] = device.issue_us(s.batch * s.slots * s.vocab * slots)
+                rows[name].update(statistics_of(times))
+                rows[name].update(costs(s, rows[name], calls[name], sets[0], rates[s.device, s.threads]))
     except device.Unavailable as error:
         for row in rows.values():
             row.update(status="absent", why=str(error))
@@ -229,11 +238,25 @@ def measure(s: Shape, beside: list[Baseline], checked: dict, rates: dict, about:
     return list(rows.values())
 
 
+def costs(s: Shape, row: dict, call, args: tuple, rates: tuple[float, float]) -> dict:
+    """What the call moves, issues, launches and holds, and how long the device takes for that."""
+    bandwidth, copy = rates
+    launches, peak = device.profile(call, args, s.device)
+    if row["backend"] == "cpu":  # torch sees neither our kernel nor what it holds itself
+        launches, peak = launches + 1, peak + device.own_scratch()
+    floor = nbytes(s) / bandwidth * 1e-3
+    slots = issue_slots(s)
+    issue_us = device.issue_us(s.batch * s.positions * s.vocab * slots) if s.device == "cuda" else None
+    return dict(bytes=nbytes(s), bandwidth_gbs=bandwidth, copy_gbs=copy, floor_us=floor,
+                fraction=floor / row["median_us"], issue_slots=slots, issue_us=issue_us, launches=launches,
+                peak_memory=peak)
+
+
 def run(shapes: list[Shape], against: list[str] | None = None, command: str = "", tell=None, keep=None,
-        seconds: float | None = None) -> list[dict]:
+        seconds: float | None = None, more: dict | None = None) -> list[dict]:
     """The rows of all shapes, beside ``against`` (default: what each shape says); ``tell(done, total, label)`` hears
     of progress, ``keep(rows)`` gets each shape's as soon as they are there. After ``seconds`` no further shape is
-    begun. Raises `WrongTokens` on a red gate."""
+    begun. ``more``: fields that every row has, too. Raises `WrongTokens` on a red gate."""
     tell, until = tell or (lambda *_: None), math.inf if seconds is None else time.monotonic() + seconds
     checked, rates, rows, about = {}, {}, [], {}
     for i, s in enumerate(shapes):
@@ -242,7 +265,7 @@ def run(shapes: list[Shape], against: list[str] | None = None, command: str = ""
             return rows
         tell(i, len(shapes), s.label())
         if s.device not in about:
-            about[s.device] = device.environment(command, s.device)
+            about[s.device] = device.environment(command, s.device) | (more or {})
             about[s.device]["run"] = next(iter(about.values()))["run"]
         names = [b.name for b in BASELINES if s.device in b.devices] if s.against is None else s.against
         beside = [b for b in BASELINES if b.name in (names if against is None else against)]
@@ -254,54 +277,13 @@ def run(shapes: list[Shape], against: list[str] | None = None, command: str = ""
     return rows
 
 
-# --- saving --------------------------------------------------------------------------------------------------------
+# --- progress and saving -----------------------------------------------------------------------------------
 
 def on_stderr(done: int, total: int, label: str) -> None:
     print(f"[{done}/{total}] {label}", file=sys.stderr, flush=True)
-
-
-def refuse_dirty() -> None:
-    """Raises `Refused` where saved rows could not be told from those of the commit."""
-    if files := device.changed():
-        raise Refused(f"the sources differ from the commit: {', '.join(files)}; commit them, or measure without --json")
-    if newer := device.stale_extension():
-        raise Refused(f"{newer} is newer than the extension built from it; build it again (make build)")
 
 
 def write_rows(rows: list[dict], path, mode: str = "w") -> None:
     """One JSON object a line."""
     with open(path, mode, encoding="utf-8") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def add(path, results=None) -> str:
-    """Copies rows, each known to be what its commit measures, into results/<device>/; returns the path there."""
-    from . import report
-    try:
-        rows = report.read(path)
-    except (OSError, ValueError) as error:
-        raise Refused(str(error)) from None
-    slugs = {slug(row["device"]) for row in rows}
-    if len(slugs) != 1:
-        raise Refused(f"{path}: allowed is one device's rows, got {', '.join(sorted(slugs)) or 'none'}")
-    known: dict = {}
-    for number, row in enumerate(rows, 1):
-        commit, source = row["commit"], row["source"]
-        if row["dirty"] is False:
-            continue
-        if commit not in known:
-            known[commit] = device.source_of(commit) if commit else None
-        if source is None or source != known[commit]:
-            why = "no commit is named" if not commit else f"commit {commit} is unknown here" if known[commit] is None \
-                else f"its sources are not those of commit {commit}"
-            raise Refused(f"{path}:{number}: {why}")
-    target = (results or device.ROOT / "benchmarks" / "results") / slugs.pop() / path.name
-    if target.exists():
-        raise Refused(f"{target} exists; give the file another name")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_rows(rows, target)
-    return str(target)
-
-
-def slug(name: str) -> str:
-    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())

@@ -1,7 +1,7 @@
 """What the CUDA kernels compile to, for GPUs that are not here: registers, spills, loads, instructions per token.
 
-    python -m benchmarks sass                                 # csrc/cuda/*.cu, every architecture
-    python -m benchmarks sass --arch 90a --kernel sample_stream --json FILE csrc/cuda/sample.cu
+    python -m tools sass                                 # csrc/cuda/*.cu, every architecture
+    python -m tools sass --arch 90a --kernel sample_stream --json FILE csrc/cuda/sample.cu
 
 Findings: spills, a stack, local memory; a multiply-add rounded once; in a marked loop, logits loaded in less than 128
 bits, and more instructions a token than memory leaves time for.
@@ -27,7 +27,6 @@ Exit codes: 0 nothing found, 1 findings (or a file does not compile), 2 bad inpu
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import functools
 import gzip
@@ -46,21 +45,33 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from . import report
-from .aot import BUDGETED, SLOTS, Target, count, ctas, load_bits, natural_loops
-from .device import ROOT
+from benchmarks import report
+from eft_kernels._cli.options import Parser
+from eft_kernels._cli.term import Refused
+
+from . import ROOT
+from .machine_code import (
+    BUDGETED,
+    ISSUE_SLOTS_PER_BYTE,
+    LANES,
+    Frames,
+    Instruction,
+    PtxFunction,
+    count,
+    graph_of,
+    load_bits,
+    natural_loops,
+    nvidia,
+    parse_ptx,
+    parse_sass,
+    resident_blocks,
+)
 
 ARCHS = "80,89,90a,100,120"
 FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-lineinfo"]
 CACHE = ROOT / "build" / "sass"
-LANES, MODELS, ITEM = 32, 3, 2  # of a warp; of the budget; bytes of a bf16
+MODELS, ITEM = 3, 2  # of the budget; bytes of a bf16
 TYPES = {"bf16", "f16", "f32"}
-
-SMS = {  # by compute capability: shared memory, warps and blocks of an SM
-    75: (64, 32, 16), 80: (164, 64, 32), 86: (100, 48, 16), 87: (164, 48, 16), 88: (164, 48, 16), 89: (100, 48, 24),
-    90: (228, 64, 32), 100: (228, 64, 32), 103: (228, 64, 32), 110: (228, 48, 24), 120: (100, 48, 24),
-    121: (100, 48, 24),
-}
 
 
 class Failed(Exception):
@@ -233,7 +244,7 @@ def short(path: str) -> str:
     return os.path.relpath(path, ROOT) if Path(path).is_relative_to(ROOT) else Path(path).name
 
 
-def mark(frames: tuple[tuple[str, int], ...]) -> Mark:
+def mark(frames: Frames) -> Mark:
     """Of an instruction from these lines, the innermost first."""
     group, words = None, frozenset()
     for path, line in frames:
@@ -243,73 +254,7 @@ def mark(frames: tuple[tuple[str, int], ...]) -> Mark:
     return Mark(group, words)
 
 
-# --- machine code --------------------------------------------------------------------------------------------------
-
-class Instruction(NamedTuple):
-    op: str
-    words: str
-    frames: tuple[tuple[str, int], ...]  # file and line, the innermost first
-    targets: tuple[str, ...] = ()  # labels that it may jump to
-    falls: bool = True  # the next one may follow it
-    part: str = ""  # the function after the kernel that it is in: `$kernel$name`, or a division's slow path
-
-
-LINE = re.compile(r'//## File "([^"]*)", line (\d+)')
-CODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
-LABEL = re.compile(r"`\(([^)]*)\)")
-
-
-normal = functools.cache(os.path.normpath)
-
-
-def parse(text: str) -> dict[str, tuple[list[Instruction], dict[str, int]]]:
-    """Of `nvdisasm -c -gi`: each function's instructions, and the index that each label stands at."""
-    out = {}
-    code, labels, chain, frames, part, fresh = [], {}, [], (), "", False
-    for line in text.splitlines():
-        if line.startswith("\t//##") and (m := LINE.search(line)):
-            chain = [*chain, (normal(m[1]), int(m[2]))] if fresh else [(normal(m[1]), int(m[2]))]
-            fresh = True
-        elif m := re.match(r"\s*\.section\s+\.text\.([^,\s]+)", line):
-            code, labels, frames, part, fresh = [], {}, (), "", False
-            out[m[1]] = code, labels
-        elif m := re.match(r"([\w.$]+):\s*$", line):
-            labels[m[1]] = len(code)
-            if m[1].startswith("$"):
-                part = m[1]
-        elif m := CODE.search(line):
-            if fresh:
-                frames, fresh = tuple(chain), False
-            guard, op, words = m.groups()
-            # a call of a label is ptxas' way out of some loops: nothing returns from there
-            jump = op.startswith(("BRA", "BRX", "JMP", "JMX")) or op.startswith("CALL") and "`(.L" in words
-            before, *_ = re.split(r"`\(|\(\*", words) if jump else (words,)
-            to = LABEL.findall(words) if jump else []
-            if listed := re.search(r'BRANCH_TARGETS ([^"]*)"', words):
-                to = [x.strip() for x in listed[1].split(",")]
-            # lanes that have parted come together again through a way of their own
-            apart = op.startswith(("BRA.DIV", "BRA.CONV"))
-            ends = (jump and (listed or not before.strip()) or op.startswith(("EXIT", "RET"))) and not guard
-            code.append(Instruction(op, words.strip(), frames, () if apart else tuple(to), not ends, part))
-    return out
-
-
-def graph_of(code: list[Instruction], labels: dict[str, int]) -> list[tuple[range, list[int]]]:
-    """Basic blocks in order: their instructions and the numbers of those that may follow."""
-    jumps = [[labels[t] for t in x.targets if labels.get(t, len(code)) < len(code)] for x in code]
-    starts = {0} | {t for to in jumps for t in to}
-    starts |= {i + 1 for i, x in enumerate(code) if x.targets or not x.falls or x.op.startswith("EXIT")}
-    edges = [*sorted(s for s in starts if s < len(code)), len(code)]
-    number = {start: n for n, start in enumerate(edges[:-1])}
-    return [(range(start, end), list(dict.fromkeys(
-        [number[t] for t in jumps[end - 1]] + [n + 1] * (code[end - 1].falls and end < len(code)))))
-        for n, (start, end) in enumerate(zip(edges, edges[1:]))]
-
-
-def bits_of(op: str) -> int:
-    """Width of a load from global memory, or from an address that may be one."""
-    return load_bits("LDG" + op[2:] if op.startswith("LD.") else op)
-
+# --- loops and the longest ways through them -----------------------------------------------------------------------
 
 class Level(NamedTuple):
     """A loop, or all of a kernel: its blocks, but each loop inside is one node, its head."""
@@ -328,10 +273,10 @@ class Way(NamedTuple):
 class Function:
     """Blocks, loops and lines of one kernel."""
 
-    def __init__(self, code: list[Instruction], labels: dict[str, int]):
+    def __init__(self, code: list[Instruction]):
         self.code = [x for x in code if not x.part]
         self.parts = [x for x in code if x.part]
-        self.graph = graph_of(self.code, labels)
+        self.graph = graph_of(self.code)
         self.loops = {head: body for head, (body, _) in natural_loops(self.graph).items()}
         known = {frames: mark(frames) for frames in {x.frames for x in self.code}}
         self.marks = [known[x.frames] for x in self.code]
@@ -427,7 +372,7 @@ class Function:
         wanted = min((len(t) for t in types.values() if "bf16" in t), default=None)
         if wanted is not None:
             heads = [h for h in heads if "bf16" in types[h] and len(types[h]) == wanted]
-        loading = [h for h in heads if any(bits_of(self.code[i].op) for n in found[h] for i in self.graph[n][0])]
+        loading = [h for h in heads if any(load_bits(self.code[i].op) for n in found[h] for i in self.graph[n][0])]
         return loading or heads or [None]
 
     def measure(self, group: Group, head: int | None, budgeted: bool) -> dict:
@@ -442,7 +387,7 @@ class Function:
             return [i for i in self.issued(part) if head is not None or self.marks[i].group == group]
 
         def bits(part):
-            return [(b, i) for i in part if (b := bits_of(self.code[i].op)) and not foreign(self.marks[i])]
+            return [(b, i) for i in part if (b := load_bits(self.code[i].op)) and not foreign(self.marks[i])]
 
         own = ours(way.own)
         inner = [part for blocks in way.loops.values() if (part := ours(blocks))]
@@ -465,7 +410,8 @@ class Function:
         path = [*own, *(i for part in models + others for i in part)]
         loads = Counter(b for b, _ in bits(path))
         per_token = total * LANES / group.tokens
-        budget = SLOTS * ITEM * used if group.budgeted and budgeted and round(used, 2) >= MODELS else None
+        bound_by_memory = group.budgeted and budgeted and round(used, 2) >= MODELS
+        budget = ISSUE_SLOTS_PER_BYTE * ITEM * used if bound_by_memory else None
         findings = []
         loaded = first + looped
         wide, need = sum(b * n for b, n in loads.items() if b >= 128), each * max(1, round(loaded))
@@ -479,8 +425,8 @@ class Function:
                          if b < 128 and (self.marks[i].words & (TYPES | {"model"})))
         findings += [f"{n} {what}" for what, n in narrow.items() if wide >= need]
         findings += ["holds a loop that is no model's: counted once"] * bool(others)
-        findings += [f"calls {self.code[i].words}" for i in path if self.code[i].op.startswith("CALL")
-                     and not self.code[i].targets and "$__internal" not in self.code[i].words]
+        findings += [f"calls {self.code[i].operands}" for i in path if self.code[i].op.startswith("CALL")
+                     and not self.code[i].targets and "$__internal" not in self.code[i].operands]
         if budget and per_token > budget:
             findings += [f"{per_token:.1f} instructions a token, the budget is {budget:.0f}"]
         return dict(name=group.name, tokens=group.tokens, loop=head is not None, models=round(used, 2),
@@ -502,45 +448,18 @@ def place(frames) -> str:
 # --- multiply-adds -------------------------------------------------------------------------------------------------
 
 FUSED = r"(?:FFMA|DFMA|HFMA)"  # FFMA2, HFMA2.BF16 and their like too
-ASKED = re.compile(r"\bfma\.\S*?(?:f|bf)(?:16|32|64)(?:x2)?\b|\bmad\.\S*?f(?:32|64)\b")
-OPEN = re.compile(r"\b(?:add|sub|mul)\.(?!r[nzmp]\b)(?:ftz\.|sat\.)*(?:b?f16|f32|f64)(?:x2)?\b")  # may be contracted
-EXPANDED = re.compile(r"\b(?:div|rcp|sqrt|rem)\.\S*f(?:32|64)\b")
 
 
-def entries(ptx: str) -> dict[str, dict]:
-    """Of each kernel: the threads that it is bound to, (line, operation) of its contractions, lines of divisions."""
-    files = {n: normal(path) for n, path in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', ptx, re.M)}
-    out, here, lines = {}, None, ()
-    for line in ptx.splitlines():
-        if line.startswith("\t.loc") and here is not None:
-            _, file, number, _, *rest = line.split(None, 4)
-            lines = ((files.get(file, "?"), int(number)),)
-            if rest and (at := re.search(r"inlined_at (\d+) (\d+)", rest[0])):
-                lines += ((files.get(at[1], "?"), int(at[2])),)
-        elif m := re.match(r"(?:\.\w+\s+)*\.(entry|func)\s+(?:\(.*?\)\s*)?([\w$]+)", line):
-            here = out.setdefault(m[2], dict(threads=None, fused=[], divisions=set()))
-            lines = ()
-        elif here is None:
-            continue
-        elif m := re.match(r"\.maxntid\s+(\d+)(?:,\s*(\d+))?(?:,\s*(\d+))?", line):
-            here["threads"] = int(m[1]) * int(m[2] or 1) * int(m[3] or 1)
-        elif m := ASKED.search(line) or OPEN.search(line):
-            here["fused"].append((lines, m[0]))
-        elif EXPANDED.search(line):
-            here["divisions"].add(lines[:1])
-    return out
-
-
-def contractions(f: Function, symbol: str, ptx: dict[str, dict]) -> list[str]:
+def contractions(f: Function, symbol: str, ptx: dict[str, PtxFunction]) -> list[str]:
     """Multiply-adds that no division is made of, and that nobody marked, by line."""
     parts = [x for x in f.parts if not x.part.startswith("$__internal")]
     names = {symbol, *(x.part.rpartition("$")[2] for x in parts)} & set(ptx)
-    divisions, found = set().union(*(ptx[name]["divisions"] for name in names)), {}
-    for lines, op in (asked for name in sorted(names) for asked in ptx[name]["fused"]):
+    divisions, found = set().union(*(ptx[name].divisions for name in names)), {}
+    for lines, op in (found_at for name in sorted(names) for found_at in ptx[name].fusible):
         if "fma" not in mark(lines).words:
             found.setdefault(place(lines), Counter())[op] += 1
     for x, m in [*zip(f.code, f.marks), *((x, mark(x.frames)) for x in parts)]:
-        constant = x.op.startswith("HFMA2") and re.match(r"\w+, -RZ, RZ, ", x.words)
+        constant = x.op.startswith("HFMA2") and re.match(r"\w+, -RZ, RZ, ", x.operands)
         if re.match(FUSED, x.op) and not constant and "fma" not in m.words and (
                 x.frames[:1] not in divisions or x.op.startswith("FFMA2")):
             found.setdefault(place(x.frames), Counter())[x.op.split(".")[0]] += 1
@@ -591,22 +510,20 @@ def resources(log: str) -> dict[str, dict]:
 
 def resident(arch: str, registers: int, threads: int, shared: int) -> int:
     """Threads that an SM holds at once, in blocks of so many. Dynamic shared memory is not counted."""
-    base = int(arch.rstrip("af"))
-    kib, warps, blocks = SMS.get(base, SMS[90])
-    per = -(-threads // LANES)
-    return threads * ctas(Target("cuda", base, LANES, kib << 10, warps, blocks), registers, per, shared)
+    warps = -(-threads // LANES)
+    return threads * resident_blocks(nvidia(int(arch.rstrip("af"))), registers, warps, shared)
 
 
 def examine(unit: Unit, kernel: str | None = None, seen: set[Group] | None = None) -> list[dict]:
     """A row for each kernel."""
-    rows, ptx, use, functions = [], entries(unit.ptx), resources(unit.log), parse(unit.sass)
+    rows, ptx, use, functions = [], parse_ptx(unit.ptx), resources(unit.log), parse_sass(unit.sass)
     budgeted = f"sm_{unit.arch.rstrip('af')}" == BUDGETED
     for symbol, about in use.items():
         name = demangle(symbol)
         if kernel not in (None, name, name.split("<")[0]):
             continue
-        f = Function(*functions[symbol])
-        threads = ptx[symbol]["threads"]
+        f = Function(functions[symbol])
+        threads = ptx[symbol].threads
         row = dict(kernel=name, arch=unit.arch, file=short(str(unit.file)), symbol=symbol, **about, threads=threads,
                    resident=threads and resident(unit.arch, about["registers"], threads, about["shared"]),
                    instructions=len(f.issued(range(len(f.graph)))))
@@ -638,8 +555,8 @@ def marked(files: list[Path]) -> dict[str, Group]:
     return {g.where: g for g in groups}
 
 
-def survey(files: list[Path], archs: list[str], kernel: str | None = None, flags: list[str] = FLAGS,
-           cache: Path | None = None, tell=None) -> list[dict]:
+def compile_and_examine(files: list[Path], archs: list[str], kernel: str | None = None, flags: list[str] = FLAGS,
+                        cache: Path | None = None, tell=None) -> list[dict]:
     """Rows of every file for every architecture, compiled as many at once as there are cores."""
     files = [f.resolve() for f in files]
     groups = marked(files)  # marks that are wrong are told before anything is compiled
@@ -708,34 +625,29 @@ def render(rows: list[dict], command: str) -> str:
 
 # --- the command ---------------------------------------------------------------------------------------------------
 
-def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m benchmarks sass", description=__doc__.split("\n\n")[0])
+def main(argv: list[str]) -> int:
+    p = Parser(prog="python -m tools sass", description=__doc__.split("\n\n")[0])
     p.add_argument("files", nargs="*", type=Path, metavar="FILE", help="default: csrc/cuda/*.cu")
     p.add_argument("--arch", default=ARCHS, metavar="NAME,...", help=f"default: {ARCHS}")
     p.add_argument("--kernel", metavar="NAME", help="only this one")
     p.add_argument("--json", type=Path, metavar="FILE",
                    help="save the rows, with opcodes and source lines of each marked loop")
     p.add_argument("--markdown", type=Path, metavar="FILE", help="save the tables")
-    argv = sys.argv[1:] if argv is None else argv
     args = p.parse_args(argv)
-    try:
-        files = args.files or sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-        if not files:
-            raise ValueError("no csrc/cuda/*.cu here; name a file")
-        if missing := [str(f) for f in files if not f.is_file()]:
-            raise ValueError(f"{missing[0]}: no such file")
-        tool("nvdisasm")
-        rows = survey(files, architectures(args.arch), args.kernel,
-                      tell=lambda text: print(text, file=sys.stderr))
-        if not rows:
-            raise ValueError(f"no kernel {args.kernel or ''} in {', '.join(map(str, files))}".replace("  ", " "))
-        text = render(rows, shlex.join(["python", "-m", "benchmarks", "sass", *argv]))
-        if args.json:
-            args.json.write_text("".join(json.dumps(r) + "\n" for r in rows))
-        if args.markdown:
-            args.markdown.write_text(text)
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
-        print(f"python -m benchmarks sass: {error}", file=sys.stderr)
-        return 2
+    files = args.files or sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    if not files:
+        raise Refused("no csrc/cuda/*.cu here; name a file")
+    if missing := [str(f) for f in files if not f.is_file()]:
+        raise Refused(f"{missing[0]}: no such file")
+    tool("nvdisasm")
+    rows = compile_and_examine(files, architectures(args.arch), args.kernel,
+                               tell=lambda text: print(text, file=sys.stderr))
+    if not rows:
+        raise Refused(f"no kernel {args.kernel or ''} in {', '.join(map(str, files))}")
+    text = render(rows, shlex.join(["python", "-m", "tools", "sass", *argv]))
+    if args.json:
+        args.json.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    if args.markdown:
+        args.markdown.write_text(text)
     print(text)
     return int(any(r["findings"] for r in rows))

@@ -3,7 +3,7 @@
 # has, tests, compares a million rows with the CPU, looks for memory errors and races, tunes, measures, prints tables.
 #
 #   PYTHON               interpreter with torch, triton, transformers, pytest and setuptools (python3)
-#   OUT                  folder for gpu.log, rows.jsonl, generate.jsonl, cuts.jsonl, tune.jsonl, tune.txt (benchmarks/out)
+#   OUT                  folder for gpu.log, rows.jsonl, generate.jsonl, cuts.jsonl, tune.jsonl, tune.txt (build/gpu)
 #   SUITE                what to measure, with options of `python -m benchmarks run` (gpu)
 #   STEPS                only these, apart by spaces: build versions tests equality memcheck racecheck initcheck cuts
 #                        tune run generate (all)
@@ -15,7 +15,7 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-out=$(realpath -m "${OUT:-$root/benchmarks/out}")
+out=$(realpath -m "${OUT:-$root/build/gpu}")
 cd "$root"
 python=${PYTHON:-python3}
 read -ra suite <<<"${SUITE:-gpu}"
@@ -29,7 +29,7 @@ rm -f "$out"/{rows,generate,cuts,tune}.jsonl "$out"/tune.txt
 parts=$(mktemp -d)
 trap 'rm -rf "$parts"' EXIT
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-if git ls-files --error-unmatch benchmarks/gpu.sh >/dev/null 2>&1; then
+if git ls-files --error-unmatch tools/gpu.sh >/dev/null 2>&1; then
   EFT_KERNELS_COMMIT=$(git rev-parse HEAD)
   export EFT_KERNELS_COMMIT
 fi
@@ -111,7 +111,7 @@ sed -n '/^== versions/,$p' "$log" | grep -E '^(commit|eft-kernels)|^  (python|to
 # "gpu" and the compiled backends that run on it
 read -ra gpu <<<"$("$python" -c '
 import torch
-from benchmarks.sanitize import backends
+from tools.sanitize import backends
 print(*["gpu", *backends("cuda")] if torch.cuda.is_available() else [])' 2>>"$log" || true)"
 if ((${#gpu[@]} == 0)); then why="no GPU here"; else why="no GPU backend but the reference"; fi
 
@@ -141,21 +141,21 @@ for tool in memcheck racecheck initcheck; do
     skip "$tool" "no compute-sanitizer here"
   else # without the caching allocator every tensor has bounds of its own
     beside "$tool" 80 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$python" -m benchmarks.sanitize cuda
+      "$python" -m tools sanitize cuda
   fi
 done
 meet
 grep -E 'mismatches in [0-9]+ rows' "$log" || true
 
 if [[ " ${gpu[*]} " == *" cuda "* ]]; then
-  step cuts 50 "$python" -m benchmarks cuts --seconds 35 --json "$out/cuts.jsonl"
+  step cuts 50 "$python" -m tools cuts --seconds 35 --json "$out/cuts.jsonl"
 else
   skip cuts "no CUDA backend here"
 fi
 if [[ " ${gpu[*]} " != *" triton "* ]]; then
   skip tune "$why"
 else
-  step tune 60 bash -o pipefail -c '"$0" -m benchmarks tune --seconds 40 --json "$1.jsonl" | tee "$1.txt"' \
+  step tune 60 bash -o pipefail -c '"$0" -m tools tune --seconds 40 --json "$1.jsonl" | tee "$1.txt"' \
     "$python" "$out/tune"
 fi
 if ((${#gpu[@]})) || [[ ${suite[0]} != gpu ]]; then

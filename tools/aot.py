@@ -1,7 +1,7 @@
 """What the Triton backend's kernels compile to, for GPUs that are not here: registers, loads, instructions per token.
 
-    python -m benchmarks aot                                  # every case, every target
-    python -m benchmarks aot --target sm_90 --kernel sample_kernel --case "plain B=64" --json FILE
+    python -m tools aot                                  # every case, every target
+    python -m tools aot --target sm_90 --kernel sample_kernel --case "plain B=64" --json FILE
 
 The backend's own operations are called on CPU tensors, with every launch replaced by its compilation, so that what is
 read is what they would launch. A new kernel is a row in `KERNELS`, a new call a `Case` in `cases`.
@@ -11,9 +11,7 @@ Exit codes: 0 nothing found, 1 findings (or a call did not compile), 2 bad input
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import os
 import re
 import shlex
@@ -26,14 +24,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import report
+from eft_kernels._cli.options import Parser
+from eft_kernels._cli.term import Refused
 from eft_kernels.parameters import METHODS
 
-from . import report
-from .device import ROOT
+from . import ROOT
+from .machine_code import (
+    AMD_MI300,
+    BUDGETED,
+    ISSUE_SLOTS_PER_BYTE,
+    Instruction,
+    Target,
+    count,
+    load_bits,
+    loops,
+    nvidia,
+    parse_amdgcn,
+    parse_ptx,
+    parse_sass,
+    resident_blocks,
+)
 
 CHUNK = 256
-SLOTS = 41 / 6  # issue slots for each byte of logits that an H200 has time for: 41 for three bf16 logits
-BUDGETED = "sm_90"  # the target with that many
 DEFAULT = "B=64 V=128256 J=3 bfloat16"
 SHOWN = [f"{words} {DEFAULT}" for words in (  # the cases a person looks at first
     "sample plain", "sample with_logprobs", "sample top_p", "sample all_with_logprobs", "sample masked", "sample rows",
@@ -42,19 +55,7 @@ SHOWN = [f"{words} {DEFAULT}" for words in (  # the cases a person looks at firs
 BACKEND = "eft_kernels.backends.triton"
 
 
-class Target(NamedTuple):
-    backend: str
-    arch: int | str
-    lanes: int  # of a warp
-    shared: int  # bytes of an SM
-    warps: int = 64  # of an SM
-    blocks: int = 32
-
-
-TARGETS = {
-    "sm_80": Target("cuda", 80, 32, 164 << 10), "sm_90": Target("cuda", 90, 32, 228 << 10),
-    "sm_100": Target("cuda", 100, 32, 228 << 10), "gfx942": Target("hip", "gfx942", 64, 64 << 10),
-}
+TARGETS = {"sm_80": nvidia(80), "sm_90": nvidia(90), "sm_100": nvidia(100), "gfx942": AMD_MI300}
 
 
 def all_models(a: dict) -> int:
@@ -66,16 +67,21 @@ def both_sides(a: dict) -> int:
     return sum(z.element_size() for side in sides for z in side.m.z)
 
 
-def slots(a: dict) -> float | None:
+def issue_slots(a: dict) -> float | None:
     """Where rows are many enough for a loop, and logits three bf16 ones or more: fewer leave time for loading only."""
-    return SLOTS * all_models(a) if all_models(a) >= 6 and a.get("TILES", 2) > 1 else None
+    return ISSUE_SLOTS_PER_BYTE * all_models(a) if all_models(a) >= 6 and a.get("TILES", 2) > 1 else None
 
 
 class Kernel(NamedTuple):
     """What a kernel's code does not say: each a function of the launch's arguments."""
     bytes: Callable[[dict], int] = all_models  # that it loads for a token, at least
-    budget: Callable[[dict], float | None] = slots  # issue slots for a token where it should be bound by memory
+    budget: Callable[[dict], float | None] = issue_slots  # for a token where it should be bound by memory
     tokens: Callable[[dict], int] = lambda a: CHUNK * a["TC"]  # of one time round the loop, or of a program without one
+
+
+def and_a_write(a: dict) -> float | None:
+    """It also writes a float32 for each token."""
+    return issue_slots(a) and issue_slots(a) + 4 * ISSUE_SLOTS_PER_BYTE
 
 
 def no_budget(a: dict) -> None:
@@ -86,7 +92,7 @@ KERNELS = {  # None: reads no row from end to end
     "sample_kernel": Kernel(),
     "stats_kernel": Kernel(),
     "row_kernel": None,
-    "logprobs_kernel": Kernel(budget=lambda a: slots(a) and slots(a) + 4 * SLOTS),  # it writes as well
+    "logprobs_kernel": Kernel(budget=and_a_write),
     "ids_kernel": None,
     "top_kernel": None,
     "diagnostics_kernel": Kernel(budget=no_budget),
@@ -138,12 +144,13 @@ def cases() -> list[Case]:
     out += [Case("sample", v) for v in VARIANTS if "drawn_by" not in VARIANTS[v]]
     out += [Case("sample", v, dtype=d) for d in ("float16", "float32", "mixed") for v in ("plain", "top_p")]
     out += [Case("sample", v, models=j) for j in (1, 2, 4, 8) for v in ("plain", "top_p")]
-    out += [Case("sample", v, 1, n) for n in (32000, 256000, 1 << 22) for v in ("plain", "top_p")]
+    out += [Case("sample", v, 1, n) for n in (1, 32000, 256000, 1 << 22) for v in ("plain", "top_p")]
     out += [Case("sample", v, b, 50257, stride=s) for s in (None, 50304) for b in (64, 1) for v in ("plain", "top_p")]
     out += [Case("verify", v, 64, method=m) for m in METHODS for v in ("plain", "all")]
     out += [Case("verify", "with_logprobs", method=m) for m in METHODS]
     out += [Case("verify", "rows", method="block"), Case("verify", "masked", method="token"),
-            Case("verify", "upscale_filter", method="token"), Case("verify", "plain", 1, method="block")]
+            Case("verify", "upscale_filter", method="token"), Case("verify", "all", 2, 1, method="block"),
+            Case("verify", "plain", 1, method="block")]
     out += [Case("verify", "drafts_declared", method=m) for m in METHODS[1:]]
     out += [Case("verify", method=m, draft=-1) for m in METHODS]
     out += [Case(op, v, b) for op in ("logprobs", "token_logprobs") for v in ("plain", "all") for b in (64, 1)]
@@ -248,101 +255,6 @@ def compile_all(target: str, calls: dict[str, Callable[[], None]], only: str | N
 
 # --- machine code --------------------------------------------------------------------------------------------------
 
-class Instruction(NamedTuple):
-    op: str
-    target: int | None = None  # index of the instruction it may jump to
-    falls: bool = True  # the next one may follow it
-
-
-SASS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
-
-
-def parse_sass(text: str) -> list[Instruction]:
-    """Instructions of `cuobjdump -sass`."""
-    lines = SASS.findall(text)
-    index = {int(at, 16): i for i, (at, *_) in enumerate(lines)}
-    out = []
-    for _, guard, op, words in lines:
-        jump = re.match(r"(.*?)\b0x([0-9a-f]+)\s*$", words) if op.startswith(("BRA", "JMP")) else None
-        ends = jump or op.startswith(("EXIT", "RET", "BRX", "JMX"))
-        out.append(Instruction(op, index[int(jump[2], 16)] if jump else None,
-                               not ends or bool(guard) or bool(jump and jump[1].strip())))
-    return out
-
-
-def parse_amdgcn(text: str) -> list[Instruction]:
-    """Instructions of LLVM's assembly for AMD."""
-    lines, labels = [], {}
-    for line in text.split("\n\t.section", 1)[0].splitlines():
-        line = line.split(";")[0].rstrip()
-        if line.endswith(":"):
-            labels[line[:-1]] = len(lines)
-        elif re.match(r"\t[a-z]", line):
-            lines.append(line.split(None, 1))
-    return [Instruction(op, labels.get(rest[0].strip()) if "branch" in op and rest else None,
-                        op not in ("s_branch", "s_endpgm")) for op, *rest in lines]
-
-
-def load_bits(op: str) -> int:
-    """Width of a load from global memory; 0 if it is none."""
-    if op.startswith("LDG"):
-        m = re.search(r"\.[US]?(256|128|64|16|8)\b", op)
-        return int(m[1]) if m else 32
-    if m := re.match(r"(?:global|buffer)_load_.*?(dwordx[234]|dword|short|byte)", op):
-        return dict(dwordx4=128, dwordx3=96, dwordx2=64, dword=32, short=16, byte=8)[m[1]]
-    return 0
-
-
-def blocks(code: list[Instruction]) -> list[tuple[range, list[int]]]:
-    """Basic blocks in order: their instructions and the numbers of those that may follow."""
-    starts = {0} | {x.target for x in code if x.target is not None}
-    starts |= {i + 1 for i, x in enumerate(code) if x.target is not None or not x.falls}
-    edges = [*sorted(s for s in starts if s < len(code)), len(code)]
-    number = {start: n for n, start in enumerate(edges[:-1])}
-    out = []
-    for n, (start, end) in enumerate(zip(edges, edges[1:])):
-        last = code[end - 1]
-        jump = [] if last.target is None else [number[last.target]]
-        out.append((range(start, end), jump + [n + 1] * (last.falls and end < len(code))))
-    return out
-
-
-def natural_loops(graph: list[tuple[range, list[int]]]) -> dict[int, tuple[set[int], set[int]]]:
-    """Of a graph of blocks, by the head of each loop: its blocks, and those of them that every iteration executes."""
-    before, reached, todo = {n: [] for n in range(len(graph))}, {0}, [0]
-    while todo:
-        n = todo.pop()
-        for m in graph[n][1]:
-            before[m].append(n)
-            if m not in reached:
-                reached.add(m)
-                todo.append(m)
-    dominators, changed = {n: {0} if n == 0 else set(reached) for n in reached}, True
-    while changed:
-        changed = False
-        for n in sorted(reached - {0}):
-            new = {n} | set.intersection(*(dominators[m] for m in before[n]))
-            changed |= new != dominators[n]
-            dominators[n] = new
-    found = {}  # head: blocks, those on every way round
-    for n in reached:
-        for head in set(graph[n][1]) & dominators[n]:
-            body, todo = {head}, [n]
-            while todo:
-                if (m := todo.pop()) not in body:
-                    body.add(m)
-                    todo += before[m]
-            old = found.get(head, (set(), body))
-            found[head] = old[0] | body, old[1] & dominators[n]
-    return {head: (body, always & body) for head, (body, always) in found.items()}
-
-
-def loops(code: list[Instruction]) -> list[tuple[set[int], set[int]]]:
-    """Natural loops: the instructions of each, and those of them that every iteration executes."""
-    graph = blocks(code)
-    return [tuple({i for n in part for i in graph[n][0]} for part in found) for found in natural_loops(graph).values()]
-
-
 def main_loop(code: list[Instruction], nbytes: int) -> set[int] | None:
     """The loop whose threads load ``nbytes`` each time round, beside what loops inside it load: with the widest loads,
     then the shortest. Without what an iteration may skip, unless the loads are there."""
@@ -358,15 +270,9 @@ def main_loop(code: list[Instruction], nbytes: int) -> set[int] | None:
     return set(min(found)[2]) if found else None
 
 
-def count(ops) -> dict[str, int]:
-    """Opcodes without their modifiers, the most frequent first."""
-    return dict(Counter(op.split(".")[0].split("_e32")[0].split("_e64")[0] for op in ops).most_common())
-
-
-FUSED = {"ptx": r"\b(?:fma|mad)\.\S*f(?:32|32x2|64)\b",
-         "llir": r"call .*@llvm\.fm(?:a|uladd)\.\S*\(|= f(?:mul|add|sub) (?:\w+ )*(?:contract|fast)\b"}
+LLIR_FUSED = r"call .*@llvm\.fm(?:a|uladd)\.\S*\(|= f(?:mul|add|sub) (?:\w+ )*(?:contract|fast)\b"
+LLIR_DIVISION = r"\bf(?:div|sqrt)\b|\b[su](?:div|rem) i64"
 MACHINE_FUSED = r"(?:FFMA2?|DFMA|v_(?:pk_)?(?:fma|fmac|mad|mac)(?:mk|ak)?_f32)(?!\d)"  # AMD's of f64 convert to int64
-EXPANDED = {"ptx": r"\b(?:div|rcp|sqrt)\.", "llir": r"\bf(?:div|sqrt)\b|\b[su](?:div|rem) i64"}
 
 
 def contractions(asm: dict, ops: list[str], loop: list[str]) -> list[str]:
@@ -374,49 +280,50 @@ def contractions(asm: dict, ops: list[str], loop: list[str]) -> list[str]:
 
     Divisions are made of multiply-adds: where there are any, of the scalar ones only those in the loop count.
     """
-    stage = "ptx" if "ptx" in asm else "llir"
-    found = Counter(x.split("@")[-1].strip("= (") for x in re.findall(FUSED[stage], asm[stage]))
-    if re.search(EXPANDED[stage], asm[stage]):
+    if "ptx" in asm:
+        functions = parse_ptx(asm["ptx"]).values()
+        asked = [op for f in functions for _, op in f.fusible if re.match(r"(?:fma|mad)\.\S*\bf(?:32|64)", op)]
+        divides = any(f.divisions for f in functions)
+    else:
+        asked, divides = re.findall(LLIR_FUSED, asm["llir"]), re.search(LLIR_DIVISION, asm["llir"])
+    found = Counter(x.split("@")[-1].strip("= (") for x in asked)
+    if divides:
         ops = loop + [op for op in ops if op.startswith("FFMA2") and op not in loop]
     found += Counter(m[0] for op in ops if (m := re.match(MACHINE_FUSED, op)))
     return [f"contracts: {n} {op}" for op, n in found.items()]
 
 
-def resources_nvidia(kernel) -> tuple[str, dict]:
+def read_nvidia(kernel) -> tuple[list[Instruction], dict]:
+    """Instructions and resources."""
     from triton import knobs
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        text = subprocess.run([knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name], check=True,
-                              capture_output=True, text=True).stdout
-    use = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return text, dict(registers=use["REG"], stack=use["STACK"] + use["LOCAL"])
+
+        def output(tool, *words: str) -> str:
+            return subprocess.run([tool.path, *words, file.name], check=True, capture_output=True, text=True).stdout
+
+        usage = output(knobs.nvidia.cuobjdump, "-res-usage")
+        code = parse_sass(output(knobs.nvidia.nvdisasm, "-c"))[kernel.metadata.name]
+    use = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return code, dict(registers=use["REG"], stack=use["STACK"] + use["LOCAL"])
 
 
-def resources_amd(kernel) -> tuple[str, dict]:
+def read_amd(kernel) -> tuple[list[Instruction], dict]:
     text = kernel.asm["amdgcn"]
 
     def said(name):
         return int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
-    return text, dict(registers=said("vgpr_count"), stack=said("private_segment_fixed_size"))
-
-
-def ctas(target: Target, registers: int, warps: int, shared: int) -> int:
-    """Programs that an SM (a CU) holds at once; where registers are handed out in units, by the unit."""
-    if target.backend == "hip":  # four SIMDs of 512 registers a lane, at most 8 waves each
-        return min(4 * min(8, 512 // (math.ceil(registers / 8) * 8)) // warps, target.shared // max(shared, 1))
-    fits = 4 * (16384 // (math.ceil(registers / 8) * 8 * 32)) // warps
-    return min(fits, target.warps // warps, target.shared // (shared + 1024), target.blocks)
+    return parse_amdgcn(text), dict(registers=said("vgpr_count"), stack=said("private_segment_fixed_size"))
 
 
 def examine(name: str, kernel_name: str, a: dict, kernel) -> dict:
     """The row of one specialisation."""
     target, about, meta = TARGETS[name], KERNELS.get(kernel_name), kernel.metadata
-    nvidia = target.backend == "cuda"
-    text, use = (resources_nvidia if nvidia else resources_amd)(kernel)
-    code = (parse_sass if nvidia else parse_amdgcn)(text)
+    code, use = (read_nvidia if target.backend == "cuda" else read_amd)(kernel)
     row = dict(target=name, kernel=kernel_name, **use, warps=meta.num_warps, shared=meta.shared, hash=kernel.hash,
-               ctas=ctas(target, use["registers"], meta.num_warps, meta.shared))
+               ctas=resident_blocks(target, use["registers"], meta.num_warps, meta.shared))
     findings = [f"spills {use['stack']} bytes"] * any(re.match("LDL|STL|scratch_", x.op) for x in code)
     findings += ["fp fusion is on"] * meta.enable_fp_fusion
     threads = meta.num_warps * target.lanes
@@ -521,30 +428,25 @@ def run(script: list[str]) -> list[dict]:
     return json.loads(out.stdout.splitlines()[-1])
 
 
-def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m benchmarks aot", description=__doc__.split("\n\n")[0])
+def main(argv: list[str]) -> int:
+    p = Parser(prog="python -m tools aot", description=__doc__.split("\n\n")[0])
     p.add_argument("--target", default=",".join(TARGETS), metavar="NAME,...", help=f"of {', '.join(TARGETS)}")
     p.add_argument("--kernel", default="", metavar="NAME", help="only this one")
     p.add_argument("--case", default="", metavar="WORDS", help="only calls whose label holds these words")
     p.add_argument("--json", type=Path, metavar="FILE", help="save the rows, with the opcodes of each main loop")
     p.add_argument("--markdown", type=Path, metavar="FILE", help="save the tables")
-    argv = sys.argv[1:] if argv is None else argv
     args = p.parse_args(argv)
     targets = args.target.split(",")
-    try:
-        if unknown := set(targets) - set(TARGETS):
-            raise ValueError(f"--target {min(unknown)}: allowed are {', '.join(TARGETS)}")
-        rows = [row for t in targets for row in run(["-m", "benchmarks.aot", t, args.kernel, args.case])]
-        if not rows:
-            raise ValueError(f"--kernel {args.kernel!r} --case {args.case!r}: no call launches that")
-        text = render(rows, shlex.join(["python", "-m", "benchmarks", "aot", *argv]))
-        if args.json:
-            args.json.write_text("".join(json.dumps(r) + "\n" for r in rows))
-        if args.markdown:
-            args.markdown.write_text(text)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"python -m benchmarks aot: {error}", file=sys.stderr)
-        return 2
+    if unknown := set(targets) - set(TARGETS):
+        raise Refused(f"--target {min(unknown)}: allowed are {', '.join(TARGETS)}")
+    rows = [row for t in targets for row in run(["-m", "tools.aot", t, args.kernel, args.case])]
+    if not rows:
+        raise Refused(f"--kernel {args.kernel!r} --case {args.case!r}: no call launches that")
+    text = render(rows, shlex.join(["python", "-m", "tools", "aot", *argv]))
+    if args.json:
+        args.json.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    if args.markdown:
+        args.markdown.write_text(text)
     print(text)
     return int(any(r["findings"] for r in rows))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import torch
 
@@ -10,13 +11,14 @@ from . import device as machine
 
 KINDS = ("peaked", "family", "flat")
 WEIGHTS = {1: (1.0,), 3: (1.0, 1.0, -1.0), 4: (1.0, 0.5, 0.5, -1.0)}  # one model; up-scaling; an interpolation
+FAMILY = Path(__file__).resolve().parents[2] / "examples" / "family"  # in a checkout
 FAMILY_VOCAB = 2048
 
 
 def logits(kind: str, batch: int, vocab: int, models: int, dtype: str, seed: int, device="cpu",
-           slots: int | None = None) -> list[torch.Tensor]:
-    """[base, tuned, (tuned,) ref] or [base], each [batch, vocab], or [batch, slots, vocab]."""
-    rows = batch * (slots or 1)
+           positions: int | None = None) -> list[torch.Tensor]:
+    """[base, tuned, (tuned,) ref] or [base], each [batch, vocab], or [batch, positions, vocab]."""
+    rows = batch * (positions or 1)
     if kind == "family":
         z = family(rows, vocab, models, seed)
     else:
@@ -34,7 +36,7 @@ def logits(kind: str, batch: int, vocab: int, models: int, dtype: str, seed: int
             shared.scatter_(1, places, peaks + torch.randn(rows, ranks, generator=g, device=device))
             ref = shared + noise(0.8)
             z = [shared + noise(0.5), *(ref + noise(0.5) for _ in range(models - 2)), ref][:models]
-    shape = (batch, vocab) if slots is None else (batch, slots, vocab)
+    shape = (batch, vocab) if positions is None else (batch, positions, vocab)
     return [x.reshape(shape).to(device, getattr(torch, dtype)).contiguous() for x in z]
 
 
@@ -52,15 +54,15 @@ def family(rows: int, vocab: int, models: int, seed: int) -> list[torch.Tensor]:
 @functools.cache
 def family_logits(name: str) -> torch.Tensor:
     """[2048 places, V] of a model of examples/family over held-out text."""
-    folder = machine.ROOT / "examples" / "family"
-    if not (folder / "weights" / name / "config.json").exists():
-        raise machine.Unavailable(f"{folder / 'weights' / name} is not here (it comes with a checkout)")
+    weights = FAMILY / "weights" / name
+    if not (weights / "config.json").exists():
+        raise machine.Unavailable(f"{weights} is not here (it comes with a checkout)")
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise machine.Unavailable(f"the family's logits need transformers: {error}") from None
-    text = (folder / "heldout" / "a.txt").read_text(encoding="utf-8")[:40000]
+    text = (FAMILY / "heldout" / "a.txt").read_text(encoding="utf-8")[:40000]
     with machine.quiet(), torch.inference_mode():
-        ids = AutoTokenizer.from_pretrained(folder / "weights" / name)(text, verbose=False).input_ids[: 8 * 256]
-        model = AutoModelForCausalLM.from_pretrained(folder / "weights" / name)
+        ids = AutoTokenizer.from_pretrained(weights)(text, verbose=False).input_ids[: 8 * 256]
+        model = AutoModelForCausalLM.from_pretrained(weights)
         return model(torch.tensor(ids).view(8, 256)).logits.flatten(0, 1).float().clone()

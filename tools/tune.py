@@ -1,7 +1,7 @@
 """Which `Cut` is quickest for each amount of work on the GPU that is here: rows for eft_kernels/triton/config.py.
 
-    python -m benchmarks tune                                   # both tables
-    python -m benchmarks tune --table sample --seconds 60 --json FILE
+    python -m tools tune                                   # both tables
+    python -m tools tune --table sample --seconds 60 --json FILE
 
 Candidates are compiled ahead by processes beside this one, then timed as `benchmarks run` times: a CUDA graph over
 inputs that no cache holds, candidates taking turns. Nothing is timed unless the first candidate gives the reference's
@@ -12,7 +12,6 @@ Exit codes: 0 it worked, 1 tokens are wrong or nothing could be timed, 2 bad inp
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import contextlib
 import gc
@@ -28,13 +27,17 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks import provenance, report
 from eft_kernels import dispatch
+from eft_kernels._cli.options import Parser
+from eft_kernels._cli.term import Refused
+from eft_kernels.bench import device, run, shapes
+from eft_kernels.bench.run import WrongTokens, error_line
+from eft_kernels.bench.shapes import OURS, Shape
 from eft_kernels.triton import config
 from eft_kernels.triton.config import Cut
 
-from . import aot, device, registry, report, run
-from .registry import OURS, Shape
-from .run import WrongTokens, first_line
+from . import aot
 
 CHUNK = 256
 ROUNDS = 7
@@ -221,7 +224,7 @@ def rows_of(name: str, results: dict, absent: dict, about: dict) -> list[dict]:
 # --- measuring -----------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def forced(name: str, cut: Cut):
+def tile_config(name: str, cut: Cut):
     """Launches of a table's kernels take this cut, whatever the device and the work."""
     table = TABLES[name].cuts
     was = dict(table)
@@ -251,7 +254,7 @@ def union(cuts: dict[Point, list[Cut]]) -> list[Cut]:
     return list(dict.fromkeys(c for part in cuts.values() for c in part))
 
 
-def survey(name: str, machine, until: float, tell=None, clock=time.monotonic) -> tuple[dict, list[Point]]:
+def measure_points(name: str, machine, until: float, tell=None, clock=time.monotonic) -> tuple[dict, list[Point]]:
     """({point: {cut: Times}}, points there was no time for). ``machine``: `Gpu`, or what a test puts in its place."""
     results, skipped = {}, []
     for vocab in dict.fromkeys(p.vocab for p in POINTS):
@@ -307,7 +310,7 @@ class Gpu:
             if job and not job.done():
                 self.absent[p, cut] = "not compiled in time"
             elif job and job.exception():
-                self.absent[p, cut] = first_line(job.exception())
+                self.absent[p, cut] = error_line(job.exception())
             else:
                 out.append(cut)
         return out
@@ -323,7 +326,7 @@ class Gpu:
             except WrongTokens:
                 raise
             except Exception as error:  # of the compiler, or out of resources
-                self.absent[p, cut] = first_line(error)
+                self.absent[p, cut] = error_line(error)
         if not timers:
             return {}
         gc.disable()
@@ -337,13 +340,13 @@ class Gpu:
     def timers(self, name: str, p: Point, cut: Cut, sets: list, want: dict) -> dict:
         """A warm timer for each call of the table. ``want``: outputs of the point's first cut, filled by it."""
         out = {}
-        with forced(name, cut):
+        with tile_config(name, cut):
             for op, variant in TABLES[name].calls:
                 s = self.shape(p, op, variant)
                 if (name, op) not in self.gated:
                     run.gate(s, sets[:1], self.ours)
                     self.gated.add((name, op))
-                call = registry.ours(op, variant, registry.problem(s), self.backend)
+                call = shapes.ours(op, variant, shapes.problem(s), self.backend)
                 check(source(cut), s, call(*sets[0]), want.setdefault(op, call(*sets[0])))
                 timer = device.timer(call, sets, s.device, s.launch)
                 timer(1)
@@ -382,9 +385,9 @@ def start(target: str) -> list:
 def build(name: str, vocab: int, cut: Cut) -> None:
     """Compiles what the table's calls launch with a cut; the number of rows is no part of it."""
     z = [torch.empty(1, vocab, dtype=torch.bfloat16) for _ in range(3)]
-    with forced(name, cut):
+    with tile_config(name, cut):
         for op, variant in TABLES[name].calls:
-            registry.ours(op, variant, registry.problem(Shape(op, variant, vocab=vocab)))(z)
+            shapes.ours(op, variant, shapes.problem(Shape(op, variant, vocab=vocab)))(z)
 
 
 # --- the command ---------------------------------------------------------------------------------------------------
@@ -397,39 +400,31 @@ def refusal() -> str | None:
     return None if available else f"the triton backend is not available: {why}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m benchmarks tune", description=__doc__.split("\n\n")[0])
+def main(argv: list[str]) -> int:
+    p = Parser(prog="python -m tools tune", description=__doc__.split("\n\n")[0])
     p.add_argument("--table", choices=TABLES, help="of eft_kernels/triton/config.py (default: both)")
     p.add_argument("--seconds", type=float, default=90, help="about how long, for all (default: 90)")
     p.add_argument("--json", metavar="FILE", help="save a row for each candidate and work")
-    argv = sys.argv[1:] if argv is None else argv
     args = p.parse_args(argv)
     names = [args.table] if args.table else list(TABLES)
-    try:
-        if why := refusal():
-            raise ValueError(why)
-        if args.json:
-            open(args.json, "w").close()
-        with Gpu() as machine:
-            return tune(names, machine, args.seconds, args.json, " ".join(["python -m benchmarks tune", *argv]))
-    except WrongTokens as error:
-        print(f"python -m benchmarks tune: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"python -m benchmarks tune: {error}", file=sys.stderr)
-        return 2
+    if why := refusal():
+        raise Refused(why)
+    if args.json:
+        open(args.json, "w").close()
+    with Gpu() as machine:
+        return tune(names, machine, args.seconds, args.json, " ".join(["python -m tools tune", *argv]))
 
 
 def tune(names: list[str], machine, seconds: float, path: str | None = None, command: str = "",
          about: dict | None = None) -> int:
     """Measures, prints and saves the tables ``names``; they share the time."""
     start = time.monotonic()
-    about = device.environment(command, "cuda") if about is None else about
+    about = device.environment(command, "cuda") | provenance.of_a_row() if about is None else about
     for name in names:  # while the first is timed, the next compiles
         machine.compile(name, POINTS[0].vocab, union(wanted(name, POINTS[0].vocab, machine)))
     for i, name in enumerate(names, 1):
         machine.absent.clear()
-        results, skipped = survey(name, machine, start + seconds * i / len(names),
+        results, skipped = measure_points(name, machine, start + seconds * i / len(names),
                                   lambda text: print(text, file=sys.stderr, flush=True))
         if not results:
             for (p, cut), why in machine.absent.items():
@@ -440,7 +435,3 @@ def tune(names: list[str], machine, seconds: float, path: str | None = None, com
         if path:
             run.write_rows(rows_of(name, results, machine.absent, about), path, "a")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
