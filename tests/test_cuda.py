@@ -377,7 +377,7 @@ FAULTS = {
     "the lead is not set back": ("sample.cu", "counters[b] = counters[call.rows + b] = 0;", "counters[b] = 0;"),
     "another token's noise": ("race.cuh", "token & 1 ? w.r[1] : w.r[0]", "token & 1 ? w.r[0] : w.r[1]"),
     "a bound too low": ("race.cuh", "pack(high + q.temperature * g,", "pack(high + q.temperature * g - 3,"),
-    "-inf in models that cancel": ("score.cuh", "return low > -kInf && high < kInf ? high : NAN;", "return high;"),
+    "-inf in models that cancel": ("score.cuh", "return low > -kLarge && high < kLarge ? high : NAN;", "return high;"),
     "vectors that are not aligned": ("score.cuh", "if (off & 4) x[0] = x[1],", "if (off & 2) x[0] = x[1],"),
     "no exact sum where it is in doubt": ("filter.cuh", "step == kNucleus && kept.doubtful", "false"),
     "the first winner, kept or not": ("filter.cuh", "if (!q.use_k && !q.use_p) return true;", "return true;"),

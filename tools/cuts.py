@@ -38,7 +38,7 @@ class TunedField(NamedTuple):
 
 FIELDS = {
     "direct": TunedField((0, 8, 16, 32, 64, 128), "plain", (1, 8, 16, 32, 2, 4, 64)),
-    "streamed": TunedField((2, 3, 4, 6, 8, 12), "plain", (256, 64, 512, 32, 128), others=dict(direct=0)),
+    "streamed": TunedField((1, 2, 3, 4), "plain", (256, 64, 512, 32, 128), others=dict(direct=0)),
     "room": TunedField(tuple(k << 10 for k in (36, 54, 72, 110, 220)), "top_p", (256, 64, 8, 1, 512)),
     "peel": TunedField((0, 1), "top_p", (256, 64, 8, 1)),
     "early": TunedField((0, 1), "block", (1, 8, 64), "verify"),

@@ -107,18 +107,20 @@ EFT_DEVICE Winner race_chunks(int first, int n, unsigned* lead, float floor, con
     }
     for (;;) {
       const int32_t word = static_cast<int32_t>(bound >> 32), most = __reduce_max_sync(kAll, word);
+      if (most == static_cast<int32_t>(kNone >> 32)) break;
       const int32_t known = __reduce_max_sync(kAll, static_cast<int32_t>(best.key >> 32));
       const int lane = __ffs(static_cast<int>(__ballot_sync(kAll, word == most))) - 1;
       unsigned shared = 0;
       if (lane_id() == 0) shared = atomicMax(lead, lead_of(known));
-      const int32_t least = max(word_of(__shfl_sync(kAll, shared, 0)), known);
-      if (most == static_cast<int32_t>(kNone >> 32) || most < least) break;
-      const int64_t other = __shfl_sync(kAll, bound, lane);
-      if (lane_id() == lane) bound = kNone;
-      if (__any_sync(kAll, best.key >= other)) continue;  // as high, but of lower ids
+      // read while the lead is on its way
       const int chunk = first + from + lane * kWarps + warp_id();
       float s[kPerLane];
       scores(chunk, s);
+      const int32_t least = max(word_of(__shfl_sync(kAll, shared, 0)), known);
+      if (most < least) break;
+      const int64_t other = __shfl_sync(kAll, bound, lane);
+      if (lane_id() == lane) bound = kNone;
+      if (__any_sync(kAll, best.key >= other)) continue;  // as high, but of lower ids
       race_chunk(s, chunk, __shfl_sync(kAll, e, lane), __shfl_sync(kAll, g, lane), __shfl_sync(kAll, place, lane), floor,
                  unordered(least), q, source, best);
     }

@@ -6,6 +6,8 @@
 // rows a block streams its chunks, keeping each one's best score, then draws inside the few that can still win. With few a
 // warp has one chunk, and every token's noise is drawn while the logits are on their way. The last block of a row to
 // arrive merges: the order of keys is total, so that no split can change a token.
+#include <algorithm>
+
 #include "kernels.h"
 #include "sums.cuh"
 #include "variants.h"
@@ -30,8 +32,8 @@ EFT_DEVICE void write_row(const SampleCall& call, int64_t b, const Knobs& q, con
   call.logprobs[b] = !ok ? NAN : q.greedy ? 0 : tempered ? (w.score - sum.top) * q.inverse - log(sum.sum_c) : raw;
 }
 
-// The block's result to memory; of a row's blocks the last one to come here writes the row. Warp 0 calls this.
-// counters: [2, rows], arrivals, then the lead of the row's race.
+// The block's result to parts[split] of its row; of the row's blocks the last one to come here writes the row. Warp 0
+// calls this. counters: [2, rows], arrivals, then the lead of the row's race.
 EFT_DEVICE void arrive(const SampleCall& call, int64_t b, int splits, int split, const Knobs& q, Winner w, ExpSum sum,
                        Part* parts, unsigned* counters) {
   const int lane = lane_id();
@@ -39,7 +41,6 @@ EFT_DEVICE void arrive(const SampleCall& call, int64_t b, int splits, int split,
     if (lane == 0) write_row(call, b, q, w, sum), counters[call.rows + b] = 0;
     return;
   }
-  parts += b * splits;
   unsigned before = 0;
   if (lane == 0) {
     parts[split] = {w.key, w.score, sum.top, sum.sum, sum.sum_c};
@@ -63,55 +64,89 @@ EFT_DEVICE void arrive(const SampleCall& call, int64_t b, int splits, int split,
 
 // --- many rows -----------------------------------------------------------------------------------------------------
 
+// The chunks that a block has of one row, and whether they are its last.
+struct Piece {
+  int64_t b;
+  int first, n, split, splits;
+  bool last;
+};
+
 struct StreamShared {
   Row row;
   Knobs knobs;
   Source source;
-  int b, split;
+  Piece piece;
+  int64_t next;  // chunk of all rows' chunks that the block has not taken
   ExpSum sums[kWarps];
   Winner winners[kWarps];
 };
 
 constexpr int kStreamHead = (sizeof(StreamShared) + 15) / 16 * 16;
-constexpr int stream_bytes(int per) { return kStreamHead + per * 4; }
+constexpr int stream_bytes(int64_t chunks) { return kStreamHead + static_cast<int>(chunks) * 4; }
 
-EFT_KERNEL void __launch_bounds__(kThreads, 3)
-    sample_stream(const __grid_constant__ SampleCall call, int splits, int per, Part* parts, unsigned* counters) {
-  const int b = blockIdx.x / splits, split = blockIdx.x % splits;
+// Of all rows' chunks, one row after the other, those that the block has from `at` on, of one row.
+EFT_DEVICE Piece piece_at(int64_t at, const Call& call, int64_t per) {
+  const int64_t chunks = (call.vocab_size + kChunkSize - 1) / kChunkSize, end = min((blockIdx.x + 1) * per, call.rows * chunks);
+  const int64_t b = at / chunks, begin = b * chunks, next = begin + chunks, first_block = begin / per;
+  return {b,
+          static_cast<int>(at - begin),
+          static_cast<int>(min(end, next) - at),
+          static_cast<int>(blockIdx.x - first_block),
+          static_cast<int>((next - 1) / per - first_block) + 1,
+          end <= next};
+}
+
+// stream_blocks of variants.h: from 10.0 on ptxas spills with a third
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#define EFT_STREAM_BLOCKS 2
+#else
+#define EFT_STREAM_BLOCKS 3
+#endif
+
+// A block has `per` chunks of all rows' chunks. Its results go to parts[blockIdx.x + row]: of one row they follow each other.
+EFT_KERNEL void __launch_bounds__(kThreads, EFT_STREAM_BLOCKS)
+    sample_stream(const __grid_constant__ SampleCall call, int64_t per, Part* parts, unsigned* counters) {
   StreamShared& shared = *reinterpret_cast<StreamShared*>(shared_memory());
   float* tops = reinterpret_cast<float*>(shared_memory() + kStreamHead);
   Row& row = shared.row;
   const Knobs& q = shared.knobs;
-  if (threadIdx.x == 0) {
-    shared.b = b, shared.split = split;
-    set_row(row, call, b, 0);
-    shared.knobs = knobs_of(call, b);
-    shared.source = source_of(call, b, 0, call.stream, call.slot);
-  }
-  __syncthreads();
-  const int first = split * per, n = min(per, row.chunks - first);
-  ExpSum sum;
-  first_pass(row, first, n, tops, call.logprobs != nullptr, !q.greedy && q.temperature != 1, q.c, sum,
-             [](int, const float*) {});
-  if (call.logprobs) {
-    sum = warp_all(sum, q.c);
-    if (lane_id() == 0) shared.sums[warp_id()] = sum;
-  }
-  bool bad = !q.valid;
-  for (int i = threadIdx.x; i < n; i += kThreads) bad |= tops[i] == kInf;
-  bad = __syncthreads_or(bad);
-  Winner best;
-  if (bad) {
-    best.key = kBad;
-  } else {
-    best = race_chunks(first, n, counters + call.rows + shared.b, -kInf, q, shared.source, [&](int i) { return tops[i]; },
-                       [&](int chunk, float (&s)[kPerLane]) { scores_of(row, chunk, s); });
-    best = block_best(best, shared.winners);
-  }
-  sum = ExpSum();
-  if (call.logprobs)
-    for (int i = 0; i < kWarps; ++i) sum.merge(shared.sums[i].top, shared.sums[i].sum, shared.sums[i].sum_c, q.c);
-  if (warp_id() == 0) arrive(call, shared.b, splits, shared.split, q, best, sum, parts, counters);
+  const Piece& piece = shared.piece;
+  if (threadIdx.x == 0) shared.next = blockIdx.x * per;
+  do {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      shared.piece = piece_at(shared.next, call, per);
+      shared.next += piece.n;
+      set_row(row, call, piece.b, 0);
+      shared.knobs = knobs_of(call, piece.b);
+      shared.source = source_of(call, piece.b, 0, call.stream, call.slot);
+    }
+    __syncthreads();
+    ExpSum sum;
+    first_pass(row, piece.first, piece.n, tops, call.logprobs != nullptr, !q.greedy && q.temperature != 1, q.c, sum,
+               [](int, const float*) {});
+    if (call.logprobs) {
+      sum = warp_all(sum, q.c);
+      if (lane_id() == 0) shared.sums[warp_id()] = sum;
+    }
+    bool bad = !q.valid;
+    for (int i = threadIdx.x; i < piece.n; i += kThreads) bad |= tops[i] == kInf;
+    bad = __syncthreads_or(bad);
+    Winner best;
+    if (bad) {
+      best.key = kBad;
+    } else {
+      best = race_chunks(piece.first, piece.n, counters + call.rows + piece.b, -kInf, q, shared.source,
+                         [&](int i) { return tops[i]; },
+                         [&](int chunk, float (&s)[kPerLane]) { scores_of(row, chunk, s); });
+      best = block_best(best, shared.winners);
+    }
+    sum = ExpSum();
+    if (call.logprobs)
+      for (int i = 0; i < kWarps; ++i) sum.merge(shared.sums[i].top, shared.sums[i].sum, shared.sums[i].sum_c, q.c);
+    if (warp_id() == 0)
+      arrive(call, piece.b, piece.splits, piece.split, q, best, sum, parts + blockIdx.x - piece.split + piece.b, counters);
+  } while (!piece.last);
 }
 
 // --- few rows ------------------------------------------------------------------------------------------------------
@@ -223,23 +258,27 @@ EFT_KERNEL void __launch_bounds__(EFT_DIRECT_BOUNDS) sample_direct(const __grid_
     best.offer(p.key, p.score);
     sum.merge(p.top, p.sum, p.sum_c, q.c);
   }
-  arrive(call, b, splits, split, q, best, sum, parts, counters);
+  arrive(call, b, splits, split, q, best, sum, parts + b * splits, counters);
 }
 
 }  // namespace
 
 int64_t plain_scratch(const SampleCall& call, const Device& device) {
-  return call.rows * splits_of(call, device) * int64_t{sizeof(Part)};
+  const int64_t all = call.rows * chunks_of(call);  // a block's last row may be the next one's first
+  const int64_t parts = is_direct(call, device) ? all : all / streamed_chunks(call, device) + 1 + call.rows;
+  return parts * int64_t{sizeof(Part)};
 }
 
 const char* plain_sample(const SampleCall& call, const Place& place, const Device& device) {
-  const int chunks = (call.vocab_size + kChunkSize - 1) / kChunkSize, splits = splits_of(call, device);
+  const int64_t chunks = chunks_of(call);
   Part* parts = static_cast<Part*>(place.scratch);
-  if (is_direct(call, device))
-    return launch(sample_direct, {call.rows * splits, kDirectThreads, 1, sizeof(DirectShared), place.stream}, call, splits,
-                  parts, place.counters);
-  const int per = (chunks + splits - 1) / splits;
-  return launch(sample_stream, {call.rows * splits, kThreads, 1, stream_bytes(per), place.stream}, call, splits, per, parts,
+  if (is_direct(call, device)) {
+    const int64_t splits = (chunks + kDirectWarps - 1) / kDirectWarps;
+    return launch(sample_direct, {call.rows * splits, kDirectThreads, 1, sizeof(DirectShared), place.stream}, call,
+                  static_cast<int>(splits), parts, place.counters);
+  }
+  const int64_t per = streamed_chunks(call, device), blocks = (call.rows * chunks + per - 1) / per;
+  return launch(sample_stream, {blocks, kThreads, 1, stream_bytes(std::min(per, chunks)), place.stream}, call, per, parts,
                 place.counters);
 }
 

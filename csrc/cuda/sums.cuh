@@ -53,7 +53,6 @@ EFT_DEVICE void pass_of(const Row& row, int first, int n, float* tops, bool summ
   const int lane = lane_id(), from = max(first, row.quick_from), to = min(first + n, row.quick_to);
   if (to - from < N) return;
   const char* const z[3] = {row.in[0].z, row.in[1].z, row.in[2].z};  // in registers, where they are all there is
-  const bool masked = row.mask != nullptr;
   // sass: group first_pass 512 tokens
 #pragma unroll 1
   for (int i = from + warp_id() * N; i < to; i += kWarps * N) {
@@ -67,7 +66,7 @@ EFT_DEVICE void pass_of(const Row& row, int first, int n, float* tops, bool summ
       float(&x)[kPerLane] = reinterpret_cast<float(&)[kPerLane]>(s[k * kPerLane]);
       float high = top_if_finite(x), top = warp_max_or_nan(high);
       if (isnan(top) || chunk + k < i) continue;  // a chunk that two warps have taken counts once
-      if (masked) {
+      if (row.mask) {
         apply_mask(row, token + k * kChunkSize, x);
         high = top_of(x);
         top = warp_max_or_nan(high);

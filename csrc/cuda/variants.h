@@ -21,8 +21,8 @@ struct Cuts {
   // sample without filters: up to so many chunks a multiprocessor a warp takes one and draws every token's noise (about 100
   // instructions each) ...
   int direct = 32;
-  // ... beyond, so many blocks fall to a multiprocessor, of 8 to 256 chunks each
-  int streamed = 4;
+  // ... beyond, the chunks of all rows are dealt to so many times the blocks that run at once
+  int streamed = 1;
   // bytes of shared memory that a row's block has before its row is spread over more of them: three fit beside each other
   int room = 72 << 10;
   // where nothing but the token is returned, top-k or top-p: 1 draws until the winner is kept, 0 finds the threshold first
@@ -39,11 +39,14 @@ inline bool is_direct(const Call& call, const Device& device) {
   return call.rows * chunks_of(call) <= int64_t{cuts.direct} * device.multiprocessors;
 }
 
-// blocks of a row, for sample without filters
-inline int splits_of(const Call& call, const Device& device) {
-  const int64_t chunks = chunks_of(call), share = call.rows * chunks / (int64_t{cuts.streamed} * device.multiprocessors);
-  const int64_t per = is_direct(call, device) ? 4 : share < 8 ? 8 : share > 256 ? 256 : share;
-  return static_cast<int>((chunks + per - 1) / per);
+// blocks of sample_stream that a multiprocessor runs at once, by its launch bounds
+inline int stream_blocks(const Device& device) { return device.capability >= 100 ? 2 : 3; }
+
+// chunks of a block of sample_stream: of one row, or of rows that follow each other
+inline int64_t streamed_chunks(const Call& call, const Device& device) {
+  const int64_t blocks = int64_t{cuts.streamed} * stream_blocks(device) * device.multiprocessors;
+  const int64_t per = (call.rows * chunks_of(call) + blocks - 1) / blocks;
+  return per < 8 ? 8 : per > 1024 ? 1024 : per;
 }
 
 }  // namespace cuda

@@ -44,7 +44,7 @@ class Cuts(NamedTuple):
     """How launches are cut, csrc/cuda/variants.h; nothing else depends on it."""
 
     direct: int = 32  # chunks of 256 tokens a multiprocessor up to which a warp takes one
-    streamed: int = 4  # blocks a multiprocessor beyond
+    streamed: int = 1  # beyond, times the blocks that run at once
     room: int = 72 << 10  # bytes of shared memory of a filtered row's block before the row is spread further
     peel: int = 1  # top-k or top-p for the token alone: draw until the winner is kept, or (0) find the threshold
     early: int = 0  # the later launches of verify may begin before the one before has ended
