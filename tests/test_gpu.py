@@ -76,12 +76,12 @@ MIXED = dict(temperature=per_row(1.0, 0.0, 0.6, 1.7, 0.9), top_k=per_row(0, 0, 5
              min_p=per_row(0.0, 0.0, 0.02), upscale_top_p=per_row(1.0, 1.0, 1.0, 0.8))
 
 
-@pytest.mark.parametrize("name, cut", [(name, cut) for name in BACKENDS if name != "reference"
-                                       for cut in sanitize.cuts(name)])
+@pytest.mark.parametrize("name, launch", [(name, launch) for name in BACKENDS if name != "reference"
+                                          for launch in sanitize.launches(name)])
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in sanitize.NAMES], ids=lambda case: case.name)
-def test_cuts_of_launches(case, name, cut):
+def test_cuts_of_launches(case, name, launch):
     """What the memory checkers look at: with several tiles a program, too, and programs that share a row."""
-    assert sanitize.calls(case, name, cut, DEVICE)
+    assert sanitize.calls(case, name, launch, DEVICE)
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA")

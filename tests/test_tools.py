@@ -1,10 +1,14 @@
 """The commands of tools/ that need no test file of their own."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
+from tools import ROOT, sanitize
 from tools import __main__ as command
-from tools import sanitize
 
 
 def test_sanitize_runs_its_cases_through_the_backends_of_a_device(capsys):
@@ -35,3 +39,12 @@ def test_help(name, capsys):
     with pytest.raises(SystemExit) as stop:
         command.main([name, "--help"])
     assert stop.value.code == 0 and f"python -m tools {name}" in capsys.readouterr().out
+
+
+def test_the_gpu_tests_run_on_a_cpu():
+    """They are skipped without a GPU: a name that has changed would show only there."""
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py", "-k",
+             "launches and bf16"]
+    env = os.environ | {"EFT_KERNELS_TEST_DEVICE": "cpu"}
+    run = subprocess.run(words, cwd=ROOT, env=env, text=True, capture_output=True)
+    assert run.returncode == 0, run.stdout[-2000:]
