@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from eft_kernels._cli.files import check_writable
-from eft_kernels._cli.options import Parser
-from eft_kernels._cli.term import Refused
 from eft_kernels.bench import inputs, run, shapes
 from eft_kernels.bench.baselines import BASELINES
 from eft_kernels.bench.rows import newest
 from eft_kernels.bench.shapes import MIN_VOCAB, OPS, OURS, Shape
+from eft_kernels.cli.files import check_writable
+from eft_kernels.cli.options import Parser
+from eft_kernels.cli.term import Refused
 
 from . import compare, generate, provenance, report
 from .registry import GENERATIONS, SUITES

@@ -19,10 +19,10 @@ from typing import NamedTuple
 import torch
 
 import eft_kernels as eft
-from eft_kernels._cli import demo, models
 from eft_kernels.bench import device as machine
 from eft_kernels.bench.inputs import FAMILY_VOCAB
 from eft_kernels.bench.run import MEASURED, WrongTokens, error_line, interleave, statistics_of
+from eft_kernels.cli import demo, models
 
 from . import provenance
 

@@ -8,9 +8,9 @@ import subprocess
 from pathlib import Path
 
 import eft_kernels as eft
-from eft_kernels._cli.term import Refused
 from eft_kernels.bench import rows as bench_rows
 from eft_kernels.bench.run import write_rows
+from eft_kernels.cli.term import Refused
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = (":(glob)eft_kernels/**/*.py", "csrc", ":(glob)benchmarks/*.py", "setup.py")  # what makes a result

@@ -1,11 +1,9 @@
 """eft_kernels: emulated fine-tuning (arXiv 2310.12962) and other products of experts, fused down to the token."""
 
-# the subpackage first: importing it later would replace the function of that name
-from . import backends as _backends  # noqa: F401
+from .combination import Weights, downscale, interpolate, proxy, upscale, weights
 from .dispatch import backends
 from .ops import DraftOutput, SampleOutput, VerifyOutput, draft, logprobs, row_seeds, sample, token_logprobs, verify
 from .version import __version__
-from .weights import Weights, downscale, interpolate, proxy, upscale, weights
 
 __all__ = ["DraftOutput", "SampleOutput", "VerifyOutput", "Weights", "__version__", "backends", "downscale", "draft",
            "hf", "interpolate", "logprobs", "proxy", "row_seeds", "sample", "token_logprobs", "upscale", "verify",
@@ -16,4 +14,4 @@ def __getattr__(name: str):
     if name == "hf":  # transformers is imported only when it is used
         from .integrations import hf
         return hf
-    raise AttributeError(f"module 'eft_kernels' has no attribute {name!r}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import torch
 
 from .checks import INTEGERS, dense, from_host, index, is_array, readable, shown
+from .combination import Weights
 from .parameters import MAX_MODELS, MAX_VOCAB, PARAMETERS, ROWS, Parameter, Params
-from .weights import Weights
 
 MAX_WEIGHT = 2.0**128 - 2.0**103  # from here on a number rounds to an infinite float32
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from .backends import extension
+from ._backends import extension
 from .checks import one_of
 
 
@@ -31,11 +31,11 @@ class Backend(NamedTuple):
 _INTERPRETED = ("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else ()
 # in order of preference for "auto"
 TABLE = (
-    Backend("cpu", "eft_kernels.backends.cpu", ("cpu",), "C++ with AVX2, AVX-512 or NEON, threads"),
-    Backend("cuda", "eft_kernels.backends.cuda", ("cuda",), "CUDA C++, NVIDIA GPUs from compute capability 8.0",
-            "eft_kernels._cuda"),
-    Backend("triton", "eft_kernels.backends.triton", ("cuda", "xpu", *_INTERPRETED), "Triton kernels, any GPU"),
-    Backend("reference", "eft_kernels.reference", (), "PyTorch, the definition; slow"),
+    Backend("cpu", f"{__package__}._backends.cpu", ("cpu",), "C++ with AVX2, AVX-512 or NEON, threads"),
+    Backend("cuda", f"{__package__}._backends.cuda", ("cuda",), "CUDA C++, NVIDIA GPUs from compute capability 8.0",
+            "_cuda"),
+    Backend("triton", f"{__package__}._backends.triton", ("cuda", "xpu", *_INTERPRETED), "Triton kernels, any GPU"),
+    Backend("reference", f"{__package__}.reference", (), "PyTorch, the definition; slow"),
 )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import is_fake
 from . import dispatch
 from .arguments import check_logits, check_mask, check_params, dtype_of, row_of, scalar_or_rows
 from .checks import INTEGERS, dense, flag, from_host, index, one_of, readable, shown, stands_for_others
+from .combination import Weights
 from .parameters import (
     DRAFTED,
     MAX_MODELS,
@@ -34,8 +36,9 @@ from .parameters import (
     Params,
 )
 from .reference import row_seed
-from .weights import Weights
 
+# the operators' namespace: of this copy of the package, so that several can live in one process
+NAMESPACE = re.sub(r"\W", "_", __package__)
 STREAM_NAMES = STREAMS[:2]  # those that are for a caller to choose
 PerRow = float | Sequence[float] | torch.Tensor | None  # a number, or one for each row; None: it is off
 
@@ -148,7 +151,7 @@ def _call(name: str, logits, p: Params, *args, backend: str):
     if plain and _plain() and logits[0].device.type != "meta":
         return getattr(dispatch.choose(backend, logits[0].device), name)(logits, p, *args)
     try:
-        return getattr(torch.ops.eft_kernels, name)(logits, *_flatten(p, *args), backend)
+        return getattr(getattr(torch.ops, NAMESPACE), name)(logits, *_flatten(p, *args), backend)
     except Exception as error:
         if plain or torch.compiler.is_compiling():
             raise
@@ -195,13 +198,13 @@ def _fake_token_logprobs(logits, *args):
     return logits[0].new_empty(args[-2].shape, dtype=torch.float32)
 
 
-library = torch.library.Library("eft_kernels", "DEF")
+library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _fake in dict(sample=_fake_sample, verify=_fake_verify, logprobs=_fake_logprobs,
                          token_logprobs=_fake_token_logprobs).items():
     library.define(_name + SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
     for _key in ("CPU", "CUDA", "XPU", "MPS"):
         library.impl(_name, _implementation(_name), _key)
-    torch.library.register_fake(f"eft_kernels::{_name}", _shapes_alone(_fake), lib=library)
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _shapes_alone(_fake), lib=library)
 
 
 class SampleOutput(NamedTuple):

@@ -15,8 +15,8 @@ import torch
 
 from . import ops, reference
 from .arguments import dtype_of
+from .combination import Weights, interpolate, upscale
 from .parameters import DRAFTED, INT64, OFF, PARAMETERS, ROWS, DraftParams, Parameter, Params
-from .weights import Weights, interpolate, upscale
 
 TOLERANCE = 1e-5  # nats: float32 log-sum-exp against the fixed-point one
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32

@@ -14,10 +14,10 @@ import eft_kernels as eft
 from benchmarks import __main__ as command
 from benchmarks import provenance, registry
 from eft_kernels import ops
-from eft_kernels._cli.term import Refused
 from eft_kernels.bench import baselines, device, inputs, run, shapes
 from eft_kernels.bench.baselines import BASELINES, Baseline
 from eft_kernels.bench.shapes import OPS, Shape
+from eft_kernels.cli.term import Refused
 
 TINY = Shape(vocab=1000, batch=2, rounds=2)
 EAGER, LEAN, COMPILED = BASELINES[:3]

@@ -296,7 +296,7 @@ def test_chat_is_the_tuned_models(zoo, capsys, other):
     want = tokenizer("<|user|> go see <|end|> <|assistant|>", add_special_tokens=False).input_ids
     assert row["prompt_tokens"] == len(want) == 5
 
-    from eft_kernels._cli.models import end_of_turn
+    from eft_kernels.cli.models import end_of_turn
     assert end_of_turn(tokenizer) == [tokenizer.get_vocab()["<|end|>"]]
     tokenizer.chat_template = CHAT.replace(" <|end|>", "")
     assert end_of_turn(tokenizer) == []
@@ -397,7 +397,7 @@ def test_no_encoding_of_the_output_loses_work(zoo, encoding, monkeypatch, capsys
 
 def test_colour(monkeypatch):
     """On terminals, unless NO_COLOR is set to something."""
-    from eft_kernels._cli.term import BOLD, paint
+    from eft_kernels.cli.term import BOLD, paint
 
     ours, theirs = os.openpty()
     with open(ours, "rb"), open(theirs, "w") as terminal:
@@ -475,7 +475,7 @@ def test_score_is_the_models_own_loss(zoo, capsys):
 
 
 def test_windows_count_every_token_once():
-    from eft_kernels._cli.score import windows
+    from eft_kernels.cli.score import windows
 
     ids = list(range(100, 200))
     for bos in (None, 7):
@@ -538,7 +538,7 @@ def test_demo(family, capsys):
 
 
 def test_demo_tells_a_step_that_is_no_faster(capsys):
-    from eft_kernels._cli import demo
+    from eft_kernels.cli import demo
 
     assert demo.times_as_fast(50.0, 3500.0) == "70 times faster than"
     assert demo.times_as_fast(50.0, 200.0) == "4.0 times as fast as"
@@ -547,9 +547,7 @@ def test_demo_tells_a_step_that_is_no_faster(capsys):
 
 
 def test_demo_times_nothing_on_wrong_tokens(family, capsys, monkeypatch):
-    from eft_kernels._cli import bench
-
-    runs = bench.load("run")
+    from eft_kernels.bench import run as runs
 
     def gate(*args):
         raise runs.WrongTokens("ours is not the reference")
@@ -564,7 +562,7 @@ def test_demo_scores_agree_with_score(family, capsys):
     """The demo's held-out table is `score` of the same windows."""
     from transformers import AutoTokenizer
 
-    from eft_kernels._cli import demo
+    from eft_kernels.cli import demo
 
     tokenizer = AutoTokenizer.from_pretrained(family / "weights" / "base")
     rows = demo.heldout_windows((family / "heldout" / "a.txt").read_text(), tokenizer, 600)

@@ -39,7 +39,7 @@ def shim():
         library = os.environ.get("EFT_KERNELS_SIMT")  # another one than csrc makes: test_faults_are_seen
         module, handle = build.load(Path(library) if library else build.build())
         patch.setitem(sys.modules, "eft_kernels._cuda", module)
-        patch.delitem(sys.modules, "eft_kernels.backends.cuda", raising=False)
+        patch.delitem(sys.modules, "eft_kernels._backends.cuda", raising=False)
         patch.setattr(dispatch, "TABLE", tuple(
             b._replace(devices=("cpu",)) if b.name == "cuda" else b for b in dispatch.TABLE))
         for cache in caches:
@@ -47,7 +47,7 @@ def shim():
         assert dispatch.status("cuda") == (True, "SIMT shim")
         module.set_poison(True)
         yield handle
-    sys.modules.pop("eft_kernels.backends.cuda", None)
+    sys.modules.pop("eft_kernels._backends.cuda", None)
     for cache in caches:
         cache.cache_clear()
 
@@ -285,7 +285,7 @@ def test_counters_are_left_zero(device):
     for method in METHODS:
         for slots in (1, 2, 5):
             check_verify(Case("cuda counters", rows=5, vocab=(700,), slots=slots), "cuda", method)
-    workspace = importlib.import_module("eft_kernels.backends.workspace")
+    workspace = importlib.import_module("eft_kernels._backends.workspace")
     counters = workspace.counters(25, torch.device("cpu"))
     assert counters.shape[0] >= 25 and not counters.any()
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from eft_kernels import dispatch
-from eft_kernels.backends import workspace
+from eft_kernels._backends import workspace
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_setuptools = pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="needs setuptools")

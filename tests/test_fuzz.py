@@ -43,7 +43,7 @@ import sys
 sys.path.insert(0, {str(FUZZ)!r})
 import fuzz
 fuzz.use({str(sanitized.build())!r})
-from eft_kernels.backends import cpu
+from eft_kernels._backends import cpu
 import torch, eft_kernels as eft
 loaded = open("/proc/self/maps").read()
 assert "libasan" in loaded and "build/asan" in loaded and "eft_kernels/_cpu" not in loaded

@@ -89,7 +89,7 @@ def test_what_cuda_tensors_take():
     """The CUDA kernels where they are built, else the Triton ones."""
     assert dispatch.status("triton")[0], dispatch.status("triton")[1]
     name = "cuda" if dispatch.status("cuda")[0] else "triton"
-    assert dispatch.choose("auto", DEVICE).__name__ == f"eft_kernels.backends.{name}"
+    assert dispatch.choose("auto", DEVICE).__name__ == f"eft_kernels._backends.{name}"
 
 
 @on_every_backend

@@ -808,8 +808,6 @@ def test_backend_from_the_environment():
 
 
 def test_backends_say_what_they_are():
-    """Also after one was loaded, which makes ``eft_kernels.backends`` a package too."""
-    eft.sample([torch.zeros(1, 4)], [1.0])
     rows = eft.backends()
     assert set(rows) == {"cpu", "cuda", "triton", "reference"} and rows["reference"]["available"]
     for row in rows.values():

@@ -194,7 +194,7 @@ TRITON = """
 import pickle, sys
 import torch, triton, triton.language as tl
 from eft_kernels.parameters import NAMES
-from eft_kernels.triton.rows import Sampling, params_of
+from eft_kernels._backends.triton.rows import Sampling, params_of
 
 @triton.jit
 def kernel(s, V, valid, filtered):

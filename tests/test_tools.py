@@ -25,7 +25,7 @@ def test_cuts_are_measured_on_a_gpu(capsys):
 
 
 @pytest.mark.parametrize("words, says", [
-    ([], "command"), (["polish"], "'sass', 'aot', 'tune', 'cuts', 'sanitize', 'coupled'"),
+    ([], "command"), (["polish"], "'sass', 'aot', 'tune', 'cuts', 'sanitize', 'hub', 'coupled'"),
     (["cuts", "--field", "colour"], "'colour'"), (["tune", "--table", "kitchen"], "'kitchen'"),
 ], ids=" ".join)
 def test_bad_input_is_one_line(words, says, capsys):

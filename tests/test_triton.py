@@ -18,7 +18,7 @@ from eft_kernels.testing import BF16, CASES, F16, F32, Case, check_logprobs, che
 
 triton = pytest.importorskip("triton")
 tl = triton.language
-from eft_kernels.triton.semantics import chunk_noise, log, mass, token_gumbel, token_words  # noqa: E402
+from eft_kernels._backends.triton.semantics import chunk_noise, log, mass, token_gumbel, token_words  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 WHOLE = bool(os.environ.get("EFT_KERNELS_TRITON_WHOLE", "1" if INTERPRETED else ""))
@@ -68,7 +68,7 @@ def test_torchs_default_dtype_changes_nothing():
 @pytest.fixture
 def cut(request, monkeypatch):
     """The cuts of few rows (one tile a program), or small tiles many a program, as with many rows."""
-    from eft_kernels.triton import config
+    from eft_kernels._backends.triton import config
 
     if request.param == "stream":
         monkeypatch.setattr(config, "SAMPLE", {"default": ((1 << 62, config.Cut(4, 1)),)})
@@ -157,7 +157,7 @@ def test_diagnostics_are_those_of_float64(offset):
 @pytest.mark.parametrize("tiles, tc, direct", [(1, 2, True), (1, 8, True), (1, 2, False), (2, 4, False), (8, 1, False)])
 def test_no_cut_changes_a_token(monkeypatch, tiles, tc, direct):
     """A vocabulary of a dozen chunks, whatever the split; the winners are not all in one place."""
-    from eft_kernels.triton import config
+    from eft_kernels._backends.triton import config
 
     case = Case("triton cuts", rows=6, vocab=(2800,), dtypes=(BF16, F32, F16), scale=1.0)
     monkeypatch.setattr(config, "SAMPLE", {"default": ((1 << 62, config.Cut(tiles, tc, direct=direct)),)})
@@ -182,7 +182,7 @@ def test_a_row_is_checked_wherever_it_is_bad(cut, kwargs):
 @interpreted
 def test_a_doubtful_nucleus_is_summed_exactly(monkeypatch):
     """With all doubt there can be, every total is an exact sum; the path is taken, and the tokens are the same."""
-    backend = importlib.import_module("eft_kernels.backends.triton")
+    backend = importlib.import_module("eft_kernels._backends.triton")
     case = Case("triton doubt", rows=6, vocab=(1500,), kwargs=dict(top_p=per_row(0.9, 0.5)))
     monkeypatch.setattr(backend, "SLACK", 0.5)
     calls, exact = [], backend.filter.mass_of_row
@@ -193,7 +193,7 @@ def test_a_doubtful_nucleus_is_summed_exactly(monkeypatch):
 
 @interpreted
 def test_counters_are_left_zero():
-    backend = importlib.import_module("eft_kernels.backends.triton")
+    backend = importlib.import_module("eft_kernels._backends.triton")
     check_sample(Case("triton counters", rows=5, vocab=(5000,)), "triton", logprobs=False)
     counters = backend.counters(5, torch.device("cpu"))
     assert counters.shape[0] >= 5 and not counters.any()

@@ -9,10 +9,10 @@ import time
 import pytest
 import torch
 
+from eft_kernels._backends.triton import config
+from eft_kernels._backends.triton.config import Cut
 from eft_kernels.bench import run, shapes
 from eft_kernels.bench.shapes import Shape
-from eft_kernels.triton import config
-from eft_kernels.triton.config import Cut
 from tools import ROOT, tune
 from tools import __main__ as command
 from tools.tune import Point, Times
@@ -252,7 +252,7 @@ def test_processes_compile_ahead(tmp_path, monkeypatch):
 AHEAD = """
 import torch
 from eft_kernels.bench import shapes
-from eft_kernels.triton.config import Cut
+from eft_kernels._backends.triton.config import Cut
 from tools import tune
 seen = tune.start("sm_90")
 for name in tune.TABLES:

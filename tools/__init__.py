@@ -8,6 +8,7 @@
 | tune.py, cuts.py | the best launch configurations of the Triton and the CUDA kernels, on the GPU that is here |
 | sanitize.py | small cases through every backend, for compute-sanitizer |
 | coupled.py | in which precision coupled speculation gives plain decoding's texts |
+| hub.py | a folder that Hugging Face's `kernels` loads |
 | gpu.sh | everything that needs a GPU, in one call |
 """
 

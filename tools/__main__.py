@@ -9,9 +9,9 @@ import importlib
 import subprocess
 import sys
 
-from eft_kernels._cli.options import Parser
-from eft_kernels._cli.term import Refused
 from eft_kernels.bench.run import WrongTokens
+from eft_kernels.cli.options import Parser
+from eft_kernels.cli.term import Refused
 
 COMMANDS = {
     "sass": "what the CUDA kernels compile to",
@@ -19,6 +19,7 @@ COMMANDS = {
     "tune": "the best launch configurations of the Triton kernels, on a GPU",
     "cuts": "the best launch configurations of the CUDA kernels, on a GPU",
     "sanitize": "small cases through every backend, for compute-sanitizer",
+    "hub": "a folder that Hugging Face's `kernels` loads",
     "coupled": "in which precision coupled speculation gives plain decoding's texts",
 }
 

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import report
-from eft_kernels._cli.options import Parser
-from eft_kernels._cli.term import Refused
+from eft_kernels.cli.options import Parser
+from eft_kernels.cli.term import Refused
 from eft_kernels.parameters import METHODS
 
 from . import ROOT
@@ -52,7 +52,7 @@ SHOWN = [f"{words} {DEFAULT}" for words in (  # the cases a person looks at firs
     "sample plain", "sample with_logprobs", "sample top_p", "sample all_with_logprobs", "sample masked", "sample rows",
     "sample upscale_filter", "sample diagnostics", "sample top_logprobs", "verify coupled plain", "verify token plain",
     "verify block plain", "logprobs plain", "token_logprobs plain")]
-BACKEND = "eft_kernels.backends.triton"
+BACKEND = "eft_kernels._backends.triton"
 
 
 TARGETS = {"sm_80": nvidia(80), "sm_90": nvidia(90), "sm_100": nvidia(100), "gfx942": AMD_MI300}

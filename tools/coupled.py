@@ -12,7 +12,7 @@ import time
 import torch
 
 import eft_kernels as eft
-from eft_kernels._cli.options import Parser
+from eft_kernels.cli.options import Parser
 
 from . import ROOT
 

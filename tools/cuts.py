@@ -18,11 +18,11 @@ import torch
 
 from benchmarks import report
 from eft_kernels import dispatch
-from eft_kernels._cli.options import Parser
-from eft_kernels._cli.term import Refused
 from eft_kernels.bench import device, run
 from eft_kernels.bench.run import WrongTokens
 from eft_kernels.bench.shapes import OURS, Shape, ours, problem
+from eft_kernels.cli.options import Parser
+from eft_kernels.cli.term import Refused
 
 ROUNDS = 7
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 
 from eft_kernels import dispatch, ops
-from eft_kernels._cli.options import Parser
+from eft_kernels._backends.triton.config import Cut
+from eft_kernels.cli.options import Parser
 from eft_kernels.testing import BF16, CASES, Case, check_logprobs, check_sample, check_verify
-from eft_kernels.triton.config import Cut
 
 from .cuts import launch_config
 from .tune import tile_config

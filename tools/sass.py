@@ -46,8 +46,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import report
-from eft_kernels._cli.options import Parser
-from eft_kernels._cli.term import Refused
+from eft_kernels.cli.options import Parser
+from eft_kernels.cli.term import Refused
 
 from . import ROOT
 from .machine_code import (

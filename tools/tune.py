@@ -1,4 +1,4 @@
-"""Which `Cut` is quickest for each amount of work on the GPU that is here: rows for eft_kernels/triton/config.py.
+"""Which `Cut` is quickest for each amount of work on the GPU that is here: rows for the Triton backend's config.py.
 
     python -m tools tune                                   # both tables
     python -m tools tune --table sample --seconds 60 --json FILE
@@ -29,13 +29,13 @@ import torch
 
 from benchmarks import provenance, report
 from eft_kernels import dispatch
-from eft_kernels._cli.options import Parser
-from eft_kernels._cli.term import Refused
+from eft_kernels._backends.triton import config
+from eft_kernels._backends.triton.config import Cut
 from eft_kernels.bench import device, run, shapes
 from eft_kernels.bench.run import WrongTokens, error_line
 from eft_kernels.bench.shapes import OURS, Shape
-from eft_kernels.triton import config
-from eft_kernels.triton.config import Cut
+from eft_kernels.cli.options import Parser
+from eft_kernels.cli.term import Refused
 
 from . import aot
 
@@ -204,7 +204,8 @@ def render(name: str, gpu: str, results: dict, skipped: list[Point], absent: dic
              *medians(results), *choices(results, rows, now)]
     lines += [f"not measured, no time left: {', '.join(f'{p.rows} x {p.vocab}' for p in skipped)}"] * bool(skipped)
     lines += [f"{source(cut)} at {p.rows} x {p.vocab}: {why}" for (p, cut), why in absent.items()]
-    return "\n".join([*lines, f"config.{name.upper()} in eft_kernels/triton/config.py:", "", entry(gpu, rows), ""])
+    return "\n".join([*lines, f"config.{name.upper()} in eft_kernels/_backends/triton/config.py:", "",
+                      entry(gpu, rows), ""])
 
 
 def rows_of(name: str, results: dict, absent: dict, about: dict) -> list[dict]:
@@ -402,7 +403,7 @@ def refusal() -> str | None:
 
 def main(argv: list[str]) -> int:
     p = Parser(prog="python -m tools tune", description=__doc__.split("\n\n")[0])
-    p.add_argument("--table", choices=TABLES, help="of eft_kernels/triton/config.py (default: both)")
+    p.add_argument("--table", choices=TABLES, help="of eft_kernels/_backends/triton/config.py (default: both)")
     p.add_argument("--seconds", type=float, default=90, help="about how long, for all (default: 90)")
     p.add_argument("--json", metavar="FILE", help="save a row for each candidate and work")
     args = p.parse_args(argv)

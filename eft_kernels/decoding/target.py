@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..combination import Weights
 from ..ops import draft, logprobs, sample, verify
 from ..parameters import GREEDY
-from ..weights import Weights
 from .text import Text
 
 

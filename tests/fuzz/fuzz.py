@@ -200,7 +200,7 @@ class Fuzz:
     def __init__(self):
         import eft_kernels
         from eft_kernels import ops, testing
-        from eft_kernels.backends import cpu
+        from eft_kernels._backends import cpu
 
         self.eft, self.ops, self.testing, self.cpu = eft_kernels, ops, testing, cpu
 

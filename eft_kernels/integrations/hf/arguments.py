@@ -12,9 +12,9 @@ from transformers import GenerationConfig, GenerationMixin
 
 from ...arguments import scalar_or_rows
 from ...checks import from_host, index
+from ...combination import Weights, downscale, interpolate, proxy, upscale
 from ...ops import row_seeds
 from ...parameters import MAX_MODELS
-from ...weights import Weights, downscale, interpolate, proxy, upscale
 from .models import CACHE_NAMES, device_of, logits_width
 from .peft import Off, layers_of, unwrapped
 

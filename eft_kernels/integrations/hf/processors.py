@@ -6,9 +6,9 @@ import torch
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as lp
 
+from ...combination import Weights
 from ...decoding import Target
 from ...parameters import OFF, PARAMETERS
-from ...weights import Weights
 from .arguments import refuse_unless
 
 # transformers' order of what it appends after the caller's processors, and the filters of ours among them

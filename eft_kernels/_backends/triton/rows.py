@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..parameters import NAMES, PARAMETERS
+from ...parameters import NAMES, PARAMETERS
 from .semantics import CHUNK, GREEDY, INF, LARGE, LOG2E, MASKED, NEG_INF, TINY, in_range, row_seed, times
 
 COUNT = tl.constexpr(len(PARAMETERS))

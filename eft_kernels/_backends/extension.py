@@ -8,31 +8,34 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+PACKAGE = __package__.rpartition(".")[0]  # whatever this copy is called
+
 
 def built(name: str) -> bool:
-    """There is a file of the module ``name``, one that this Python would load or not."""
-    return importlib.util.find_spec(name) is not None or bool(_files(name))
+    """There is a file of the package's module ``name``, one that this Python would load or not."""
+    return importlib.util.find_spec(f"{PACKAGE}.{name}") is not None or bool(_files(name))
 
 
 def _files(name: str) -> list[Path]:
-    package, _, module = name.rpartition(".")
-    folders = importlib.import_module(package).__path__
-    return sorted(p for folder in folders for p in Path(folder).glob(f"{module}.*")
+    folders = importlib.import_module(PACKAGE).__path__
+    return sorted(p for folder in folders for p in Path(folder).glob(f"{name}.*")
                   if p.suffix in (".so", ".pyd", ".dylib"))
 
 
 def load(name: str, what: str, why_not: str) -> ModuleType:
-    """The module ``name``, attached to torch. ImportError: it was not built (``why_not``), or the loader's words."""
+    """The package's module ``name``, attached to torch. ImportError: it was not built (``why_not``), or the loader's
+    words."""
+    full_name = f"{PACKAGE}.{name}"
     try:
-        module = importlib.import_module(name)
+        module = importlib.import_module(full_name)
     except ImportError as error:
-        if importlib.util.find_spec(name) is not None:
+        if importlib.util.find_spec(full_name) is not None:
             raise ImportError(f"the {what} extension is there, but cannot be loaded: {error}") from error
         if files := _files(name):
             raise ImportError(f"the {what} extension is there for another Python ({', '.join(p.name for p in files)}; "
                               f"this one loads *{', *'.join(importlib.machinery.EXTENSION_SUFFIXES)}); reinstall"
                               ) from error
-        raise ModuleNotFoundError(f"the {what} extension is not built: {why_not}", name=name) from error
+        raise ModuleNotFoundError(f"the {what} extension is not built: {why_not}", name=full_name) from error
     import torch
 
     try:

@@ -13,7 +13,7 @@ import torch
 from ..parameters import METHOD_CODES, STREAM_CODES, DraftParams, Params
 from . import extension, workspace
 
-_cuda = extension.load("eft_kernels._cuda", "CUDA", "no nvcc, or a torch without CUDA, was found at install time, or "
+_cuda = extension.load("_cuda", "CUDA", "no nvcc, or a torch without CUDA, was found at install time, or "
                        "EFT_KERNELS_CUDA=0 was set; put nvcc on the PATH and reinstall with EFT_KERNELS_CUDA=1")
 
 try:

@@ -12,7 +12,7 @@ import torch
 from ..parameters import METHOD_CODES, STREAM_CODES, DraftParams, Params
 from . import extension
 
-_cpu = extension.load("eft_kernels._cpu", "C++", "no C++ compiler was found at install time, or EFT_KERNELS_CPU=0 was "
+_cpu = extension.load("_cpu", "C++", "no C++ compiler was found at install time, or EFT_KERNELS_CPU=0 was "
                       "set; install g++ and reinstall")
 
 

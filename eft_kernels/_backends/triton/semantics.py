@@ -6,7 +6,7 @@ Launch with ``enable_fp_fusion=False``: tokens depend on every float32 operation
 import triton
 import triton.language as tl
 
-from .. import parameters
+from ... import parameters
 
 NEG_INF = tl.constexpr(float("-inf"))
 INF = tl.constexpr(float("inf"))

@@ -10,9 +10,9 @@ import errno
 import importlib
 import sys
 
-from ._cli.options import REQUEST_OPTIONS, Parser, add_combination, add_models, add_parameters, count, positive
-from ._cli.term import Refused, drop_output, ready_streams
-from .parameters import DRAFTED, METHODS
+from ..parameters import DRAFTED, METHODS
+from .options import REQUEST_OPTIONS, Parser, add_combination, add_models, add_parameters, count, positive
+from .term import Refused, drop_output, ready_streams
 
 
 def parser() -> Parser:
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         ready_streams()
         args = parser().parse_args(argv)
         name = f"eft-kernels {args.command}"
-        code = importlib.import_module(f"eft_kernels._cli.{args.module}").run(args)
+        code = importlib.import_module(f".{args.module}", __name__).run(args)
         sys.stdout.flush()
         return code
     except Refused as error:

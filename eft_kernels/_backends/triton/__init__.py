@@ -1,4 +1,4 @@
-"""The Triton backend: kernels of eft_kernels/triton on any GPU Triton compiles for.
+"""The Triton backend: kernels on any GPU that Triton compiles for.
 
 With TRITON_INTERPRET=1 (set before import) the kernels run on CPU tensors in Triton's interpreter: slow, for tests.
 """
@@ -15,12 +15,12 @@ try:
 except ImportError as error:
     raise ImportError("triton is not installed (it comes with torch on GPU machines; pip install triton)") from error
 
-from ..parameters import METHOD_CODES, NAMES, OFF, PARAMETERS, STREAM_CODES, DraftParams, Params
-from ..triton import config, filter, outputs, race
-from ..triton import verify as judge
-from ..triton.rows import Models, Sampling, Up
-from ..triton.verify import Side
-from . import workspace
+from ...parameters import METHOD_CODES, NAMES, OFF, PARAMETERS, STREAM_CODES, DraftParams, Params
+from .. import workspace
+from . import config, filter, outputs, race
+from . import verify as acceptance
+from .rows import Models, Sampling, Up
+from .verify import Side
 
 INTERPRETED = triton.knobs.runtime.interpret
 NO_STATE = filter.State(*[None] * 7)
@@ -177,7 +177,7 @@ class Call:
     def masses(self, state):
         """Exact masses of the rows without filters."""
         if not self.all_filtered:
-            self.launch_stream(judge.mass_kernel, *self.sampling, state)
+            self.launch_stream(acceptance.mass_kernel, *self.sampling, state)
 
     def side(self, state):
         pointers, numbers, *_ = self.sampling[0]
@@ -275,16 +275,16 @@ def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: i
     if not B:
         return tokens, emitted, valid, lp, raw
     options = dict(METHOD=METHOD_CODES[method], **OPTIONS)
-    judge.accept_kernel[(B,)](target, other, *call.sampling, draft_tokens, draft_lengths, own, accepted, factor, ratios,
-                              S, call.V, num_warps=1, **options)
+    acceptance.accept_kernel[(B,)](target, other, *call.sampling, draft_tokens, draft_lengths, own, accepted, factor,
+                                   ratios, S, call.V, num_warps=1, **options)
     if blocks:
         rest = torch.zeros(B, S, dtype=torch.int64, device=device)
-        judge.rest_kernel[(B * S * call.stream["SPLITS"],)](target, other, draft_tokens, accepted, ratios, rest, S,
-                                                            **call.stream, **OPTIONS)
-        judge.block_kernel[(B,)](*call.sampling, accepted, factor, ratios, rest, S, num_warps=1, **OPTIONS)
-    judge.last_kernel[(B,)](target, other, *call.sampling, call.top, draft_tokens, draft_lengths, own, accepted, factor,
-                            tokens, emitted, valid, S, call.chunks, CP=call.cp,
-                            SP=power_of_2(S), **options)
+        acceptance.rest_kernel[(B * S * call.stream["SPLITS"],)](target, other, draft_tokens, accepted, ratios, rest, S,
+                                                                 **call.stream, **OPTIONS)
+        acceptance.block_kernel[(B,)](*call.sampling, accepted, factor, ratios, rest, S, num_warps=1, **OPTIONS)
+    acceptance.last_kernel[(B,)](target, other, *call.sampling, call.top, draft_tokens, draft_lengths, own, accepted,
+                                 factor, tokens, emitted, valid, S, call.chunks, CP=call.cp, SP=power_of_2(S),
+                                 **options)
     if logprobs:
         call.launch(outputs.ids_kernel, *call.sampling, state, tokens, 1, emitted, lp, raw, N=1, num_warps=1)
     return tokens, emitted, valid, lp, raw
