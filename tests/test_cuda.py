@@ -293,7 +293,7 @@ def test_counters_are_left_zero(device):
 @pytest.mark.parametrize("method", METHODS)
 def test_verify_looks_only_where_it_must(method, shim):
     """Rows beyond the last draft are left alone, and behind a draft that was rejected, should that be known by then."""
-    from tools import cuts
+    from tools import launch_config as tuning
 
     shim.simt_set_device(90, 1, 232448, 4, 4)
     rows, slots = 6, 8
@@ -302,7 +302,7 @@ def test_verify_looks_only_where_it_must(method, shim):
     logits[0][..., 5] = -50  # never accepted
 
     def barriers(ask, lengths):
-        with cuts.launch_config(ask=ask, room=0):
+        with tuning.launch_config(early_exit_blocks_per_sm=ask, smem_budget=0):
             before, launched = shim.simt_barriers(0), shim.simt_launches()
             got, want = (eft.verify(logits, eft.upscale(), drafts, lengths, method=method, seed=3, position=0,
                                     backend=name)
@@ -327,25 +327,25 @@ def test_no_mismatch_in_bulk(device):
 
 
 def test_cuts_change_no_token_and_are_set_back(shim):
-    """The knobs that `python -m tools cuts` turns on a GPU."""
-    from tools import cuts
+    """The knobs that `python -m tools launch_config` turns on a GPU."""
+    from tools import launch_config as tuning
 
     shim.simt_set_device(90, 3, 232448, 16, 16)
     backend = dispatch.load("cuda")
-    written = dict(re.findall(r"int (\w+) = ([^;]+);", (build.ROOT / "csrc/cuda/variants.h").read_text()))
-    assert {name: eval(value) for name, value in written.items()} == backend.Cuts()._asdict()
-    for name in cuts.FIELDS:
-        assert set(cuts.measure(name, 2, "cpu", "eager", 3000)) == set(cuts.FIELDS[name].values)
+    written = dict(re.findall(r"int (\w+) = ([^;]+);", (build.ROOT / "csrc/cuda/launch_config.h").read_text()))
+    assert {name: eval(value) for name, value in written.items()} == backend.LaunchConfig()._asdict()
+    for name in tuning.FIELDS:
+        assert set(tuning.measure(name, 2, "cpu", "eager", 3000)) == set(tuning.FIELDS[name].values)
     for direct in (0, 100):
-        with cuts.launch_config(direct=direct):
+        with tuning.launch_config(direct_chunks_per_sm=direct):
             check_sample(Case("cuda cuts", rows=3, vocab=(300,), dtypes=(BF16,)), "cuda", logprobs=True)
-    with cuts.launch_config(peel=0):
+    with tuning.launch_config(sample_by_rejection=0):
         for case in CASES:
             if case.special == "hard" or case.name in ("top-k", "top-p", "bad rows filtered", "parameters per row"):
                 check_sample(case, "cuda", logprobs=False)
     for bad in ((1, 2), (1, 0, 1, 1, 1, 1), (-1, 1, 1, 1, 1, 1), ("a", 1, 1, 1, 1, 1)):
         with pytest.raises(ValueError, match="six integers"):
-            backend._cuda.set_cuts(*bad)
+            backend._cuda.set_launch_config(*bad)
 
 
 def test_the_way_of_many_rows_on_small_cases(device):
@@ -365,7 +365,7 @@ FAULTS = {
     "a barrier before the winners are read": (
         "race.cuh", "winners[warp_id()] = w;\n  __syncthreads();",
         "winners[warp_id()] = w;"),
-    "a barrier of the cluster": ("team.cuh", "      cluster_sync();\n", "      __syncthreads();\n"),
+    "a barrier of the cluster": ("cluster.cuh", "      cluster_sync();\n", "      __syncthreads();\n"),
     "a store beyond the block's scores": (
         "row.cu", "(chunk - part.first) * kChunkSize + lane_id() * kPerLane, s);\n  };",
         "(chunk - part.first + 1) * kChunkSize + lane_id() * kPerLane, s);\n  };"),
@@ -379,7 +379,7 @@ FAULTS = {
     "a bound too low": ("race.cuh", "pack(high + q.temperature * g,", "pack(high + q.temperature * g - 3,"),
     "-inf in models that cancel": ("score.cuh", "return low > -kLarge && high < kLarge ? high : NAN;", "return high;"),
     "vectors that are not aligned": ("score.cuh", "if (off & 4) x[0] = x[1],", "if (off & 2) x[0] = x[1],"),
-    "no exact sum where it is in doubt": ("filter.cuh", "step == kNucleus && kept.doubtful", "false"),
+    "no exact sum where it is in doubt": ("filter.cuh", "step == kNucleus && kept.needs_exact_total", "false"),
     "the first winner, kept or not": ("filter.cuh", "if (!q.use_k && !q.use_p) return true;", "return true;"),
     "a carry is lost": ("filter.cuh", "(before + low < before ? 1 : 0)", "(before > low ? 0 : 0)"),
     "bins are cleared before all have read them": (
@@ -406,14 +406,14 @@ FAULTS = {
         "verify.cu", "log(static_cast<float>(most)) + kMargin",
         "log(static_cast<float>(most)) - 2"),
     "a pair is judged when one has come": (
-        "judge.cuh", "count_arrival(counters + slot) == 1",
-        "count_arrival(counters + slot) < 2"),
-    "a row stops at another draft": ("judge.cuh", "(call.slots - slot));", "(call.slots - slot - 1));"),
-    "rows are skipped that are needed": ("row.cu", "stop_of(drafts, b, call.slots) < slot;", "true;"),
+        "accept.cuh", "arrive_acq_rel(counters + slot) == 1",
+        "arrive_acq_rel(counters + slot) < 2"),
+    "a row stops at another draft": ("accept.cuh", "(call.slots - slot));", "(call.slots - slot - 1));"),
+    "rows are skipped that are needed": ("row.cu", "first_rejected(drafts, b, call.slots) < slot;", "true;"),
     "the last slot comes too early": (
-        "judge.cuh", "count_arrival(counters) + 1 == slots",
-        "count_arrival(counters) + 2 == slots"),
-    "verify's counters are not set back": ("judge.cuh", "d.counters[r] = 0;", ";"),
+        "accept.cuh", "arrive_acq_rel(counters) + 1 == slots",
+        "arrive_acq_rel(counters) + 2 == slots"),
+    "verify's counters are not set back": ("accept.cuh", "d.counters[r] = 0;", ";"),
     "a sum that matters": ("verify.cu", "return u <= ratio * 1.000001 &&", "return u <= ratio * 0.5 &&"),
 }
 

@@ -20,13 +20,13 @@ def test_sanitize_runs_its_cases_through_the_backends_of_a_device(capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures there")
 def test_cuts_are_measured_on_a_gpu(capsys):
-    assert command.main(["cuts"]) == 2
+    assert command.main(["launch_config"]) == 2
     assert "the cuda backend is not available" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words, says", [
-    ([], "command"), (["polish"], "'sass', 'aot', 'tune', 'cuts', 'sanitize', 'hub', 'coupled'"),
-    (["cuts", "--field", "colour"], "'colour'"), (["tune", "--table", "kitchen"], "'kitchen'"),
+    ([], "command"), (["polish"], "'sass', 'aot', 'tune', 'launch_config', 'sanitize', 'hub', 'coupled'"),
+    (["launch_config", "--field", "colour"], "'colour'"), (["tune", "--table", "kitchen"], "'kitchen'"),
 ], ids=" ".join)
 def test_bad_input_is_one_line(words, says, capsys):
     assert command.main(words) == 2

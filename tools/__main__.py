@@ -1,4 +1,4 @@
-"""python -m tools {sass, aot, tune, cuts, sanitize, coupled}
+"""python -m tools {sass, aot, tune, launch_config, sanitize, hub, coupled}
 
 Exit codes: 0 nothing found, 1 findings or wrong tokens, 2 bad input or something that is not here, 130 interrupted.
 """
@@ -17,7 +17,7 @@ COMMANDS = {
     "sass": "what the CUDA kernels compile to",
     "aot": "what the Triton kernels compile to",
     "tune": "the best launch configurations of the Triton kernels, on a GPU",
-    "cuts": "the best launch configurations of the CUDA kernels, on a GPU",
+    "launch_config": "the best launch configurations of the CUDA kernels, on a GPU",
     "sanitize": "small cases through every backend, for compute-sanitizer",
     "hub": "a folder that Hugging Face's `kernels` loads",
     "coupled": "in which precision coupled speculation gives plain decoding's texts",

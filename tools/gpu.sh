@@ -3,9 +3,9 @@
 # has, tests, compares a million rows with the CPU, looks for memory errors and races, tunes, measures, prints tables.
 #
 #   PYTHON               interpreter with torch, triton, transformers, pytest and setuptools (python3)
-#   OUT                  folder for gpu.log, rows.jsonl, generate.jsonl, cuts.jsonl, tune.jsonl, tune.txt (build/gpu)
+#   OUT                  folder for gpu.log, rows.jsonl, generate.jsonl, launch_config.jsonl, tune.jsonl, tune.txt (build/gpu)
 #   SUITE                what to measure, with options of `python -m benchmarks run` (gpu)
-#   STEPS                only these, apart by spaces: build versions tests equality memcheck racecheck initcheck cuts
+#   STEPS                only these, apart by spaces: build versions tests equality memcheck racecheck initcheck launch_config
 #                        tune run generate (all)
 #   EFT_KERNELS_COMMIT   the commit, where there is no git
 #
@@ -24,7 +24,7 @@ failures=0
 log=$out/gpu.log
 
 mkdir -p "$out"
-rm -f "$out"/{rows,generate,cuts,tune}.jsonl "$out"/tune.txt
+rm -f "$out"/{rows,generate,launch_config,tune}.jsonl "$out"/tune.txt
 : >"$log"
 parts=$(mktemp -d)
 trap 'rm -rf "$parts"' EXIT
@@ -34,7 +34,7 @@ if git ls-files --error-unmatch tools/gpu.sh >/dev/null 2>&1; then
   export EFT_KERNELS_COMMIT
 fi
 
-steps="build versions tests equality memcheck racecheck initcheck cuts tune run generate"
+steps="build versions tests equality memcheck racecheck initcheck launch_config tune run generate"
 for name in ${STEPS:-}; do
   if [[ " $steps " != *" $name "* ]]; then
     echo "STEPS: got $name, allowed are $steps" >&2
@@ -148,9 +148,9 @@ meet
 grep -E 'mismatches in [0-9]+ rows' "$log" || true
 
 if [[ " ${gpu[*]} " == *" cuda "* ]]; then
-  step cuts 50 "$python" -m tools cuts --seconds 35 --json "$out/cuts.jsonl"
+  step launch_config 50 "$python" -m tools launch_config --seconds 35 --json "$out/launch_config.jsonl"
 else
-  skip cuts "no CUDA backend here"
+  skip launch_config "no CUDA backend here"
 fi
 if [[ " ${gpu[*]} " != *" triton "* ]]; then
   skip tune "$why"

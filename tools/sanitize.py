@@ -12,7 +12,7 @@ from eft_kernels._backends.triton.config import Cut
 from eft_kernels.cli.options import Parser
 from eft_kernels.testing import BF16, CASES, Case, check_logprobs, check_sample, check_verify
 
-from .cuts import launch_config
+from .launch_config import launch_config
 from .tune import tile_config
 
 NAMES = ("one token", "a chunk and one", "two chunks and some", "bf16", "greedy ties", "top-p ties", "everything",
@@ -20,7 +20,7 @@ NAMES = ("one token", "a chunk and one", "two chunks and some", "bf16", "greedy 
 # more chunks than multiprocessors take one each: the CUDA kernel of many rows
 MANY = Case("many chunks", rows=80, vocab=(16000,), dtypes=(BF16,))
 # tiles of the Triton kernels, by table: None is what the work asks for; with many rows several small ones. CUDA
-# launches are configured for many rows by `Cuts`.
+# launches are configured for many rows by `LaunchConfig`.
 LAUNCHES = {"few rows": dict(sample=None, stream=None), "many rows": dict(sample=Cut(4, 1), stream=Cut(2, 2))}
 
 
@@ -37,7 +37,7 @@ def launches(name: str) -> list[str]:
 def calls(case, name: str, launch: str, device) -> int:
     """Runs a case under one of `LAUNCHES`; how many calls they were. With many rows only what differs."""
     if name == "cuda" and launch == "many rows":
-        with launch_config(direct=0, ask=0):
+        with launch_config(direct_chunks_per_sm=0, early_exit_blocks_per_sm=0):
             check_sample(case, name, device=device, logprobs=True)
             for method in ("coupled", "token"):
                 check_verify(case, name, method, device=device)

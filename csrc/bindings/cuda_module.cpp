@@ -95,16 +95,16 @@ PyObject* unusable(PyObject*, PyObject* index) {
   Py_RETURN_NONE;
 }
 
-// set_cuts(direct, streamed, room, peel, early, ask): Cuts of cuda/variants.h, for measurements and tests
-PyObject* set_cuts(PyObject*, PyObject* const* args, Py_ssize_t n) {
+// set_launch_config(its fields): LaunchConfig of cuda/launch_config.h, for measurements and tests
+PyObject* set_launch_config(PyObject*, PyObject* const* args, Py_ssize_t n) {
   Reader r(args, n, kDeviceType);
-  int cuts[6];
-  for (int& x : cuts) x = static_cast<int>(r.integer(0, INT32_MAX));
-  if (r.unusual || n != 6 || cuts[1] == 0) {
+  int values[6];
+  for (int& x : values) x = static_cast<int>(r.integer(0, INT32_MAX));
+  if (r.unusual || n != 6 || values[1] == 0) {
     PyErr_SetString(PyExc_ValueError, "expected six integers >= 0, the second above 0");
     return nullptr;
   }
-  cuda_kernels().set_cuts(cuts[0], cuts[1], cuts[2], cuts[3], cuts[4], cuts[5]);
+  cuda_kernels().set_launch_config(values[0], values[1], values[2], values[3], values[4], values[5]);
   Py_RETURN_NONE;
 }
 
@@ -113,7 +113,7 @@ PyMethodDef methods[] = {{"sample", EFT_FAST(sample), nullptr},
                          {"logprobs", EFT_FAST(logprobs), nullptr},
                          {"attach", EFT_FAST(attach), nullptr},
                          {"unusable", unusable, METH_O, nullptr},
-                         {"set_cuts", EFT_FAST(set_cuts), nullptr},
+                         {"set_launch_config", EFT_FAST(set_launch_config), nullptr},
 #ifdef EFT_SIMT
                          {"set_poison", set_poison, METH_O, nullptr},
 #endif

@@ -27,7 +27,7 @@ struct Row {
   Scratch& sc;
   int threads;
   float* group_max = nullptr;
-  uint8_t* odd = nullptr;         // per chunk: scores come from Scorer::careful
+  uint8_t* needs_slow_path = nullptr;         // per chunk: scores come from Scorer::score_chunk_slow
   bool valid = false;
   float best = -kInf, lowest = -kInf;
   float lowest_of_k = -kInf;     // what top-k alone keeps
@@ -57,7 +57,7 @@ struct Row {
   }
   void combine(bool want_raw, bool want_sum) {
     group_max = sc.group_max.need(int64_t{scorer.chunks} * kGroups);
-    odd = sc.odd.need(scorer.chunks);
+    needs_slow_path = sc.needs_slow_path.need(scorer.chunks);
     struct Part {
       float best = -kInf;
       bool ok = true;
@@ -67,9 +67,9 @@ struct Row {
     each_block([&](int block, int from, int to) {
       alignas(64) float tmp[kChunkSize];
       Part part;
-      if (!want_raw && !want_sum) part.ok = scorer.first_pass(from, to, group_max, odd);
+      if (!want_raw && !want_sum) part.ok = scorer.first_pass(from, to, group_max, needs_slow_path);
       for (int c = from; c < to; ++c) {
-        if (want_raw || want_sum) part.ok &= scorer.chunk(c, group_max + c * kGroups, odd[c], tmp);
+        if (want_raw || want_sum) part.ok &= scorer.chunk(c, group_max + c * kGroups, needs_slow_path[c], tmp);
         part.best = std::max(part.best, max_of_8(group_max + c * kGroups));
         if (want_raw) part.raw.add(tmp, part.best, kLog2e);
         if (want_sum) part.sum.add(tmp, part.best, filters.c);
@@ -94,11 +94,11 @@ struct Row {
   void visit(int c, unsigned which, const Fn& fn) const {
     if (!which) return;
     alignas(64) float tmp[kChunkSize], unused[kGroups];
-    if (odd[c]) scorer.careful(c, tmp, unused);
+    if (needs_slow_path[c]) scorer.score_chunk_slow(c, tmp, unused);
     for (; which; which &= which - 1) {
       int g = __builtin_ctz(which);
-      if (!odd[c]) scorer.group(c, g, tmp);
-      fn(g, odd[c] ? tmp + g * kGroup : tmp);
+      if (!needs_slow_path[c]) scorer.group(c, g, tmp);
+      fn(g, needs_slow_path[c] ? tmp + g * kGroup : tmp);
     }
   }
   unsigned reaching(int c, float low) const { return which_of_8(group_max + c * kGroups, low, 0, -kInf); }
@@ -285,7 +285,7 @@ struct Row {
   // After filter(false) with top-p: race, and where the winner lies outside the nucleus, so does everything of its
   // score or less; race again above it. Exact, and 1 / top_p races on average. A winner is known to be inside as soon as
   // enough mass is known, and then the many unlikely tokens are not looked at.
-  Winner peel(const Source& source) {
+  Winner sample_by_rejection(const Source& source) {
     const float c = filters.c, p = filters.top_p;
     Limits limits(0);
     for (bool first = true;; first = false) {
@@ -327,7 +327,7 @@ struct Row {
   }
 
   // the sample, after filter(false)
-  Winner pick(const Source& source) { return filters.top_p < 1 && !filters.greedy ? peel(source) : draw(source); }
+  Winner pick(const Source& source) { return filters.top_p < 1 && !filters.greedy ? sample_by_rejection(source) : draw(source); }
 
   // kept_mass where filters are on, else sum
   float processed_logprob(float s) const {
@@ -348,7 +348,7 @@ struct Row {
       one.scorer.vocab = scorer.vocab;
       one.scorer.mask = scorer.mask;
       one.scorer.outer = &scorer;
-      one.scorer.outer_odd = odd;
+      one.scorer.outer_needs_slow_path = needs_slow_path;
       one.scorer.in[one.scorer.models++] = {in.data, in.dtype, 1.0f};
       one.scorer.finish();
       one.filters.c = kLog2e;

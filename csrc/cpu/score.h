@@ -63,7 +63,7 @@ struct Scratch {
   Buffer<float> group_max, other;
   Buffer<float> bound, chunk_e, chunk_g;
   Buffer<uint32_t> place;
-  Buffer<uint8_t> odd;
+  Buffer<uint8_t> needs_slow_path;
   Buffer<Candidate> candidates;
   Buffer<float> select;
   Buffer<char> part;
@@ -121,9 +121,9 @@ inline void combine(const T* const* z, const vf* w, int i, vf& a, vf& b) {
 }
 
 struct Combine {
-  // n chunks from token `first` on: the best scores of each one's 8 groups, odd[i] = 1 (and nothing to rely on) where a
+  // n chunks from token `first` on: the best scores of each one's 8 groups, needs_slow_path[i] = 1 (and nothing to rely on) where a
   // value is not finite; and, of one chunk, all 256 scores in any order where `out` is not null
-  void (*chunks)(const Input*, int models, int64_t first, int n, float* group_max, uint8_t* odd, float* out);
+  void (*chunks)(const Input*, int models, int64_t first, int n, float* group_max, uint8_t* needs_slow_path, float* out);
   // a group's 32 scores in order; false (and nothing to rely on) where a value is not finite
   bool (*group)(const Input*, int models, int64_t first, float* out);
 };
@@ -132,7 +132,7 @@ constexpr float kOverflow = 0x1p29f;  // kLarge times this is infinite
 inline bool finite(vf x) { return !any_bits(x - x != vf{}); }
 
 template <class T, int J, bool Unit, bool Keep>
-void chunk_scores(const Input* in, int64_t first, int n, float* group_max, uint8_t* odd, float* out) {
+void chunk_scores(const Input* in, int64_t first, int n, float* group_max, uint8_t* needs_slow_path, float* out) {
   const T* z[J];
   vf w[J];
   for (int j = 0; j < J; ++j) z[j] = reinterpret_cast<const T*>(in[j].data) + first, w[j] = broadcast(in[j].w);
@@ -155,17 +155,17 @@ void chunk_scores(const Input* in, int64_t first, int n, float* group_max, uint8
       if (Keep) out += kGroup;
     }
     max_of_8(m, group_max + c * kGroups);
-    odd[c] = !finite(bad0 + bad1);
+    needs_slow_path[c] = !finite(bad0 + bad1);
   }
 }
 
 template <class T, int J, bool Unit>
 struct Same {
-  static void chunks(const Input* in, int, int64_t first, int n, float* group_max, uint8_t* odd, float* out) {
+  static void chunks(const Input* in, int, int64_t first, int n, float* group_max, uint8_t* needs_slow_path, float* out) {
     if (out)
-      chunk_scores<T, J, Unit, true>(in, first, 1, group_max, odd, out);
+      chunk_scores<T, J, Unit, true>(in, first, 1, group_max, needs_slow_path, out);
     else
-      chunk_scores<T, J, Unit, false>(in, first, n, group_max, odd, out);
+      chunk_scores<T, J, Unit, false>(in, first, n, group_max, needs_slow_path, out);
   }
   static bool group(const Input* in, int, int64_t first, float* out) {
     const T* z[J];
@@ -196,7 +196,7 @@ struct Mixed {
     for (int i = 0; i < kGroup; i += W) bad = fused(load(out + i), broadcast(kOverflow), bad);
     return finite(bad);
   }
-  static void chunks(const Input* in, int models, int64_t first, int n, float* group_max, uint8_t* odd, float* out) {
+  static void chunks(const Input* in, int models, int64_t first, int n, float* group_max, uint8_t* needs_slow_path, float* out) {
     alignas(64) float own[kChunkSize];
     if (!out) out = own;
     for (int c = 0; c < n; ++c) {
@@ -209,7 +209,7 @@ struct Mixed {
         for (int i = W; i < kGroup; i += W) m[g] = maximum(m[g], load(s + i));
       }
       max_of_8(m, group_max + c * kGroups);
-      odd[c] = !finite;
+      needs_slow_path[c] = !finite;
     }
   }
 };
@@ -240,7 +240,7 @@ struct Scorer {
   bool upscaled = false;
   float nucleus = 0, shift = 0, tuned_lse = 0;  // of the up-scaling filter, once known
   const Scorer* outer = nullptr;                // what it excludes is excluded, too ...
-  const uint8_t* outer_odd = nullptr;           // ... in its odd chunks
+  const uint8_t* outer_needs_slow_path = nullptr;           // ... in its needs_slow_path chunks
   Combine fast{Mixed::chunks, Mixed::group}, fast_tuned = fast;
 
   static Combine same_type(int dtype, int models, bool unit) {
@@ -258,30 +258,30 @@ struct Scorer {
     fast_tuned = same_type(tuned.dtype, 1, true);
   }
 
-  // Chunks [from, to): the best scores of their groups; odd[c]: the chunk needs careful(), for it ends early or holds a
+  // Chunks [from, to): the best scores of their groups; needs_slow_path[c]: the chunk needs score_chunk_slow(), for it ends early or holds a
   // value that is not finite. False where the row is invalid.
-  bool first_pass(int from, int to, float* group_max, uint8_t* odd) const {
+  bool first_pass(int from, int to, float* group_max, uint8_t* needs_slow_path) const {
     const bool plain = models > 0 && !mask && !upscaled && !outer;
     const int whole = plain ? std::max(from, std::min(to, vocab / kChunkSize)) : from;
-    if (plain) fast.chunks(in, models, int64_t{from} * kChunkSize, whole - from, group_max + from * kGroups, odd + from, nullptr);
+    if (plain) fast.chunks(in, models, int64_t{from} * kChunkSize, whole - from, group_max + from * kGroups, needs_slow_path + from, nullptr);
     bool ok = true;
     for (int c = from; c < to; ++c)
-      if (c >= whole || odd[c]) ok &= chunk(c, group_max + c * kGroups, odd[c], nullptr);
+      if (c >= whole || needs_slow_path[c]) ok &= chunk(c, group_max + c * kGroups, needs_slow_path[c], nullptr);
     return ok;
   }
 
   // the same of one chunk, and its scores in any order, -inf where excluded, where `out` is not null
-  bool chunk(int c, float* group_max, uint8_t& odd, float* out) const {
-    odd = models == 0 || (c + 1) * kChunkSize > vocab || (outer && outer_odd[c]);
-    if (!odd) {
+  bool chunk(int c, float* group_max, uint8_t& needs_slow_path, float* out) const {
+    needs_slow_path = models == 0 || (c + 1) * kChunkSize > vocab || (outer && outer_needs_slow_path[c]);
+    if (!needs_slow_path) {
       if (mask || upscaled)
-        odd = !by_group(c, group_max, out);
+        needs_slow_path = !by_group(c, group_max, out);
       else
-        fast.chunks(in, models, int64_t{c} * kChunkSize, 1, group_max, &odd, out);
+        fast.chunks(in, models, int64_t{c} * kChunkSize, 1, group_max, &needs_slow_path, out);
     }
-    if (!odd) return true;
+    if (!needs_slow_path) return true;
     alignas(64) float own[kChunkSize];
-    return careful(c, out ? out : own, group_max);
+    return score_chunk_slow(c, out ? out : own, group_max);
   }
 
   bool by_group(int c, float* group_max, float* out) const {
@@ -302,7 +302,7 @@ struct Scorer {
     return finite;
   }
 
-  // a group of a chunk that is not odd, into out[32]; false where a value is not finite
+  // a group of a chunk that is not needs_slow_path, into out[32]; false where a value is not finite
   bool group(int c, int g, float* out) const {
     const int64_t first = int64_t{c} * kChunkSize + g * kGroup;
     bool finite = fast.group(in, models, first, out);
@@ -328,7 +328,7 @@ struct Scorer {
   }
 
   // any chunk, its 256 scores into `out`; false where one that is not excluded is NaN or +inf
-  bool careful(int c, float* out, float* group_max) const {
+  bool score_chunk_slow(int c, float* out, float* group_max) const {
     if (outer) return inner(c, out, group_max);
     int64_t first = int64_t{c} * kChunkSize;
     int n = std::min<int64_t>(kChunkSize, vocab - first);
@@ -388,7 +388,7 @@ struct Scorer {
   // one model's logits where `outer` excludes nothing
   bool inner(int c, float* out, float* group_max) const {
     alignas(64) float s[kChunkSize];
-    const bool ok = outer->careful(c, s, group_max);
+    const bool ok = outer->score_chunk_slow(c, s, group_max);
     std::fill(out, out + kChunkSize, 0.0f);
     widen(in[0], int64_t{c} * kChunkSize, std::min(kChunkSize, vocab - c * kChunkSize), out);
     vf m[kGroups];

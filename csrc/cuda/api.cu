@@ -30,8 +30,8 @@ RowCall row_call(const SampleCall& c) {
   r.tokens = c.tokens, r.valid = c.valid, r.logprobs = c.logprobs, r.raw_logprobs = c.raw_logprobs;
   r.top_n = c.top_n, r.top_ids = c.top_ids, r.top_logprobs = c.top_logprobs;
   r.entropy = c.entropy, r.tv = c.tv;
-  r.token_only = !c.logprobs && !c.top_n && !c.entropy, r.keeps = true;
-  r.peels = r.token_only && cuts.peel;
+  r.token_only = !c.logprobs && !c.top_n && !c.entropy, r.is_kept = true;
+  r.by_rejection = r.token_only && launch_config.sample_by_rejection;
   return r;
 }
 
@@ -40,7 +40,7 @@ RowCall row_call(const LogprobsCall& c) {
   static_cast<Call&>(r) = c;
   r.ids = c.ids, r.n_ids = c.n_ids;
   // log-probs of given tokens, where nothing is filtered and no row is greedy, need no score but theirs
-  r.keeps = !c.ids || filters(c) || c.temperature.data || c.temperature.value < kGreedy;
+  r.is_kept = !c.ids || filters(c) || c.temperature.data || c.temperature.value < kGreedy;
   (c.ids ? r.id_logprobs : r.all_logprobs) = c.out;
   return r;
 }
@@ -63,8 +63,10 @@ const CudaKernels table = {
       return c.rows == 0 ? nullptr : run_rows(row_call(c), nullptr, p.scratch, device_of(p.device), p.stream);
     },
     [](int device) { return why_unusable(device); },
-    [](int direct, int streamed, int room, int peel, int early, int ask) {
-      cuts = {direct, streamed, room, peel, early, ask};
+    [](int direct_chunks_per_sm, int stream_waves, int smem_budget, int sample_by_rejection, int use_pdl,
+       int early_exit_blocks_per_sm) {
+      launch_config = {direct_chunks_per_sm, stream_waves, smem_budget, sample_by_rejection, use_pdl,
+                       early_exit_blocks_per_sm};
     },
 };
 

@@ -24,7 +24,7 @@ namespace eft {
 constexpr unsigned kAll = 0xFFFFFFFFu;
 
 // A launch: `blocks` in all, `cluster` of them share their memory (1: none does), `shared` bytes each. early: it may begin
-// when all blocks of the launch before it have called let_next_begin(), and calls wait_for_last() itself.
+// when all blocks of the launch before it have called launch_dependents(), and calls grid_dependency_wait() itself.
 struct Grid {
   int64_t blocks;
   int threads, cluster;
@@ -133,13 +133,13 @@ EFT_DEVICE T* cluster_pointer(T* p, int) {
 // --- launches after each other -------------------------------------------------------------------------------------
 
 // Launched before the last one has ended, a kernel waits here for that, and for all that it wrote. Every thread calls this.
-EFT_DEVICE void wait_for_last() {
+EFT_DEVICE void grid_dependency_wait() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 // Once all blocks have called this, or ended, an early launch may begin.
-EFT_DEVICE void let_next_begin() {
+EFT_DEVICE void launch_dependents() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
@@ -152,14 +152,14 @@ EFT_DEVICE uint4 load_streaming(const void* p) { return __ldcs(static_cast<const
 EFT_DEVICE uint4 load16(const void* p) { return __ldg(static_cast<const uint4*>(p)); }
 
 // What this thread (and, after __syncthreads, its block) wrote is seen by the thread that counts after it.
-EFT_DEVICE unsigned count_arrival(unsigned* counter) {
+EFT_DEVICE unsigned arrive_acq_rel(unsigned* counter) {
   unsigned before;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
   return before;
 }
 // of what other blocks wrote: not from this multiprocessor's own cache
 template <class T>
-EFT_DEVICE T load_fresh(const T* p) {
+EFT_DEVICE T load_cg(const T* p) {
   return __ldcg(p);
 }
 

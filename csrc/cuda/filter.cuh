@@ -1,6 +1,6 @@
 // Thresholds of top-k, top-p and min-p over a row whose scores are kept by the blocks of a team.
 #pragma once
-#include "team.cuh"
+#include "cluster.cuh"
 
 namespace eft {
 namespace cuda {
@@ -61,8 +61,8 @@ EFT_DEVICE void each_score(const Part& part, float low, const Wanted& wanted, co
 }
 
 // What the scores above and not below `at` have: mass, or `ones` their number.
-EFT_DEVICE Two count_from(Team& team, const Part& part, float at, float best, float c, bool ones) {
-  Two t;
+EFT_DEVICE CountAndMass count_from(ClusterGroup& team, const Part& part, float at, float best, float c, bool ones) {
+  CountAndMass t;
   const float low = at == -kInf ? at : below(at);
   each_score(part, low, [&](float x) { return x > low; }, [&](float x) {
     const int64_t m = ones ? 1 : mass(x, best, c);
@@ -80,7 +80,7 @@ struct Total {
   double units, error;
 
   // whether a score with `above` over it and `upto` not below it may not be the nucleus's last
-  EFT_MEMBER bool doubtful(float p, int64_t above, int64_t upto) const {
+  EFT_MEMBER bool needs_exact_total(float p, int64_t above, int64_t upto) const {
     return above >= mass_limit(p, units - error) || upto < mass_limit(p, units + error);
   }
 };
@@ -90,7 +90,7 @@ EFT_DEVICE Total total_about(int64_t exact, float rest, int vocab) {
   const double units = static_cast<double>(rest) * 0x1p40;
   return {static_cast<double>(exact) + units, units * slack_of(vocab) + vocab};
 }
-EFT_DEVICE Total total_exactly(Team& team, const Part& part, float best, float c) {
+EFT_DEVICE Total total_exactly(ClusterGroup& team, const Part& part, float best, float c) {
   return {static_cast<double>(count_from(team, part, -kInf, best, c, false).b), 0};
 }
 
@@ -149,16 +149,16 @@ struct Seen {
   float best = -kInf, least = kInf, rest = 0;
 };
 
-EFT_DEVICE Seen warp_all(const Seen& x) {
-  return {warp_max(x.best), -warp_max(-x.least), warp_all(x.rest, Sum())};
+EFT_DEVICE Seen warp_reduce(const Seen& x) {
+  return {warp_max(x.best), -warp_max(-x.least), warp_reduce(x.rest, Sum())};
 }
 
 constexpr int kBins = kThreads, kFew = kThreads;
 
-struct Cut {
+struct Threshold {
   float at;
   int64_t above, upto;  // the mass above it, and not below it
-  bool doubtful;        // as the total is not exact
+  bool needs_exact_total;        // as the total is not exact
   bool settled;         // of the k best it is the nucleus of mass p already
 };
 
@@ -185,18 +185,18 @@ struct Search {
   Bracket bracket;
   int64_t n, mass_of_n;  // the bracket's
   int64_t over, above;   // above the bracket: what is counted, and mass
-  Cut cut;
+  Threshold result;
 };
 
 // Thread 0 calls this; a barrier follows.
-EFT_DEVICE void begin(Search& search, const Key& key, float low, float c, int64_t k, float p, const Total& total, int vocab) {
+EFT_DEVICE void start_search(Search& search, const Key& key, float low, float c, int64_t k, float p, const Total& total, int vocab) {
   search.c = c, search.k = k, search.p = p, search.total = total, search.vocab = vocab;
   search.bracket = Bracket(key, low);
   search.over = search.above = 0;
 }
 
-EFT_DEVICE Cut cut_at(const Search& search, float at, int64_t above, int64_t upto) {
-  return {at, above, upto, search.total.error > 0 && search.total.doubtful(search.p, above, upto), false};
+EFT_DEVICE Threshold threshold_at(const Search& search, float at, int64_t above, int64_t upto) {
+  return {at, above, upto, search.total.error > 0 && search.total.needs_exact_total(search.p, above, upto), false};
 }
 
 EFT_DEVICE void clear(Search& search) {
@@ -205,7 +205,7 @@ EFT_DEVICE void clear(Search& search) {
   __syncthreads();
 }
 
-EFT_DEVICE void put_in(Search& search, int bin, int64_t mass) {
+EFT_DEVICE void add_to_bin(Search& search, int bin, int64_t mass) {
   atomicAdd(&search.number[bin], 1u);
   const uint32_t low = static_cast<uint32_t>(mass);
   const unsigned before = atomicAdd(&search.words.low[bin], low);
@@ -215,15 +215,15 @@ EFT_DEVICE void put_in(Search& search, int bin, int64_t mass) {
 
 // Enters the bin of all blocks together with which what is counted reaches the limit, else the last that has any. rest: the
 // sum of what is not in the bracket, where the total is not known. All threads call this after a sync().
-EFT_DEVICE void enter_bin(const Team& team, Search& search, float rest) {
+EFT_DEVICE void select_bin(const ClusterGroup& team, Search& search, float rest) {
   const int lane = lane_id(), bin = threadIdx.x;
-  Two mine;  // number, mass
+  CountAndMass mine;  // number, mass
   for (int r = 0; r < team.size; ++r) {
     const Search* other = team.at(&search, r);
     mine.a += other->number[bin];
     mine.b += static_cast<int64_t>(static_cast<uint64_t>(other->words.high[bin]) << 32) + other->words.low[bin];
   }
-  Two upto = mine;
+  CountAndMass upto = mine;
 #pragma unroll
   for (int d = 1; d < kLanes; d *= 2) {
     const int64_t a = __shfl_up_sync(kAll, upto.a, d), b = __shfl_up_sync(kAll, upto.b, d);
@@ -231,9 +231,9 @@ EFT_DEVICE void enter_bin(const Team& team, Search& search, float rest) {
   }
   if (lane == kLanes - 1) team.put(team.mail->warp[warp_id()], upto);
   __syncthreads();
-  Two sum;
+  CountAndMass sum;
   for (int i = 0; i < kWarps; ++i) {
-    const Two x = team.get<Two>(team.mail->warp[i]);
+    const CountAndMass x = team.get<CountAndMass>(team.mail->warp[i]);
     if (i < warp_id()) upto.a += x.a, upto.b += x.b;
     sum.a += x.a, sum.b += x.b;
   }
@@ -253,21 +253,21 @@ EFT_DEVICE void enter_bin(const Team& team, Search& search, float rest) {
 }
 
 // A score that at least k of a row's reach, by the best scores of its chunks; -inf where these are fewer.
-EFT_DEVICE float kth_top(Team& team, const Part& part, Search& search, int64_t k, float best, float least, int chunks) {
+EFT_DEVICE float kth_top(ClusterGroup& team, const Part& part, Search& search, int64_t k, float best, float least, int chunks) {
   if (k > chunks) return -kInf;
-  if (threadIdx.x == 0) begin(search, Key(best, best - least), -kInf, 0, k, 1, {0, 0}, 0);
+  if (threadIdx.x == 0) start_search(search, Key(best, best - least), -kInf, 0, k, 1, {0, 0}, 0);
   clear(search);
   for (int i = threadIdx.x; i < part.n; i += kThreads)
     if (part.tops[i] > -kInf) atomicAdd(&search.number[search.bracket.key.bin(part.tops[i], 0)], 1u);
   team.sync();
-  enter_bin(team, search, 0);
+  select_bin(team, search, 0);
   const float low = search.over + search.n < k ? -kInf : fmaxf(search.bracket.low, least);
   __syncthreads();
   return low;
 }
 
 // The first block compares what is left with each other, and tells all.
-EFT_DEVICE void compare(const Team& team, Search& search) {
+EFT_DEVICE void compare(const ClusterGroup& team, Search& search) {
   const int i = threadIdx.x, n = static_cast<int>(search.left);
   if (i < n) search.mass[i] = mass(search.few[i], search.bracket.key.best, search.c);
   __syncthreads();
@@ -286,23 +286,23 @@ EFT_DEVICE void compare(const Team& team, Search& search) {
     const int64_t limit = numbers ? search.k : mass_limit(search.p, search.total.units);
     const int64_t counted = numbers ? search.over + higher : over;
     if (counted < limit && (counted + (numbers ? n - higher - lower : own) >= limit || lower == 0))
-      search.cut = cut_at(search, x, over, over + own);
+      search.result = threshold_at(search, x, over, over + own);
   }
   __syncthreads();
   if (search.k > 0 && search.p < 1) {
-    const Cut k = search.cut;
+    const Threshold k = search.result;
     const int64_t limit = mass_limit(search.p, k.upto);
     __syncthreads();
     if (i < n && x >= k.at && search.above < limit && over < limit && (over + own >= limit || x == k.at))
-      search.cut = {x, over, over + own, false, true};
+      search.result = {x, over, over + own, false, true};
     __syncthreads();
   }
-  if (i > 0 && i < team.size) team.at(&search, i)->cut = search.cut;
+  if (i > 0 && i < team.size) team.at(&search, i)->result = search.result;
 }
 
 // The smallest score of the bracket with less than the limit counted above it. Thread 0 has begun the search. direct: the
 // bracket has few scores, probably.
-EFT_DEVICE Cut cut(Team& team, const Part& part, Search& search, bool direct) {
+EFT_DEVICE Threshold find_threshold(ClusterGroup& team, const Part& part, Search& search, bool direct) {
   Search* first = team.at(&search, 0);
   for (;;) {
     if (direct) {
@@ -319,16 +319,16 @@ EFT_DEVICE Cut cut(Team& team, const Part& part, Search& search, bool direct) {
       }, [&](float x) {
         if (!search.bracket.holds(x)) return;
         seen.best = fmaxf(seen.best, x), seen.least = fminf(seen.least, x);
-        put_in(search, search.bracket.key.bin(x, search.bracket.level), mass(x, best, search.c));
+        add_to_bin(search, search.bracket.key.bin(x, search.bracket.level), mass(x, best, search.c));
       });
-      seen = team.all(seen, Seen(), [](const Seen& a) { return warp_all(a); });
+      seen = team.all(seen, Seen(), [](const Seen& a) { return warp_reduce(a); });
       const int level = search.bracket.level;
-      enter_bin(team, search, seen.rest);
+      select_bin(team, search, seen.rest);
       // no bin entered: the nucleus of logits that another thread has changed since their mass was summed
       const bool one = seen.best == seen.least, end = search.bracket.level == 8 || search.bracket.level == level;
       if (one || end || search.n > kFew) {
-        const Cut result =
-            cut_at(search, one ? seen.best : search.bracket.last(), search.above, search.above + search.mass_of_n);
+        const Threshold result =
+            threshold_at(search, one ? seen.best : search.bracket.last(), search.above, search.above + search.mass_of_n);
         team.sync();  // bins have been read
         if (one || end) return result;
         continue;
@@ -346,7 +346,7 @@ EFT_DEVICE Cut cut(Team& team, const Part& part, Search& search, bool direct) {
   }
   if (team.rank == 0) compare(team, search);
   team.sync();
-  const Cut result = search.cut;
+  const Threshold result = search.result;
   __syncthreads();  // before another use of this memory
   return result;
 }
@@ -365,7 +365,7 @@ EFT_DEVICE float cutoff(float best, float p, float share, float temperature, int
 }
 
 // start: in shared memory, of the row's scores, its sum about right where top-p needs it
-EFT_DEVICE Kept keep_of(Team& team, const Part& part, Search& search, const Knobs& q, const Start& start, bool tempered,
+EFT_DEVICE Kept keep_of(ClusterGroup& team, const Part& part, Search& search, const RowParams& q, const RowStats& start, bool tempered,
                         int chunks, int vocab) {
   if (!q.filtered()) return {-kInf, 0};
   const float& best = start.best;
@@ -373,7 +373,7 @@ EFT_DEVICE Kept keep_of(Team& team, const Part& part, Search& search, const Knob
     const float spread = 3 * (best - start.least);
     return spread > 0 ? spread : otherwise;
   };
-  Cut kept{-kInf};
+  Threshold kept{-kInf};
   Total total{-1, 0};
   enum { kTopK, kNucleus, kExactly, kDone };
   for (int step = q.use_k ? kTopK : q.use_p ? kNucleus : kDone; step < kDone;) {
@@ -389,12 +389,12 @@ EFT_DEVICE Kept keep_of(Team& team, const Part& part, Search& search, const Knob
     }
     if (low > -kInf) low = below(low), range = fminf(best - low, within(kInf));
     if (threadIdx.x == 0)
-      begin(search, Key(best, range), low, q.c, step == kTopK ? q.top_k : 0, q.top_p, total, vocab);
-    kept = cut(team, part, search, direct);
+      start_search(search, Key(best, range), low, q.c, step == kTopK ? q.top_k : 0, q.top_p, total, vocab);
+    kept = find_threshold(team, part, search, direct);
     if (step == kTopK) {
       total = {static_cast<double>(kept.upto), 0};
       step = q.use_p && !kept.settled ? kNucleus : kDone;
-    } else if (step == kNucleus && kept.doubtful) {
+    } else if (step == kNucleus && kept.needs_exact_total) {
       total = total_exactly(team, part, best, q.c);
       step = kExactly;
     } else {
@@ -410,7 +410,7 @@ EFT_DEVICE Kept keep_of(Team& team, const Part& part, Search& search, const Knob
 // Sampling under min-p and top-k or top-p, not both, does without their threshold: the winner of all that is left, if it is
 // kept, is the winner of what is kept; else nothing from its score down is, and the race goes on above. The winner's own
 // mass makes the first one likely to do. Whether it is kept (total: in shared memory):
-EFT_DEVICE bool keeps(Team& team, const Part& part, const Knobs& q, float score, float best, Total& total) {
+EFT_DEVICE bool is_kept(ClusterGroup& team, const Part& part, const RowParams& q, float score, float best, Total& total) {
   if (!q.use_k && !q.use_p) return true;
   const int64_t over = count_from(team, part, score, best, q.c, q.use_k).a;
   if (q.use_k) return over < q.top_k;

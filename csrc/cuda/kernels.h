@@ -23,8 +23,9 @@ struct CudaKernels {
   const char* (*logprobs)(const LogprobsCall&, const Place&);
   // null, or why this device cannot run them (too old, driver too old for the runtime, no code for it)
   const char* (*unusable)(int device);
-  // how launches are cut from here on (cuda/variants.h), of every thread; nothing else depends on it
-  void (*set_cuts)(int direct, int streamed, int room, int peel, int early, int ask);
+  // how launches are configured from here on (cuda/launch_config.h), of every thread; nothing else depends on it
+  void (*set_launch_config)(int direct_chunks_per_sm, int stream_waves, int smem_budget, int sample_by_rejection, int use_pdl,
+                            int early_exit_blocks_per_sm);
 };
 
 const CudaKernels& cuda_kernels();

@@ -19,7 +19,7 @@ struct Sum {
 };
 
 template <class T, class Op>
-EFT_DEVICE T warp_all(T x, Op op) {
+EFT_DEVICE T warp_reduce(T x, Op op) {
 #pragma unroll
   for (int d = kLanes / 2; d > 0; d /= 2) x = op(x, __shfl_xor_sync(kAll, x, d));
   return x;
@@ -34,7 +34,7 @@ struct Winner {
   }
 };
 
-EFT_DEVICE Winner warp_all(Winner w) {
+EFT_DEVICE Winner warp_reduce(Winner w) {
 #pragma unroll
   for (int d = kLanes / 2; d > 0; d /= 2) {
     const int64_t k = __shfl_xor_sync(kAll, w.key, d);
@@ -45,7 +45,7 @@ EFT_DEVICE Winner warp_all(Winner w) {
 
 // The best of a block in all of its threads, by way of `winners` [warps] in shared memory, which is read once.
 EFT_DEVICE Winner block_best(Winner w, Winner* winners) {
-  w = warp_all(w);
+  w = warp_reduce(w);
   if (lane_id() == 0) winners[warp_id()] = w;
   __syncthreads();
   for (int i = 0; i < kWarps; ++i) w.offer(winners[i].key, winners[i].score);
@@ -66,7 +66,7 @@ EFT_DEVICE int32_t word_of(unsigned lead) { return static_cast<int32_t>(lead ^ 0
 // Offers the keys of a lane's 8 scores s >= floor of a chunk that may still be `lead` or above; all lanes call this. e and
 // g: the chunk's smallest E, at `place`, and -log of it.
 EFT_DEVICE void race_chunk(const float (&s)[kPerLane], int chunk, float e, float g, int place, float floor, float lead,
-                           const Knobs& q, const Source& source, Winner& best) {
+                           const RowParams& q, const Source& source, Winner& best) {
   const float most = q.temperature * g;
   unsigned left = 0;  // of the 8, those that run
 #pragma unroll
@@ -89,7 +89,7 @@ EFT_DEVICE void race_chunk(const float (&s)[kPerLane], int chunk, float e, float
 // chunk; scores(chunk, s): a lane's 8 scores of it. The chunk with the highest bound comes first, until no bound reaches
 // the lead.
 template <class Top, class Scores>
-EFT_DEVICE Winner race_chunks(int first, int n, unsigned* lead, float floor, const Knobs& q, const Source& source,
+EFT_DEVICE Winner race_chunks(int first, int n, unsigned* lead, float floor, const RowParams& q, const Source& source,
                               const Top& top, const Scores& scores) {
   Winner best;
   for (int from = 0; from < n; from += kThreads) {

@@ -5,15 +5,15 @@
 // Bytes: every logit once; the scores stay in the shared memory of the row's blocks (a cluster), or in global memory where
 // that is too small or clusters do not exist. The up-scaling filter reads the logits again, twice a model, from L2.
 // Masses are exact integers; the one sum over the whole row, the total of top-p, is first taken in float32 (filter.cuh).
-#include "judge.cuh"
+#include "accept.cuh"
 #include "kernels.h"
-#include "variants.h"
+#include "launch_config.h"
 
 namespace eft {
 namespace cuda {
 namespace {
 
-struct Own {  // of each model alone over the tokens not excluded; of the block and of the row
+struct PerModelStats {  // of each model alone over the tokens not excluded; of the block and of the row
   unsigned high[kMaxModels];
   unsigned long long sum[kMaxModels];
   float best[kMaxModels];
@@ -21,17 +21,17 @@ struct Own {  // of each model alone over the tokens not excluded; of the block 
 };
 
 struct RowShared {
-  Mail mail;
+  ReduceStorage mail;
   Row row;
-  Knobs knobs;
+  RowParams knobs;
   Source source;
   Part part;
   State state;
-  Start start;
+  RowStats start;
   Total total;
-  Own own;
+  PerModelStats own;
   int b, slot, length;  // length: of verify's drafts
-  bool skips, judged, last;  // judged: by this block
+  bool is_skipped, accepts_here, last;  // judged: by this block
   unsigned lead;             // of the race; the row's blocks use the first one's
 };
 
@@ -56,7 +56,7 @@ EFT_DEVICE void each_own(const Row& row, const Part& part, const Input& in, cons
 }
 
 // Each model's largest logit (0 where that is infinite) and its exact mass.
-EFT_DEVICE void own_masses(const Team& team, const Row& row, const Part& part, Own& own) {
+EFT_DEVICE void own_masses(const ClusterGroup& team, const Row& row, const Part& part, PerModelStats& own) {
   const int mine = threadIdx.x;  // a model
   if (mine < row.models) own.high[mine] = 0, own.sum[mine] = 0;
   __syncthreads();
@@ -80,7 +80,7 @@ EFT_DEVICE void own_masses(const Team& team, const Row& row, const Part& part, O
 #pragma unroll
       for (int k = 0; k < kPerLane; ++k) sum += z[k] > -kInf ? mass(z[k], own.best[j], kLog2e) : 0;
     });
-    sum = warp_all(sum, Sum());
+    sum = warp_reduce(sum, Sum());
     if (lane_id() == 0) atomicAdd(&own.sum[j], static_cast<unsigned long long>(sum));
   }
   team.sync();
@@ -93,7 +93,7 @@ EFT_DEVICE void own_masses(const Team& team, const Row& row, const Part& part, O
 }
 
 // Finds the tuned model's own nucleus of mass p and what to take off inside and outside; then the row's scores are others.
-EFT_DEVICE void find_nucleus(Team& team, Row& row, const Part& part, Search& search, Own& own, float p) {
+EFT_DEVICE void find_nucleus(ClusterGroup& team, Row& row, const Part& part, Search& search, PerModelStats& own, float p) {
   own_masses(team, row, part, own);
   float inside = 0;
   for (int j = 0; j < row.models; ++j) {
@@ -111,8 +111,8 @@ EFT_DEVICE void find_nucleus(Team& team, Row& row, const Part& part, Search& sea
   __syncthreads();
   const float low = cutoff(best, p, static_cast<float>(mass) * 9.0949e-13f, 1, row.vocab);  // a little below 2^-40
   if (threadIdx.x == 0)
-    begin(search, Key(best, best - low), low, kLog2e, 0, p, {static_cast<double>(mass), 0}, row.vocab);
-  const float tau = cut(team, part, search, false).at;
+    start_search(search, Key(best, best - low), low, kLog2e, 0, p, {static_cast<double>(mass), 0}, row.vocab);
+  const float tau = find_threshold(team, part, search, false).at;
   if (threadIdx.x == 0) row.tau = tau, row.inside = inside, row.outside = best + log_total(mass);
   __syncthreads();
 }
@@ -121,7 +121,7 @@ EFT_DEVICE void find_nucleus(Team& team, Row& row, const Part& part, Search& sea
 
 // The n likeliest tokens by raw score, lower ids first among equals: what is above a bound, compared by the first block.
 // False where it does not have room for that.
-EFT_DEVICE bool write_few(Team& team, const Row& row, const Part& part, Search& search, const State& f, float least,
+EFT_DEVICE bool write_few(ClusterGroup& team, const Row& row, const Part& part, Search& search, const State& f, float least,
                           int64_t n, int64_t* ids, float* logprobs) {
   if (n > kFew / 2) return false;
   const float bound = kth_top(team, part, search, n, f.best, least, row.chunks);
@@ -149,7 +149,7 @@ EFT_DEVICE bool write_few(Team& team, const Row& row, const Part& part, Search& 
 }
 
 // The same, one after the other.
-EFT_DEVICE void write_top(Team& team, const Part& part, const State& f, int64_t n, int64_t* ids, float* logprobs, bool ok) {
+EFT_DEVICE void write_top(ClusterGroup& team, const Part& part, const State& f, int64_t n, int64_t* ids, float* logprobs, bool ok) {
   int64_t last = INT64_MAX;
   for (int64_t i = 0; i < n; ++i) {
     int64_t most = kNone;
@@ -173,19 +173,19 @@ EFT_DEVICE void write_top(Team& team, const Part& part, const State& f, int64_t 
 }
 
 // Entropy of the emulated distribution, and its total variation from the tuned model's own over the tokens not excluded.
-EFT_DEVICE void write_diagnostics(Team& team, const Row& row, const Part& part, const State& f, float* entropy, float* tv,
+EFT_DEVICE void write_diagnostics(ClusterGroup& team, const Row& row, const Part& part, const State& f, float* entropy, float* tv,
                                   bool ok) {
   ExpSum own;
-  int64_t strange = 0;
+  int64_t num_nonfinite = 0;
   if (ok)
     each_own(row, part, row.tuned, [&](int, const float* z) {
       const float high = top_of(z);
 #pragma unroll
-      for (int k = 0; k < kPerLane; ++k) strange += !(z[k] < kInf);
+      for (int k = 0; k < kPerLane; ++k) num_nonfinite += !(z[k] < kInf);
       if (high > -kInf && high < kInf) own.add(z, high, 0, false);
     });
   own = team.sum(own, 0);
-  strange = team.sum(strange);
+  num_nonfinite = team.sum(num_nonfinite);
   const float log_own = log(fmaxf(own.sum, 0x1p-100f));
   double h = 0, distance = 0;
   if (ok)
@@ -204,7 +204,7 @@ EFT_DEVICE void write_diagnostics(Team& team, const Row& row, const Part& part, 
   distance = team.sum(distance);
   if (team.rank == 0 && threadIdx.x == 0) {
     *entropy = ok ? static_cast<float>(h) : NAN;
-    *tv = ok && strange == 0 ? static_cast<float>(0.5 * distance) : NAN;
+    *tv = ok && num_nonfinite == 0 ? static_cast<float>(0.5 * distance) : NAN;
   }
 }
 
@@ -226,20 +226,20 @@ struct RowCalls {
 EFT_DEVICE int64_t row_of(const RowShared& shared, const RowCall& call) { return shared.b * call.slots + shared.slot; }
 
 // A row's kernel but for what verify makes of it. All threads of its blocks call this, `shared` is set.
-EFT_DEVICE void run_row(Team& team, RowShared& shared, const RowCall& call, int per) {
+EFT_DEVICE void run_row(ClusterGroup& team, RowShared& shared, const RowCall& call, int per) {
   Row& row = shared.row;
-  const Knobs& q = shared.knobs;
+  const RowParams& q = shared.knobs;
   const Part& part = shared.part;
   if (team.size > 1) cluster_begin();
   const bool tempered = !q.greedy && q.temperature != 1;
   const auto keep = [&](int chunk, const float* s) {
-    if (call.keeps) store8(part.scores + (chunk - part.first) * kChunkSize + lane_id() * kPerLane, s);
+    if (call.is_kept) store8(part.scores + (chunk - part.first) * kChunkSize + lane_id() * kPerLane, s);
   };
   Search& search = *reinterpret_cast<Search*>(shared_memory() + kHead + tops_bytes(per));
   // scores, their best, and sums of exponentials
   ExpSum sum;
   const auto know = [&] {
-    Start start{-kInf, kInf, sum};
+    RowStats start{-kInf, kInf, sum};
     for (int i = threadIdx.x; i < part.n; i += kThreads) {
       const float top = part.tops[i];
       start.best = fmaxf(start.best, top);
@@ -248,9 +248,9 @@ EFT_DEVICE void run_row(Team& team, RowShared& shared, const RowCall& call, int 
     return team.start(start, q.c);
   };
   const bool summed = !call.token_only || (q.use_p && !q.use_k);
-  first_pass(row, part.first, part.n, part.tops, summed, tempered, q.c, sum, keep);
+  stream_logits(row, part.first, part.n, part.tops, summed, tempered, q.c, sum, keep);
   if (team.size > 1) cluster_wait();
-  Start start = know();
+  RowStats start = know();
   const auto fine = [&] { return q.valid && start.best > -kInf && start.best < kInf; };
   bool ok = fine();
   if (ok && row.upscaled) {
@@ -280,8 +280,8 @@ EFT_DEVICE void run_row(Team& team, RowShared& shared, const RowCall& call, int 
   const ExpSum& about = shared.start.sum;
   Winner w;
   float floor = -kInf;
-  const bool peels = call.peels && q.filtered() && (!q.use_k || !q.use_p);
-  if (ok && peels) {
+  const bool by_rejection = call.by_rejection && q.filtered() && (!q.use_k || !q.use_p);
+  if (ok && by_rejection) {
     floor = q.least(best);
     if (threadIdx.x == 0) shared.total = total_about(0, tempered ? about.sum_c : about.sum, row.vocab);
   } else if (ok) {
@@ -305,7 +305,7 @@ EFT_DEVICE void run_row(Team& team, RowShared& shared, const RowCall& call, int 
                                   load8(part.scores + (chunk - part.first) * kChunkSize + lane_id() * kPerLane, s);
                                 }));
       if (team.rank == 0 && threadIdx.x == 0) shared.lead = 0;
-      if (!peels || w.key == kNone || keeps(team, part, q, w.score, best, shared.total)) break;
+      if (!by_rejection || w.key == kNone || is_kept(team, part, q, w.score, best, shared.total)) break;
       floor = above(w.score);
     }
   }
@@ -356,7 +356,7 @@ EFT_DEVICE void run_row(Team& team, RowShared& shared, const RowCall& call, int 
 
 // Where the row is verify's, what comes of it. All threads call this.
 EFT_DEVICE void judge_row(RowShared& shared, const RowCall& call, bool skipped) {
-  if (!shared.judged) return;
+  if (!shared.accepts_here) return;
   if (threadIdx.x == 0) shared.last = judge(call, shared.state, shared.b, shared.slot, shared.length, skipped);
   __syncthreads();
   if (!shared.last) return;
@@ -368,7 +368,7 @@ EFT_DEVICE void judge_row(RowShared& shared, const RowCall& call, bool skipped) 
 // memory, or in `staged` [rows, chunks, 256].
 EFT_KERNEL void __launch_bounds__(kThreads, EFT_ROW_BLOCKS)
     row_kernel(const __grid_constant__ RowCalls calls, int size, int per, float* staged) {
-  let_next_begin();
+  launch_dependents();
   const int batch = static_cast<int>(calls.call[0].rows), at = blockIdx.x / size;
   const int b = at % batch, turn = at / batch, slot = turn / calls.count;
   const bool second = calls.count > 1 && turn & 1;
@@ -377,24 +377,24 @@ EFT_KERNEL void __launch_bounds__(kThreads, EFT_ROW_BLOCKS)
   const int length = drafts.target ? length_of(drafts, b, call.slots) : 0;
   if (slot > length - second) return;
   RowShared& shared = *reinterpret_cast<RowShared*>(shared_memory());
-  Team team{size > 1 ? cluster_rank() : 0, size, 0, &shared.mail};
-  const bool asks = drafts.asks && slot > 0;
+  ClusterGroup team{size > 1 ? cluster_rank() : 0, size, 0, &shared.mail};
+  const bool checks_early_exit = drafts.checks_early_exit && slot > 0;
   if (threadIdx.x == 0) {
     shared.b = b, shared.slot = slot, shared.length = length;
     shared.lead = 0;
-    shared.judged = drafts.target && team.rank == 0;
+    shared.accepts_here = drafts.target && team.rank == 0;
     set_row(shared.row, call, b, slot);
-    shared.knobs = knobs_of(call, b);
+    shared.knobs = row_params_of(call, b);
     shared.source = source_of(call, b, slot, call.stream, call.slot);
     const int first = team.rank * per;
     shared.part = {staged ? staged + (int64_t{at} * shared.row.chunks + first) * kChunkSize
                           : reinterpret_cast<float*>(shared_memory() + kHead + area_bytes(per)),
                    reinterpret_cast<float*>(shared_memory() + kHead), first, max(min(per, shared.row.chunks - first), 0)};
-    if (asks && team.rank == 0) shared.skips = stop_of(drafts, b, call.slots) < slot;
+    if (checks_early_exit && team.rank == 0) shared.is_skipped = first_rejected(drafts, b, call.slots) < slot;
   }
-  if (asks) {  // the row's blocks must be of one mind
+  if (checks_early_exit) {  // the row's blocks must be of one mind
     team.sync();
-    if (*team.at(&shared.skips, 0)) {
+    if (*team.at(&shared.is_skipped, 0)) {
       team.sync();
       judge_row(shared, call, true);
       return;
@@ -417,11 +417,11 @@ struct Shape {
 Shape shape_of(const RowCall& call, int64_t rows, const Device& device) {
   const int64_t chunks = chunks_of(call);
   const auto per = [&](int size) { return static_cast<int>((chunks + size - 1) / size); };
-  const int64_t chunk_bytes = call.keeps ? kChunkSize * 4 : 0;
+  const int64_t chunk_bytes = call.is_kept ? kChunkSize * 4 : 0;
   const auto needs = [&](int size) { return kHead + area_bytes(per(size)) + per(size) * chunk_bytes; };
   int size = 1;
   while (size < device.cluster && size * kWarps < chunks &&
-         (rows * size < 2 * device.multiprocessors || needs(size) > cuts.room))
+         (rows * size < 2 * device.multiprocessors || needs(size) > launch_config.smem_budget))
     size *= 2;
   Shape s{size, per(size), kHead + area_bytes(per(size)), true};
   if (needs(size) <= device.shared) s.shared = static_cast<int>(needs(size)), s.staged = false;
@@ -453,9 +453,9 @@ const char* run_rows(const RowCall& call, const RowCall* second, void* staged, c
   const int64_t rows = call.rows * call.slots * (second ? 2 : 1);
   const Shape s = shape_of(call, rows, device);
   RowCalls calls{{call, second ? *second : RowCall{}}, second ? 2 : 1};
-  const bool asks = call.drafts.target && call.drafts.method != kBlock &&
-                    rows * s.size > int64_t{cuts.ask} * device.multiprocessors;
-  for (RowCall& c : calls.call) c.drafts.asks = asks;
+  const bool checks_early_exit = call.drafts.target && call.drafts.method != kBlock &&
+                    rows * s.size > int64_t{launch_config.early_exit_blocks_per_sm} * device.multiprocessors;
+  for (RowCall& c : calls.call) c.drafts.checks_early_exit = checks_early_exit;
   return launch(row_kernel, {rows * s.size, kThreads, s.size, s.shared, stream}, calls, s.size, s.per,
                 s.staged ? static_cast<float*>(staged) : nullptr);
 }

@@ -1,7 +1,7 @@
 // What a launch of a team a row is given and leaves behind (row.cu, verify.cu).
 #pragma once
 #include "filter.cuh"
-#include "variants.h"
+#include "launch_config.h"
 
 namespace eft {
 namespace cuda {
@@ -25,19 +25,19 @@ struct Verified {
   float *logprobs, *raw_logprobs;
 };
 
-// Of a call by verify, judged as soon as its rows are known (judge.cuh); target is null elsewhere.
+// Of a call by verify, judged as soon as its rows are known (accept.cuh); target is null elsewhere.
 struct Drafts {
   const int64_t* tokens;  // [B, S - 1]
   PerRow<int64_t> lengths;
   int method;
-  bool asks;              // a row asks first whether a draft before it is known to be rejected
+  bool checks_early_exit;              // a row asks first whether a draft before it is known to be rejected
   State *target, *draft;  // [B, S]; draft is null where there is no draft distribution (deterministic proposer, or "coupled")
   unsigned* counters;     // [B, S]
   Verified out;
   // of "block": the ratio after each draft, room for sums of residuals, which is set to 0, and how many drafts count
   double* ratios;         // [B, S]
   int64_t* rest;          // [B, S]
-  int* ends;              // [B]
+  int* num_drafts;              // [B]
 };
 
 // A call with everything that the operations return, null where it is not wanted.
@@ -45,8 +45,8 @@ struct RowCall : Call {
   uint32_t stream, slot;
   bool samples, exact;  // draw a token; know the exact mass of rows that nothing is filtered from
   bool token_only;      // nothing is returned but the token and whether it is valid
-  bool peels;           // of those, draw until the winner is kept (filter.cuh), where that can be done
-  bool keeps;           // scores are looked at again
+  bool by_rejection;           // of those, draw until the winner is kept (filter.cuh), where that can be done
+  bool is_kept;           // scores are looked at again
   Drafts drafts;
   int64_t* tokens;
   bool* valid;
@@ -65,12 +65,12 @@ struct RowCall : Call {
 // --- log-probs -----------------------------------------------------------------------------------------------------
 
 EFT_DEVICE float raw_logprob(const State& f, float s) { return (s - f.best) - f.lse; }
-EFT_DEVICE float processed_logprob(const State& f, const Knobs& q, float s, int token) {
+EFT_DEVICE float processed_logprob(const State& f, const RowParams& q, float s, int token) {
   if (q.greedy) return token == f.token ? 0 : -kInf;
   return s >= f.floor && s > -kInf ? (s - f.best) * q.inverse - f.log_kept : -kInf;
 }
 // the processed one where temperature or filters make it another
-EFT_DEVICE float logprob(const State& f, const Knobs& q, float s, int token) {
+EFT_DEVICE float logprob(const State& f, const RowParams& q, float s, int token) {
   return q.processed() ? processed_logprob(f, q, s, token) : raw_logprob(f, s);
 }
 

@@ -9,8 +9,8 @@
 #include <algorithm>
 
 #include "kernels.h"
-#include "sums.cuh"
-#include "variants.h"
+#include "combine.cuh"
+#include "launch_config.h"
 
 namespace eft {
 namespace cuda {
@@ -21,7 +21,7 @@ struct Part {
   float score, top, sum, sum_c;
 };
 
-EFT_DEVICE void write_row(const SampleCall& call, int64_t b, const Knobs& q, const Winner& w, const ExpSum& sum) {
+EFT_DEVICE void write_row(const SampleCall& call, int64_t b, const RowParams& q, const Winner& w, const ExpSum& sum) {
   const bool ok = w.key != kNone && w.key != kBad;
   call.tokens[b] = ok ? packed_token(w.key) : -1;
   call.valid[b] = ok;
@@ -34,7 +34,7 @@ EFT_DEVICE void write_row(const SampleCall& call, int64_t b, const Knobs& q, con
 
 // The block's result to parts[split] of its row; of the row's blocks the last one to come here writes the row. Warp 0
 // calls this. counters: [2, rows], arrivals, then the lead of the row's race.
-EFT_DEVICE void arrive(const SampleCall& call, int64_t b, int splits, int split, const Knobs& q, Winner w, ExpSum sum,
+EFT_DEVICE void arrive(const SampleCall& call, int64_t b, int splits, int split, const RowParams& q, Winner w, ExpSum sum,
                        Part* parts, unsigned* counters) {
   const int lane = lane_id();
   if (splits == 1) {
@@ -44,18 +44,18 @@ EFT_DEVICE void arrive(const SampleCall& call, int64_t b, int splits, int split,
   unsigned before = 0;
   if (lane == 0) {
     parts[split] = {w.key, w.score, sum.top, sum.sum, sum.sum_c};
-    before = count_arrival(counters + b);
+    before = arrive_acq_rel(counters + b);
   }
   if (__shfl_sync(kAll, before, 0) != static_cast<unsigned>(splits - 1)) return;
   __syncwarp();  // what lane 0 has acquired is seen by all
   w = Winner();
   sum = ExpSum();
   for (int i = lane; i < splits; i += kLanes) {
-    w.offer(load_fresh(&parts[i].key), load_fresh(&parts[i].score));
-    sum.merge(load_fresh(&parts[i].top), load_fresh(&parts[i].sum), load_fresh(&parts[i].sum_c), q.c);
+    w.offer(load_cg(&parts[i].key), load_cg(&parts[i].score));
+    sum.merge(load_cg(&parts[i].top), load_cg(&parts[i].sum), load_cg(&parts[i].sum_c), q.c);
   }
-  w = warp_all(w);
-  if (call.logprobs) sum = warp_all(sum, q.c);
+  w = warp_reduce(w);
+  if (call.logprobs) sum = warp_reduce(sum, q.c);
   if (lane == 0) {
     write_row(call, b, q, w, sum);
     counters[b] = counters[call.rows + b] = 0;
@@ -73,7 +73,7 @@ struct Piece {
 
 struct StreamShared {
   Row row;
-  Knobs knobs;
+  RowParams knobs;
   Source source;
   Piece piece;
   int64_t next;  // chunk of all rows' chunks that the block has not taken
@@ -96,7 +96,7 @@ EFT_DEVICE Piece piece_at(int64_t at, const Call& call, int64_t per) {
           end <= next};
 }
 
-// stream_blocks of variants.h: from 10.0 on ptxas spills with a third
+// stream_blocks of launch_config.h: from 10.0 on ptxas spills with a third
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 #define EFT_STREAM_BLOCKS 2
 #else
@@ -109,7 +109,7 @@ EFT_KERNEL void __launch_bounds__(kThreads, EFT_STREAM_BLOCKS)
   StreamShared& shared = *reinterpret_cast<StreamShared*>(shared_memory());
   float* tops = reinterpret_cast<float*>(shared_memory() + kStreamHead);
   Row& row = shared.row;
-  const Knobs& q = shared.knobs;
+  const RowParams& q = shared.knobs;
   const Piece& piece = shared.piece;
   if (threadIdx.x == 0) shared.next = blockIdx.x * per;
   do {
@@ -118,15 +118,15 @@ EFT_KERNEL void __launch_bounds__(kThreads, EFT_STREAM_BLOCKS)
       shared.piece = piece_at(shared.next, call, per);
       shared.next += piece.n;
       set_row(row, call, piece.b, 0);
-      shared.knobs = knobs_of(call, piece.b);
+      shared.knobs = row_params_of(call, piece.b);
       shared.source = source_of(call, piece.b, 0, call.stream, call.slot);
     }
     __syncthreads();
     ExpSum sum;
-    first_pass(row, piece.first, piece.n, tops, call.logprobs != nullptr, !q.greedy && q.temperature != 1, q.c, sum,
+    stream_logits(row, piece.first, piece.n, tops, call.logprobs != nullptr, !q.greedy && q.temperature != 1, q.c, sum,
                [](int, const float*) {});
     if (call.logprobs) {
-      sum = warp_all(sum, q.c);
+      sum = warp_reduce(sum, q.c);
       if (lane_id() == 0) shared.sums[warp_id()] = sum;
     }
     bool bad = !q.valid;
@@ -211,7 +211,7 @@ EFT_KERNEL void __launch_bounds__(EFT_DIRECT_BOUNDS) sample_direct(const __grid_
   const int64_t b = blockIdx.x / splits;
   const int split = blockIdx.x % splits, lane = lane_id();
   DirectShared& shared = *reinterpret_cast<DirectShared*>(shared_memory());
-  const Knobs q = knobs_of(call, b);
+  const RowParams q = row_params_of(call, b);
   const Source source = source_of(call, b, 0, call.stream, call.slot);
   const int chunk = split * kDirectWarps + warp_id(), token = chunk * kChunkSize + lane * kPerLane;
   float s[kPerLane];
@@ -234,7 +234,7 @@ EFT_KERNEL void __launch_bounds__(EFT_DIRECT_BOUNDS) sample_direct(const __grid_
     Row& row = shared.row[warp_id()];
     if (lane == 0) set_row(row, call, b, 0);
     __syncwarp();
-    ok = careful_scores(row, token, s);
+    ok = slow_scores(row, token, s);
   } else if (call.mask) {
     mask_scores(mask_of(call, b, 0), token, s);
   }
@@ -243,12 +243,12 @@ EFT_KERNEL void __launch_bounds__(EFT_DIRECT_BOUNDS) sample_direct(const __grid_
   for (int i = 0; i < kPerLane; ++i)
     if (s[i] > -kInf) best.offer(pack(s[i] + key[i], token + i), s[i]);
   if (!ok || !q.valid) best.key = kBad;
-  best = warp_all(best);
+  best = warp_reduce(best);
   ExpSum sum;
   if (call.logprobs) {
     const float top = top_of(s);
     if (top > -kInf && top < kInf) sum.add(s, top, q.c, !q.greedy && q.temperature != 1);
-    sum = warp_all(sum, q.c);
+    sum = warp_reduce(sum, q.c);
   }
   if (lane == 0) shared.parts[warp_id()] = {best.key, best.score, sum.top, sum.sum, sum.sum_c};
   __syncthreads();

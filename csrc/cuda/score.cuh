@@ -60,14 +60,14 @@ struct Row {
   const uint8_t* mask;   // a bit a token, or null
   int models, vocab, chunks;
   int tuned_at;          // its place in `in`, where upscaled
-  int dtype;             // of all models that count, aligned to 16 bytes and at most kAhead of them; else kAny
-  bool is_upscale;       // 16-bit models with weights 1, 1, -1, and dtype is not kAny
-  int quick_from, quick_to;  // chunks that may be read by vectors
+  int dtype;             // of all models that count, aligned to 16 bytes and at most kAhead of them; else kMixed
+  bool is_upscale;       // 16-bit models with weights 1, 1, -1, and dtype is not kMixed
+  int vector_from, vector_to;  // chunks that may be read by vectors
   bool upscaled;
   float tau, inside, outside;  // the up-scaling filter, once known (row.cuh)
 };
 
-constexpr int kAny = 3;    // of Row::dtype
+constexpr int kMixed = 3;    // of Row::dtype
 constexpr int kAhead = 4;  // models whose logits are in flight together
 
 EFT_DEVICE int item_size(int dtype) { return dtype == kF32 ? 4 : 2; }
@@ -93,23 +93,23 @@ EFT_DEVICE void set_row(Row& row, const Call& call, int64_t b, int64_t slot) {
   row.upscaled = call.upscale_top_p[b] < 1;
   row.tau = row.inside = row.outside = 0;
   row.mask = mask_of(call, b, slot);
-  int n = 0, dtype = kAny;
+  int n = 0, dtype = kMixed;
   bool aligned = true;
   for (int j = 0; j < call.models; ++j) {
     const Input in = input_of(call, j, b, slot);
     if (j == call.tuned) row.tuned = in, row.tuned_at = n;
     if (in.w == 0 && !(row.upscaled && j == call.tuned)) continue;
-    dtype = n == 0 || dtype == in.dtype ? in.dtype : kAny;
+    dtype = n == 0 || dtype == in.dtype ? in.dtype : kMixed;
     aligned &= reinterpret_cast<uintptr_t>(in.z) % 16 == 0;
     row.in[n++] = in;
   }
   row.models = n;
-  row.dtype = aligned && n > 0 && n <= kAhead ? dtype : kAny;
+  row.dtype = aligned && n > 0 && n <= kAhead ? dtype : kMixed;
   row.is_upscale = n == 3 && (row.dtype == kBF16 || row.dtype == kF16) && row.in[0].w == 1 && row.in[1].w == 1 &&
                    row.in[2].w == -1;
   // a vector that is not aligned is taken from the two around it, which must not leave the row
-  row.quick_from = aligned ? 0 : 1;
-  row.quick_to = aligned ? row.vocab / kChunkSize : max((row.vocab - 8) / kChunkSize, 1);
+  row.vector_from = aligned ? 0 : 1;
+  row.vector_to = aligned ? row.vocab / kChunkSize : max((row.vocab - 8) / kChunkSize, 1);
 }
 
 // --- logits --------------------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ constexpr int kAtOnce = D == kF16 || D == kBF16 ? 2 : 1;
 // issued before the first product.
 template <int D, int N>
 EFT_DEVICE void sums_of(const Row& row, int token, float (&s)[N * kPerLane]) {
-  if constexpr (D == kAny) {
+  if constexpr (D == kMixed) {
     static_assert(N == 1, "");
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) s[i] = 0;
@@ -234,7 +234,7 @@ EFT_DEVICE void upscale_sums_of(const char* const (&z)[3], int token, float (&s)
 // the same of one chunk, whatever its models are
 EFT_DEVICE void sums_of_chunk(const Row& row, int token, float (&s)[kPerLane]) {
   if (!row.is_upscale) {
-    sums_of<kAny, 1>(row, token, s);
+    sums_of<kMixed, 1>(row, token, s);
     return;
   }
   const char* const z[3] = {row.in[0].z, row.in[1].z, row.in[2].z};
@@ -284,7 +284,7 @@ EFT_DEVICE void apply_mask(const Row& row, int token, float* s) {
 
 // A lane's 8 scores of any chunk, one token at a time, -inf where excluded or beyond the vocabulary; false where a value
 // makes the row bad.
-EFT_DEVICE bool careful_scores(const Row& row, int token, float* s) {
+EFT_DEVICE bool slow_scores(const Row& row, int token, float* s) {
   const int n = min(max(row.vocab - token, 0), kPerLane);
   const uint32_t on = n > 0 ? allowed(row, token) & ((1u << n) - 1) : 0;
   uint32_t excluded = ~on, masked = 0, bad = 0;
@@ -313,8 +313,8 @@ EFT_DEVICE bool careful_scores(const Row& row, int token, float* s) {
 // the tuned model's own logits of a lane's 8 tokens, beyond the vocabulary -inf
 EFT_DEVICE void own_logits(const Row& row, const Input& in, int chunk, float* z) {
   const int token = chunk * kChunkSize + lane_id() * kPerLane;
-  if (chunk >= row.quick_from && chunk < row.quick_to &&
-      (row.quick_from > 0 || reinterpret_cast<uintptr_t>(in.z) % 16 == 0)) {
+  if (chunk >= row.vector_from && chunk < row.vector_to &&
+      (row.vector_from > 0 || reinterpret_cast<uintptr_t>(in.z) % 16 == 0)) {
     logits_of(in, token, z);
   } else {
 #pragma unroll
@@ -334,14 +334,14 @@ EFT_DEVICE void upscale(const Row& row, int chunk, float* s) {
 // A lane's 8 scores of any chunk; all lanes call this. False: the chunk holds a value that makes the row bad.
 EFT_DEVICE bool scores_of(const Row& row, int chunk, float (&s)[kPerLane]) {
   const int token = chunk * kChunkSize + lane_id() * kPerLane;
-  bool fine = chunk >= row.quick_from && chunk < row.quick_to;
+  bool fine = chunk >= row.vector_from && chunk < row.vector_to;
   if (fine) {
     sums_of_chunk(row, token, s);
     fine = !isnan(top_if_finite(s));
     apply_mask(row, token, s);
   }
   bool ok = true;
-  if (!__all_sync(kAll, fine)) ok = careful_scores(row, token, s);
+  if (!__all_sync(kAll, fine)) ok = slow_scores(row, token, s);
   if (row.upscaled) upscale(row, chunk, s);
   return __all_sync(kAll, ok);
 }
@@ -365,12 +365,12 @@ EFT_DEVICE float score_of(const Row& row, int token) {
 
 // --- one row's sampling parameters ---------------------------------------------------------------------------------
 
-struct Knobs : Filters {
+struct RowParams : Filters {
   bool use_k, use_p;
 };
 
-EFT_DEVICE Knobs knobs_of(const Call& call, int64_t b) {
-  Knobs q;
+EFT_DEVICE RowParams row_params_of(const Call& call, int64_t b) {
+  RowParams q;
   static_cast<Filters&>(q) = filters_of(call, b);
   q.use_k = q.top_k > 0;
   q.use_p = q.top_p < 1;

@@ -1,18 +1,18 @@
-// After the drafts are judged (judge.cuh): the token where a row stops, and for block verification the residuals on the way.
+// After the drafts are judged (accept.cuh): the token where a row stops, and for block verification the residuals on the way.
 //
 // row_kernel has left the state of every slot of target and draft that is needed, and "coupled" ends with it. "token" takes
 // one launch more, "block" two. Bytes: the chunks that the residual's race looks into; for block verification target and
 // draft once more (from L2), where a sum can matter.
 #include <algorithm>
 
-#include "judge.cuh"
+#include "accept.cuh"
 #include "kernels.h"
 
 namespace eft {
 namespace cuda {
 namespace {
 
-struct Judge {
+struct VerifyArgs {
   Call target, draft;  // draft: its one model alone, by its own parameters
   Drafts drafts;
   float* tops;         // [B, S, chunks] of the target
@@ -36,7 +36,7 @@ EFT_DEVICE void set_side(Side& side, const Call& call, const State* states, int6
   side.row.tau = side.state.tau, side.row.inside = side.state.inside, side.row.outside = side.state.outside;
 }
 
-struct Verdict {
+struct Acceptance {
   int accepted;
   double factor;  // of the residual where the row stops
 };
@@ -79,13 +79,13 @@ struct RestShared {
 };
 
 // Blocks B * S * splits: the whole residual at slot i + 1 after draft i passed, each token's truncated to an integer.
-EFT_KERNEL void __launch_bounds__(kThreads, 2) rest_kernel(const __grid_constant__ Judge j, int splits, int per) {
-  wait_for_last();
-  let_next_begin();
+EFT_KERNEL void __launch_bounds__(kThreads, 2) rest_kernel(const __grid_constant__ VerifyArgs j, int splits, int per) {
+  grid_dependency_wait();
+  launch_dependents();
   RestShared& shared = *reinterpret_cast<RestShared*>(shared_memory());
   const int64_t at = blockIdx.x / splits, b = at / j.target.slots;
   const int i = static_cast<int>(at % j.target.slots), split = blockIdx.x % splits;
-  if (i + 1 >= min(j.drafts.ends[b], static_cast<int>(j.target.slots) - 1)) return;
+  if (i + 1 >= min(j.drafts.num_drafts[b], static_cast<int>(j.target.slots) - 1)) return;
   const double ratio = j.drafts.ratios[at], u = accept_uniform(source_of(j.target, b, i, kAccept, static_cast<uint32_t>(i)));
   if (!(ratio > 0) || !sum_matters(u, ratio)) return;
   if (threadIdx.x == 0) {
@@ -101,15 +101,15 @@ EFT_KERNEL void __launch_bounds__(kThreads, 2) rest_kernel(const __grid_constant
     if (j.tops[(at + 1) * shared.target.row.chunks + c] < shared.target.state.floor) continue;
     each_residual(rest, c, [&](int, double r) { sum += static_cast<int64_t>(r); });
   }
-  sum = warp_all(sum, Sum());
+  sum = warp_reduce(sum, Sum());
   if (lane_id() == 0 && sum > 0)
     atomicAdd(reinterpret_cast<unsigned long long*>(j.drafts.rest + at), static_cast<unsigned long long>(sum));
 }
 
 // the longest prefix that passes (Sun et al., arXiv 2403.10444, algorithm 2)
-EFT_DEVICE Verdict block_verdict(const Judge& j, int64_t b) {
-  const int end = min(j.drafts.ends[b], static_cast<int>(j.target.slots) - 1);
-  Verdict v{0, 1};
+EFT_DEVICE Acceptance block_acceptance(const VerifyArgs& j, int64_t b) {
+  const int end = min(j.drafts.num_drafts[b], static_cast<int>(j.target.slots) - 1);
+  Acceptance v{0, 1};
   for (int i = 0; i < end; ++i) {
     const double u = accept_uniform(source_of(j.target, b, i, kAccept, static_cast<uint32_t>(i)));
     const double ratio = j.drafts.ratios[b * j.target.slots + i];
@@ -122,26 +122,26 @@ EFT_DEVICE Verdict block_verdict(const Judge& j, int64_t b) {
 
 struct LastShared {
   Side target[kSlots], draft;
-  Verdict verdict;
+  Acceptance acceptance;
   Winner winners[kWarps];
   unsigned lead;
 };
 
-EFT_KERNEL void __launch_bounds__(kThreads, 2) last_kernel(const __grid_constant__ Judge j) {
-  wait_for_last();
+EFT_KERNEL void __launch_bounds__(kThreads, 2) last_kernel(const __grid_constant__ VerifyArgs j) {
+  grid_dependency_wait();
   LastShared& shared = *reinterpret_cast<LastShared*>(shared_memory());
   const int64_t b = blockIdx.x, S = j.target.slots;
   const int length = length_of(j.drafts, b, S);
   if (threadIdx.x == 0) {
-    shared.verdict = j.drafts.method == kBlock ? block_verdict(j, b) : Verdict{min(stop_of(j.drafts, b, S), length), 1};
+    shared.acceptance = j.drafts.method == kBlock ? block_acceptance(j, b) : Acceptance{min(first_rejected(j.drafts, b, S), length), 1};
     shared.lead = 0;
   }
   __syncthreads();
-  const Verdict verdict = shared.verdict;
-  const int i = verdict.accepted;
+  const Acceptance acceptance = shared.acceptance;
+  const int i = acceptance.accepted;
   const int64_t r = b * S + i;
   const bool ok = j.drafts.target[r].valid && (!j.drafts.draft || i >= length || j.drafts.draft[r].valid);
-  const Knobs q = knobs_of(j.target, b);
+  const RowParams q = row_params_of(j.target, b);
   Winner best;
   if (ok && i < length && !q.greedy) {
     Side &target = shared.target[0], &draft = shared.draft;
@@ -150,9 +150,9 @@ EFT_KERNEL void __launch_bounds__(kThreads, 2) last_kernel(const __grid_constant
       if (j.drafts.draft) set_side(draft, j.draft, j.drafts.draft, b, i);
     }
     __syncthreads();
-    const Rest rest = rest_of(target, j.drafts.draft ? &draft : nullptr, verdict.factor, j.drafts.tokens[b * (S - 1) + i]);
+    const Rest rest = rest_of(target, j.drafts.draft ? &draft : nullptr, acceptance.factor, j.drafts.tokens[b * (S - 1) + i]);
     const Source source = source_of(j.target, b, i, kResidual, static_cast<uint32_t>(i));
-    Knobs plain = q;
+    RowParams plain = q;
     plain.temperature = 1;
     // of a chunk's best score, which bounds its residuals
     const auto top = [&](int chunk) -> float {
@@ -206,18 +206,18 @@ struct Layout {
 };
 
 // every slot of target or draft, its state
-RowCall rows_of(const Judge& j, bool draft) {
+RowCall rows_of(const VerifyArgs& j, bool draft) {
   RowCall r{};
   static_cast<Call&>(r) = draft ? j.draft : j.target;
   r.stream = kSample;
-  r.samples = !draft, r.exact = j.drafts.method != kCoupled, r.keeps = true;
+  r.samples = !draft, r.exact = j.drafts.method != kCoupled, r.is_kept = true;
   r.token_only = !r.exact && !j.drafts.out.logprobs;
   r.states = draft ? j.drafts.draft : j.drafts.target, r.tops = draft ? nullptr : j.tops;
   r.drafts = j.drafts;
   return r;
 }
 
-void* lay_out(Layout& at, Judge& j, bool drafts, const Device& device) {
+void* lay_out(Layout& at, VerifyArgs& j, bool drafts, const Device& device) {
   const int64_t rows = j.target.rows * j.target.slots;
   j.drafts.target = at.take<State>(rows);
   if (drafts) j.drafts.draft = at.take<State>(rows);
@@ -225,14 +225,14 @@ void* lay_out(Layout& at, Judge& j, bool drafts, const Device& device) {
   if (j.drafts.method == kBlock) {
     j.drafts.ratios = at.take<double>(rows);
     j.drafts.rest = at.take<int64_t>(rows);
-    j.drafts.ends = at.take<int>(j.target.rows);
+    j.drafts.num_drafts = at.take<int>(j.target.rows);
   }
   const RowCall draft = rows_of(j, true);
   return at.take<char>(staged_bytes(rows_of(j, false), drafts ? &draft : nullptr, device));
 }
 
-Judge judge_of(const VerifyCall& call, unsigned* counters) {
-  Judge j{};
+VerifyArgs judge_of(const VerifyCall& call, unsigned* counters) {
+  VerifyArgs j{};
   j.target = j.draft = call;
   if (call.draft >= 0) {
     static_cast<Sampling&>(j.draft) = call.drawn_by;
@@ -252,21 +252,21 @@ bool has_draft(const VerifyCall& call) { return call.method != kCoupled && call.
 
 int64_t verify_scratch(const VerifyCall& call, const Device& device) {
   Layout at{nullptr};
-  Judge j = judge_of(call, nullptr);
+  VerifyArgs j = judge_of(call, nullptr);
   lay_out(at, j, has_draft(call), device);
   return at.used;
 }
 
 const char* run_verify(const VerifyCall& call, const Place& place, const Device& device) {
   Layout at{static_cast<char*>(place.scratch)};
-  Judge j = judge_of(call, place.counters);
+  VerifyArgs j = judge_of(call, place.counters);
   const bool drafts = has_draft(call);
   void* staged = lay_out(at, j, drafts, device);
   const RowCall draft = rows_of(j, true);
   const char* error = run_rows(rows_of(j, false), drafts ? &draft : nullptr, staged, device, place.stream);
   if (error || call.method == kCoupled) return error;
   const int64_t chunks = chunks_of(call);
-  const bool early = cuts.early && device.capability >= 90;
+  const bool early = launch_config.use_pdl && device.capability >= 90;
   if (call.method == kBlock) {
     const int64_t slots = call.rows * call.slots, most = (chunks + kWarps - 1) / kWarps;
     const int64_t wanted = std::max<int64_t>(1, std::min(most, 4 * device.multiprocessors / slots));

@@ -40,20 +40,20 @@ def status() -> tuple[bool, str]:
     return (False, f"{name}: {why}") if why else (True, name)
 
 
-class Cuts(NamedTuple):
-    """How launches are cut, csrc/cuda/variants.h; nothing else depends on it."""
+class LaunchConfig(NamedTuple):
+    """How launches are configured, csrc/cuda/launch_config.h; nothing else depends on it."""
 
-    direct: int = 32  # chunks of 256 tokens a multiprocessor up to which a warp takes one
-    streamed: int = 1  # beyond, times the blocks that run at once
-    room: int = 72 << 10  # bytes of shared memory of a filtered row's block before the row is spread further
-    peel: int = 1  # top-k or top-p for the token alone: draw until the winner is kept, or (0) find the threshold
-    early: int = 0  # the later launches of verify may begin before the one before has ended
-    ask: int = 6  # blocks a multiprocessor beyond which verify skips rows behind a draft known to be rejected
+    direct_chunks_per_sm: int = 32  # chunks of 256 tokens a multiprocessor up to which a warp takes one
+    stream_waves: int = 1  # beyond, times the blocks that run at once
+    smem_budget: int = 72 << 10  # bytes of shared memory of a filtered row's block before the row is spread further
+    sample_by_rejection: int = 1  # top-k or top-p for the token alone: draw until kept, or (0) find the threshold first
+    use_pdl: int = 0  # the later launches of verify may begin before the one before has ended
+    early_exit_blocks_per_sm: int = 6  # beyond these, verify skips rows behind a draft known to be rejected
 
 
-def set_cuts(cuts: Cuts) -> None:
-    """Cut the launches of this process so; for tests and measurements."""
-    _cuda.set_cuts(*cuts)
+def set_launch_config(config: LaunchConfig) -> None:
+    """Configure the launches of this process so; for tests and measurements."""
+    _cuda.set_launch_config(*config)
 
 
 def _launch(function, logits, p: Params, *args):

@@ -41,14 +41,14 @@ EFT_KERNEL void sum_grid(const int* in, int n, int* partial, unsigned* counter, 
   x = block_sum(x, kNone);
   if (threadIdx.x == 0) {
     if (fault != kSecond) partial[blockIdx.x] = x;
-    *last = eft::count_arrival(counter) == gridDim.x - 1;
+    *last = eft::arrive_acq_rel(counter) == gridDim.x - 1;
     if (fault == kSecond) partial[blockIdx.x] = x;
     if (fault == kFirst) *last = blockIdx.x == gridDim.x - 1;
   }
   __syncthreads();
   if (!*last) return;
   x = 0;
-  for (unsigned i = threadIdx.x; i < gridDim.x; i += blockDim.x) x += eft::load_fresh(&partial[i]);
+  for (unsigned i = threadIdx.x; i < gridDim.x; i += blockDim.x) x += eft::load_cg(&partial[i]);
   x = block_sum(x, kNone);
   if (threadIdx.x == 0) {
     *out = x;

@@ -5,7 +5,7 @@
 // and -fno-strict-aliasing where a kernel stores as one type what it loads as another.
 //
 // launch() runs a grid to its end on the calling thread. A GPU thread is a fiber, which runs until it comes to a warp
-// collective, a barrier, an atomic, count_arrival or a cluster operation; there any other may be next. EFT_SIMT_SEED
+// collective, a barrier, an atomic, arrive_acq_rel or a cluster operation; there any other may be next. EFT_SIMT_SEED
 // (1 if unset) or simt_set_seed chooses the schedule, the same for the same launches in the same order.
 //
 // Misuse is launch()'s error text: an access beyond a block's shared memory or a fiber's stack, or to a block that has
@@ -117,8 +117,8 @@ const char* launch(void (*kernel)(P...), const Grid& g, const A&... args) {
 }
 
 inline char* shared_memory() { return simt::shared(); }
-inline void wait_for_last() {}  // a launch has ended when the next begins
-inline void let_next_begin() {}
+inline void grid_dependency_wait() {}  // a launch has ended when the next begins
+inline void launch_dependents() {}
 inline int cluster_rank() { return simt::rank(); }
 inline void cluster_begin() {}
 inline void cluster_wait(simt::Site site = simt::Site::here()) { simt::barrier(simt::kClusterSync, 0, site); }
@@ -130,11 +130,11 @@ T* cluster_pointer(T* p, int rank, simt::Site site = simt::Site::here()) {
 
 inline uint4 load_streaming(const void* p, simt::Site site = simt::Site::here()) { return simt::load(p, site); }
 inline uint4 load16(const void* p, simt::Site site = simt::Site::here()) { return simt::load(p, site); }
-inline unsigned count_arrival(unsigned* counter) {
+inline unsigned arrive_acq_rel(unsigned* counter) {
   return simt::atomic(counter, [](unsigned x) { return x + 1; });
 }
 template <class T>
-T load_fresh(const T* p) {
+T load_cg(const T* p) {
   return *p;
 }
 

@@ -1,6 +1,6 @@
-"""How the CUDA backend's launches are best cut on this GPU: each number of `Cuts`, one at a time, in CUDA graphs.
+"""The best launch configuration of the CUDA kernels on this GPU: each field of `LaunchConfig` in turn, in CUDA graphs.
 
-    python -m tools cuts                          # a table for csrc/cuda/variants.h; --json FILE saves the times
+    python -m tools launch_config            # a table for csrc/cuda/launch_config.h; --json FILE saves the times
 
 Exit codes: 0 measured, 1 a candidate gave other tokens, 2 bad input or no such GPU.
 """
@@ -28,7 +28,7 @@ ROUNDS = 7
 
 
 class TunedField(NamedTuple):
-    """A field of `Cuts`: candidates, the variant of an operation that it matters to, and the batches."""
+    """A field of `LaunchConfig`: candidates, the variant of an operation that it matters to, and the batches."""
     values: tuple[int, ...]
     variant: str
     batches: tuple[int, ...]
@@ -37,24 +37,24 @@ class TunedField(NamedTuple):
 
 
 FIELDS = {
-    "direct": TunedField((0, 8, 16, 32, 64, 128), "plain", (1, 8, 16, 32, 2, 4, 64)),
-    "streamed": TunedField((1, 2, 3, 4), "plain", (256, 64, 512, 32, 128), others=dict(direct=0)),
-    "room": TunedField(tuple(k << 10 for k in (36, 54, 72, 110, 220)), "top_p", (256, 64, 8, 1, 512)),
-    "peel": TunedField((0, 1), "top_p", (256, 64, 8, 1)),
-    "early": TunedField((0, 1), "block", (1, 8, 64), "verify"),
-    "ask": TunedField((0, 3, 6, 12, 1 << 20), "token", (64, 256, 16, 8), "verify"),
+    "direct_chunks_per_sm": TunedField((0, 8, 16, 32, 64, 128), "plain", (1, 8, 16, 32, 2, 4, 64)),
+    "stream_waves": TunedField((1, 2, 3, 4), "plain", (256, 64, 512, 32, 128), others=dict(direct_chunks_per_sm=0)),
+    "smem_budget": TunedField(tuple(k << 10 for k in (36, 54, 72, 110, 220)), "top_p", (256, 64, 8, 1, 512)),
+    "sample_by_rejection": TunedField((0, 1), "top_p", (256, 64, 8, 1)),
+    "use_pdl": TunedField((0, 1), "block", (1, 8, 64), "verify"),
+    "early_exit_blocks_per_sm": TunedField((0, 3, 6, 12, 1 << 20), "token", (64, 256, 16, 8), "verify"),
 }
 
 
 @contextlib.contextmanager
 def launch_config(**values: int):
-    """Launches of the CUDA backend with these fields of `Cuts`."""
+    """Launches of the CUDA backend with these fields of `LaunchConfig`."""
     backend = dispatch.load("cuda")
-    backend.set_cuts(backend.Cuts()._replace(**values))
+    backend.set_launch_config(backend.LaunchConfig()._replace(**values))
     try:
         yield
     finally:
-        backend.set_cuts(backend.Cuts())
+        backend.set_launch_config(backend.LaunchConfig())
 
 
 def measure(name: str, batch: int, kind: str = "cuda", launch: str = "graph", vocab: int = 128256) -> dict[int, float]:
@@ -84,7 +84,7 @@ def measure(name: str, batch: int, kind: str = "cuda", launch: str = "graph", vo
 
 
 def main(argv: list[str]) -> int:
-    p = Parser(prog="python -m tools cuts", description=__doc__.split("\n\n")[0])
+    p = Parser(prog="python -m tools launch_config", description=__doc__.split("\n\n")[0])
     p.add_argument("--field", choices=FIELDS, help="only this one")
     p.add_argument("--seconds", type=float, default=60, help="begin nothing after them (default: 60)")
     p.add_argument("--json", metavar="FILE", help="save a row for each candidate and batch")

@@ -34,10 +34,10 @@ struct ExpSum {
   }
 };
 
-EFT_DEVICE ExpSum warp_all(ExpSum x, float c) {
+EFT_DEVICE ExpSum warp_reduce(ExpSum x, float c) {
   const float top = warp_max(x.top);
-  x.sum = warp_all(x.sum * exp2_approximately((x.top - top) * kLog2e), Sum());
-  x.sum_c = warp_all(x.sum_c * exp2_approximately((x.top - top) * c), Sum());
+  x.sum = warp_reduce(x.sum * exp2_approximately((x.top - top) * kLog2e), Sum());
+  x.sum_c = warp_reduce(x.sum_c * exp2_approximately((x.top - top) * c), Sum());
   x.top = top;
   return x;
 }
@@ -47,13 +47,13 @@ EFT_DEVICE ExpSum warp_all(ExpSum x, float c) {
 // Chunks [first, first + n) of a row into tops[n] (+inf: a bad value), and into `sum` where wanted. keep(c, s): a lane's
 // 8 scores of chunk c, in no order of chunks. All threads of the block call this; a barrier ends it.
 template <int D, bool kUpscale, class Keep>
-EFT_DEVICE void pass_of(const Row& row, int first, int n, float* tops, bool summed, bool tempered, float c, ExpSum& sum,
+EFT_DEVICE void stream_logits_of(const Row& row, int first, int n, float* tops, bool summed, bool tempered, float c, ExpSum& sum,
                         const Keep& keep) {
   constexpr int N = kAtOnce<D>;
-  const int lane = lane_id(), from = max(first, row.quick_from), to = min(first + n, row.quick_to);
+  const int lane = lane_id(), from = max(first, row.vector_from), to = min(first + n, row.vector_to);
   if (to - from < N) return;
   const char* const z[3] = {row.in[0].z, row.in[1].z, row.in[2].z};  // in registers, where they are all there is
-  // sass: group first_pass 512 tokens
+  // sass: group stream_logits 512 tokens
 #pragma unroll 1
   for (int i = from + warp_id() * N; i < to; i += kWarps * N) {
     const int chunk = min(i, to - N);  // the last ones overlap
@@ -80,29 +80,29 @@ EFT_DEVICE void pass_of(const Row& row, int first, int n, float* tops, bool summ
 }
 
 template <class Keep>
-EFT_DEVICE void first_pass(const Row& row, int first, int n, float* tops, bool summed, bool tempered, float c, ExpSum& sum,
+EFT_DEVICE void stream_logits(const Row& row, int first, int n, float* tops, bool summed, bool tempered, float c, ExpSum& sum,
                            const Keep& keep) {
   for (int i = threadIdx.x; i < n; i += kThreads) tops[i] = NAN;
   __syncthreads();
   if (row.is_upscale && row.dtype == kBF16)
-    pass_of<kBF16, true>(row, first, n, tops, summed, tempered, c, sum, keep);
+    stream_logits_of<kBF16, true>(row, first, n, tops, summed, tempered, c, sum, keep);
   else if (row.is_upscale)
-    pass_of<kF16, true>(row, first, n, tops, summed, tempered, c, sum, keep);
+    stream_logits_of<kF16, true>(row, first, n, tops, summed, tempered, c, sum, keep);
   else if (row.dtype == kBF16)
-    pass_of<kBF16, false>(row, first, n, tops, summed, tempered, c, sum, keep);
+    stream_logits_of<kBF16, false>(row, first, n, tops, summed, tempered, c, sum, keep);
   else if (row.dtype == kF16)
-    pass_of<kF16, false>(row, first, n, tops, summed, tempered, c, sum, keep);
+    stream_logits_of<kF16, false>(row, first, n, tops, summed, tempered, c, sum, keep);
   else if (row.dtype == kF32)
-    pass_of<kF32, false>(row, first, n, tops, summed, tempered, c, sum, keep);
+    stream_logits_of<kF32, false>(row, first, n, tops, summed, tempered, c, sum, keep);
   else
-    pass_of<kAny, false>(row, first, n, tops, summed, tempered, c, sum, keep);
+    stream_logits_of<kMixed, false>(row, first, n, tops, summed, tempered, c, sum, keep);
   __syncthreads();
   // the ends of the row, and chunks with a value that is not finite
   for (int i = warp_id(); i < n; i += kWarps) {
     if (!isnan(tops[i])) continue;
     float s[kPerLane];
     const int token = (first + i) * kChunkSize + lane_id() * kPerLane;
-    const bool ok = __all_sync(kAll, careful_scores(row, token, s));
+    const bool ok = __all_sync(kAll, slow_scores(row, token, s));
     const float high = top_of(s), top = warp_max(high);
     __syncwarp();
     if (lane_id() == 0) tops[i] = ok ? top : kInf;

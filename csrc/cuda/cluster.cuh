@@ -1,6 +1,6 @@
 // The blocks that share a row, and what all of their threads come to know.
 #pragma once
-#include "sums.cuh"
+#include "combine.cuh"
 
 namespace eft {
 namespace cuda {
@@ -8,28 +8,28 @@ namespace cuda {
 constexpr int kMaxCluster = 16, kWords = 3;
 
 // What a row's first pass comes to: its best score, the least of its chunks' best ones, and sums of exponentials.
-struct Start {
+struct RowStats {
   float best = -kInf, least = kInf;
   ExpSum sum;
 };
 
-EFT_DEVICE Start warp_all(Start x, float c) {
-  x.best = warp_max(x.best), x.least = -warp_max(-x.least), x.sum = warp_all(x.sum, c);
+EFT_DEVICE RowStats warp_reduce(RowStats x, float c) {
+  x.best = warp_max(x.best), x.least = -warp_max(-x.least), x.sum = warp_reduce(x.sum, c);
   return x;
 }
 
-struct Two {  // sums
+struct CountAndMass {  // sums
   int64_t a = 0, b = 0;
 };
 
-struct Mail {  // in shared memory
+struct ReduceStorage {  // in shared memory
   alignas(16) int64_t warp[kWarps][kWords];
   alignas(16) int64_t block[2][kMaxCluster][kWords];
 };
 
-struct Team {
+struct ClusterGroup {
   int rank, size, phase;
-  Mail* mail;
+  ReduceStorage* mail;
 
   // the same place in the memory of another of the blocks
   template <class T>
@@ -74,13 +74,13 @@ struct Team {
     return all(x, -kInf, [](float a) { return warp_max(a); });
   }
   EFT_MEMBER int64_t max(int64_t x) {
-    return all(x, kNone, [](int64_t a) { return warp_all(a, Max()); });
+    return all(x, kNone, [](int64_t a) { return warp_reduce(a, Max()); });
   }
   EFT_MEMBER int64_t sum(int64_t x) {
-    return all(x, int64_t{0}, [](int64_t a) { return warp_all(a, Sum()); });
+    return all(x, int64_t{0}, [](int64_t a) { return warp_reduce(a, Sum()); });
   }
-  EFT_MEMBER Two sum(const Two& x) {
-    return all(x, Two(), [](const Two& t) { return Two{warp_all(t.a, Sum()), warp_all(t.b, Sum())}; });
+  EFT_MEMBER CountAndMass sum(const CountAndMass& x) {
+    return all(x, CountAndMass(), [](const CountAndMass& t) { return CountAndMass{warp_reduce(t.a, Sum()), warp_reduce(t.b, Sum())}; });
   }
   EFT_MEMBER double sum(double x) {  // in one order
     return all(x, 0.0, [](double a) {
@@ -96,14 +96,14 @@ struct Team {
       return a;
     });
   }
-  EFT_MEMBER Start start(const Start& x, float c) {
-    return all(x, Start(), [=](const Start& s) { return warp_all(s, c); });
+  EFT_MEMBER RowStats start(const RowStats& x, float c) {
+    return all(x, RowStats(), [=](const RowStats& s) { return warp_reduce(s, c); });
   }
   EFT_MEMBER ExpSum sum(const ExpSum& x, float c) {
-    return all(x, ExpSum(), [=](const ExpSum& s) { return warp_all(s, c); });
+    return all(x, ExpSum(), [=](const ExpSum& s) { return warp_reduce(s, c); });
   }
   EFT_MEMBER Winner best(const Winner& x) {
-    return all(x, Winner(), [](const Winner& w) { return warp_all(w); });
+    return all(x, Winner(), [](const Winner& w) { return warp_reduce(w); });
   }
 };
 

@@ -25,8 +25,8 @@ EFT_DEVICE int length_of(const Drafts& d, int64_t b, int64_t slots) {  // length
 }
 
 // the first draft known not to be accepted, or S
-EFT_DEVICE int stop_of(const Drafts& d, int64_t b, int64_t slots) {
-  return max(static_cast<int>(slots - load_fresh(d.counters + (b + 1) * slots - 1)), 0);
+EFT_DEVICE int first_rejected(const Drafts& d, int64_t b, int64_t slots) {
+  return max(static_cast<int>(slots - load_cg(d.counters + (b + 1) * slots - 1)), 0);
 }
 
 // Of one draft its masses under target and draft distribution, and totals. A deterministic proposer has all of it there.
@@ -50,7 +50,7 @@ EFT_DEVICE bool judge(const RowCall& call, const State& f, int64_t b, int slot, 
     bool accepted = f.valid;
     if (d.method == kCoupled) {
       accepted &= f.token >= 0 && f.token == d.tokens[r - b];
-    } else if (!d.draft || count_arrival(counters + slot) == 1) {
+    } else if (!d.draft || arrive_acq_rel(counters + slot) == 1) {
       const Slot s(d.target[r], d.draft ? d.draft + r : nullptr);
       const double u = accept_uniform(source_of(call, b, slot, kAccept, static_cast<uint32_t>(slot)));
       accepted = s.valid && accept_token(u, s.t, s.t_total, s.d, s.d_total);
@@ -58,14 +58,14 @@ EFT_DEVICE bool judge(const RowCall& call, const State& f, int64_t b, int slot, 
     if (!accepted) atomicMax(counters + call.slots - 1, static_cast<unsigned>(call.slots - slot));
   }
   const unsigned slots = length + 1 + (d.draft ? length : 0);
-  return d.method != kTokenwise && count_arrival(counters) + 1 == slots;
+  return d.method != kTokenwise && arrive_acq_rel(counters) + 1 == slots;
 }
 
 // The tokens of "coupled": the target's own up to the first that is not the draft. All threads of a block call this.
-EFT_DEVICE void write_coupled(const RowCall& call, const Knobs& q, int64_t b, int length) {
+EFT_DEVICE void write_coupled(const RowCall& call, const RowParams& q, int64_t b, int length) {
   const Drafts& d = call.drafts;
   const int64_t S = call.slots;
-  const int last = min(stop_of(d, b, S), length);
+  const int last = min(first_rejected(d, b, S), length);
   __syncthreads();
   for (int k = threadIdx.x; k < S; k += kThreads) {
     const int64_t r = b * S + k;
@@ -99,7 +99,7 @@ EFT_DEVICE void write_ratios(const RowCall& call, int64_t b, int length) {
       if (lane == 0) d.ratios[b * S + end] = ratio;
     }
   }
-  if (lane == 0) d.ends[b] = end, d.counters[b * S] = 0;
+  if (lane == 0) d.num_drafts[b] = end, d.counters[b * S] = 0;
 }
 
 }  // namespace cuda
