@@ -41,7 +41,7 @@ def test_contractions():
 
 
 def test_every_kernel_of_the_backend_is_listed():
-    sources = "".join(p.read_text() for p in (ROOT / "eft_kernels" / "triton").glob("*.py"))
+    sources = "".join(p.read_text() for p in (ROOT / "eft_kernels" / "_backends" / "triton").glob("*.py"))
     assert set(re.findall(r"^def (\w+_kernel)\(", sources, re.M)) == set(aot.KERNELS)
 
 
