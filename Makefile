@@ -22,9 +22,6 @@ DEMO_ARGS   ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
-BUILT   := build/.extension
-
 ifeq ($(strip $(VENV)),)
 PY    := $(PYTHON)
 READY :=
@@ -40,18 +37,18 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 
 HAVE_TORCH := import torch; v = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])); assert v >= (2, 11)
 
-.PHONY: help demo test test-transformers interpreted bench report lint docs wheel sanitize fuzz build clean
+.PHONY: help demo test test-transformers interpreted bench report lint docs wheel sanitize fuzz build semantics clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
 
-demo: $(BUILT) ## what base, tuned and emulated models write, how well, how fast
+demo: build ## what base, tuned and emulated models write, how well, how fast
 	@$(RUN) $(PY) -m eft_kernels demo $(DEMO_ARGS)
 
-test: $(TOOLS) $(BUILT) ## every test this machine can run
+test: semantics ## every test this machine can run
 	@$(RUN) $(PY) -m pytest $$($(PY) -c 'import xdist; print("-n auto --maxprocesses 8")' 2>/dev/null) $(PYTEST_ARGS)
 
-test-transformers: $(TOOLS) $(BUILT) ## the tests of the integration with transformers on each version of $(TRANSFORMERS)
+test-transformers: semantics ## the tests of the integration with transformers on each version of $(TRANSFORMERS)
 	@for version in $(TRANSFORMERS); do \
 	  env=$(VENV)-transformers-$$version; echo "== transformers $$version ($$env)"; \
 	  if [ ! -f $$env/.ready ]; then \
@@ -64,10 +61,11 @@ test-transformers: $(TOOLS) $(BUILT) ## the tests of the integration with transf
 	  PYTHONPATH="$(CURDIR)" $$env/bin/python -m pytest tests/test_hf*.py $(PYTEST_ARGS) || exit 1; \
 	done
 
-interpreted: $(TOOLS) $(BUILT) ## the Triton kernels on the whole case table, in Triton's interpreter (half an hour with -n 2)
+interpreted: $(TOOLS) build ## the Triton kernels on the whole case table, in Triton's interpreter (half an hour with -n 2)
 	@TRITON_INTERPRET=1 $(RUN) $(PY) -m pytest tests/test_triton.py $(PYTEST_ARGS)
 
-bench: $(TOOLS) $(BUILT) ## measure this CPU (7 minutes; a clean tree), into benchmarks/results/<device>
+bench: $(TOOLS) build ## measure this CPU (7 minutes; a clean tree), into benchmarks/results/<device>
+	@mkdir -p build
 	@rows=build/cpu-$$(date +%Y%m%d-%H%M%S).jsonl; \
 	  $(RUN) $(PY) -m benchmarks run --suite cpu --json $$rows && $(RUN) $(PY) -m benchmarks add $$rows
 	@$(RUN) $(PY) -m benchmarks report
@@ -75,7 +73,11 @@ bench: $(TOOLS) $(BUILT) ## measure this CPU (7 minutes; a clean tree), into ben
 report: $(TOOLS) ## tables and plots of benchmarks/results, from the rows there
 	@$(RUN) $(PY) -m benchmarks report
 
-build: $(BUILT) ## environment and C++ extension only
+build: $(READY) ## environment and extensions only; compiles what changed (MAX_JOBS=n: on n cores)
+	@$(PY) setup.py -q build_ext --inplace
+
+semantics: $(TOOLS) ## and eft_kernels._semantics: csrc/semantics, function by function
+	@EFT_KERNELS_SEMANTICS=1 $(PY) setup.py -q build_ext --inplace
 
 lint: $(TOOLS) ## ruff
 	@$(PY) -c 'import ruff' 2>/dev/null || $(PIP) install ruff
@@ -92,7 +94,7 @@ sanitize: ## the C++ core under AddressSanitizer and ThreadSanitizer
 	@$(MAKE) --no-print-directory -C csrc/tests sanitize
 
 FUZZ_SECONDS ?= 120
-fuzz: $(TOOLS) $(BUILT) ## calls nobody would write, at random, under sanitizers and without (FUZZ_SECONDS each)
+fuzz: $(TOOLS) build ## calls nobody would write, at random, under sanitizers and without (FUZZ_SECONDS each)
 	@$(RUN) $(PY) tests/fuzz/sanitized.py --seconds $(FUZZ_SECONDS)
 	@$(RUN) $(PY) tests/fuzz/fuzz.py --seconds $(FUZZ_SECONDS)
 
@@ -117,7 +119,7 @@ $(VENV)/.eft-ready: pyproject.toml
 	@$(PY) -W ignore -c 'import torch; print("torch==" + torch.__version__)' > $(VENV)/constraints.txt
 	@$(PY) -c 'import triton' 2>/dev/null || echo '$(TRITON)' | tr ' ' '\n' >> $(VENV)/constraints.txt
 	@echo "setup: $$(head -n 1 $(VENV)/constraints.txt); installing transformers and the package"
-	@$(PIP) install -c $(VENV)/constraints.txt 'setuptools>=77'
+	@$(PIP) install -c $(VENV)/constraints.txt 'setuptools>=77' ninja
 	@EFT_KERNELS_CPU=0 EFT_KERNELS_CUDA=0 $(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e '.[hf]'
 	@touch $@
 
@@ -130,12 +132,3 @@ $(VENV)/.eft-tools: $(VENV)/.eft-ready
 	@$(PYTHON) -m venv .venv-docs
 	@.venv-docs/bin/python -m pip --disable-pip-version-check -qq install $(foreach package,$(DOCS),'$(package)')
 	@touch $@
-
-# The extension, in place. Without a compiler there is nothing to stamp, and the next call looks again.
-$(BUILT): $(READY) $(SOURCES)
-	@mkdir -p $(@D)
-	@echo "build: compiling the C++ kernels, under a minute (log: $(@D)/build.log)"
-	@$(PY) setup.py -q build_ext --inplace > $(@D)/build.log 2>&1 || { cat $(@D)/build.log >&2; exit 1; }
-	@grep -h '^eft_kernels: built' $(@D)/build.log || true
-	@grep -h '^eft_kernels: NOT' $(@D)/build.log || true
-	@if ls eft_kernels/_cpu*.so >/dev/null 2>&1; then touch $@; fi

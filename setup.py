@@ -8,9 +8,14 @@ EFT_KERNELS_CUDA=1 builds it wherever they are, =0 skips it. Unset, it is built 
 has CUDA or, where there is no torch (pip's build isolation), where an NVIDIA driver is loaded. It holds machine code
 for `ARCHS`, of those that nvcc knows, and PTX for newer GPUs; EFT_KERNELS_CUDA_ARCHS="90a;100" asks for these alone.
 
-Neither torch nor ninja is needed: no extension has a torch header. One binary serves every Python from 3.10 on, but for
-free-threaded ones, which have no limited API: theirs is built for that Python alone, and importing it
-enables the GIL.
+EFT_KERNELS_SEMANTICS=1 also builds `eft_kernels._semantics`, csrc/semantics function by function, for tests and for
+those who write kernels of their own. It needs pybind11 and is no part of a wheel unless asked for.
+
+Everything is compiled by ninja from one build.ninja: on all cores (MAX_JOBS=n: on n), and again only where a source, a
+header that it includes or a flag is another. Without ninja everything is compiled each time.
+
+Torch is not needed: no extension has a torch header. One binary serves every Python from 3.10 on, but for free-threaded
+ones, which have no limited API: theirs is built for that Python alone, and importing it enables the GIL.
 
 A tree that cannot be written to is built in a temporary folder.
 """
@@ -25,9 +30,11 @@ import runpy
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -45,8 +52,12 @@ CUDA_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibil
 # GPUs with machine code of their own, and the last of them that all later ones can run as PTX
 ARCHS = ("80", "89", "90a", "100", "120")
 PTX = ("100", "90", "80")  # the first that nvcc knows; not 120, which 11.0 cannot run
-WITHOUT = {"CPU": "the package will run on PyTorch alone, slowly", "CUDA": "NVIDIA GPUs will run the Triton kernels"}
+NAMES = {"CPU": "the CPU extension", "CUDA": "the CUDA extension", "SEMANTICS": "the semantics module"}
+WITHOUT = {"CPU": "the package will run on PyTorch alone, slowly", "CUDA": "NVIDIA GPUs will run the Triton kernels",
+           "SEMANTICS": "its tests will be skipped"}
 
+
+# --- what can be built ---------------------------------------------------------------------------------------------
 
 def compiler() -> list[str] | None:
     """The C++ compiler: $CXX, else Python's own, else g++ or clang++."""
@@ -120,58 +131,199 @@ def cuda_targets(known: set[str], wanted: str | None) -> tuple[list[str], list[s
     return sass, ptx
 
 
+# --- how -----------------------------------------------------------------------------------------------------------
+
+class Step(NamedTuple):
+    """A file and the command that makes it; a compilation writes what it includes into ``depfile``."""
+    output: str
+    inputs: list[str]
+    command: list[str]
+    depfile: str = ""
+
+
+def compilation(command: list[str], source: str, output: str) -> Step:
+    depfile = output + ".d"
+    return Step(output, [source], [*command, "-MD", "-MF", depfile, "-c", source, "-o", output], depfile)
+
+
+def link(command: list[str], objects: list[Step], target: str, *flags: str) -> Step:
+    inputs = [step.output for step in objects]
+    return Step(target, inputs, [*command, *inputs, "-o", target, *flags])
+
+
+def includes() -> list[str]:
+    return [f"-I{p}" for p in sorted({sysconfig.get_path("include"), sysconfig.get_path("platinclude")})]
+
+
+def shared_library() -> list[str]:
+    return [*compiler(), *(["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"])]
+
+
+def cpu(target: str, folder: str) -> tuple[list[Step], str]:
+    """The steps that make the CPU extension, the last one ``target``, and what it is built for."""
+    cxx = [*compiler(), *FLAGS]
+    steps = [compilation([*cxx, f"-DEFT_ISA={isa}", *flags], "csrc/cpu/kernels.cpp", f"{folder}/{isa}.o")
+             for isa, flags in ISAS.items()]
+    steps.append(compilation(cxx, "csrc/cpu/pool.cpp", f"{folder}/pool.o"))
+    steps.append(compilation([*cxx, *includes(), *(["-DEFT_X86"] if X86 else [])], "csrc/bindings/cpu_module.cpp",
+                             f"{folder}/cpu_module.o"))
+    steps.append(link([*shared_library(), "-pthread"], steps, target))
+    return steps, f"{', '.join(ISAS)} with {shlex.join(compiler())}"
+
+
+def cuda(target: str, folder: str) -> tuple[list[Step], str]:
+    nvcc, sources = cuda_compiler(), sorted(glob.glob("csrc/cuda/*.cu"))
+    if not sources:
+        raise RuntimeError("no csrc/cuda/*.cu")
+    listed = subprocess.run([*nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    sass, ptx = cuda_targets(set(re.findall(r"compute_(\d+)", listed)), os.environ.get("EFT_KERNELS_CUDA_ARCHS"))
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in sass]
+    codes += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in ptx]
+    folder = os.path.join(folder, "_".join(["cuda", *sass]))  # each set of GPUs keeps its objects
+    threads = f"--threads={max(1, cores() // len(sources))}"
+    steps = [compilation([*nvcc, *CUDA_FLAGS, threads, *codes], source, f"{folder}/{os.path.basename(source)}.o")
+             for source in sources]
+    steps.append(compilation([*compiler(), *FLAGS, *includes()], "csrc/bindings/cuda_module.cpp",
+                             f"{folder}/cuda_module.o"))
+    # the CUDA runtime is part of it, and torch's does not stand in for it
+    steps.append(link([*nvcc, "-shared", "-cudart=static", "-nodlink", "-Xcompiler=-pthread",
+                       "-Xlinker=--exclude-libs=ALL"], steps, target))
+    code = [f"sm_{a}" for a in sass] + [f"compute_{a}" for a in ptx]
+    return steps, f"{', '.join(code)} with {shlex.join(nvcc)}"
+
+
+def semantics(target: str, folder: str) -> tuple[list[Step], str]:
+    import pybind11
+
+    cxx, x86 = [*compiler(), *FLAGS], ["-DEFT_X86"] if X86 else []
+    steps = [compilation([*cxx, f"-DEFT_ISA={isa}", *flags], "csrc/bindings/semantics_lanes.cpp",
+                         f"{folder}/semantics_{isa}.o") for isa, flags in ISAS.items()]
+    steps.append(compilation([*cxx, *includes(), f"-I{pybind11.get_include()}", *x86],
+                             "csrc/bindings/semantics_module.cpp", f"{folder}/semantics_module.o"))
+    steps.append(link(shared_library(), steps, target))
+    return steps, f"Python {sys.version_info[0]}.{sys.version_info[1]} with {shlex.join(compiler())}"
+
+
+# --- ninja ---------------------------------------------------------------------------------------------------------
+
+def cores() -> int:
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(os.environ.get("MAX_JOBS") or here)
+
+
+def find_ninja() -> str | None:
+    """That of the Python package, else the PATH's."""
+    try:
+        import ninja
+    except ImportError:
+        return shutil.which("ninja")
+    return shutil.which("ninja", path=ninja.BIN_DIR) or shutil.which("ninja")
+
+
+def ninja_file(steps: list[Step], folder: str) -> str:
+    def path(name):
+        return re.sub(r"([$ :])", r"$\1", name)
+
+    lines = ["ninja_required_version = 1.3", f"builddir = {path(folder)}", ""]
+    for kind, more in (("compile", ["  depfile = $depfile", "  deps = gcc"]), ("link", [])):
+        lines += [f"rule {kind}", "  command = $words", f"  description = {kind} $what", *more, ""]
+    for step in steps:
+        kind, inputs = "compile" if step.depfile else "link", " ".join(map(path, step.inputs))
+        words, what = (text.replace("$", "$$") for text in (shlex.join(step.command), os.path.basename(step.output)))
+        lines += [f"build {path(step.output)}: {kind} {inputs}", f"  words = {words}", f"  what = {what}"]
+        if step.depfile:
+            lines.append(f"  depfile = {path(step.depfile)}")
+    return "\n".join(lines) + "\n"
+
+
+def run_ninja(ninja: str, steps: list[Step], targets: list[str], folder: str) -> list[str]:
+    """The targets that are as their sources say; on a terminal, ninja shows one line of progress."""
+    file = os.path.join(folder, "build.ninja")
+    with open(file, "w") as out:
+        out.write(ninja_file(steps, folder))
+    command = [ninja, "-f", file]
+    shown = None if sys.stdout.isatty() else subprocess.PIPE
+    done = subprocess.run([*command, "-k", "0", "-j", str(cores()), *targets], stdout=shown, text=True)
+    if done.returncode == 0:
+        return targets
+    print(done.stdout or "", end="", flush=True)
+    # the others may be finished all the same
+    plans = {target: subprocess.run([*command, "-n", target], capture_output=True, text=True) for target in targets}
+    return [target for target, plan in plans.items() if plan.returncode == 0 and "no work to do" in plan.stdout]
+
+
+def run_all(steps: list[Step], targets: list[str]) -> list[str]:
+    """The same without ninja: every command, whatever is there already."""
+    def run(step):
+        os.makedirs(os.path.dirname(step.output), exist_ok=True)
+        made = subprocess.run(step.command).returncode == 0
+        if not made:
+            print(f"FAILED: {shlex.join(step.command)}", flush=True)
+        return step.output, made
+
+    print("eft_kernels: ninja was not found, so that everything is compiled again (pip install ninja)", flush=True)
+    with ThreadPoolExecutor(cores()) as pool:
+        made = dict(pool.map(run, [step for step in steps if step.depfile]))
+    links = [step for step in steps if not step.depfile]
+    return [step.output for step in links if all(made[name] for name in step.inputs) and run(step)[1]]
+
+
 class Build(build_ext):
-    def build_extension(self, ext):
-        kind = ext.name.rpartition("_")[2].upper()
-        target, temp = self.get_ext_fullpath(ext.name), os.path.join(self.build_temp, "eft")
+    def build_extensions(self):
+        folder = os.path.join(self.build_temp, "eft")
+        if self.force:
+            shutil.rmtree(folder, ignore_errors=True)
+        steps, targets, how = [], {}, {}
+        for extension in self.extensions:
+            kind = extension.name.rpartition("_")[2].upper()
+            target = self.get_ext_fullpath(extension.name)
+            try:
+                for path in (folder, os.path.dirname(target)):
+                    os.makedirs(path, exist_ok=True)
+                more, how[kind] = PLANS[kind](target, folder)
+                steps += more
+                targets[kind] = target
+            except Exception as error:
+                remove(target)
+                REASONS[kind] = str(error)
         try:
-            for folder in (temp, os.path.dirname(target)):
-                os.makedirs(folder, exist_ok=True)
-            how = (self.cpu if kind == "CPU" else self.cuda)(target, temp)
-            print(f"eft_kernels: built the {kind} extension for {how}")
+            ninja, wanted = find_ninja(), list(targets.values())
+            built = run_ninja(ninja, steps, wanted, folder) if ninja else run_all(steps, wanted)
         except Exception as error:
-            print(f"eft_kernels: NOT built: the {kind} extension ({error}); {WITHOUT[kind]}")
+            built = []
+            print(f"eft_kernels: {error}", flush=True)
+        for kind, target in targets.items():
+            if target in built:
+                print(f"eft_kernels: built {NAMES[kind]} for {how[kind]}", flush=True)
+            else:
+                remove(target)  # nothing old is left where the build fails
+                REASONS[kind] = "a command above failed"
+        say_what_is_missing()
 
-    def cpu(self, target, temp) -> str:
-        cxx = compiler()
-        jobs = [("csrc/cpu/kernels.cpp", isa, [f"-DEFT_ISA={isa}", *flags]) for isa, flags in ISAS.items()]
-        jobs += [("csrc/cpu/pool.cpp", "pool", []),
-                 ("csrc/bindings/cpu_module.cpp", "module", includes() + (["-DEFT_X86"] if X86 else []))]
-        objects = []
-        for source, name, flags in jobs:
-            objects.append(os.path.join(temp, f"{name}.o"))
-            if self.force or newer(objects[-1], source, "csrc/*/*.h"):
-                self.spawn([*cxx, *FLAGS, *flags, "-c", source, "-o", objects[-1]])
-        shared = ["-bundle", "-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else ["-shared"]
-        self.spawn([*cxx, *shared, "-pthread", *objects, "-o", target])
-        return f"{', '.join(ISAS)} with {' '.join(cxx)}"
+    def copy_extensions_to_source(self):
+        for extension in self.extensions:
+            name = self.get_ext_filename(extension.name)
+            if not os.path.exists(os.path.join(self.build_lib, name)):
+                remove(name)
+        super().copy_extensions_to_source()
 
-    def cuda(self, target, temp) -> str:
-        if os.path.exists(target):
-            os.remove(target)  # nothing old is left where the build fails
-        nvcc, sources = cuda_compiler(), sorted(glob.glob("csrc/cuda/*.cu"))
-        if not sources:
-            raise RuntimeError("no csrc/cuda/*.cu")
-        listed = subprocess.run([*nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-        sass, ptx = cuda_targets(set(re.findall(r"compute_(\d+)", listed)), os.environ.get("EFT_KERNELS_CUDA_ARCHS"))
-        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in sass]
-        codes += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in ptx]
-        temp = os.path.join(temp, "_".join(["cuda", *sass]))
-        os.makedirs(temp, exist_ok=True)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = f"--threads={max(1, cores // len(sources))}"
-        jobs = [(source, [*nvcc, *CUDA_FLAGS, threads, *codes]) for source in sources]
-        jobs += [("csrc/bindings/cuda_module.cpp", [*compiler(), *FLAGS, *includes()])]
-        jobs = [(source, os.path.join(temp, os.path.basename(source) + ".o"), command) for source, command in jobs]
-        stale = [job for job in jobs if self.force or newer(job[1], job[0], "csrc/*/*.h", "csrc/*/*.cuh")]
-        with ThreadPoolExecutor(cores) as pool:
-            list(pool.map(lambda job: self.spawn([*job[2], "-c", job[0], "-o", job[1]]), stale))
-        # the CUDA runtime is part of it, and torch's does not stand in for it
-        self.spawn([*nvcc, "-shared", "-cudart=static", "-nodlink", "-Xcompiler=-pthread",
-                    "-Xlinker=--exclude-libs=ALL", *(job[1] for job in jobs), "-o", target])
-        code = [f"sm_{a}" for a in sass] + [f"compute_{a}" for a in ptx]
-        return f"{', '.join(code)} with {' '.join(nvcc)}"
 
+def remove(path: str) -> None:
+    if os.path.exists(path):
+        os.remove(path)
+
+
+PLANS = {"CPU": cpu, "CUDA": cuda, "SEMANTICS": semantics}
+REASONS: dict[str, str | None] = {}  # why an extension is not built; None of those that are
+
+
+def say_what_is_missing() -> None:
+    for kind, reason in REASONS.items():
+        if reason:
+            print(f"eft_kernels: NOT built: {NAMES[kind]} ({reason}); {WITHOUT[kind]}", flush=True)
+
+
+# --- setuptools ----------------------------------------------------------------------------------------------------
 
 def limited_api() -> bool:
     """One binary for every Python >= 3.10. Free-threaded ones have no limited API."""
@@ -196,33 +348,23 @@ def elsewhere() -> dict:
     return {"build": {"build_base": folder}, "egg_info": {"egg_base": folder}}
 
 
-def includes() -> list[str]:
-    return [f"-I{p}" for p in {sysconfig.get_path("include"), sysconfig.get_path("platinclude")}]
-
-
-def newer(target: str, source: str, *headers: str) -> bool:
-    """Whether ``target`` must be made again: it is older than its source or any header."""
-    if not os.path.exists(target):
-        return True
-    files = (source, "setup.py", *(f for pattern in headers for f in glob.glob(pattern)))
-    return any(os.path.getmtime(f) > os.path.getmtime(target) for f in files)
-
-
 def main():
-    nvcc = cuda_compiler()
-    reasons = {"CPU": skip_reason(), "CUDA": skip_cuda_reason(
-        os.environ.get("EFT_KERNELS_CUDA"), nvcc, compiler(), torch_cuda(),
-        os.path.exists("/proc/driver/nvidia/version"))}
-    for kind, reason in reasons.items():
-        if reason:
-            print(f"eft_kernels: NOT built: the {kind} extension ({reason}); {WITHOUT[kind]}")
-    extensions = [Extension(f"eft_kernels._{kind.lower()}", sources=[], py_limited_api=limited_api(), optional=True)
-                  for kind, reason in reasons.items() if not reason]
+    REASONS["CPU"] = skip_reason()
+    REASONS["CUDA"] = skip_cuda_reason(os.environ.get("EFT_KERNELS_CUDA"), cuda_compiler(), compiler(), torch_cuda(),
+                                       os.path.exists("/proc/driver/nvidia/version"))
+    if os.environ.get("EFT_KERNELS_SEMANTICS") == "1":
+        REASONS["SEMANTICS"] = skip_reason() and "there is no CPU extension"
+    extensions = [Extension(f"eft_kernels._{kind.lower()}", sources=[], optional=True,
+                            py_limited_api=limited_api() and kind != "SEMANTICS")
+                  for kind, reason in REASONS.items() if not reason]
+    if not extensions:
+        say_what_is_missing()
+    abi3 = extensions and all(extension.py_limited_api for extension in extensions)
     setup(
         packages=find_packages(include=["eft_kernels*"]),
         ext_modules=extensions,
         cmdclass={"build_ext": Build},
-        options=elsewhere() | ({"bdist_wheel": {"py_limited_api": "cp310"}} if extensions and limited_api() else {}),
+        options=elsewhere() | ({"bdist_wheel": {"py_limited_api": "cp310"}} if abi3 else {}),
     )
 
 

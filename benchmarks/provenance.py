@@ -74,10 +74,11 @@ def source_of(commit: str) -> str | None:
 
 def stale_extension() -> str | None:
     """A source of an extension that is newer than the extension built in this checkout."""
-    for name, other in (("cpu", "cuda"), ("cuda", "cpu")):
+    for name in ("cpu", "cuda"):
         built = [p.stat().st_mtime for p in ROOT.glob(f"eft_kernels/_{name}*.so")]
         for source in (p for d in (name, "semantics", "bindings") for p in (ROOT / "csrc" / d).rglob("*")):
-            if built and source.name != f"{other}_module.cpp" and source.stat().st_mtime > max(built):
+            of_another = source.name.endswith("_module.cpp") and source.name != f"{name}_module.cpp"
+            if built and not of_another and source.stat().st_mtime > max(built):
                 return source.relative_to(ROOT).as_posix()
     return None
 

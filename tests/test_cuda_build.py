@@ -1,6 +1,7 @@
 """The CUDA extension without a GPU or nvcc: when it is built, how, what its module hands to kernels, who takes over."""
 
 import ctypes
+import functools
 import importlib.machinery
 import importlib.util
 import itertools
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 import types
 import warnings
 from pathlib import Path
@@ -114,14 +116,28 @@ case "$*" in
   *--list-gpu-arch*) printf 'compute_75\\ncompute_80\\ncompute_90\\n'; exit 0;;
   *broken.cu*) exit 1;;
 esac
-while [ $# -gt 1 ]; do if [ "$1" = -o ]; then : > "$2"; fi; shift; done
+while [ $# -gt 1 ]; do case $1 in -o) out=$2;; -MF) depfile=$2;; -c) source=$2;; esac; shift; done
+if [ -n "$depfile" ]; then
+  folder=$(dirname "$source")
+  headers=$(sed -n 's/^#include "\\(.*\\)"/\\1/p' "$source")
+  echo "$out: $source $(for h in $headers; do ls "$folder/$h" 2>/dev/null; done | tr '\\n' ' ')" > "$depfile"
+fi
+: > "$out"
+"""
+
+WITHOUT_NINJA = """
+import runpy, shutil, sys
+sys.modules["ninja"], which = None, shutil.which
+shutil.which = lambda name, *args, **kwargs: None if name == "ninja" else which(name, *args, **kwargs)
+sys.argv[0] = "setup.py"
+runpy.run_path("setup.py", run_name="__main__")
 """
 
 
 @pytest.fixture
 def make(tmp_path):
-    """`make(**environment)` builds in a tree with compilers that only write down what they are asked: (the sources they
-    compiled, all commands, what setup.py said)."""
+    """`make(**environment)` builds in a tree with compilers that only write down what they are asked, and what a source
+    includes: (the sources they compiled, all commands, what setup.py said)."""
     tree, log = tmp_path / "tree", tmp_path / "log"
     for name in ("nvcc", "c++"):
         (tmp_path / name).write_text(FAKE)
@@ -131,16 +147,15 @@ def make(tmp_path):
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tree / name)
     (tree / "csrc/cuda").mkdir()
-    for name in ("a.cu", "b.cu", "shared.cuh"):
-        (tree / "csrc/cuda" / name).touch()
-    for path in tree.rglob("*"):
-        os.utime(path, (1e9, 1e9))
+    for name, text in (("a.cu", '#include "shared.cuh"\n'), ("b.cu", ""), ("shared.cuh", "")):
+        (tree / "csrc/cuda" / name).write_text(text)
 
-    def run(**environment):
+    def run(ninja=True, **environment):
         log.write_text("")
         environment = {**os.environ, "LOG": str(log), "EFT_KERNELS_CPU": "0", "EFT_KERNELS_CUDA": "1",
                        "CXX": str(tmp_path / "c++"), "CUDACXX": str(tmp_path / "nvcc"), **environment}
-        p = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tree, env=environment,
+        command = ["setup.py"] if ninja else ["-c", WITHOUT_NINJA]
+        p = subprocess.run([sys.executable, *command, "-q", "build_ext", "--inplace"], cwd=tree, env=environment,
                            capture_output=True, text=True, timeout=100)
         assert p.returncode == 0, p.stdout + p.stderr
         commands = log.read_text().splitlines()
@@ -152,9 +167,26 @@ def make(tmp_path):
     return run
 
 
+def edit(path):
+    """Changes a file, as an editor does: its time is later than that of all that was made before."""
+    path.write_text(path.read_text() + "\n")
+    later = time.time() + 1
+    os.utime(path, (later, later))
+    time.sleep(max(0.0, later - time.time()))
+
+
+@pytest.fixture(params=["ninja", "without ninja"])
+def ninja(request, build):
+    if request.param == "ninja" and build.find_ninja() is None:
+        pytest.skip("needs ninja")
+    return request.param == "ninja"
+
+
 @needs_setuptools
-def test_build(make):
-    """Every source for every GPU; again only what is older than its source or a header; each set of GPUs apart."""
+def test_build(make, build):
+    """Every source for every GPU; again only what changed, or includes what changed; each set of GPUs keeps its own."""
+    if build.find_ninja() is None:
+        pytest.skip("needs ninja")
     everything = ["a.cu", "b.cu", "cuda_module.cpp"]
     compiled, commands, said = make(EFT_KERNELS_CUDA_ARCHS="")
     assert compiled == everything
@@ -164,33 +196,74 @@ def test_build(make):
         if ".cu " in command:
             assert "-fmad=false" in command and "-O3" in command and "-gencode=arch=compute_90a,code=sm_90a" in command
     assert "-cudart=static" in commands[-1] and " -c " not in commands[-1]
-    assert make(EFT_KERNELS_CUDA_ARCHS="")[0] == []
-    os.utime(make.tree / "csrc/cuda/b.cu")
-    assert make(EFT_KERNELS_CUDA_ARCHS="")[0] == ["b.cu"]
+    compiled, commands, _ = make(EFT_KERNELS_CUDA_ARCHS="")
+    assert compiled == [] and not any("-shared" in command for command in commands), "nothing is linked again either"
+    for name, again in (("cuda/b.cu", ["b.cu"]), ("cuda/shared.cuh", ["a.cu"]),
+                        ("bindings/arguments.h", ["cuda_module.cpp"])):
+        edit(make.tree / "csrc" / name)
+        assert make(EFT_KERNELS_CUDA_ARCHS="")[0] == again
+        assert make(EFT_KERNELS_CUDA_ARCHS="")[0] == []
     compiled, commands, said = make(EFT_KERNELS_CUDA_ARCHS="90a")
     assert compiled == everything and "sm_80" not in "".join(commands) and "for sm_90a with" in said
-    for header in ("csrc/cuda/shared.cuh", "csrc/bindings/arguments.h"):
-        objects = list((make.tree / "build").rglob("*.o"))
-        for path in (*objects, make.tree / "csrc/cuda/b.cu"):
-            os.utime(path, (2e9, 2e9))
-        assert make(EFT_KERNELS_CUDA_ARCHS="90a")[0] == []
-        os.utime(make.tree / header, (2e9 + 1, 2e9 + 1))
-        assert make(EFT_KERNELS_CUDA_ARCHS="90a")[0] == everything
-        os.utime(make.tree / header, (1e9, 1e9))
+    compiled, commands, _ = make(EFT_KERNELS_CUDA_ARCHS="")
+    assert compiled == [] and "-shared" in commands[-1], "another set of GPUs is linked from its own objects"
+    setup = make.tree / "setup.py"
+    setup.write_text(setup.read_text().replace('"-Wno-psabi"]', '"-Wno-psabi", "-DMORE"]'))
+    assert make(EFT_KERNELS_CUDA_ARCHS="")[0] == ["cuda_module.cpp"], "its flags are others"
 
 
 @needs_setuptools
-def test_a_failed_build_fails_nothing(make):
+def test_without_ninja_everything_is_compiled_each_time(make):
+    """Never from what an earlier build left, which may be older than a header."""
+    for _ in range(2):
+        compiled, _, said = make(ninja=False)
+        assert compiled == ["a.cu", "b.cu", "cuda_module.cpp"]
+        assert "ninja was not found" in said and "built the CUDA extension" in said
+
+
+@needs_setuptools
+def test_a_failed_build_fails_nothing(make, ninja):
+    tree, make = make.tree, functools.partial(make, ninja=ninja)
+    (tree / "csrc/cpu").mkdir()
+    for name in ("kernels.cpp", "pool.cpp"):
+        (tree / "csrc/cpu" / name).touch()
     assert "built the CUDA extension" in make()[2]
-    (make.tree / "csrc/cuda/broken.cu").touch()
-    said = make()[2]
-    assert "NOT built: the CUDA extension (" in said and "nvcc" in said and "Triton" in said
-    assert not list((make.tree / "build").rglob("_cuda*.so")), "nothing old is installed instead"
-    for path in (make.tree / "csrc/cuda").glob("*.cu"):
+    (tree / "csrc/cuda/broken.cu").touch()
+    said = make(EFT_KERNELS_CPU="1")[2]
+    assert "built the CPU extension" in said, "of two, the other one is built"
+    assert "NOT built: the CUDA extension (" in said and "nvcc" in said and "broken.cu" in said and "Triton" in said
+    assert not list(tree.rglob("_cuda*.so")), "nothing old is installed instead"
+    assert list((tree / "eft_kernels").glob("_cpu*.so"))
+    for path in (tree / "csrc/cuda").glob("*.cu"):
         path.unlink()
     assert "no csrc/cuda/*.cu" in make()[2]
     compiled, commands, said = make(EFT_KERNELS_CUDA="0")
     assert not commands and "NOT built: the CUDA extension (EFT_KERNELS_CUDA=0)" in said
+
+
+@needs_setuptools
+def test_max_jobs(build, monkeypatch):
+    monkeypatch.setenv("MAX_JOBS", "3")
+    assert build.cores() == 3
+    monkeypatch.setenv("MAX_JOBS", "")
+    assert build.cores() >= 1
+
+
+@needs_setuptools
+def test_a_folder_of_any_name(build, tmp_path):
+    """Spaces, colons and dollars in paths and flags reach the compiler as they are."""
+    folder = tmp_path / "a $b: c"
+    folder.mkdir()
+    source, seen = folder / "x y.cpp", folder / "seen"
+    source.write_text("int main() {}\n")
+    cxx = folder / "c++"
+    cxx.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {shlex.quote(str(seen))}\n'
+                   'while [ "$1" != -o ]; do shift; done\n: > "$2"\n')
+    cxx.chmod(0o755)
+    ninja = build.find_ninja() or pytest.skip("needs ninja")
+    step = build.compilation([str(cxx), "-DX='$HOME'"], str(source), str(folder / "x.o"))
+    assert build.run_ninja(ninja, [step], [step.output], str(folder)) == [step.output]
+    assert seen.read_text().splitlines() == step.command[1:]
 
 
 # --- what the module hands over ------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ meet() {
 if command -v nvcc >/dev/null && arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1); then
   arch=${arch/./}
   export EFT_KERNELS_CUDA=1 EFT_KERNELS_CUDA_ARCHS=${arch/#90/90a}
-  if wanted build; then rm -f build/.extension eft_kernels/_cuda*.so; fi
+  if wanted build; then rm -f eft_kernels/_cuda*.so; fi
 fi
 step build 120 bash -c 'make build VENV= PYTHON="$0" && { [[ -z ${EFT_KERNELS_CUDA:-} ]] || ls eft_kernels/_cuda*.so; }' \
   "$python"
