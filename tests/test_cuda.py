@@ -383,7 +383,7 @@ FAULTS = {
     "the first winner, kept or not": ("filter.cuh", "if (!q.use_k && !q.use_p) return true;", "return true;"),
     "a carry is lost": ("filter.cuh", "(before + low < before ? 1 : 0)", "(before > low ? 0 : 0)"),
     "bins are cleared before all have read them": (
-        "filter.cuh", "team.sync();  // bins have been read\n        if",
+        "filter.cuh", "group.sync();  // bins have been read\n        if",
         "if"),
     "the last bin has an end": ("filter.cuh", "if (first + unit <= kFarthest) low", "low"),
     "neighbouring floats are one": (

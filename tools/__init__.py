@@ -12,6 +12,17 @@
 | gpu.sh | everything that needs a GPU, in one call |
 """
 
+import json
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def finish(rows: list[dict], text: str, args) -> int:
+    """Saves rows and their tables where ``args`` says so, prints the tables; the exit code: 1 with findings."""
+    if args.json:
+        args.json.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    if args.markdown:
+        args.markdown.write_text(text)
+    print(text)
+    return int(any(r["findings"] for r in rows))

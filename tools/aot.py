@@ -29,7 +29,7 @@ from eft_kernels.cli.options import Parser
 from eft_kernels.cli.term import Refused
 from eft_kernels.parameters import METHODS
 
-from . import ROOT
+from . import ROOT, finish
 from .machine_code import (
     AMD_MI300,
     BUDGETED,
@@ -442,13 +442,7 @@ def main(argv: list[str]) -> int:
     rows = [row for t in targets for row in run(["-m", "tools.aot", t, args.kernel, args.case])]
     if not rows:
         raise Refused(f"--kernel {args.kernel!r} --case {args.case!r}: no call launches that")
-    text = render(rows, shlex.join(["python", "-m", "tools", "aot", *argv]))
-    if args.json:
-        args.json.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    if args.markdown:
-        args.markdown.write_text(text)
-    print(text)
-    return int(any(r["findings"] for r in rows))
+    return finish(rows, render(rows, shlex.join(["python", "-m", "tools", "aot", *argv])), args)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ from benchmarks import report
 from eft_kernels.cli.options import Parser
 from eft_kernels.cli.term import Refused
 
-from . import ROOT
+from . import ROOT, finish
 from .machine_code import (
     BUDGETED,
     ISSUE_SLOTS_PER_BYTE,
@@ -644,10 +644,4 @@ def main(argv: list[str]) -> int:
                                tell=lambda text: print(text, file=sys.stderr))
     if not rows:
         raise Refused(f"no kernel {args.kernel or ''} in {', '.join(map(str, files))}")
-    text = render(rows, shlex.join(["python", "-m", "tools", "sass", *argv]))
-    if args.json:
-        args.json.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    if args.markdown:
-        args.markdown.write_text(text)
-    print(text)
-    return int(any(r["findings"] for r in rows))
+    return finish(rows, render(rows, shlex.join(["python", "-m", "tools", "sass", *argv])), args)

@@ -240,7 +240,7 @@ struct Scorer {
   bool upscaled = false;
   float nucleus = 0, shift = 0, tuned_lse = 0;  // of the up-scaling filter, once known
   const Scorer* outer = nullptr;                // what it excludes is excluded, too ...
-  const uint8_t* outer_needs_slow_path = nullptr;           // ... in its needs_slow_path chunks
+  const uint8_t* outer_needs_slow_path = nullptr;           // ... where it needed the slow path
   Combine fast{Mixed::chunks, Mixed::group}, fast_tuned = fast;
 
   static Combine same_type(int dtype, int models, bool unit) {
@@ -302,7 +302,7 @@ struct Scorer {
     return finite;
   }
 
-  // a group of a chunk that is not needs_slow_path, into out[32]; false where a value is not finite
+  // a group of a chunk that does not need the slow path, into out[32]; false where a value is not finite
   bool group(int c, int g, float* out) const {
     const int64_t first = int64_t{c} * kChunkSize + g * kGroup;
     bool finite = fast.group(in, models, first, out);

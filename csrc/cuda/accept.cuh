@@ -42,7 +42,7 @@ struct Slot {
 
 // A row's state is known and in memory, or `skipped`, for a draft before it was rejected. Whether it is the last of the
 // slots ("coupled", "block"). One thread calls this.
-EFT_DEVICE bool judge(const RowCall& call, const State& f, int64_t b, int slot, int length, bool skipped) {
+EFT_DEVICE bool accept_draft(const RowCall& call, const State& f, int64_t b, int slot, int length, bool skipped) {
   const Drafts& d = call.drafts;
   const int64_t r = b * call.slots + slot;
   unsigned* counters = d.counters + b * call.slots;

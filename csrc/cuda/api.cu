@@ -30,7 +30,7 @@ RowCall row_call(const SampleCall& c) {
   r.tokens = c.tokens, r.valid = c.valid, r.logprobs = c.logprobs, r.raw_logprobs = c.raw_logprobs;
   r.top_n = c.top_n, r.top_ids = c.top_ids, r.top_logprobs = c.top_logprobs;
   r.entropy = c.entropy, r.tv = c.tv;
-  r.token_only = !c.logprobs && !c.top_n && !c.entropy, r.is_kept = true;
+  r.token_only = !c.logprobs && !c.top_n && !c.entropy, r.keeps_scores = true;
   r.by_rejection = r.token_only && launch_config.sample_by_rejection;
   return r;
 }
@@ -40,7 +40,7 @@ RowCall row_call(const LogprobsCall& c) {
   static_cast<Call&>(r) = c;
   r.ids = c.ids, r.n_ids = c.n_ids;
   // log-probs of given tokens, where nothing is filtered and no row is greedy, need no score but theirs
-  r.is_kept = !c.ids || filters(c) || c.temperature.data || c.temperature.value < kGreedy;
+  r.keeps_scores = !c.ids || filters(c) || c.temperature.data || c.temperature.value < kGreedy;
   (c.ids ? r.id_logprobs : r.all_logprobs) = c.out;
   return r;
 }

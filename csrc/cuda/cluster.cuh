@@ -29,7 +29,7 @@ struct ReduceStorage {  // in shared memory
 
 struct ClusterGroup {
   int rank, size, phase;
-  ReduceStorage* mail;
+  ReduceStorage* storage;
 
   // the same place in the memory of another of the blocks
   template <class T>
@@ -45,16 +45,16 @@ struct ClusterGroup {
   // this in the same order. It is a sync(), too.
   template <class T, class Within>
   EFT_MEMBER T all(T x, T none, const Within& within) {
-    static_assert(sizeof(T) <= sizeof(mail->warp[0]), "");
+    static_assert(sizeof(T) <= sizeof(storage->warp[0]), "");
     const int lane = lane_id();
     x = within(x);
-    if (lane == 0) put(mail->warp[warp_id()], x);
+    if (lane == 0) put(storage->warp[warp_id()], x);
     __syncthreads();
-    if (size == 1 || warp_id() == 0) x = within(lane < kWarps ? get<T>(mail->warp[lane]) : none);
+    if (size == 1 || warp_id() == 0) x = within(lane < kWarps ? get<T>(storage->warp[lane]) : none);
     if (size > 1) {
-      if (static_cast<int>(threadIdx.x) < size) put(cluster_pointer(&mail->block[phase][rank][0], threadIdx.x), x);
+      if (static_cast<int>(threadIdx.x) < size) put(cluster_pointer(&storage->block[phase][rank][0], threadIdx.x), x);
       cluster_sync();
-      x = within(lane < size ? get<T>(mail->block[phase][lane]) : none);
+      x = within(lane < size ? get<T>(storage->block[phase][lane]) : none);
       phase ^= 1;
     } else {
       __syncthreads();

@@ -1,4 +1,4 @@
-// Thresholds of top-k, top-p and min-p over a row whose scores are kept by the blocks of a team.
+// Thresholds of top-k, top-p and min-p over a row whose scores are kept by the blocks of a group.
 #pragma once
 #include "cluster.cuh"
 
@@ -61,14 +61,14 @@ EFT_DEVICE void each_score(const Part& part, float low, const Wanted& wanted, co
 }
 
 // What the scores above and not below `at` have: mass, or `ones` their number.
-EFT_DEVICE CountAndMass count_from(ClusterGroup& team, const Part& part, float at, float best, float c, bool ones) {
+EFT_DEVICE CountAndMass count_from(ClusterGroup& group, const Part& part, float at, float best, float c, bool ones) {
   CountAndMass t;
   const float low = at == -kInf ? at : below(at);
   each_score(part, low, [&](float x) { return x > low; }, [&](float x) {
     const int64_t m = ones ? 1 : mass(x, best, c);
     t.a += x > at ? m : 0, t.b += m;
   });
-  return team.sum(t);
+  return group.sum(t);
 }
 
 // The relative error of a sum of exp2((s - best) c), generously: exponents that matter are rounded by 5e-6, exp2 by
@@ -90,8 +90,8 @@ EFT_DEVICE Total total_about(int64_t exact, float rest, int vocab) {
   const double units = static_cast<double>(rest) * 0x1p40;
   return {static_cast<double>(exact) + units, units * slack_of(vocab) + vocab};
 }
-EFT_DEVICE Total total_exactly(ClusterGroup& team, const Part& part, float best, float c) {
-  return {static_cast<double>(count_from(team, part, -kInf, best, c, false).b), 0};
+EFT_DEVICE Total total_exactly(ClusterGroup& group, const Part& part, float best, float c) {
+  return {static_cast<double>(count_from(group, part, -kInf, best, c, false).b), 0};
 }
 
 // --- the search for a threshold ------------------------------------------------------------------------------------
@@ -215,11 +215,11 @@ EFT_DEVICE void add_to_bin(Search& search, int bin, int64_t mass) {
 
 // Enters the bin of all blocks together with which what is counted reaches the limit, else the last that has any. rest: the
 // sum of what is not in the bracket, where the total is not known. All threads call this after a sync().
-EFT_DEVICE void select_bin(const ClusterGroup& team, Search& search, float rest) {
+EFT_DEVICE void select_bin(const ClusterGroup& group, Search& search, float rest) {
   const int lane = lane_id(), bin = threadIdx.x;
   CountAndMass mine;  // number, mass
-  for (int r = 0; r < team.size; ++r) {
-    const Search* other = team.at(&search, r);
+  for (int r = 0; r < group.size; ++r) {
+    const Search* other = group.at(&search, r);
     mine.a += other->number[bin];
     mine.b += static_cast<int64_t>(static_cast<uint64_t>(other->words.high[bin]) << 32) + other->words.low[bin];
   }
@@ -229,11 +229,11 @@ EFT_DEVICE void select_bin(const ClusterGroup& team, Search& search, float rest)
     const int64_t a = __shfl_up_sync(kAll, upto.a, d), b = __shfl_up_sync(kAll, upto.b, d);
     if (lane >= d) upto.a += a, upto.b += b;
   }
-  if (lane == kLanes - 1) team.put(team.mail->warp[warp_id()], upto);
+  if (lane == kLanes - 1) group.put(group.storage->warp[warp_id()], upto);
   __syncthreads();
   CountAndMass sum;
   for (int i = 0; i < kWarps; ++i) {
-    const CountAndMass x = team.get<CountAndMass>(team.mail->warp[i]);
+    const CountAndMass x = group.get<CountAndMass>(group.storage->warp[i]);
     if (i < warp_id()) upto.a += x.a, upto.b += x.b;
     sum.a += x.a, sum.b += x.b;
   }
@@ -253,21 +253,21 @@ EFT_DEVICE void select_bin(const ClusterGroup& team, Search& search, float rest)
 }
 
 // A score that at least k of a row's reach, by the best scores of its chunks; -inf where these are fewer.
-EFT_DEVICE float kth_top(ClusterGroup& team, const Part& part, Search& search, int64_t k, float best, float least, int chunks) {
+EFT_DEVICE float kth_top(ClusterGroup& group, const Part& part, Search& search, int64_t k, float best, float least, int chunks) {
   if (k > chunks) return -kInf;
   if (threadIdx.x == 0) start_search(search, Key(best, best - least), -kInf, 0, k, 1, {0, 0}, 0);
   clear(search);
   for (int i = threadIdx.x; i < part.n; i += kThreads)
     if (part.tops[i] > -kInf) atomicAdd(&search.number[search.bracket.key.bin(part.tops[i], 0)], 1u);
-  team.sync();
-  select_bin(team, search, 0);
+  group.sync();
+  select_bin(group, search, 0);
   const float low = search.over + search.n < k ? -kInf : fmaxf(search.bracket.low, least);
   __syncthreads();
   return low;
 }
 
 // The first block compares what is left with each other, and tells all.
-EFT_DEVICE void compare(const ClusterGroup& team, Search& search) {
+EFT_DEVICE void compare(const ClusterGroup& group, Search& search) {
   const int i = threadIdx.x, n = static_cast<int>(search.left);
   if (i < n) search.mass[i] = mass(search.few[i], search.bracket.key.best, search.c);
   __syncthreads();
@@ -297,13 +297,13 @@ EFT_DEVICE void compare(const ClusterGroup& team, Search& search) {
       search.result = {x, over, over + own, false, true};
     __syncthreads();
   }
-  if (i > 0 && i < team.size) team.at(&search, i)->result = search.result;
+  if (i > 0 && i < group.size) group.at(&search, i)->result = search.result;
 }
 
 // The smallest score of the bracket with less than the limit counted above it. Thread 0 has begun the search. direct: the
 // bracket has few scores, probably.
-EFT_DEVICE Threshold find_threshold(ClusterGroup& team, const Part& part, Search& search, bool direct) {
-  Search* first = team.at(&search, 0);
+EFT_DEVICE Threshold find_threshold(ClusterGroup& group, const Part& part, Search& search, bool direct) {
+  Search* first = group.at(&search, 0);
   for (;;) {
     if (direct) {
       __syncthreads();
@@ -321,15 +321,15 @@ EFT_DEVICE Threshold find_threshold(ClusterGroup& team, const Part& part, Search
         seen.best = fmaxf(seen.best, x), seen.least = fminf(seen.least, x);
         add_to_bin(search, search.bracket.key.bin(x, search.bracket.level), mass(x, best, search.c));
       });
-      seen = team.all(seen, Seen(), [](const Seen& a) { return warp_reduce(a); });
+      seen = group.all(seen, Seen(), [](const Seen& a) { return warp_reduce(a); });
       const int level = search.bracket.level;
-      select_bin(team, search, seen.rest);
+      select_bin(group, search, seen.rest);
       // no bin entered: the nucleus of logits that another thread has changed since their mass was summed
       const bool one = seen.best == seen.least, end = search.bracket.level == 8 || search.bracket.level == level;
       if (one || end || search.n > kFew) {
         const Threshold result =
             threshold_at(search, one ? seen.best : search.bracket.last(), search.above, search.above + search.mass_of_n);
-        team.sync();  // bins have been read
+        group.sync();  // bins have been read
         if (one || end) return result;
         continue;
       }
@@ -339,13 +339,13 @@ EFT_DEVICE Threshold find_threshold(ClusterGroup& team, const Part& part, Search
       const unsigned i = atomicAdd(&first->left, 1u);
       if (i < kFew) first->few[i] = x;
     });
-    team.sync();
+    group.sync();
     if (!direct || first->left <= kFew) break;
     direct = false;
-    team.sync();
+    group.sync();
   }
-  if (team.rank == 0) compare(team, search);
-  team.sync();
+  if (group.rank == 0) compare(group, search);
+  group.sync();
   const Threshold result = search.result;
   __syncthreads();  // before another use of this memory
   return result;
@@ -365,7 +365,7 @@ EFT_DEVICE float cutoff(float best, float p, float share, float temperature, int
 }
 
 // start: in shared memory, of the row's scores, its sum about right where top-p needs it
-EFT_DEVICE Kept keep_of(ClusterGroup& team, const Part& part, Search& search, const RowParams& q, const RowStats& start, bool tempered,
+EFT_DEVICE Kept keep_of(ClusterGroup& group, const Part& part, Search& search, const RowParams& q, const RowStats& start, bool tempered,
                         int chunks, int vocab) {
   if (!q.filtered()) return {-kInf, 0};
   const float& best = start.best;
@@ -380,9 +380,9 @@ EFT_DEVICE Kept keep_of(ClusterGroup& team, const Part& part, Search& search, co
     float low, range = within(32);
     bool direct = false;
     if (step == kTopK) {
-      low = kth_top(team, part, search, q.top_k, best, start.least, chunks);
+      low = kth_top(group, part, search, q.top_k, best, start.least, chunks);
       direct = low > -kInf && q.top_k <= kFew / 2;
-      if (!direct) team.sync();  // bins have been read
+      if (!direct) group.sync();  // bins have been read
     } else {
       low = q.use_k ? kept.at : cutoff(best, q.top_p, (tempered ? start.sum.sum_c : start.sum.sum) * (1 - slack_of(vocab)),
                                           q.temperature, vocab);
@@ -390,12 +390,12 @@ EFT_DEVICE Kept keep_of(ClusterGroup& team, const Part& part, Search& search, co
     if (low > -kInf) low = below(low), range = fminf(best - low, within(kInf));
     if (threadIdx.x == 0)
       start_search(search, Key(best, range), low, q.c, step == kTopK ? q.top_k : 0, q.top_p, total, vocab);
-    kept = find_threshold(team, part, search, direct);
+    kept = find_threshold(group, part, search, direct);
     if (step == kTopK) {
       total = {static_cast<double>(kept.upto), 0};
       step = q.use_p && !kept.settled ? kNucleus : kDone;
     } else if (step == kNucleus && kept.needs_exact_total) {
-      total = total_exactly(team, part, best, q.c);
+      total = total_exactly(group, part, best, q.c);
       step = kExactly;
     } else {
       step = kDone;
@@ -404,18 +404,18 @@ EFT_DEVICE Kept keep_of(ClusterGroup& team, const Part& part, Search& search, co
   const float least = q.least(best);
   if (kept.at > -kInf && kept.at >= least) return {kept.at, kept.upto};
   const float floor = fmaxf(kept.at, least);
-  return {floor, count_from(team, part, floor, best, q.c, false).b};
+  return {floor, count_from(group, part, floor, best, q.c, false).b};
 }
 
 // Sampling under min-p and top-k or top-p, not both, does without their threshold: the winner of all that is left, if it is
 // kept, is the winner of what is kept; else nothing from its score down is, and the race goes on above. The winner's own
 // mass makes the first one likely to do. Whether it is kept (total: in shared memory):
-EFT_DEVICE bool is_kept(ClusterGroup& team, const Part& part, const RowParams& q, float score, float best, Total& total) {
+EFT_DEVICE bool is_kept(ClusterGroup& group, const Part& part, const RowParams& q, float score, float best, Total& total) {
   if (!q.use_k && !q.use_p) return true;
-  const int64_t over = count_from(team, part, score, best, q.c, q.use_k).a;
+  const int64_t over = count_from(group, part, score, best, q.c, q.use_k).a;
   if (q.use_k) return over < q.top_k;
   if ((over < mass_limit(q.top_p, total.units - total.error)) != (over < mass_limit(q.top_p, total.units + total.error))) {
-    const Total exact = total_exactly(team, part, best, q.c);
+    const Total exact = total_exactly(group, part, best, q.c);
     if (threadIdx.x == 0) total = exact;
     __syncthreads();
   }

@@ -21,9 +21,9 @@ struct PerModelStats {  // of each model alone over the tokens not excluded; of 
 };
 
 struct RowShared {
-  ReduceStorage mail;
+  ReduceStorage storage;
   Row row;
-  RowParams knobs;
+  RowParams params;
   Source source;
   Part part;
   State state;
@@ -31,7 +31,7 @@ struct RowShared {
   Total total;
   PerModelStats own;
   int b, slot, length;  // length: of verify's drafts
-  bool is_skipped, accepts_here, last;  // judged: by this block
+  bool is_skipped, accepts_here, last;  // accepts_here: this block decides on drafts
   unsigned lead;             // of the race; the row's blocks use the first one's
 };
 
@@ -56,7 +56,7 @@ EFT_DEVICE void each_own(const Row& row, const Part& part, const Input& in, cons
 }
 
 // Each model's largest logit (0 where that is infinite) and its exact mass.
-EFT_DEVICE void own_masses(const ClusterGroup& team, const Row& row, const Part& part, PerModelStats& own) {
+EFT_DEVICE void own_masses(const ClusterGroup& group, const Row& row, const Part& part, PerModelStats& own) {
   const int mine = threadIdx.x;  // a model
   if (mine < row.models) own.high[mine] = 0, own.sum[mine] = 0;
   __syncthreads();
@@ -66,10 +66,10 @@ EFT_DEVICE void own_masses(const ClusterGroup& team, const Row& row, const Part&
     high = warp_max(high);
     if (lane_id() == 0) atomicMax(&own.high[j], static_cast<unsigned>(ordered(high)) ^ 0x80000000u);
   }
-  team.sync();
+  group.sync();
   if (mine < row.models) {
     unsigned most = 0;
-    for (int r = 0; r < team.size; ++r) most = max(most, team.at(&own, r)->high[mine]);
+    for (int r = 0; r < group.size; ++r) most = max(most, group.at(&own, r)->high[mine]);
     const float best = unordered(static_cast<int32_t>(most ^ 0x80000000u));
     own.best[mine] = best > -kInf && best < kInf ? best : 0;
   }
@@ -83,18 +83,18 @@ EFT_DEVICE void own_masses(const ClusterGroup& team, const Row& row, const Part&
     sum = warp_reduce(sum, Sum());
     if (lane_id() == 0) atomicAdd(&own.sum[j], static_cast<unsigned long long>(sum));
   }
-  team.sync();
+  group.sync();
   if (mine < row.models) {
     int64_t sum = 0;
-    for (int r = 0; r < team.size; ++r) sum += static_cast<int64_t>(team.at(&own, r)->sum[mine]);
+    for (int r = 0; r < group.size; ++r) sum += static_cast<int64_t>(group.at(&own, r)->sum[mine]);
     own.mass[mine] = sum < 1 ? 1 : sum;
   }
   __syncthreads();
 }
 
 // Finds the tuned model's own nucleus of mass p and what to take off inside and outside; then the row's scores are others.
-EFT_DEVICE void find_nucleus(ClusterGroup& team, Row& row, const Part& part, Search& search, PerModelStats& own, float p) {
-  own_masses(team, row, part, own);
+EFT_DEVICE void find_nucleus(ClusterGroup& group, Row& row, const Part& part, Search& search, PerModelStats& own, float p) {
+  own_masses(group, row, part, own);
   float inside = 0;
   for (int j = 0; j < row.models; ++j) {
     const float w = row.in[j].w;
@@ -112,7 +112,7 @@ EFT_DEVICE void find_nucleus(ClusterGroup& team, Row& row, const Part& part, Sea
   const float low = cutoff(best, p, static_cast<float>(mass) * 9.0949e-13f, 1, row.vocab);  // a little below 2^-40
   if (threadIdx.x == 0)
     start_search(search, Key(best, best - low), low, kLog2e, 0, p, {static_cast<double>(mass), 0}, row.vocab);
-  const float tau = find_threshold(team, part, search, false).at;
+  const float tau = find_threshold(group, part, search, false).at;
   if (threadIdx.x == 0) row.tau = tau, row.inside = inside, row.outside = best + log_total(mass);
   __syncthreads();
 }
@@ -121,12 +121,12 @@ EFT_DEVICE void find_nucleus(ClusterGroup& team, Row& row, const Part& part, Sea
 
 // The n likeliest tokens by raw score, lower ids first among equals: what is above a bound, compared by the first block.
 // False where it does not have room for that.
-EFT_DEVICE bool write_few(ClusterGroup& team, const Row& row, const Part& part, Search& search, const State& f, float least,
+EFT_DEVICE bool write_few(ClusterGroup& group, const Row& row, const Part& part, Search& search, const State& f, float least,
                           int64_t n, int64_t* ids, float* logprobs) {
   if (n > kFew / 2) return false;
-  const float bound = kth_top(team, part, search, n, f.best, least, row.chunks);
+  const float bound = kth_top(group, part, search, n, f.best, least, row.chunks);
   if (bound == -kInf) return false;
-  Search* first = team.at(&search, 0);
+  Search* first = group.at(&search, 0);
   const float low = below(bound);
   each_chunk(part, low, [&](int, int token, const float* x) {
 #pragma unroll
@@ -136,20 +136,20 @@ EFT_DEVICE bool write_few(ClusterGroup& team, const Row& row, const Part& part, 
       if (i < kFew) first->keys[i] = pack(x[k], token + k);
     }
   });
-  team.sync();
+  group.sync();
   const int left = static_cast<int>(first->left), i = threadIdx.x;
-  if (left <= kFew && team.rank == 0 && i < left) {
+  if (left <= kFew && group.rank == 0 && i < left) {
     const int64_t key = search.keys[i];
     int rank = 0;
     for (int j = 0; j < left; ++j) rank += search.keys[j] > key;
     if (rank < n) ids[rank] = packed_token(key), logprobs[rank] = raw_logprob(f, packed_key(key));
   }
-  team.sync();
+  group.sync();
   return left <= kFew;
 }
 
 // The same, one after the other.
-EFT_DEVICE void write_top(ClusterGroup& team, const Part& part, const State& f, int64_t n, int64_t* ids, float* logprobs, bool ok) {
+EFT_DEVICE void write_top(ClusterGroup& group, const Part& part, const State& f, int64_t n, int64_t* ids, float* logprobs, bool ok) {
   int64_t last = INT64_MAX;
   for (int64_t i = 0; i < n; ++i) {
     int64_t most = kNone;
@@ -164,8 +164,8 @@ EFT_DEVICE void write_top(ClusterGroup& team, const Part& part, const State& f, 
           if (x[k] > -kInf && key < last && key > most) most = key;
         }
       }
-    last = team.max(most);
-    if (team.rank == 0 && threadIdx.x == 0) {
+    last = group.max(most);
+    if (group.rank == 0 && threadIdx.x == 0) {
       ids[i] = last == kNone ? -1 : packed_token(last);
       logprobs[i] = last == kNone ? -kInf : raw_logprob(f, packed_key(last));
     }
@@ -173,7 +173,7 @@ EFT_DEVICE void write_top(ClusterGroup& team, const Part& part, const State& f, 
 }
 
 // Entropy of the emulated distribution, and its total variation from the tuned model's own over the tokens not excluded.
-EFT_DEVICE void write_diagnostics(ClusterGroup& team, const Row& row, const Part& part, const State& f, float* entropy, float* tv,
+EFT_DEVICE void write_diagnostics(ClusterGroup& group, const Row& row, const Part& part, const State& f, float* entropy, float* tv,
                                   bool ok) {
   ExpSum own;
   int64_t num_nonfinite = 0;
@@ -184,8 +184,8 @@ EFT_DEVICE void write_diagnostics(ClusterGroup& team, const Row& row, const Part
       for (int k = 0; k < kPerLane; ++k) num_nonfinite += !(z[k] < kInf);
       if (high > -kInf && high < kInf) own.add(z, high, 0, false);
     });
-  own = team.sum(own, 0);
-  num_nonfinite = team.sum(num_nonfinite);
+  own = group.sum(own, 0);
+  num_nonfinite = group.sum(num_nonfinite);
   const float log_own = log(fmaxf(own.sum, 0x1p-100f));
   double h = 0, distance = 0;
   if (ok)
@@ -200,9 +200,9 @@ EFT_DEVICE void write_diagnostics(ClusterGroup& team, const Row& row, const Part
         distance += fabsf(x - exp2_approximately(((z[k] - own.top) - log_own) * kLog2e));
       }
     });
-  h = team.sum(h);
-  distance = team.sum(distance);
-  if (team.rank == 0 && threadIdx.x == 0) {
+  h = group.sum(h);
+  distance = group.sum(distance);
+  if (group.rank == 0 && threadIdx.x == 0) {
     *entropy = ok ? static_cast<float>(h) : NAN;
     *tv = ok && num_nonfinite == 0 ? static_cast<float>(0.5 * distance) : NAN;
   }
@@ -226,14 +226,14 @@ struct RowCalls {
 EFT_DEVICE int64_t row_of(const RowShared& shared, const RowCall& call) { return shared.b * call.slots + shared.slot; }
 
 // A row's kernel but for what verify makes of it. All threads of its blocks call this, `shared` is set.
-EFT_DEVICE void run_row(ClusterGroup& team, RowShared& shared, const RowCall& call, int per) {
+EFT_DEVICE void run_row(ClusterGroup& group, RowShared& shared, const RowCall& call, int per) {
   Row& row = shared.row;
-  const RowParams& q = shared.knobs;
+  const RowParams& q = shared.params;
   const Part& part = shared.part;
-  if (team.size > 1) cluster_begin();
+  if (group.size > 1) cluster_begin();
   const bool tempered = !q.greedy && q.temperature != 1;
   const auto keep = [&](int chunk, const float* s) {
-    if (call.is_kept) store8(part.scores + (chunk - part.first) * kChunkSize + lane_id() * kPerLane, s);
+    if (call.keeps_scores) store8(part.scores + (chunk - part.first) * kChunkSize + lane_id() * kPerLane, s);
   };
   Search& search = *reinterpret_cast<Search*>(shared_memory() + kHead + tops_bytes(per));
   // scores, their best, and sums of exponentials
@@ -245,16 +245,16 @@ EFT_DEVICE void run_row(ClusterGroup& team, RowShared& shared, const RowCall& ca
       start.best = fmaxf(start.best, top);
       if (top > -kInf) start.least = fminf(start.least, top);
     }
-    return team.start(start, q.c);
+    return group.start(start, q.c);
   };
   const bool summed = !call.token_only || (q.use_p && !q.use_k);
   stream_logits(row, part.first, part.n, part.tops, summed, tempered, q.c, sum, keep);
-  if (team.size > 1) cluster_wait();
+  if (group.size > 1) cluster_wait();
   RowStats start = know();
   const auto fine = [&] { return q.valid && start.best > -kInf && start.best < kInf; };
   bool ok = fine();
   if (ok && row.upscaled) {
-    find_nucleus(team, row, part, search, shared.own, q.upscale_top_p);
+    find_nucleus(group, row, part, search, shared.own, q.upscale_top_p);
     sum = ExpSum();
     for (int i = warp_id(); i < part.n; i += kWarps) {
       float s[kPerLane];
@@ -286,11 +286,11 @@ EFT_DEVICE void run_row(ClusterGroup& team, RowShared& shared, const RowCall& ca
     if (threadIdx.x == 0) shared.total = total_about(0, tempered ? about.sum_c : about.sum, row.vocab);
   } else if (ok) {
     if (threadIdx.x == 0) f.lse = log(about.sum), f.log_kept = tempered ? log(about.sum_c) : f.lse;
-    Kept kept = keep_of(team, part, search, q, shared.start, tempered, row.chunks, row.vocab);
+    Kept kept = keep_of(group, part, search, q, shared.start, tempered, row.chunks, row.vocab);
     floor = kept.floor;
     const bool nothing = kept.mass == 0;
     if (q.greedy) floor = best, kept.mass = int64_t{1} << kMassBits;
-    else if (nothing && call.exact) kept.mass = count_from(team, part, -kInf, best, q.c, false).b;
+    else if (nothing && call.exact) kept.mass = count_from(group, part, -kInf, best, q.c, false).b;
     if (threadIdx.x == 0) {
       f.floor = floor, f.mass = kept.mass;
       if (q.greedy) f.log_kept = 0;
@@ -298,20 +298,20 @@ EFT_DEVICE void run_row(ClusterGroup& team, RowShared& shared, const RowCall& ca
     }
   }
   if (ok && (call.samples || q.greedy)) {
-    unsigned* lead = team.at(&shared.lead, 0);
+    unsigned* lead = group.at(&shared.lead, 0);
     for (;;) {
-      w = team.best(race_chunks(part.first, part.n, lead, floor, q, shared.source, [&](int i) { return part.tops[i]; },
+      w = group.best(race_chunks(part.first, part.n, lead, floor, q, shared.source, [&](int i) { return part.tops[i]; },
                                 [&](int chunk, float (&s)[kPerLane]) {
                                   load8(part.scores + (chunk - part.first) * kChunkSize + lane_id() * kPerLane, s);
                                 }));
-      if (team.rank == 0 && threadIdx.x == 0) shared.lead = 0;
-      if (!by_rejection || w.key == kNone || is_kept(team, part, q, w.score, best, shared.total)) break;
+      if (group.rank == 0 && threadIdx.x == 0) shared.lead = 0;
+      if (!by_rejection || w.key == kNone || is_kept(group, part, q, w.score, best, shared.total)) break;
       floor = above(w.score);
     }
   }
   if (threadIdx.x == 0) {
     if (w.key != kNone) f.token = packed_token(w.key), f.score = w.score;
-    if (team.rank == 0) {
+    if (group.rank == 0) {
       const int64_t r = row_of(shared, call);
       if (f.valid && shared.slot < shared.length) {
         const int64_t id = call.drafts.tokens[r - shared.b];
@@ -333,11 +333,11 @@ EFT_DEVICE void run_row(ClusterGroup& team, RowShared& shared, const RowCall& ca
   if (const int64_t n = call.top_n) {
     int64_t* ids = call.top_ids + r * n;
     float* logprobs = call.top_logprobs + r * n;
-    if (!f.valid || !write_few(team, row, part, search, f, shared.start.least, n, ids, logprobs))
-      write_top(team, part, f, n, ids, logprobs, f.valid);
+    if (!f.valid || !write_few(group, row, part, search, f, shared.start.least, n, ids, logprobs))
+      write_top(group, part, f, n, ids, logprobs, f.valid);
   }
   if (call.entropy)
-    write_diagnostics(team, row, part, f, call.entropy + r, call.tv + r, f.valid);
+    write_diagnostics(group, row, part, f, call.entropy + r, call.tv + r, f.valid);
   if (call.all_logprobs)
     for (int i = warp_id(); i < part.n; i += kWarps)
       for (int k = lane_id(); k < kChunkSize; k += kLanes) {
@@ -346,7 +346,7 @@ EFT_DEVICE void run_row(ClusterGroup& team, RowShared& shared, const RowCall& ca
           call.all_logprobs[r * row.vocab + token] = f.valid ? logprob(f, q, part.scores[i * kChunkSize + k], token) : NAN;
       }
   if (call.id_logprobs)
-    for (int64_t i = team.rank * kThreads + threadIdx.x; i < call.n_ids; i += team.size * kThreads) {
+    for (int64_t i = group.rank * kThreads + threadIdx.x; i < call.n_ids; i += group.size * kThreads) {
       const int64_t id = call.ids[r * call.n_ids + i];
       const bool inside = id >= 0 && id < row.vocab;
       const int token = inside ? static_cast<int>(id) : 0;
@@ -357,10 +357,10 @@ EFT_DEVICE void run_row(ClusterGroup& team, RowShared& shared, const RowCall& ca
 // Where the row is verify's, what comes of it. All threads call this.
 EFT_DEVICE void judge_row(RowShared& shared, const RowCall& call, bool skipped) {
   if (!shared.accepts_here) return;
-  if (threadIdx.x == 0) shared.last = judge(call, shared.state, shared.b, shared.slot, shared.length, skipped);
+  if (threadIdx.x == 0) shared.last = accept_draft(call, shared.state, shared.b, shared.slot, shared.length, skipped);
   __syncthreads();
   if (!shared.last) return;
-  if (call.drafts.method == kCoupled) write_coupled(call, shared.knobs, shared.b, shared.length);
+  if (call.drafts.method == kCoupled) write_coupled(call, shared.params, shared.b, shared.length);
   else write_ratios(call, shared.b, shared.length);
 }
 
@@ -377,32 +377,32 @@ EFT_KERNEL void __launch_bounds__(kThreads, EFT_ROW_BLOCKS)
   const int length = drafts.target ? length_of(drafts, b, call.slots) : 0;
   if (slot > length - second) return;
   RowShared& shared = *reinterpret_cast<RowShared*>(shared_memory());
-  ClusterGroup team{size > 1 ? cluster_rank() : 0, size, 0, &shared.mail};
+  ClusterGroup group{size > 1 ? cluster_rank() : 0, size, 0, &shared.storage};
   const bool checks_early_exit = drafts.checks_early_exit && slot > 0;
   if (threadIdx.x == 0) {
     shared.b = b, shared.slot = slot, shared.length = length;
     shared.lead = 0;
-    shared.accepts_here = drafts.target && team.rank == 0;
+    shared.accepts_here = drafts.target && group.rank == 0;
     set_row(shared.row, call, b, slot);
-    shared.knobs = row_params_of(call, b);
+    shared.params = row_params_of(call, b);
     shared.source = source_of(call, b, slot, call.stream, call.slot);
-    const int first = team.rank * per;
+    const int first = group.rank * per;
     shared.part = {staged ? staged + (int64_t{at} * shared.row.chunks + first) * kChunkSize
                           : reinterpret_cast<float*>(shared_memory() + kHead + area_bytes(per)),
                    reinterpret_cast<float*>(shared_memory() + kHead), first, max(min(per, shared.row.chunks - first), 0)};
-    if (checks_early_exit && team.rank == 0) shared.is_skipped = first_rejected(drafts, b, call.slots) < slot;
+    if (checks_early_exit && group.rank == 0) shared.is_skipped = first_rejected(drafts, b, call.slots) < slot;
   }
   if (checks_early_exit) {  // the row's blocks must be of one mind
-    team.sync();
-    if (*team.at(&shared.is_skipped, 0)) {
-      team.sync();
+    group.sync();
+    if (*group.at(&shared.is_skipped, 0)) {
+      group.sync();
       judge_row(shared, call, true);
       return;
     }
   } else {
     __syncthreads();
   }
-  run_row(team, shared, call, per);
+  run_row(group, shared, call, per);
   judge_row(shared, call, false);
 }
 
@@ -417,7 +417,7 @@ struct Shape {
 Shape shape_of(const RowCall& call, int64_t rows, const Device& device) {
   const int64_t chunks = chunks_of(call);
   const auto per = [&](int size) { return static_cast<int>((chunks + size - 1) / size); };
-  const int64_t chunk_bytes = call.is_kept ? kChunkSize * 4 : 0;
+  const int64_t chunk_bytes = call.keeps_scores ? kChunkSize * 4 : 0;
   const auto needs = [&](int size) { return kHead + area_bytes(per(size)) + per(size) * chunk_bytes; };
   int size = 1;
   while (size < device.cluster && size * kWarps < chunks &&

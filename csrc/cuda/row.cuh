@@ -1,4 +1,4 @@
-// What a launch of a team a row is given and leaves behind (row.cu, verify.cu).
+// What a launch of a cluster a row is given and leaves behind (row.cu, verify.cu).
 #pragma once
 #include "filter.cuh"
 #include "launch_config.h"
@@ -25,12 +25,12 @@ struct Verified {
   float *logprobs, *raw_logprobs;
 };
 
-// Of a call by verify, judged as soon as its rows are known (accept.cuh); target is null elsewhere.
+// Of a call by verify, decided as soon as its rows are known (accept.cuh); target is null elsewhere.
 struct Drafts {
   const int64_t* tokens;  // [B, S - 1]
   PerRow<int64_t> lengths;
   int method;
-  bool checks_early_exit;              // a row asks first whether a draft before it is known to be rejected
+  bool checks_early_exit;              // a row first checks whether a draft before it is known to be rejected
   State *target, *draft;  // [B, S]; draft is null where there is no draft distribution (deterministic proposer, or "coupled")
   unsigned* counters;     // [B, S]
   Verified out;
@@ -46,7 +46,7 @@ struct RowCall : Call {
   bool samples, exact;  // draw a token; know the exact mass of rows that nothing is filtered from
   bool token_only;      // nothing is returned but the token and whether it is valid
   bool by_rejection;           // of those, draw until the winner is kept (filter.cuh), where that can be done
-  bool is_kept;           // scores are looked at again
+  bool keeps_scores;  // scores are looked at again
   Drafts drafts;
   int64_t* tokens;
   bool* valid;

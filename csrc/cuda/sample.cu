@@ -73,7 +73,7 @@ struct Piece {
 
 struct StreamShared {
   Row row;
-  RowParams knobs;
+  RowParams params;
   Source source;
   Piece piece;
   int64_t next;  // chunk of all rows' chunks that the block has not taken
@@ -109,7 +109,7 @@ EFT_KERNEL void __launch_bounds__(kThreads, EFT_STREAM_BLOCKS)
   StreamShared& shared = *reinterpret_cast<StreamShared*>(shared_memory());
   float* tops = reinterpret_cast<float*>(shared_memory() + kStreamHead);
   Row& row = shared.row;
-  const RowParams& q = shared.knobs;
+  const RowParams& q = shared.params;
   const Piece& piece = shared.piece;
   if (threadIdx.x == 0) shared.next = blockIdx.x * per;
   do {
@@ -118,7 +118,7 @@ EFT_KERNEL void __launch_bounds__(kThreads, EFT_STREAM_BLOCKS)
       shared.piece = piece_at(shared.next, call, per);
       shared.next += piece.n;
       set_row(row, call, piece.b, 0);
-      shared.knobs = row_params_of(call, piece.b);
+      shared.params = row_params_of(call, piece.b);
       shared.source = source_of(call, piece.b, 0, call.stream, call.slot);
     }
     __syncthreads();

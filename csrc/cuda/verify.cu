@@ -1,4 +1,4 @@
-// After the drafts are judged (accept.cuh): the token where a row stops, and for block verification the residuals on the way.
+// After the drafts are decided on (accept.cuh): the token where a row stops, and for block verification the residuals on the way.
 //
 // row_kernel has left the state of every slot of target and draft that is needed, and "coupled" ends with it. "token" takes
 // one launch more, "block" two. Bytes: the chunks that the residual's race looks into; for block verification target and
@@ -210,7 +210,7 @@ RowCall rows_of(const VerifyArgs& j, bool draft) {
   RowCall r{};
   static_cast<Call&>(r) = draft ? j.draft : j.target;
   r.stream = kSample;
-  r.samples = !draft, r.exact = j.drafts.method != kCoupled, r.is_kept = true;
+  r.samples = !draft, r.exact = j.drafts.method != kCoupled, r.keeps_scores = true;
   r.token_only = !r.exact && !j.drafts.out.logprobs;
   r.states = draft ? j.drafts.draft : j.drafts.target, r.tops = draft ? nullptr : j.tops;
   r.drafts = j.drafts;
@@ -231,7 +231,7 @@ void* lay_out(Layout& at, VerifyArgs& j, bool drafts, const Device& device) {
   return at.take<char>(staged_bytes(rows_of(j, false), drafts ? &draft : nullptr, device));
 }
 
-VerifyArgs judge_of(const VerifyCall& call, unsigned* counters) {
+VerifyArgs verify_args_of(const VerifyCall& call, unsigned* counters) {
   VerifyArgs j{};
   j.target = j.draft = call;
   if (call.draft >= 0) {
@@ -252,14 +252,14 @@ bool has_draft(const VerifyCall& call) { return call.method != kCoupled && call.
 
 int64_t verify_scratch(const VerifyCall& call, const Device& device) {
   Layout at{nullptr};
-  VerifyArgs j = judge_of(call, nullptr);
+  VerifyArgs j = verify_args_of(call, nullptr);
   lay_out(at, j, has_draft(call), device);
   return at.used;
 }
 
 const char* run_verify(const VerifyCall& call, const Place& place, const Device& device) {
   Layout at{static_cast<char*>(place.scratch)};
-  VerifyArgs j = judge_of(call, place.counters);
+  VerifyArgs j = verify_args_of(call, place.counters);
   const bool drafts = has_draft(call);
   void* staged = lay_out(at, j, drafts, device);
   const RowCall draft = rows_of(j, true);
