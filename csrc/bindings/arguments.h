@@ -1,7 +1,7 @@
 // What every module of kernels needs: the arguments of a call out of Python objects, and the tensors that it returns.
-// Arguments are checked here in their usual forms, because at batch 1 Python costs more than the kernel does. Limited API
-// (one binary for every Python >= 3.10) and no torch header (one binary for every torch): tensors come and go by DLPack's
-// C exchange interface. To be included after Python.h.
+// Arguments are checked here in their usual forms, because at batch 1 Python costs more than the kernel does. Limited
+// API (one binary for every Python >= 3.10) and no torch header (one binary for every torch): tensors come and go by
+// DLPack's C exchange interface. To be included after Python.h.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -21,8 +21,9 @@ constexpr dlpack::DataType kInt64{dlpack::kInt, 64, 1}, kInt32{dlpack::kInt, 32,
     kFloat16{dlpack::kFloat, 16, 1}, kBfloat16{dlpack::kBfloat, 16, 1}, kBool8{dlpack::kBool, 8, 1},
     kUint8{dlpack::kUint, 8, 1};
 
-// The arguments of a call. Whatever is not in its plain form (exact types, contiguous tensors on one device, values that
-// are allowed) sets `unusual`: the caller then looks closer, converts it, or says what is wrong with it (arguments.py).
+// The arguments of a call. Whatever is not in its plain form (exact types, contiguous tensors on one device, values
+// that are allowed) sets `unusual`: the caller then looks closer, converts it, or says what is wrong with it
+// (arguments.py).
 struct Reader {
   PyObject* const* args;
   Py_ssize_t n;
@@ -193,7 +194,8 @@ struct Reader {
     c.vocab_size = static_cast<int>(vocab);
     const int64_t words = (vocab + 31) / 32;
     if (mask != Py_None)
-      c.mask = dims == 3 ? tensor<int32_t>(mask, kInt32, {rows, slots, words}) : tensor<int32_t>(mask, kInt32, {rows, words});
+      c.mask = dims == 3 ? tensor<int32_t>(mask, kInt32, {rows, slots, words})
+                         : tensor<int32_t>(mask, kInt32, {rows, words});
     c.tuned = static_cast<int>(integer(0, kMaxModels - 1));
     needs_tuned(c, c.upscale_top_p.data || c.upscale_top_p.value != 1);
   }

@@ -33,8 +33,9 @@ const Kernels* choose(const char* wanted) {
 
 const Kernels* kernels = nullptr;
 
-// Each takes a number of threads, then what prepare() reads. It returns a tuple of tensors (None: not asked for), or None
-// where an argument is unusual. The kernel runs with the interpreter lock released; MemoryError where it finds no memory.
+// Each takes a number of threads, then what prepare() reads. It returns a tuple of tensors (None: not asked for), or
+// None where an argument is unusual. The kernel runs with the interpreter lock released; MemoryError where it finds no
+// memory.
 template <class C>
 PyObject* run(PyObject* const* args, Py_ssize_t n, void (*kernel)(const C&)) {
   Reader r(args, n, dlpack::kCPU);
@@ -45,10 +46,7 @@ PyObject* run(PyObject* const* args, Py_ssize_t n, void (*kernel)(const C&)) {
   if (outputs.failed()) return nullptr;
   bool memory = true;
   if (call.rows) {
-    Py_BEGIN_ALLOW_THREADS
-    try {
-      kernel(call);
-    } catch (const std::bad_alloc&) {
+    Py_BEGIN_ALLOW_THREADS try { kernel(call); } catch (const std::bad_alloc&) {
       memory = false;
     }
     Py_END_ALLOW_THREADS

@@ -24,8 +24,8 @@ constexpr int32_t kDeviceType = dlpack::kCUDA;
 #endif
 constexpr int64_t kAlignment = 256;
 
-// Memory of a call's own. It may be released as soon as the launches are enqueued: torch gives it to nothing but what comes
-// after them on the same stream.
+// Memory of a call's own. It may be released as soon as the launches are enqueued: torch gives it to nothing but what
+// comes after them on the same stream.
 class Scratch {
  public:
   ~Scratch() {
@@ -47,9 +47,9 @@ class Scratch {
   void* data_ = nullptr;
 };
 
-// Each takes counters (an int32 tensor of zeros [at least 2 * rows * slots] that nothing else uses while the launches run),
-// then what prepare() reads. It returns a tuple of tensors (None: not asked for) that the device may not have written yet,
-// or None where an argument is unusual. The device is the current one, the stream torch's current one.
+// Each takes counters (an int32 tensor of zeros [at least 2 * rows * slots] that nothing else uses while the launches
+// run), then what prepare() reads. It returns a tuple of tensors (None: not asked for) that the device may not have
+// written yet, or None where an argument is unusual. The device is the current one, the stream torch's current one.
 template <class C>
 PyObject* run(const char* name, PyObject* const* args, Py_ssize_t n, int64_t (*scratch_bytes)(const C&, int),
               const char* (*launch)(const C&, const Place&)) {

@@ -1,5 +1,5 @@
-// The part of DLPack's C exchange interface (version 1) that a caller needs: tensors in and out of Python objects without
-// a header of the framework's. Layouts: https://github.com/dmlc/dlpack, include/dlpack/dlpack.h.
+// The part of DLPack's C exchange interface (version 1) that a caller needs: tensors in and out of Python objects
+// without a header of the framework's. Layouts: https://github.com/dmlc/dlpack, include/dlpack/dlpack.h.
 #pragma once
 #include <cstdint>
 

@@ -84,8 +84,8 @@ void token_gumbel_lanes(int64_t n, const float* e, const float* g, const uint32_
 const LaneFunctions& EFT_CONCAT(lanes_, EFT_ISA)() {
   using namespace EFT_ISA;
   static const LaneFunctions functions{
-      EFT_STRING(EFT_ISA), W, log_lanes, exp2_lanes, mass_lanes, exponential_lanes, uniform_lanes, words_lanes,
-      chunk_noise_lanes, token_gumbel_lanes};
+      EFT_STRING(EFT_ISA), W,           log_lanes,         exp2_lanes,        mass_lanes, exponential_lanes,
+      uniform_lanes,       words_lanes, chunk_noise_lanes, token_gumbel_lanes};
   return functions;
 }
 

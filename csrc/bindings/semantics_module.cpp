@@ -100,19 +100,19 @@ double residual_of(double factor, int64_t t, int64_t t_total, int64_t d, int64_t
 Sampling sampling_of(const py::dict& parameters, py::ssize_t rows, py::list& kept) {
   Sampling s;
   py::size_t known = 0;
-#define EFT_TAKE(T, name, off, low, high)                                                       \
-  s.name = {nullptr, off};                                                                      \
-  if (parameters.contains(#name)) {                                                             \
-    Array<T> values(parameters[#name]);                                                         \
-    if (values.ndim() == 0) {                                                                   \
-      s.name.value = *values.data();                                                            \
-    } else if (values.ndim() == 1 && values.size() == rows) {                                   \
-      s.name.data = values.data();                                                              \
-      kept.append(values);                                                                      \
-    } else {                                                                                    \
-      throw py::value_error(#name ": allowed are a number and an array of a value per row");    \
-    }                                                                                           \
-    ++known;                                                                                    \
+#define EFT_TAKE(T, name, off, low, high)                                                    \
+  s.name = {nullptr, off};                                                                   \
+  if (parameters.contains(#name)) {                                                          \
+    Array<T> values(parameters[#name]);                                                      \
+    if (values.ndim() == 0) {                                                                \
+      s.name.value = *values.data();                                                         \
+    } else if (values.ndim() == 1 && values.size() == rows) {                                \
+      s.name.data = values.data();                                                           \
+      kept.append(values);                                                                   \
+    } else {                                                                                 \
+      throw py::value_error(#name ": allowed are a number and an array of a value per row"); \
+    }                                                                                        \
+    ++known;                                                                                 \
   }
   EFT_PARAMETERS(EFT_TAKE)
 #undef EFT_TAKE
@@ -181,51 +181,58 @@ void bind_lanes(py::module_& m) {
   py::class_<L>(m, "Lanes", "The same functions by one instruction set's vectors, over arrays [N].")
       .def_readonly("isa", &L::isa)
       .def_readonly("width", &L::width)
-      .def("log", [](const L& l, Floats x) {
-        const py::ssize_t n = length({x});
-        Floats out(n);
-        l.log(n, x.data(), out.mutable_data());
-        return out;
-      })
-      .def("exp2_parts", [](const L& l, Floats x) {
-        const py::ssize_t n = length({x});
-        Floats p(n), exponent(n);
-        l.exp2_parts(n, x.data(), p.mutable_data(), exponent.mutable_data());
-        return py::make_tuple(p, exponent);
-      })
-      .def("mass_parts", [](const L& l, Floats s, Floats best, Floats c) {
-        const py::ssize_t n = length({s, best, c});
-        Array<int32_t> q(n), shift(n);
-        l.mass_parts(n, s.data(), best.data(), c.data(), q.mutable_data(), shift.mutable_data());
-        return py::make_tuple(q, shift);
-      })
-      .def("exponential", [](const L& l, Floats u) {
-        const py::ssize_t n = length({u});
-        Floats out(n);
-        l.exponential(n, u.data(), out.mutable_data());
-        return out;
-      })
-      .def("uniform", [](const L& l, Words32 r) {
-        const py::ssize_t n = length({r});
-        Floats out(n);
-        l.uniform(n, r.data(), out.mutable_data());
-        return out;
-      })
-      .def("words", [](const L& l, int64_t seed, int64_t position, uint32_t stream, uint32_t slot, uint32_t kind,
-                       Words32 index) {
-        const py::ssize_t n = length({index});
-        py::array_t<uint32_t> out({py::ssize_t{4}, n});
-        l.words(n, {seed, position, stream, slot}, kind, index.data(), out.mutable_data());
-        return out;
-      })
-      .def("chunk_noise", [](const L& l, int64_t seed, int64_t position, uint32_t stream, uint32_t slot, Words32 chunk) {
-        const py::ssize_t n = length({chunk});
-        Floats e(n), g(n);
-        Words32 place(n);
-        l.chunk_noise(n, {seed, position, stream, slot}, chunk.data(), e.mutable_data(), g.mutable_data(),
-                      place.mutable_data());
-        return py::make_tuple(e, g, place);
-      })
+      .def("log",
+           [](const L& l, Floats x) {
+             const py::ssize_t n = length({x});
+             Floats out(n);
+             l.log(n, x.data(), out.mutable_data());
+             return out;
+           })
+      .def("exp2_parts",
+           [](const L& l, Floats x) {
+             const py::ssize_t n = length({x});
+             Floats p(n), exponent(n);
+             l.exp2_parts(n, x.data(), p.mutable_data(), exponent.mutable_data());
+             return py::make_tuple(p, exponent);
+           })
+      .def("mass_parts",
+           [](const L& l, Floats s, Floats best, Floats c) {
+             const py::ssize_t n = length({s, best, c});
+             Array<int32_t> q(n), shift(n);
+             l.mass_parts(n, s.data(), best.data(), c.data(), q.mutable_data(), shift.mutable_data());
+             return py::make_tuple(q, shift);
+           })
+      .def("exponential",
+           [](const L& l, Floats u) {
+             const py::ssize_t n = length({u});
+             Floats out(n);
+             l.exponential(n, u.data(), out.mutable_data());
+             return out;
+           })
+      .def("uniform",
+           [](const L& l, Words32 r) {
+             const py::ssize_t n = length({r});
+             Floats out(n);
+             l.uniform(n, r.data(), out.mutable_data());
+             return out;
+           })
+      .def(
+          "words",
+          [](const L& l, int64_t seed, int64_t position, uint32_t stream, uint32_t slot, uint32_t kind, Words32 index) {
+            const py::ssize_t n = length({index});
+            py::array_t<uint32_t> out({py::ssize_t{4}, n});
+            l.words(n, {seed, position, stream, slot}, kind, index.data(), out.mutable_data());
+            return out;
+          })
+      .def("chunk_noise",
+           [](const L& l, int64_t seed, int64_t position, uint32_t stream, uint32_t slot, Words32 chunk) {
+             const py::ssize_t n = length({chunk});
+             Floats e(n), g(n);
+             Words32 place(n);
+             l.chunk_noise(n, {seed, position, stream, slot}, chunk.data(), e.mutable_data(), g.mutable_data(),
+                           place.mutable_data());
+             return py::make_tuple(e, g, place);
+           })
       .def("token_gumbel", [](const L& l, Floats e, Floats g, Words32 word) {
         const py::ssize_t n = length({e, g, word});
         Floats out(n);
@@ -233,7 +240,9 @@ void bind_lanes(py::module_& m) {
         return out;
       });
   py::dict lanes;
-  auto add = [&](const L& functions) { lanes[functions.isa] = py::cast(functions, py::return_value_policy::reference); };
+  auto add = [&](const L& functions) {
+    lanes[functions.isa] = py::cast(functions, py::return_value_policy::reference);
+  };
   add(lanes_baseline());
 #if defined(__x86_64__) && defined(EFT_X86)
   __builtin_cpu_init();

@@ -43,7 +43,8 @@ void diagnose(const Row& r, float& entropy, float& tv) {
     both(c);
     vf vh{}, vd{};
     for (int i = 0; i < kChunkSize; i += W) {
-      vf lp = (load(s + i) - broadcast(r.best)) - broadcast(log_raw), lq = (load(z + i) - broadcast(top)) - broadcast(log_tuned);
+      vf lp = (load(s + i) - broadcast(r.best)) - broadcast(log_raw),
+         lq = (load(z + i) - broadcast(top)) - broadcast(log_tuned);
       vf p = exponential_of(lp), d = p - exponential_of(lq);
       vh -= select(p > vf{}, p * lp, vf{});
       vd += maximum(d, -d);
@@ -82,7 +83,8 @@ void sample(const SampleCall& call) {
       if (r.valid) {
         count = r.gather<false>(r.kth(std::min<int64_t>(call.top_n, call.vocab_size)), kInf);
         x = r.sc.candidates.need(0);
-        std::sort(x, x + count, [](const Candidate& a, const Candidate& c) { return a.s > c.s || (a.s == c.s && a.id < c.id); });
+        std::sort(x, x + count,
+                  [](const Candidate& a, const Candidate& c) { return a.s > c.s || (a.s == c.s && a.id < c.id); });
       }
       for (int64_t i = 0; i < call.top_n; ++i) {
         call.top_ids[b * call.top_n + i] = i < count ? x[i].id : -1;
@@ -114,7 +116,10 @@ void logprobs(const LogprobsCall& call) {
         out[i] = kNaN;
         if (v < 0 || v >= call.vocab_size) continue;
         float s = r.score_of(v);
-        out[i] = f.greedy ? (v == argmax ? 0 : -kInf) : !(s >= r.lowest) ? -kInf : processed ? r.processed_logprob(s) : r.raw_logprob(s);
+        out[i] = f.greedy           ? (v == argmax ? 0 : -kInf)
+                 : !(s >= r.lowest) ? -kInf
+                 : processed        ? r.processed_logprob(s)
+                                    : r.raw_logprob(s);
       }
       return;
     }
@@ -123,7 +128,8 @@ void logprobs(const LogprobsCall& call) {
       if (argmax >= 0) out[argmax] = 0;
       return;
     }
-    const float shift = -(processed ? r.processed_logprob(r.best) : r.raw_logprob(r.best)), scale = processed ? f.inverse : 1;
+    const float shift = -(processed ? r.processed_logprob(r.best) : r.raw_logprob(r.best)),
+                scale = processed ? f.inverse : 1;
     r.each_block([&](int, int from, int to) {
       alignas(64) float s[kChunkSize];
       for (int c = from; c < to; ++c) {
@@ -132,7 +138,8 @@ void logprobs(const LogprobsCall& call) {
           vf x = load(s + i), y = (x - broadcast(r.best)) * broadcast(scale) - broadcast(shift);
           store(s + i, select(x >= broadcast(r.lowest), y, broadcast(-kInf)));
         }
-        memcpy(out + int64_t{c} * kChunkSize, s, std::min(kChunkSize, call.vocab_size - c * kChunkSize) * sizeof(float));
+        memcpy(out + int64_t{c} * kChunkSize, s,
+               std::min(kChunkSize, call.vocab_size - c * kChunkSize) * sizeof(float));
       }
     });
   });

@@ -15,7 +15,8 @@ namespace {
 struct MassSum {
   __m512i acc = _mm512_setzero_si512();
   void add(vi q, vi shift) {
-    __m512i zero = _mm512_setzero_si512(), x = reinterpret_cast<__m512i>(q), n = reinterpret_cast<__m512i>(32u - reinterpret_cast<vu>(shift));
+    __m512i zero = _mm512_setzero_si512(), x = reinterpret_cast<__m512i>(q),
+            n = reinterpret_cast<__m512i>(32u - reinterpret_cast<vu>(shift));
     __m512i lo = _mm512_srlv_epi64(_mm512_unpacklo_epi32(zero, x), _mm512_unpacklo_epi32(n, zero));
     __m512i hi = _mm512_srlv_epi64(_mm512_unpackhi_epi32(zero, x), _mm512_unpackhi_epi32(n, zero));
     acc = _mm512_add_epi64(acc, _mm512_add_epi64(lo, hi));
@@ -26,7 +27,8 @@ struct MassSum {
 struct MassSum {
   __m256i acc = _mm256_setzero_si256();
   void add(vi q, vi shift) {
-    __m256i zero = _mm256_setzero_si256(), x = reinterpret_cast<__m256i>(q), n = reinterpret_cast<__m256i>(32u - reinterpret_cast<vu>(shift));
+    __m256i zero = _mm256_setzero_si256(), x = reinterpret_cast<__m256i>(q),
+            n = reinterpret_cast<__m256i>(32u - reinterpret_cast<vu>(shift));
     __m256i lo = _mm256_srlv_epi64(_mm256_unpacklo_epi32(zero, x), _mm256_unpacklo_epi32(n, zero));
     __m256i hi = _mm256_srlv_epi64(_mm256_unpackhi_epi32(zero, x), _mm256_unpackhi_epi32(n, zero));
     acc = _mm256_add_epi64(acc, _mm256_add_epi64(lo, hi));
@@ -104,8 +106,8 @@ struct MassCounter {
 };
 
 // Sum of exp2((s - reference) c), the reference being the best score so far. Within kExpError of the exact sum: the
-// polynomial's 1e-7, up to 64 float32 additions, the rounding of exponents that matter (V <= 2^22 bounds them by ~22), and
-// masses' being truncated (V 2^-40), each less than 5e-6.
+// polynomial's 1e-7, up to 64 float32 additions, the rounding of exponents that matter (V <= 2^22 bounds them by ~22),
+// and masses' being truncated (V 2^-40), each less than 5e-6.
 constexpr double kExpError = 2e-5;
 
 struct ExpSum {

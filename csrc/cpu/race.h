@@ -14,9 +14,9 @@ struct Winner {
   }
 };
 
-// argmax of s_v + T g_v, lowest id on ties; scores below `lowest` do not run. group_max: the best scores of each chunk's
-// 8 groups; visit(c, which, fn) calls fn(g, scores) for the groups of chunk c whose bits are set in `which`. Scores are
-// read again, and need not be what they were (another thread may write): then any token, or none, wins.
+// argmax of s_v + T g_v, lowest id on ties; scores below `lowest` do not run. group_max: the best scores of each
+// chunk's 8 groups; visit(c, which, fn) calls fn(g, scores) for the groups of chunk c whose bits are set in `which`.
+// Scores are read again, and need not be what they were (another thread may write): then any token, or none, wins.
 template <class Visit>
 Winner race(int chunks, const float* group_max, float lowest, float temperature, const Source& source, Scratch& sc,
             const Visit& visit) {
@@ -87,7 +87,8 @@ Winner race(int chunks, const float* group_max, float lowest, float temperature,
         for (; m; m &= m - 1) {
           int t = i + __builtin_ctz(m), n = waiting.count;
           if (t == at) continue;
-          waiting.s[n] = s[t], waiting.e[n] = e[c], waiting.g[n] = g[c], waiting.id[n] = static_cast<uint32_t>(first + t);
+          waiting.s[n] = s[t], waiting.e[n] = e[c], waiting.g[n] = g[c],
+          waiting.id[n] = static_cast<uint32_t>(first + t);
           ++waiting.count;
         }
         if (waiting.count >= W) draw();

@@ -19,20 +19,20 @@ Scratch& scratch(int which) {  // 0: a row, 1: its draft, 2: one model of it
   return all[which];
 }
 
-// One (row, slot) through score, filter, race. No score is kept: where scores are needed again, those of the groups that
-// can matter are computed again.
+// One (row, slot) through score, filter, race. No score is kept: where scores are needed again, those of the groups
+// that can matter are computed again.
 struct Row {
   Scorer scorer;
   Filters filters{};
   Scratch& sc;
   int threads;
   float* group_max = nullptr;
-  uint8_t* needs_slow_path = nullptr;         // per chunk: scores come from Scorer::score_chunk_slow
+  uint8_t* needs_slow_path = nullptr;  // per chunk: scores come from Scorer::score_chunk_slow
   bool valid = false;
   float best = -kInf, lowest = -kInf;
-  float lowest_of_k = -kInf;     // what top-k alone keeps
-  int64_t kept_mass = 0;         // of the scores >= lowest
-  double raw_sum = 0, sum = 0;   // sum exp(s - best), sum exp((s - best) / T): 0 where score() was not asked for them
+  float lowest_of_k = -kInf;    // what top-k alone keeps
+  int64_t kept_mass = 0;        // of the scores >= lowest
+  double raw_sum = 0, sum = 0;  // sum exp(s - best), sum exp((s - best) / T): 0 where score() was not asked for them
 
   explicit Row(Scratch& s, int t) : sc(s), threads(t) {}
 
@@ -115,16 +115,15 @@ struct Row {
     return out;
   }
 
-  // Masses of the scores at and above each of N rising thresholds (exponents of base 2 are (s - best) c), of groups whose
-  // best score reaches `floor`.
+  // Masses of the scores at and above each of N rising thresholds (exponents of base 2 are (s - best) c), of groups
+  // whose best score reaches `floor`.
   template <int N>
   Masses<N> masses(const std::array<float, N>& low, float floor, float c) const {
     Masses<N>* parts = sc.parts<Masses<N>>(blocks());
     floor = std::max(floor, best + kLowestMass / c);
     each_block([&](int block, int from, int to) {
       MassCounter<N> counter(low.data(), best, c);
-      for (int k = from; k < to; ++k)
-        visit(k, reaching(k, floor), [&](int, const float* s) { counter.add(s); });
+      for (int k = from; k < to; ++k) visit(k, reaching(k, floor), [&](int, const float* s) { counter.add(s); });
       parts[block] = counter.total();
     });
     Masses<N> total;
@@ -205,8 +204,8 @@ struct Row {
     return kth_largest(x, count, k);
   }
 
-  // `lowest`: the smallest score that top-k, min-p and (nucleus) top-p keep. The mass that top-p refers to is what top-k
-  // leaves.
+  // `lowest`: the smallest score that top-k, min-p and (nucleus) top-p keep. The mass that top-p refers to is what
+  // top-k leaves.
   void filter(bool nucleus) {
     const Filters& f = filters;
     lowest = -kInf;
@@ -283,8 +282,8 @@ struct Row {
   }
 
   // After filter(false) with top-p: race, and where the winner lies outside the nucleus, so does everything of its
-  // score or less; race again above it. Exact, and 1 / top_p races on average. A winner is known to be inside as soon as
-  // enough mass is known, and then the many unlikely tokens are not looked at.
+  // score or less; race again above it. Exact, and 1 / top_p races on average. A winner is known to be inside as soon
+  // as enough mass is known, and then the many unlikely tokens are not looked at.
   Winner sample_by_rejection(const Source& source) {
     const float c = filters.c, p = filters.top_p;
     Limits limits(0);
@@ -327,7 +326,9 @@ struct Row {
   }
 
   // the sample, after filter(false)
-  Winner pick(const Source& source) { return filters.top_p < 1 && !filters.greedy ? sample_by_rejection(source) : draw(source); }
+  Winner pick(const Source& source) {
+    return filters.top_p < 1 && !filters.greedy ? sample_by_rejection(source) : draw(source);
+  }
 
   // kept_mass where filters are on, else sum
   float processed_logprob(float s) const {

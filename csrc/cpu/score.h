@@ -21,11 +21,11 @@ namespace {
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr int kGroup = 32, kGroups = kChunkSize / kGroup;
-constexpr int kBlockChunks = 16;             // chunks a thread takes at a time within a row
+constexpr int kBlockChunks = 16;  // chunks a thread takes at a time within a row
 constexpr int kMaxBlocks = kMaxVocab / kChunkSize / kBlockChunks;
-constexpr int64_t kSplitTokens = 1 << 14;    // rows shorter than this stay on one thread
-constexpr int kLikeliest = 8;                // chunks that run first in a race
-constexpr float kLowestMass = -41.0f;        // base-2 exponents below this have mass 0
+constexpr int64_t kSplitTokens = 1 << 14;  // rows shorter than this stay on one thread
+constexpr int kLikeliest = 8;              // chunks that run first in a race
+constexpr float kLowestMass = -41.0f;      // base-2 exponents below this have mass 0
 
 template <class T>
 class Buffer {
@@ -109,10 +109,8 @@ template <class T, int J, bool Unit, bool Ordered>
 inline void combine(const T* const* z, const vf* w, int i, vf& a, vf& b) {
   for (int j = 0; j < J; ++j) {
     vf x, y;
-    if (Ordered)
-      load_pair(z[j] + i, x, y);
-    else
-      load_even_odd(z[j] + i, x, y);
+    if (Ordered) load_pair(z[j] + i, x, y);
+    else load_even_odd(z[j] + i, x, y);
     if (!Unit) x = w[j] * x, y = w[j] * y;
     bool minus = Unit && J > 1 && j == J - 1;
     a = j == 0 ? x : minus ? a - x : a + x;
@@ -121,9 +119,10 @@ inline void combine(const T* const* z, const vf* w, int i, vf& a, vf& b) {
 }
 
 struct Combine {
-  // n chunks from token `first` on: the best scores of each one's 8 groups, needs_slow_path[i] = 1 (and nothing to rely on) where a
-  // value is not finite; and, of one chunk, all 256 scores in any order where `out` is not null
-  void (*chunks)(const Input*, int models, int64_t first, int n, float* group_max, uint8_t* needs_slow_path, float* out);
+  // n chunks from token `first` on: the best scores of each one's 8 groups, needs_slow_path[i] = 1 (and nothing to rely
+  // on) where a value is not finite; and, of one chunk, all 256 scores in any order where `out` is not null
+  void (*chunks)(const Input*, int models, int64_t first, int n, float* group_max, uint8_t* needs_slow_path,
+                 float* out);
   // a group's 32 scores in order; false (and nothing to rely on) where a value is not finite
   bool (*group)(const Input*, int models, int64_t first, float* out);
 };
@@ -161,11 +160,10 @@ void chunk_scores(const Input* in, int64_t first, int n, float* group_max, uint8
 
 template <class T, int J, bool Unit>
 struct Same {
-  static void chunks(const Input* in, int, int64_t first, int n, float* group_max, uint8_t* needs_slow_path, float* out) {
-    if (out)
-      chunk_scores<T, J, Unit, true>(in, first, 1, group_max, needs_slow_path, out);
-    else
-      chunk_scores<T, J, Unit, false>(in, first, n, group_max, needs_slow_path, out);
+  static void chunks(const Input* in, int, int64_t first, int n, float* group_max, uint8_t* needs_slow_path,
+                     float* out) {
+    if (out) chunk_scores<T, J, Unit, true>(in, first, 1, group_max, needs_slow_path, out);
+    else chunk_scores<T, J, Unit, false>(in, first, n, group_max, needs_slow_path, out);
   }
   static bool group(const Input* in, int, int64_t first, float* out) {
     const T* z[J];
@@ -196,7 +194,8 @@ struct Mixed {
     for (int i = 0; i < kGroup; i += W) bad = fused(load(out + i), broadcast(kOverflow), bad);
     return finite(bad);
   }
-  static void chunks(const Input* in, int models, int64_t first, int n, float* group_max, uint8_t* needs_slow_path, float* out) {
+  static void chunks(const Input* in, int models, int64_t first, int n, float* group_max, uint8_t* needs_slow_path,
+                     float* out) {
     alignas(64) float own[kChunkSize];
     if (!out) out = own;
     for (int c = 0; c < n; ++c) {
@@ -222,11 +221,16 @@ Combine same(bool unit) {
 template <class T>
 Combine same(int models, bool unit) {
   switch (models) {
-    case 1: return same<T, 1>(unit);
-    case 2: return same<T, 2>(unit);
-    case 3: return same<T, 3>(unit);
-    case 4: return same<T, 4>(unit);
-    default: return {Mixed::chunks, Mixed::group};
+    case 1:
+      return same<T, 1>(unit);
+    case 2:
+      return same<T, 2>(unit);
+    case 3:
+      return same<T, 3>(unit);
+    case 4:
+      return same<T, 4>(unit);
+    default:
+      return {Mixed::chunks, Mixed::group};
   }
 }
 
@@ -238,9 +242,9 @@ struct Scorer {
   const uint32_t* mask = nullptr;
   int vocab = 0, chunks = 0;
   bool upscaled = false;
-  float nucleus = 0, shift = 0, tuned_lse = 0;  // of the up-scaling filter, once known
-  const Scorer* outer = nullptr;                // what it excludes is excluded, too ...
-  const uint8_t* outer_needs_slow_path = nullptr;           // ... where it needed the slow path
+  float nucleus = 0, shift = 0, tuned_lse = 0;     // of the up-scaling filter, once known
+  const Scorer* outer = nullptr;                   // what it excludes is excluded, too ...
+  const uint8_t* outer_needs_slow_path = nullptr;  // ... where it needed the slow path
   Combine fast{Mixed::chunks, Mixed::group}, fast_tuned = fast;
 
   static Combine same_type(int dtype, int models, bool unit) {
@@ -258,12 +262,14 @@ struct Scorer {
     fast_tuned = same_type(tuned.dtype, 1, true);
   }
 
-  // Chunks [from, to): the best scores of their groups; needs_slow_path[c]: the chunk needs score_chunk_slow(), for it ends early or holds a
-  // value that is not finite. False where the row is invalid.
+  // Chunks [from, to): the best scores of their groups; needs_slow_path[c]: the chunk needs score_chunk_slow(), for it
+  // ends early or holds a value that is not finite. False where the row is invalid.
   bool first_pass(int from, int to, float* group_max, uint8_t* needs_slow_path) const {
     const bool plain = models > 0 && !mask && !upscaled && !outer;
     const int whole = plain ? std::max(from, std::min(to, vocab / kChunkSize)) : from;
-    if (plain) fast.chunks(in, models, int64_t{from} * kChunkSize, whole - from, group_max + from * kGroups, needs_slow_path + from, nullptr);
+    if (plain)
+      fast.chunks(in, models, int64_t{from} * kChunkSize, whole - from, group_max + from * kGroups,
+                  needs_slow_path + from, nullptr);
     bool ok = true;
     for (int c = from; c < to; ++c)
       if (c >= whole || needs_slow_path[c]) ok &= chunk(c, group_max + c * kGroups, needs_slow_path[c], nullptr);
@@ -274,10 +280,8 @@ struct Scorer {
   bool chunk(int c, float* group_max, uint8_t& needs_slow_path, float* out) const {
     needs_slow_path = models == 0 || (c + 1) * kChunkSize > vocab || (outer && outer_needs_slow_path[c]);
     if (!needs_slow_path) {
-      if (mask || upscaled)
-        needs_slow_path = !by_group(c, group_max, out);
-      else
-        fast.chunks(in, models, int64_t{c} * kChunkSize, 1, group_max, &needs_slow_path, out);
+      if (mask || upscaled) needs_slow_path = !by_group(c, group_max, out);
+      else fast.chunks(in, models, int64_t{c} * kChunkSize, 1, group_max, &needs_slow_path, out);
     }
     if (!needs_slow_path) return true;
     alignas(64) float own[kChunkSize];

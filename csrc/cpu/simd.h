@@ -38,10 +38,17 @@ inline vi select_min(vi a, int32_t b) { return (a & (a < b)) | ((vi{} + b) & ~(a
 inline vf broadcast(float x) { return vf{} + x; }
 
 #if defined(__AVX512F__)
-inline vf minimum(vf a, vf b) { return reinterpret_cast<vf>(_mm512_min_ps(reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a))); }
-inline vf maximum(vf a, vf b) { return reinterpret_cast<vf>(_mm512_max_ps(reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a))); }
+inline vf minimum(vf a, vf b) {
+  return reinterpret_cast<vf>(_mm512_min_ps(reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a)));
+}
+inline vf maximum(vf a, vf b) {
+  return reinterpret_cast<vf>(_mm512_max_ps(reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a)));
+}
 inline unsigned any_bits(vi c) { return _mm512_movepi32_mask(reinterpret_cast<__m512i>(c)); }
-inline vf fused(vf a, vf b, vf c) { return reinterpret_cast<vf>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c))); }
+inline vf fused(vf a, vf b, vf c) {
+  return reinterpret_cast<vf>(
+      _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+}
 inline void mul_hi_lo(vu a, uint32_t m, vu& hi, vu& lo) {
   __m512i x = reinterpret_cast<__m512i>(a), k = _mm512_set1_epi64(m);
   __m512i even = _mm512_mul_epu32(x, k), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), k);
@@ -49,10 +56,17 @@ inline void mul_hi_lo(vu a, uint32_t m, vu& hi, vu& lo) {
   lo = reinterpret_cast<vu>(_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32)));
 }
 #elif defined(__AVX2__)
-inline vf minimum(vf a, vf b) { return reinterpret_cast<vf>(_mm256_min_ps(reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(a))); }
-inline vf maximum(vf a, vf b) { return reinterpret_cast<vf>(_mm256_max_ps(reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(a))); }
+inline vf minimum(vf a, vf b) {
+  return reinterpret_cast<vf>(_mm256_min_ps(reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(a)));
+}
+inline vf maximum(vf a, vf b) {
+  return reinterpret_cast<vf>(_mm256_max_ps(reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(a)));
+}
 inline unsigned any_bits(vi c) { return _mm256_movemask_ps(reinterpret_cast<__m256>(c)); }
-inline vf fused(vf a, vf b, vf c) { return reinterpret_cast<vf>(_mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c))); }
+inline vf fused(vf a, vf b, vf c) {
+  return reinterpret_cast<vf>(
+      _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+}
 inline void mul_hi_lo(vu a, uint32_t m, vu& hi, vu& lo) {
   __m256i x = reinterpret_cast<__m256i>(a), k = _mm256_set1_epi64x(m);
   __m256i even = _mm256_mul_epu32(x, k), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), k);
@@ -145,9 +159,7 @@ inline T load_raw(const void* p) {
   return x;
 }
 inline vf load(const float* p) { return load_raw<vf>(p); }
-inline vf load(const bf16* p) {
-  return reinterpret_cast<vf>(__builtin_convertvector(load_raw<vh>(p), vu) << 16);
-}
+inline vf load(const bf16* p) { return reinterpret_cast<vf>(__builtin_convertvector(load_raw<vh>(p), vu) << 16); }
 inline vf load(const f16* p) {
 #if defined(__AVX512F__)
   return reinterpret_cast<vf>(_mm512_cvtph_ps(load_raw<__m256i>(p)));

@@ -87,7 +87,8 @@ struct Slot {
     target.mass_group(s, tq, tn);
     if (has_draft && !draft.filters.greedy)
       draft.visit(c, 1u << g, [&](int, const float* z) { draft.mass_group(z, dq, dn); });
-    else if (int64_t at = (has_draft ? draft_best : point) - int64_t{c} * kChunkSize - g * kGroup; at >= 0 && at < kGroup)
+    else if (int64_t at = (has_draft ? draft_best : point) - int64_t{c} * kChunkSize - g * kGroup;
+             at >= 0 && at < kGroup)
       dq[at] = 1 << 24;
     for (int i = 0; i < kGroup; i += 4) {
       v4d r = to_double(widen_mass(tq + i, tn + i)) * residual.a - to_double(widen_mass(dq + i, dn + i)) * residual.b;
@@ -126,20 +127,22 @@ struct Slot {
       const float s = target.group_max[i];
       bound[i] = s >= floor() ? (s - target.best) * target.filters.inverse + top : -kInf;
     }
-    return race(target.scorer.chunks, bound, -kInf, 1.0f, source, target.sc, [&](int c, unsigned which, const auto& fn) {
-             target.visit(c, which, [&](int g, const float* s) {
-               alignas(64) float score[kGroup];
-               residual_group(c, g, s, residual, [&](int i, v4d r) {
-                 v4f x = __builtin_convertvector(r, v4f);
-                 memcpy(score + i, &x, sizeof x);
-               });
-               for (int i = 0; i < kGroup; i += W) {
-                 vf x = load(score + i);
-                 store(score + i, select(x > vf{}, log(maximum(x, broadcast(1.0f))), broadcast(-kInf)));
-               }
-               fn(g, score);
-             });
-           }).id;
+    return race(target.scorer.chunks, bound, -kInf, 1.0f, source, target.sc,
+                [&](int c, unsigned which, const auto& fn) {
+                  target.visit(c, which, [&](int g, const float* s) {
+                    alignas(64) float score[kGroup];
+                    residual_group(c, g, s, residual, [&](int i, v4d r) {
+                      v4f x = __builtin_convertvector(r, v4f);
+                      memcpy(score + i, &x, sizeof x);
+                    });
+                    for (int i = 0; i < kGroup; i += W) {
+                      vf x = load(score + i);
+                      store(score + i, select(x > vf{}, log(maximum(x, broadcast(1.0f))), broadcast(-kInf)));
+                    }
+                    fn(g, score);
+                  });
+                })
+        .id;
   }
 };
 
@@ -191,9 +194,9 @@ void verify(const VerifyCall& call) {
         ratio = d >= 0 ? slot->next_ratio(ratio, d) : 0;
         if (i + 1 < length) {
           slot.emplace(call, b, i + 1, threads, drafts[i + 1]);
-          if (!slot->valid())
-            end = i + 1;
-          else if (u <= ratio * 1.000001 && (ratio < 1 || u > 0.999999))  // else none passes (rest <= ratio), or any does
+          if (!slot->valid()) end = i + 1;
+          else if (u <= ratio * 1.000001 &&
+                   (ratio < 1 || u > 0.999999))  // else none passes (rest <= ratio), or any does
             rest = slot->residual_sum(ratio);
         }
         if (block_passes(u, ratio, rest, i + 1 == end)) accepted = i + 1, factor = ratio;

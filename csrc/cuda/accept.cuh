@@ -1,8 +1,8 @@
 // Judging drafts, one at a time, as soon as the rows that decide it are known.
 //
-// Counters of a row, [S], zero before and after a call. The last one says where the row stops: S - i for the first draft
-// i that is known to be rejected, or whose slot is invalid, else 0. The others count arrivals: of "token" each draft's
-// target and draft distribution, of "coupled" and "block" (the first of them) all of the row's slots.
+// Counters of a row, [S], zero before and after a call. The last one says where the row stops: S - i for the first
+// draft i that is known to be rejected, or whose slot is invalid, else 0. The others count arrivals: of "token" each
+// draft's target and draft distribution, of "coupled" and "block" (the first of them) all of the row's slots.
 #pragma once
 #include "../semantics/accept.h"
 #include "row.cuh"
@@ -29,7 +29,8 @@ EFT_DEVICE int first_rejected(const Drafts& d, int64_t b, int64_t slots) {
   return max(static_cast<int>(slots - load_cg(d.counters + (b + 1) * slots - 1)), 0);
 }
 
-// Of one draft its masses under target and draft distribution, and totals. A deterministic proposer has all of it there.
+// Of one draft its masses under target and draft distribution, and totals. A deterministic proposer has all of it
+// there.
 struct Slot {
   int64_t t, t_total, d = kWhole, d_total = kWhole;
   bool valid;

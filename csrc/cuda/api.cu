@@ -65,8 +65,8 @@ const CudaKernels table = {
     [](int device) { return why_unusable(device); },
     [](int direct_chunks_per_sm, int stream_waves, int smem_budget, int sample_by_rejection, int use_pdl,
        int early_exit_blocks_per_sm) {
-      launch_config = {direct_chunks_per_sm, stream_waves, smem_budget, sample_by_rejection, use_pdl,
-                       early_exit_blocks_per_sm};
+      launch_config = {direct_chunks_per_sm, stream_waves, smem_budget,
+                       sample_by_rejection,  use_pdl,      early_exit_blocks_per_sm};
     },
 };
 

@@ -80,7 +80,8 @@ struct ClusterGroup {
     return all(x, int64_t{0}, [](int64_t a) { return warp_reduce(a, Sum()); });
   }
   EFT_MEMBER CountAndMass sum(const CountAndMass& x) {
-    return all(x, CountAndMass(), [](const CountAndMass& t) { return CountAndMass{warp_reduce(t.a, Sum()), warp_reduce(t.b, Sum())}; });
+    return all(x, CountAndMass(),
+               [](const CountAndMass& t) { return CountAndMass{warp_reduce(t.a, Sum()), warp_reduce(t.b, Sum())}; });
   }
   EFT_MEMBER double sum(double x) {  // in one order
     return all(x, 0.0, [](double a) {

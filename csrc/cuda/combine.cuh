@@ -44,11 +44,11 @@ EFT_DEVICE ExpSum warp_reduce(ExpSum x, float c) {
 
 // --- the first pass over a block's chunks --------------------------------------------------------------------------
 
-// Chunks [first, first + n) of a row into tops[n] (+inf: a bad value), and into `sum` where wanted. keep(c, s): a lane's
-// 8 scores of chunk c, in no order of chunks. All threads of the block call this; a barrier ends it.
+// Chunks [first, first + n) of a row into tops[n] (+inf: a bad value), and into `sum` where wanted. keep(c, s): a
+// lane's 8 scores of chunk c, in no order of chunks. All threads of the block call this; a barrier ends it.
 template <int D, bool kUpscale, class Keep>
-EFT_DEVICE void stream_logits_of(const Row& row, int first, int n, float* tops, bool summed, bool tempered, float c, ExpSum& sum,
-                        const Keep& keep) {
+EFT_DEVICE void stream_logits_of(const Row& row, int first, int n, float* tops, bool summed, bool tempered, float c,
+                                 ExpSum& sum, const Keep& keep) {
   constexpr int N = kAtOnce<D>;
   const int lane = lane_id(), from = max(first, row.vector_from), to = min(first + n, row.vector_to);
   if (to - from < N) return;
@@ -63,7 +63,7 @@ EFT_DEVICE void stream_logits_of(const Row& row, int first, int n, float* tops, 
     else sums_of<D, N>(row, token, s);
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      float(&x)[kPerLane] = reinterpret_cast<float(&)[kPerLane]>(s[k * kPerLane]);
+      float (&x)[kPerLane] = reinterpret_cast<float (&)[kPerLane]>(s[k * kPerLane]);
       float high = top_if_finite(x), top = warp_max_or_nan(high);
       if (isnan(top) || chunk + k < i) continue;  // a chunk that two warps have taken counts once
       if (row.mask) {
@@ -80,22 +80,17 @@ EFT_DEVICE void stream_logits_of(const Row& row, int first, int n, float* tops, 
 }
 
 template <class Keep>
-EFT_DEVICE void stream_logits(const Row& row, int first, int n, float* tops, bool summed, bool tempered, float c, ExpSum& sum,
-                           const Keep& keep) {
+EFT_DEVICE void stream_logits(const Row& row, int first, int n, float* tops, bool summed, bool tempered, float c,
+                              ExpSum& sum, const Keep& keep) {
   for (int i = threadIdx.x; i < n; i += kThreads) tops[i] = NAN;
   __syncthreads();
   if (row.is_upscale && row.dtype == kBF16)
     stream_logits_of<kBF16, true>(row, first, n, tops, summed, tempered, c, sum, keep);
-  else if (row.is_upscale)
-    stream_logits_of<kF16, true>(row, first, n, tops, summed, tempered, c, sum, keep);
-  else if (row.dtype == kBF16)
-    stream_logits_of<kBF16, false>(row, first, n, tops, summed, tempered, c, sum, keep);
-  else if (row.dtype == kF16)
-    stream_logits_of<kF16, false>(row, first, n, tops, summed, tempered, c, sum, keep);
-  else if (row.dtype == kF32)
-    stream_logits_of<kF32, false>(row, first, n, tops, summed, tempered, c, sum, keep);
-  else
-    stream_logits_of<kMixed, false>(row, first, n, tops, summed, tempered, c, sum, keep);
+  else if (row.is_upscale) stream_logits_of<kF16, true>(row, first, n, tops, summed, tempered, c, sum, keep);
+  else if (row.dtype == kBF16) stream_logits_of<kBF16, false>(row, first, n, tops, summed, tempered, c, sum, keep);
+  else if (row.dtype == kF16) stream_logits_of<kF16, false>(row, first, n, tops, summed, tempered, c, sum, keep);
+  else if (row.dtype == kF32) stream_logits_of<kF32, false>(row, first, n, tops, summed, tempered, c, sum, keep);
+  else stream_logits_of<kMixed, false>(row, first, n, tops, summed, tempered, c, sum, keep);
   __syncthreads();
   // the ends of the row, and chunks with a value that is not finite
   for (int i = warp_id(); i < n; i += kWarps) {

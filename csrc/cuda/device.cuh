@@ -23,8 +23,9 @@ namespace eft {
 
 constexpr unsigned kAll = 0xFFFFFFFFu;
 
-// A launch: `blocks` in all, `cluster` of them share their memory (1: none does), `shared` bytes each. early: it may begin
-// when all blocks of the launch before it have called launch_dependents(), and calls grid_dependency_wait() itself.
+// A launch: `blocks` in all, `cluster` of them share their memory (1: none does), `shared` bytes each. early: it may
+// begin when all blocks of the launch before it have called launch_dependents(), and calls grid_dependency_wait()
+// itself.
 struct Grid {
   int64_t blocks;
   int threads, cluster;
@@ -84,8 +85,9 @@ bool fits(void (*kernel)(P...), const Grid& g) {
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config = config_of(g, attributes);
   int clusters = 0;
-  const bool known = allow(kernel, g) == cudaSuccess &&
-                     cudaOccupancyMaxActiveClusters(&clusters, reinterpret_cast<const void*>(kernel), &config) == cudaSuccess;
+  const bool known =
+      allow(kernel, g) == cudaSuccess &&
+      cudaOccupancyMaxActiveClusters(&clusters, reinterpret_cast<const void*>(kernel), &config) == cudaSuccess;
   if (!known) cudaGetLastError();  // or a later launch would tell of it
   return known && clusters > 0;
 }
@@ -132,7 +134,8 @@ EFT_DEVICE T* cluster_pointer(T* p, int) {
 
 // --- launches after each other -------------------------------------------------------------------------------------
 
-// Launched before the last one has ended, a kernel waits here for that, and for all that it wrote. Every thread calls this.
+// Launched before the last one has ended, a kernel waits here for that, and for all that it wrote. Every thread calls
+// this.
 EFT_DEVICE void grid_dependency_wait() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -5,8 +5,8 @@
 namespace eft {
 namespace cuda {
 
-// A block's part of a row: chunks [first, first + n), their scores (shared memory, or global where that is too small) and
-// the best one of each.
+// A block's part of a row: chunks [first, first + n), their scores (shared memory, or global where that is too small)
+// and the best one of each.
 struct Part {
   float* scores;  // [n, 256]
   float* tops;    // [n]
@@ -22,7 +22,8 @@ EFT_DEVICE void store8(float* s, const float* x) {
   reinterpret_cast<float4*>(s)[1] = make_float4(x[4], x[5], x[6], x[7]);
 }
 
-// visit(i, token, x): a lane's 8 scores of the block's chunk i, for the chunks whose best is above `low` (or any at all)
+// visit(i, token, x): a lane's 8 scores of the block's chunk i, for the chunks whose best is above `low` (or any at
+// all)
 template <class Visit>
 EFT_DEVICE void each_chunk(const Part& part, float low, const Visit& visit) {
   for (int i = warp_id(); i < part.n; i += kWarps) {
@@ -64,10 +65,12 @@ EFT_DEVICE void each_score(const Part& part, float low, const Wanted& wanted, co
 EFT_DEVICE CountAndMass count_from(ClusterGroup& group, const Part& part, float at, float best, float c, bool ones) {
   CountAndMass t;
   const float low = at == -kInf ? at : below(at);
-  each_score(part, low, [&](float x) { return x > low; }, [&](float x) {
-    const int64_t m = ones ? 1 : mass(x, best, c);
-    t.a += x > at ? m : 0, t.b += m;
-  });
+  each_score(
+      part, low, [&](float x) { return x > low; },
+      [&](float x) {
+        const int64_t m = ones ? 1 : mass(x, best, c);
+        t.a += x > at ? m : 0, t.b += m;
+      });
   return group.sum(t);
 }
 
@@ -96,8 +99,9 @@ EFT_DEVICE Total total_exactly(ClusterGroup& group, const Part& part, float best
 
 // --- the search for a threshold ------------------------------------------------------------------------------------
 //
-// Radix select: the row's scores are counted in 256 bins, by number and exact mass; the bin in which the limit is reached
-// is cut into bins again, until few scores are left in it. The row's first block compares these with each other.
+// Radix select: the row's scores are counted in 256 bins, by number and exact mass; the bin in which the limit is
+// reached is cut into bins again, until few scores are left in it. The row's first block compares these with each
+// other.
 
 constexpr uint32_t kFarthest = 0xFFFFFF00u;  // the last one below 2^32 that is a float
 
@@ -157,9 +161,9 @@ constexpr int kBins = kThreads, kFew = kThreads;
 
 struct Threshold {
   float at;
-  int64_t above, upto;  // the mass above it, and not below it
-  bool needs_exact_total;        // as the total is not exact
-  bool settled;         // of the k best it is the nucleus of mass p already
+  int64_t above, upto;     // the mass above it, and not below it
+  bool needs_exact_total;  // as the total is not exact
+  bool settled;            // of the k best it is the nucleus of mass p already
 };
 
 // In shared memory, each block's own.
@@ -177,11 +181,11 @@ struct Search {
   };
   unsigned left;
   // the same in all blocks
-  float c;           // of masses
+  float c;  // of masses
   int vocab;
-  int64_t k;         // less than so many above (and then the nucleus), or 0: less than the share p of the total
+  int64_t k;  // less than so many above (and then the nucleus), or 0: less than the share p of the total
   float p;
-  Total total;       // units < 0: not known yet
+  Total total;  // units < 0: not known yet
   Bracket bracket;
   int64_t n, mass_of_n;  // the bracket's
   int64_t over, above;   // above the bracket: what is counted, and mass
@@ -189,7 +193,8 @@ struct Search {
 };
 
 // Thread 0 calls this; a barrier follows.
-EFT_DEVICE void start_search(Search& search, const Key& key, float low, float c, int64_t k, float p, const Total& total, int vocab) {
+EFT_DEVICE void start_search(Search& search, const Key& key, float low, float c, int64_t k, float p, const Total& total,
+                             int vocab) {
   search.c = c, search.k = k, search.p = p, search.total = total, search.vocab = vocab;
   search.bracket = Bracket(key, low);
   search.over = search.above = 0;
@@ -213,8 +218,8 @@ EFT_DEVICE void add_to_bin(Search& search, int bin, int64_t mass) {
   if (high) atomicAdd(&search.words.high[bin], high);
 }
 
-// Enters the bin of all blocks together with which what is counted reaches the limit, else the last that has any. rest: the
-// sum of what is not in the bracket, where the total is not known. All threads call this after a sync().
+// Enters the bin of all blocks together with which what is counted reaches the limit, else the last that has any. rest:
+// the sum of what is not in the bracket, where the total is not known. All threads call this after a sync().
 EFT_DEVICE void select_bin(const ClusterGroup& group, Search& search, float rest) {
   const int lane = lane_id(), bin = threadIdx.x;
   CountAndMass mine;  // number, mass
@@ -253,7 +258,8 @@ EFT_DEVICE void select_bin(const ClusterGroup& group, Search& search, float rest
 }
 
 // A score that at least k of a row's reach, by the best scores of its chunks; -inf where these are fewer.
-EFT_DEVICE float kth_top(ClusterGroup& group, const Part& part, Search& search, int64_t k, float best, float least, int chunks) {
+EFT_DEVICE float kth_top(ClusterGroup& group, const Part& part, Search& search, int64_t k, float best, float least,
+                         int chunks) {
   if (k > chunks) return -kInf;
   if (threadIdx.x == 0) start_search(search, Key(best, best - least), -kInf, 0, k, 1, {0, 0}, 0);
   clear(search);
@@ -300,8 +306,8 @@ EFT_DEVICE void compare(const ClusterGroup& group, Search& search) {
   if (i > 0 && i < group.size) group.at(&search, i)->result = search.result;
 }
 
-// The smallest score of the bracket with less than the limit counted above it. Thread 0 has begun the search. direct: the
-// bracket has few scores, probably.
+// The smallest score of the bracket with less than the limit counted above it. Thread 0 has begun the search. direct:
+// the bracket has few scores, probably.
 EFT_DEVICE Threshold find_threshold(ClusterGroup& group, const Part& part, Search& search, bool direct) {
   Search* first = group.at(&search, 0);
   for (;;) {
@@ -312,33 +318,38 @@ EFT_DEVICE Threshold find_threshold(ClusterGroup& group, const Part& part, Searc
       Seen seen;
       const bool sums = search.k == 0 && search.total.units < 0;
       const float best = search.bracket.key.best;
-      each_score(part, sums ? -kInf : search.bracket.low, [&](float x) {
-        const bool near = search.bracket.near(x);
-        seen.rest += exp2_approximately(near ? -kInf : (x - best) * search.c);
-        return near;
-      }, [&](float x) {
-        if (!search.bracket.holds(x)) return;
-        seen.best = fmaxf(seen.best, x), seen.least = fminf(seen.least, x);
-        add_to_bin(search, search.bracket.key.bin(x, search.bracket.level), mass(x, best, search.c));
-      });
+      each_score(
+          part, sums ? -kInf : search.bracket.low,
+          [&](float x) {
+            const bool near = search.bracket.near(x);
+            seen.rest += exp2_approximately(near ? -kInf : (x - best) * search.c);
+            return near;
+          },
+          [&](float x) {
+            if (!search.bracket.holds(x)) return;
+            seen.best = fmaxf(seen.best, x), seen.least = fminf(seen.least, x);
+            add_to_bin(search, search.bracket.key.bin(x, search.bracket.level), mass(x, best, search.c));
+          });
       seen = group.all(seen, Seen(), [](const Seen& a) { return warp_reduce(a); });
       const int level = search.bracket.level;
       select_bin(group, search, seen.rest);
       // no bin entered: the nucleus of logits that another thread has changed since their mass was summed
       const bool one = seen.best == seen.least, end = search.bracket.level == 8 || search.bracket.level == level;
       if (one || end || search.n > kFew) {
-        const Threshold result =
-            threshold_at(search, one ? seen.best : search.bracket.last(), search.above, search.above + search.mass_of_n);
+        const Threshold result = threshold_at(search, one ? seen.best : search.bracket.last(), search.above,
+                                              search.above + search.mass_of_n);
         group.sync();  // bins have been read
         if (one || end) return result;
         continue;
       }
     }
-    each_score(part, search.bracket.low, [&](float x) { return search.bracket.near(x); }, [&](float x) {
-      if (!search.bracket.holds(x)) return;
-      const unsigned i = atomicAdd(&first->left, 1u);
-      if (i < kFew) first->few[i] = x;
-    });
+    each_score(
+        part, search.bracket.low, [&](float x) { return search.bracket.near(x); },
+        [&](float x) {
+          if (!search.bracket.holds(x)) return;
+          const unsigned i = atomicAdd(&first->left, 1u);
+          if (i < kFew) first->few[i] = x;
+        });
     group.sync();
     if (!direct || first->left <= kFew) break;
     direct = false;
@@ -351,22 +362,23 @@ EFT_DEVICE Threshold find_threshold(ClusterGroup& group, const Part& part, Searc
   return result;
 }
 
-// What is kept of a row after top-k, top-p and min-p: scores from `floor` on, their exact mass (0: nothing is filtered).
+// What is kept of a row after top-k, top-p and min-p: scores from `floor` on, their exact mass (0: nothing is
+// filtered).
 struct Kept {
   float floor;
   int64_t mass;
 };
 
-// A score too low for the nucleus of mass p where all of the row has at least `share` of the best's mass: the V tokens at
-// or below it have less than 1 - p together.
+// A score too low for the nucleus of mass p where all of the row has at least `share` of the best's mass: the V tokens
+// at or below it have less than 1 - p together.
 EFT_DEVICE float cutoff(float best, float p, float share, float temperature, int vocab) {
   const float low = best + temperature * (log(fmaxf((1.0f - p) * share / vocab, 1e-30f)) - 1e-3f);
   return low - fabsf(low) * 1e-6f;
 }
 
 // start: in shared memory, of the row's scores, its sum about right where top-p needs it
-EFT_DEVICE Kept keep_of(ClusterGroup& group, const Part& part, Search& search, const RowParams& q, const RowStats& start, bool tempered,
-                        int chunks, int vocab) {
+EFT_DEVICE Kept keep_of(ClusterGroup& group, const Part& part, Search& search, const RowParams& q,
+                        const RowStats& start, bool tempered, int chunks, int vocab) {
   if (!q.filtered()) return {-kInf, 0};
   const float& best = start.best;
   const auto within = [&](float otherwise) {
@@ -384,8 +396,9 @@ EFT_DEVICE Kept keep_of(ClusterGroup& group, const Part& part, Search& search, c
       direct = low > -kInf && q.top_k <= kFew / 2;
       if (!direct) group.sync();  // bins have been read
     } else {
-      low = q.use_k ? kept.at : cutoff(best, q.top_p, (tempered ? start.sum.sum_c : start.sum.sum) * (1 - slack_of(vocab)),
-                                          q.temperature, vocab);
+      low = q.use_k ? kept.at
+                    : cutoff(best, q.top_p, (tempered ? start.sum.sum_c : start.sum.sum) * (1 - slack_of(vocab)),
+                             q.temperature, vocab);
     }
     if (low > -kInf) low = below(low), range = fminf(best - low, within(kInf));
     if (threadIdx.x == 0)
@@ -407,14 +420,16 @@ EFT_DEVICE Kept keep_of(ClusterGroup& group, const Part& part, Search& search, c
   return {floor, count_from(group, part, floor, best, q.c, false).b};
 }
 
-// Sampling under min-p and top-k or top-p, not both, does without their threshold: the winner of all that is left, if it is
-// kept, is the winner of what is kept; else nothing from its score down is, and the race goes on above. The winner's own
-// mass makes the first one likely to do. Whether it is kept (total: in shared memory):
-EFT_DEVICE bool is_kept(ClusterGroup& group, const Part& part, const RowParams& q, float score, float best, Total& total) {
+// Sampling under min-p and top-k or top-p, not both, does without their threshold: the winner of all that is left, if
+// it is kept, is the winner of what is kept; else nothing from its score down is, and the race goes on above. The
+// winner's own mass makes the first one likely to do. Whether it is kept (total: in shared memory):
+EFT_DEVICE bool is_kept(ClusterGroup& group, const Part& part, const RowParams& q, float score, float best,
+                        Total& total) {
   if (!q.use_k && !q.use_p) return true;
   const int64_t over = count_from(group, part, score, best, q.c, q.use_k).a;
   if (q.use_k) return over < q.top_k;
-  if ((over < mass_limit(q.top_p, total.units - total.error)) != (over < mass_limit(q.top_p, total.units + total.error))) {
+  if ((over < mass_limit(q.top_p, total.units - total.error)) !=
+      (over < mass_limit(q.top_p, total.units + total.error))) {
     const Total exact = total_exactly(group, part, best, q.c);
     if (threadIdx.x == 0) total = exact;
     __syncthreads();

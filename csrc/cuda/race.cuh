@@ -7,15 +7,21 @@ namespace cuda {
 
 struct Max {
   template <class T>
-  __device__ T operator()(T a, T b) const { return a < b ? b : a; }
+  __device__ T operator()(T a, T b) const {
+    return a < b ? b : a;
+  }
 };
 struct Min {
   template <class T>
-  __device__ T operator()(T a, T b) const { return b < a ? b : a; }
+  __device__ T operator()(T a, T b) const {
+    return b < a ? b : a;
+  }
 };
 struct Sum {
   template <class T>
-  __device__ T operator()(T a, T b) const { return a + b; }
+  __device__ T operator()(T a, T b) const {
+    return a + b;
+  }
 };
 
 template <class T, class Op>
@@ -63,8 +69,8 @@ EFT_DEVICE float gumbel_of(const Source& source, int token, float e, float g) {
 EFT_DEVICE unsigned lead_of(int32_t word) { return static_cast<unsigned>(word) ^ 0x80000000u; }
 EFT_DEVICE int32_t word_of(unsigned lead) { return static_cast<int32_t>(lead ^ 0x80000000u); }
 
-// Offers the keys of a lane's 8 scores s >= floor of a chunk that may still be `lead` or above; all lanes call this. e and
-// g: the chunk's smallest E, at `place`, and -log of it.
+// Offers the keys of a lane's 8 scores s >= floor of a chunk that may still be `lead` or above; all lanes call this. e
+// and g: the chunk's smallest E, at `place`, and -log of it.
 EFT_DEVICE void race_chunk(const float (&s)[kPerLane], int chunk, float e, float g, int place, float floor, float lead,
                            const RowParams& q, const Source& source, Winner& best) {
   const float most = q.temperature * g;
@@ -86,8 +92,8 @@ EFT_DEVICE void race_chunk(const float (&s)[kPerLane], int chunk, float e, float
 
 // The winner of a warp's share of chunks [first, first + n), in its lanes: all threads of the block call this, and
 // `lead`, which all blocks of the row may share, was set to 0 and is seen by all. top(i): the best score of the i-th
-// chunk; scores(chunk, s): a lane's 8 scores of it. The chunk with the highest bound comes first, until no bound reaches
-// the lead.
+// chunk; scores(chunk, s): a lane's 8 scores of it. The chunk with the highest bound comes first, until no bound
+// reaches the lead.
 template <class Top, class Scores>
 EFT_DEVICE Winner race_chunks(int first, int n, unsigned* lead, float floor, const RowParams& q, const Source& source,
                               const Top& top, const Scores& scores) {
@@ -121,8 +127,8 @@ EFT_DEVICE Winner race_chunks(int first, int n, unsigned* lead, float floor, con
       const int64_t other = __shfl_sync(kAll, bound, lane);
       if (lane_id() == lane) bound = kNone;
       if (__any_sync(kAll, best.key >= other)) continue;  // as high, but of lower ids
-      race_chunk(s, chunk, __shfl_sync(kAll, e, lane), __shfl_sync(kAll, g, lane), __shfl_sync(kAll, place, lane), floor,
-                 unordered(least), q, source, best);
+      race_chunk(s, chunk, __shfl_sync(kAll, e, lane), __shfl_sync(kAll, g, lane), __shfl_sync(kAll, place, lane),
+                 floor, unordered(least), q, source, best);
     }
   }
   return best;

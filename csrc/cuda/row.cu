@@ -1,10 +1,13 @@
-// Everything that needs a whole row at hand: filters, the up-scaling filter, log-probs, the most likely tokens, entropy.
+// Everything that needs a whole row at hand: filters, the up-scaling filter, log-probs, the most likely tokens,
+// entropy.
 //
-//   s = sum_j w_j z_j;  kept = {v: s_v >= floor};  token = argmax over kept of s - T log E;  log p = (s - best) / T - log sum
+//   s = sum_j w_j z_j;  kept = {v: s_v >= floor};  token = argmax over kept of s - T log E;  log p = (s - best) / T -
+//   log sum
 //
-// Bytes: every logit once; the scores stay in the shared memory of the row's blocks (a cluster), or in global memory where
-// that is too small or clusters do not exist. The up-scaling filter reads the logits again, twice a model, from L2.
-// Masses are exact integers; the one sum over the whole row, the total of top-p, is first taken in float32 (filter.cuh).
+// Bytes: every logit once; the scores stay in the shared memory of the row's blocks (a cluster), or in global memory
+// where that is too small or clusters do not exist. The up-scaling filter reads the logits again, twice a model, from
+// L2. Masses are exact integers; the one sum over the whole row, the total of top-p, is first taken in float32
+// (filter.cuh).
 #include "accept.cuh"
 #include "kernels.h"
 #include "launch_config.h"
@@ -30,9 +33,9 @@ struct RowShared {
   RowStats start;
   Total total;
   PerModelStats own;
-  int b, slot, length;  // length: of verify's drafts
+  int b, slot, length;                  // length: of verify's drafts
   bool is_skipped, accepts_here, last;  // accepts_here: this block decides on drafts
-  unsigned lead;             // of the race; the row's blocks use the first one's
+  unsigned lead;                        // of the race; the row's blocks use the first one's
 };
 
 constexpr int kHead = (sizeof(RowShared) + 15) / 16 * 16;
@@ -92,8 +95,10 @@ EFT_DEVICE void own_masses(const ClusterGroup& group, const Row& row, const Part
   __syncthreads();
 }
 
-// Finds the tuned model's own nucleus of mass p and what to take off inside and outside; then the row's scores are others.
-EFT_DEVICE void find_nucleus(ClusterGroup& group, Row& row, const Part& part, Search& search, PerModelStats& own, float p) {
+// Finds the tuned model's own nucleus of mass p and what to take off inside and outside; then the row's scores are
+// others.
+EFT_DEVICE void find_nucleus(ClusterGroup& group, Row& row, const Part& part, Search& search, PerModelStats& own,
+                             float p) {
   own_masses(group, row, part, own);
   float inside = 0;
   for (int j = 0; j < row.models; ++j) {
@@ -119,10 +124,10 @@ EFT_DEVICE void find_nucleus(ClusterGroup& group, Row& row, const Part& part, Se
 
 // --- outputs -------------------------------------------------------------------------------------------------------
 
-// The n likeliest tokens by raw score, lower ids first among equals: what is above a bound, compared by the first block.
-// False where it does not have room for that.
-EFT_DEVICE bool write_few(ClusterGroup& group, const Row& row, const Part& part, Search& search, const State& f, float least,
-                          int64_t n, int64_t* ids, float* logprobs) {
+// The n likeliest tokens by raw score, lower ids first among equals: what is above a bound, compared by the first
+// block. False where it does not have room for that.
+EFT_DEVICE bool write_few(ClusterGroup& group, const Row& row, const Part& part, Search& search, const State& f,
+                          float least, int64_t n, int64_t* ids, float* logprobs) {
   if (n > kFew / 2) return false;
   const float bound = kth_top(group, part, search, n, f.best, least, row.chunks);
   if (bound == -kInf) return false;
@@ -149,7 +154,8 @@ EFT_DEVICE bool write_few(ClusterGroup& group, const Row& row, const Part& part,
 }
 
 // The same, one after the other.
-EFT_DEVICE void write_top(ClusterGroup& group, const Part& part, const State& f, int64_t n, int64_t* ids, float* logprobs, bool ok) {
+EFT_DEVICE void write_top(ClusterGroup& group, const Part& part, const State& f, int64_t n, int64_t* ids,
+                          float* logprobs, bool ok) {
   int64_t last = INT64_MAX;
   for (int64_t i = 0; i < n; ++i) {
     int64_t most = kNone;
@@ -172,9 +178,10 @@ EFT_DEVICE void write_top(ClusterGroup& group, const Part& part, const State& f,
   }
 }
 
-// Entropy of the emulated distribution, and its total variation from the tuned model's own over the tokens not excluded.
-EFT_DEVICE void write_diagnostics(ClusterGroup& group, const Row& row, const Part& part, const State& f, float* entropy, float* tv,
-                                  bool ok) {
+// Entropy of the emulated distribution, and its total variation from the tuned model's own over the tokens not
+// excluded.
+EFT_DEVICE void write_diagnostics(ClusterGroup& group, const Row& row, const Part& part, const State& f, float* entropy,
+                                  float* tv, bool ok) {
   ExpSum own;
   int64_t num_nonfinite = 0;
   if (ok)
@@ -300,10 +307,11 @@ EFT_DEVICE void run_row(ClusterGroup& group, RowShared& shared, const RowCall& c
   if (ok && (call.samples || q.greedy)) {
     unsigned* lead = group.at(&shared.lead, 0);
     for (;;) {
-      w = group.best(race_chunks(part.first, part.n, lead, floor, q, shared.source, [&](int i) { return part.tops[i]; },
-                                [&](int chunk, float (&s)[kPerLane]) {
-                                  load8(part.scores + (chunk - part.first) * kChunkSize + lane_id() * kPerLane, s);
-                                }));
+      w = group.best(race_chunks(
+          part.first, part.n, lead, floor, q, shared.source, [&](int i) { return part.tops[i]; },
+          [&](int chunk, float (&s)[kPerLane]) {
+            load8(part.scores + (chunk - part.first) * kChunkSize + lane_id() * kPerLane, s);
+          }));
       if (group.rank == 0 && threadIdx.x == 0) shared.lead = 0;
       if (!by_rejection || w.key == kNone || is_kept(group, part, q, w.score, best, shared.total)) break;
       floor = above(w.score);
@@ -315,7 +323,8 @@ EFT_DEVICE void run_row(ClusterGroup& group, RowShared& shared, const RowCall& c
       const int64_t r = row_of(shared, call);
       if (f.valid && shared.slot < shared.length) {
         const int64_t id = call.drafts.tokens[r - shared.b];
-        if (id >= 0 && id < row.vocab) f.drafted = mass_at(f, q, score_of(row, static_cast<int>(id)), static_cast<int>(id));
+        if (id >= 0 && id < row.vocab)
+          f.drafted = mass_at(f, q, score_of(row, static_cast<int>(id)), static_cast<int>(id));
       }
       if (call.tokens) call.tokens[r] = f.token;
       if (call.valid) call.valid[r] = f.valid;
@@ -336,14 +345,14 @@ EFT_DEVICE void run_row(ClusterGroup& group, RowShared& shared, const RowCall& c
     if (!f.valid || !write_few(group, row, part, search, f, shared.start.least, n, ids, logprobs))
       write_top(group, part, f, n, ids, logprobs, f.valid);
   }
-  if (call.entropy)
-    write_diagnostics(group, row, part, f, call.entropy + r, call.tv + r, f.valid);
+  if (call.entropy) write_diagnostics(group, row, part, f, call.entropy + r, call.tv + r, f.valid);
   if (call.all_logprobs)
     for (int i = warp_id(); i < part.n; i += kWarps)
       for (int k = lane_id(); k < kChunkSize; k += kLanes) {
         const int token = (part.first + i) * kChunkSize + k;
         if (token < row.vocab)
-          call.all_logprobs[r * row.vocab + token] = f.valid ? logprob(f, q, part.scores[i * kChunkSize + k], token) : NAN;
+          call.all_logprobs[r * row.vocab + token] =
+              f.valid ? logprob(f, q, part.scores[i * kChunkSize + k], token) : NAN;
       }
   if (call.id_logprobs)
     for (int64_t i = group.rank * kThreads + threadIdx.x; i < call.n_ids; i += group.size * kThreads) {
@@ -364,8 +373,8 @@ EFT_DEVICE void judge_row(RowShared& shared, const RowCall& call, bool skipped) 
   else write_ratios(call, shared.b, shared.length);
 }
 
-// Blocks of rows * size, `per` chunks each, in the order in which verify needs them: slot after slot. Scores are in shared
-// memory, or in `staged` [rows, chunks, 256].
+// Blocks of rows * size, `per` chunks each, in the order in which verify needs them: slot after slot. Scores are in
+// shared memory, or in `staged` [rows, chunks, 256].
 EFT_KERNEL void __launch_bounds__(kThreads, EFT_ROW_BLOCKS)
     row_kernel(const __grid_constant__ RowCalls calls, int size, int per, float* staged) {
   launch_dependents();
@@ -389,7 +398,8 @@ EFT_KERNEL void __launch_bounds__(kThreads, EFT_ROW_BLOCKS)
     const int first = group.rank * per;
     shared.part = {staged ? staged + (int64_t{at} * shared.row.chunks + first) * kChunkSize
                           : reinterpret_cast<float*>(shared_memory() + kHead + area_bytes(per)),
-                   reinterpret_cast<float*>(shared_memory() + kHead), first, max(min(per, shared.row.chunks - first), 0)};
+                   reinterpret_cast<float*>(shared_memory() + kHead), first,
+                   max(min(per, shared.row.chunks - first), 0)};
     if (checks_early_exit && group.rank == 0) shared.is_skipped = first_rejected(drafts, b, call.slots) < slot;
   }
   if (checks_early_exit) {  // the row's blocks must be of one mind
@@ -453,8 +463,9 @@ const char* run_rows(const RowCall& call, const RowCall* second, void* staged, c
   const int64_t rows = call.rows * call.slots * (second ? 2 : 1);
   const Shape s = shape_of(call, rows, device);
   RowCalls calls{{call, second ? *second : RowCall{}}, second ? 2 : 1};
-  const bool checks_early_exit = call.drafts.target && call.drafts.method != kBlock &&
-                    rows * s.size > int64_t{launch_config.early_exit_blocks_per_sm} * device.multiprocessors;
+  const bool checks_early_exit =
+      call.drafts.target && call.drafts.method != kBlock &&
+      rows * s.size > int64_t{launch_config.early_exit_blocks_per_sm} * device.multiprocessors;
   for (RowCall& c : calls.call) c.drafts.checks_early_exit = checks_early_exit;
   return launch(row_kernel, {rows * s.size, kThreads, s.size, s.shared, stream}, calls, s.size, s.per,
                 s.staged ? static_cast<float*>(staged) : nullptr);

@@ -30,14 +30,15 @@ struct Drafts {
   const int64_t* tokens;  // [B, S - 1]
   PerRow<int64_t> lengths;
   int method;
-  bool checks_early_exit;              // a row first checks whether a draft before it is known to be rejected
-  State *target, *draft;  // [B, S]; draft is null where there is no draft distribution (deterministic proposer, or "coupled")
-  unsigned* counters;     // [B, S]
+  bool checks_early_exit;  // a row first checks whether a draft before it is known to be rejected
+  State *target,
+      *draft;  // [B, S]; draft is null where there is no draft distribution (deterministic proposer, or "coupled")
+  unsigned* counters;  // [B, S]
   Verified out;
   // of "block": the ratio after each draft, room for sums of residuals, which is set to 0, and how many drafts count
-  double* ratios;         // [B, S]
-  int64_t* rest;          // [B, S]
-  int* num_drafts;              // [B]
+  double* ratios;   // [B, S]
+  int64_t* rest;    // [B, S]
+  int* num_drafts;  // [B]
 };
 
 // A call with everything that the operations return, null where it is not wanted.
@@ -45,8 +46,8 @@ struct RowCall : Call {
   uint32_t stream, slot;
   bool samples, exact;  // draw a token; know the exact mass of rows that nothing is filtered from
   bool token_only;      // nothing is returned but the token and whether it is valid
-  bool by_rejection;           // of those, draw until the winner is kept (filter.cuh), where that can be done
-  bool keeps_scores;  // scores are looked at again
+  bool by_rejection;    // of those, draw until the winner is kept (filter.cuh), where that can be done
+  bool keeps_scores;    // scores are looked at again
   Drafts drafts;
   int64_t* tokens;
   bool* valid;
@@ -76,8 +77,8 @@ EFT_DEVICE float logprob(const State& f, const RowParams& q, float s, int token)
 
 // --- launches ------------------------------------------------------------------------------------------------------
 
-// The largest cluster that a device has room for, where `most` is what it allows (16 takes a whole GPC, or more than some
-// have); asked once for each device.
+// The largest cluster that a device has room for, where `most` is what it allows (16 takes a whole GPC, or more than
+// some have); asked once for each device.
 int largest_cluster(int index, int most, int shared);
 
 // One launch for a call, and a second one, if any, of as many rows, slots and tokens. staged: `staged_bytes` of device

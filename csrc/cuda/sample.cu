@@ -2,10 +2,10 @@
 //
 //   token = argmax_v s_v - T log E_v,  s = sum_j w_j z_j
 //
-// Bytes: every logit once, plus the chunks that the race looks into again (from L2). A row is split over blocks. With many
-// rows a block streams its chunks, keeping each one's best score, then draws inside the few that can still win. With few a
-// warp has one chunk, and every token's noise is drawn while the logits are on their way. The last block of a row to
-// arrive merges: the order of keys is total, so that no split can change a token.
+// Bytes: every logit once, plus the chunks that the race looks into again (from L2). A row is split over blocks. With
+// many rows a block streams its chunks, keeping each one's best score, then draws inside the few that can still win.
+// With few a warp has one chunk, and every token's noise is drawn while the logits are on their way. The last block of
+// a row to arrive merges: the order of keys is total, so that no split can change a token.
 #include <algorithm>
 
 #include "kernels.h"
@@ -34,8 +34,8 @@ EFT_DEVICE void write_row(const SampleCall& call, int64_t b, const RowParams& q,
 
 // The block's result to parts[split] of its row; of the row's blocks the last one to come here writes the row. Warp 0
 // calls this. counters: [2, rows], arrivals, then the lead of the row's race.
-EFT_DEVICE void arrive(const SampleCall& call, int64_t b, int splits, int split, const RowParams& q, Winner w, ExpSum sum,
-                       Part* parts, unsigned* counters) {
+EFT_DEVICE void arrive(const SampleCall& call, int64_t b, int splits, int split, const RowParams& q, Winner w,
+                       ExpSum sum, Part* parts, unsigned* counters) {
   const int lane = lane_id();
   if (splits == 1) {
     if (lane == 0) write_row(call, b, q, w, sum), counters[call.rows + b] = 0;
@@ -86,7 +86,8 @@ constexpr int stream_bytes(int64_t chunks) { return kStreamHead + static_cast<in
 
 // Of all rows' chunks, one row after the other, those that the block has from `at` on, of one row.
 EFT_DEVICE Piece piece_at(int64_t at, const Call& call, int64_t per) {
-  const int64_t chunks = (call.vocab_size + kChunkSize - 1) / kChunkSize, end = min((blockIdx.x + 1) * per, call.rows * chunks);
+  const int64_t chunks = (call.vocab_size + kChunkSize - 1) / kChunkSize,
+                end = min((blockIdx.x + 1) * per, call.rows * chunks);
   const int64_t b = at / chunks, begin = b * chunks, next = begin + chunks, first_block = begin / per;
   return {b,
           static_cast<int>(at - begin),
@@ -103,7 +104,8 @@ EFT_DEVICE Piece piece_at(int64_t at, const Call& call, int64_t per) {
 #define EFT_STREAM_BLOCKS 3
 #endif
 
-// A block has `per` chunks of all rows' chunks. Its results go to parts[blockIdx.x + row]: of one row they follow each other.
+// A block has `per` chunks of all rows' chunks. Its results go to parts[blockIdx.x + row]: of one row they follow each
+// other.
 EFT_KERNEL void __launch_bounds__(kThreads, EFT_STREAM_BLOCKS)
     sample_stream(const __grid_constant__ SampleCall call, int64_t per, Part* parts, unsigned* counters) {
   StreamShared& shared = *reinterpret_cast<StreamShared*>(shared_memory());
@@ -124,7 +126,7 @@ EFT_KERNEL void __launch_bounds__(kThreads, EFT_STREAM_BLOCKS)
     __syncthreads();
     ExpSum sum;
     stream_logits(row, piece.first, piece.n, tops, call.logprobs != nullptr, !q.greedy && q.temperature != 1, q.c, sum,
-               [](int, const float*) {});
+                  [](int, const float*) {});
     if (call.logprobs) {
       sum = warp_reduce(sum, q.c);
       if (lane_id() == 0) shared.sums[warp_id()] = sum;
@@ -136,16 +138,17 @@ EFT_KERNEL void __launch_bounds__(kThreads, EFT_STREAM_BLOCKS)
     if (bad) {
       best.key = kBad;
     } else {
-      best = race_chunks(piece.first, piece.n, counters + call.rows + piece.b, -kInf, q, shared.source,
-                         [&](int i) { return tops[i]; },
-                         [&](int chunk, float (&s)[kPerLane]) { scores_of(row, chunk, s); });
+      best = race_chunks(
+          piece.first, piece.n, counters + call.rows + piece.b, -kInf, q, shared.source, [&](int i) { return tops[i]; },
+          [&](int chunk, float (&s)[kPerLane]) { scores_of(row, chunk, s); });
       best = block_best(best, shared.winners);
     }
     sum = ExpSum();
     if (call.logprobs)
       for (int i = 0; i < kWarps; ++i) sum.merge(shared.sums[i].top, shared.sums[i].sum, shared.sums[i].sum_c, q.c);
     if (warp_id() == 0)
-      arrive(call, piece.b, piece.splits, piece.split, q, best, sum, parts + blockIdx.x - piece.split + piece.b, counters);
+      arrive(call, piece.b, piece.splits, piece.split, q, best, sum, parts + blockIdx.x - piece.split + piece.b,
+             counters);
   } while (!piece.last);
 }
 
@@ -172,7 +175,8 @@ EFT_DEVICE float direct_sums(const Call& call, int64_t b, int chunk, int token, 
       aligned &= reinterpret_cast<uintptr_t>(in.z) % 16 == 0;
     }
   // a vector that is not aligned is taken from the two around it, which must not leave the row
-  const int from = aligned ? 0 : 1, to = aligned ? call.vocab_size / kChunkSize : max((call.vocab_size - 8) / kChunkSize, 1);
+  const int from = aligned ? 0 : 1,
+            to = aligned ? call.vocab_size / kChunkSize : max((call.vocab_size - 8) / kChunkSize, 1);
   if (chunk < from || chunk >= to || call.models > kAhead) return NAN;
   uint4 v[kAhead][2];
 #pragma unroll
@@ -206,8 +210,8 @@ EFT_DEVICE float direct_sums(const Call& call, int64_t b, int chunk, int token, 
 #define EFT_DIRECT_BOUNDS kDirectThreads
 #endif
 
-EFT_KERNEL void __launch_bounds__(EFT_DIRECT_BOUNDS) sample_direct(const __grid_constant__ SampleCall call, int splits,
-                                                                Part* parts, unsigned* counters) {
+EFT_KERNEL void __launch_bounds__(EFT_DIRECT_BOUNDS)
+    sample_direct(const __grid_constant__ SampleCall call, int splits, Part* parts, unsigned* counters) {
   const int64_t b = blockIdx.x / splits;
   const int split = blockIdx.x % splits, lane = lane_id();
   DirectShared& shared = *reinterpret_cast<DirectShared*>(shared_memory());
@@ -278,8 +282,8 @@ const char* plain_sample(const SampleCall& call, const Place& place, const Devic
                   static_cast<int>(splits), parts, place.counters);
   }
   const int64_t per = streamed_chunks(call, device), blocks = (call.rows * chunks + per - 1) / per;
-  return launch(sample_stream, {blocks, kThreads, 1, stream_bytes(std::min(per, chunks)), place.stream}, call, per, parts,
-                place.counters);
+  return launch(sample_stream, {blocks, kThreads, 1, stream_bytes(std::min(per, chunks)), place.stream}, call, per,
+                parts, place.counters);
 }
 
 }  // namespace cuda

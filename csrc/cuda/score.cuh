@@ -57,17 +57,17 @@ struct Input {
 struct Row {
   Input in[kMaxModels];  // models that count, in order
   Input tuned;
-  const uint8_t* mask;   // a bit a token, or null
+  const uint8_t* mask;  // a bit a token, or null
   int models, vocab, chunks;
-  int tuned_at;          // its place in `in`, where upscaled
-  int dtype;             // of all models that count, aligned to 16 bytes and at most kAhead of them; else kMixed
-  bool is_upscale;       // 16-bit models with weights 1, 1, -1, and dtype is not kMixed
+  int tuned_at;                // its place in `in`, where upscaled
+  int dtype;                   // of all models that count, aligned to 16 bytes and at most kAhead of them; else kMixed
+  bool is_upscale;             // 16-bit models with weights 1, 1, -1, and dtype is not kMixed
   int vector_from, vector_to;  // chunks that may be read by vectors
   bool upscaled;
   float tau, inside, outside;  // the up-scaling filter, once known (row.cuh)
 };
 
-constexpr int kMixed = 3;    // of Row::dtype
+constexpr int kMixed = 3;  // of Row::dtype
 constexpr int kAhead = 4;  // models whose logits are in flight together
 
 EFT_DEVICE int item_size(int dtype) { return dtype == kF32 ? 4 : 2; }
@@ -105,8 +105,8 @@ EFT_DEVICE void set_row(Row& row, const Call& call, int64_t b, int64_t slot) {
   }
   row.models = n;
   row.dtype = aligned && n > 0 && n <= kAhead ? dtype : kMixed;
-  row.is_upscale = n == 3 && (row.dtype == kBF16 || row.dtype == kF16) && row.in[0].w == 1 && row.in[1].w == 1 &&
-                   row.in[2].w == -1;
+  row.is_upscale =
+      n == 3 && (row.dtype == kBF16 || row.dtype == kF16) && row.in[0].w == 1 && row.in[1].w == 1 && row.in[2].w == -1;
   // a vector that is not aligned is taken from the two around it, which must not leave the row
   row.vector_from = aligned ? 0 : 1;
   row.vector_to = aligned ? row.vocab / kChunkSize : max((row.vocab - 8) / kChunkSize, 1);
@@ -125,7 +125,7 @@ EFT_DEVICE void widen(const uint4& v, float* out) {  // 8 of 16 bits, 4 of 32
       out[2 * i] = from_bits(x[i] << 16);              // sass: bf16
       out[2 * i + 1] = from_bits(x[i] & 0xFFFF0000u);  // sass: bf16
     } else {
-      out[2 * i] = half_bits_to_float(x[i] & 0xFFFFu);   // sass: f16
+      out[2 * i] = half_bits_to_float(x[i] & 0xFFFFu);  // sass: f16
       out[2 * i + 1] = half_bits_to_float(x[i] >> 16);  // sass: f16
     }
   }
@@ -193,7 +193,8 @@ EFT_DEVICE void sums_of(const Row& row, int token, float (&s)[N * kPerLane]) {
       if (j == 0 || j < row.models) {
         const char* p = row.in[j].z + int64_t{token} * kItem;
 #pragma unroll
-        for (int n = 0; n < N * kVectors; ++n) v[j][n] = load16(p + n / kVectors * kChunkSize * kItem + n % kVectors * 16);
+        for (int n = 0; n < N * kVectors; ++n)
+          v[j][n] = load16(p + n / kVectors * kChunkSize * kItem + n % kVectors * 16);
       }
 #pragma unroll
     for (int j = 0; j < kAhead; ++j)
@@ -282,8 +283,8 @@ EFT_DEVICE void apply_mask(const Row& row, int token, float* s) {
   if (row.mask) mask_scores(row.mask, token, s);
 }
 
-// A lane's 8 scores of any chunk, one token at a time, -inf where excluded or beyond the vocabulary; false where a value
-// makes the row bad.
+// A lane's 8 scores of any chunk, one token at a time, -inf where excluded or beyond the vocabulary; false where a
+// value makes the row bad.
 EFT_DEVICE bool slow_scores(const Row& row, int token, float* s) {
   const int n = min(max(row.vocab - token, 0), kPerLane);
   const uint32_t on = n > 0 ? allowed(row, token) & ((1u << n) - 1) : 0;

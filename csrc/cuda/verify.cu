@@ -1,8 +1,9 @@
-// After the drafts are decided on (accept.cuh): the token where a row stops, and for block verification the residuals on the way.
+// After the drafts are decided on (accept.cuh): the token where a row stops, and for block verification the residuals
+// on the way.
 //
-// row_kernel has left the state of every slot of target and draft that is needed, and "coupled" ends with it. "token" takes
-// one launch more, "block" two. Bytes: the chunks that the residual's race looks into; for block verification target and
-// draft once more (from L2), where a sum can matter.
+// row_kernel has left the state of every slot of target and draft that is needed, and "coupled" ends with it. "token"
+// takes one launch more, "block" two. Bytes: the chunks that the residual's race looks into; for block verification
+// target and draft once more (from L2), where a sum can matter.
 #include <algorithm>
 
 #include "accept.cuh"
@@ -15,11 +16,11 @@ namespace {
 struct VerifyArgs {
   Call target, draft;  // draft: its one model alone, by its own parameters
   Drafts drafts;
-  float* tops;         // [B, S, chunks] of the target
+  float* tops;  // [B, S, chunks] of the target
 };
 
-constexpr int kSlots = 16;         // whose log-probs are looked up at once
-constexpr float kMargin = 1e-3f;   // nats: over the bound of a chunk's residual, for its logarithm is not quite monotone
+constexpr int kSlots = 16;        // whose log-probs are looked up at once
+constexpr float kMargin = 1e-3f;  // nats: over the bound of a chunk's residual, for its logarithm is not quite monotone
 
 // target or draft at one slot
 struct Side {
@@ -64,8 +65,7 @@ EFT_DEVICE void each_residual(const Rest& rest, int chunk, const Visit& visit) {
   scores_of(rest.target->row, chunk, s);
   if (rest.draft) scores_of(rest.draft->row, chunk, x);
 #pragma unroll
-  for (int k = 0; k < kPerLane; ++k)
-    visit(k, rest.at(chunk * kChunkSize + lane_id() * kPerLane + k, s[k], x[k]));
+  for (int k = 0; k < kPerLane; ++k) visit(k, rest.at(chunk * kChunkSize + lane_id() * kPerLane + k, s[k], x[k]));
 }
 
 // --- block verification --------------------------------------------------------------------------------------------
@@ -86,7 +86,8 @@ EFT_KERNEL void __launch_bounds__(kThreads, 2) rest_kernel(const __grid_constant
   const int64_t at = blockIdx.x / splits, b = at / j.target.slots;
   const int i = static_cast<int>(at % j.target.slots), split = blockIdx.x % splits;
   if (i + 1 >= min(j.drafts.num_drafts[b], static_cast<int>(j.target.slots) - 1)) return;
-  const double ratio = j.drafts.ratios[at], u = accept_uniform(source_of(j.target, b, i, kAccept, static_cast<uint32_t>(i)));
+  const double ratio = j.drafts.ratios[at],
+               u = accept_uniform(source_of(j.target, b, i, kAccept, static_cast<uint32_t>(i)));
   if (!(ratio > 0) || !sum_matters(u, ratio)) return;
   if (threadIdx.x == 0) {
     set_side(shared.target, j.target, j.drafts.target, b, i + 1);
@@ -133,7 +134,8 @@ EFT_KERNEL void __launch_bounds__(kThreads, 2) last_kernel(const __grid_constant
   const int64_t b = blockIdx.x, S = j.target.slots;
   const int length = length_of(j.drafts, b, S);
   if (threadIdx.x == 0) {
-    shared.acceptance = j.drafts.method == kBlock ? block_acceptance(j, b) : Acceptance{min(first_rejected(j.drafts, b, S), length), 1};
+    shared.acceptance =
+        j.drafts.method == kBlock ? block_acceptance(j, b) : Acceptance{min(first_rejected(j.drafts, b, S), length), 1};
     shared.lead = 0;
   }
   __syncthreads();
@@ -150,7 +152,8 @@ EFT_KERNEL void __launch_bounds__(kThreads, 2) last_kernel(const __grid_constant
       if (j.drafts.draft) set_side(draft, j.draft, j.drafts.draft, b, i);
     }
     __syncthreads();
-    const Rest rest = rest_of(target, j.drafts.draft ? &draft : nullptr, acceptance.factor, j.drafts.tokens[b * (S - 1) + i]);
+    const Rest rest =
+        rest_of(target, j.drafts.draft ? &draft : nullptr, acceptance.factor, j.drafts.tokens[b * (S - 1) + i]);
     const Source source = source_of(j.target, b, i, kResidual, static_cast<uint32_t>(i));
     RowParams plain = q;
     plain.temperature = 1;
@@ -158,14 +161,15 @@ EFT_KERNEL void __launch_bounds__(kThreads, 2) last_kernel(const __grid_constant
     const auto top = [&](int chunk) -> float {
       const float s = j.tops[r * target.row.chunks + chunk];
       const double most = s >= target.state.floor && s > -kInf
-                              ? static_cast<double>(mass(s, target.state.best, q.c)) * rest.residual.a : 0;
+                              ? static_cast<double>(mass(s, target.state.best, q.c)) * rest.residual.a
+                              : 0;
       return most >= 1 ? log(static_cast<float>(most)) + kMargin : -kInf;
     };
-    best = race_chunks(0, target.row.chunks, &shared.lead, -kInf, plain, source, top, [&](int chunk, float (&s)[kPerLane]) {
-      each_residual(rest, chunk, [&](int k, double x) {
-        s[k] = x > 0 ? log(fmaxf(static_cast<float>(x), 1.0f)) : -kInf;
-      });
-    });
+    best = race_chunks(
+        0, target.row.chunks, &shared.lead, -kInf, plain, source, top, [&](int chunk, float (&s)[kPerLane]) {
+          each_residual(rest, chunk,
+                        [&](int k, double x) { s[k] = x > 0 ? log(fmaxf(static_cast<float>(x), 1.0f)) : -kInf; });
+        });
     best = block_best(best, shared.winners);
   }
   const int64_t token = !ok ? -1 : best.key != kNone ? packed_token(best.key) : j.drafts.target[r].token;

@@ -36,8 +36,8 @@ struct Call : Sampling {
   int64_t weights_stride;  // 0: the same for all rows
   float weight[kMaxModels];
   PerRow<int64_t> seed, position;  // seed: one value is expanded by row_seed()
-  const int32_t* mask;  // [rows, slots, ceil(V / 32)] or null
-  int threads;  // of a CPU
+  const int32_t* mask;             // [rows, slots, ceil(V / 32)] or null
+  int threads;                     // of a CPU
 };
 
 struct SampleCall : Call {

@@ -34,10 +34,10 @@ struct Filters {
 };
 
 EFT_HD bool in_range(float x, float low, float high) { return x >= low && x <= high; }  // NaN is not
-EFT_HD bool in_range(int64_t, int64_t, int64_t) { return true; }  // any integer has a meaning
+EFT_HD bool in_range(int64_t, int64_t, int64_t) { return true; }                        // any integer has a meaning
 
-// Each parameter is read once. (A weight that is not finite makes every score NaN, +inf or excluded: the row is found to be
-// invalid as its scores are.)
+// Each parameter is read once. (A weight that is not finite makes every score NaN, +inf or excluded: the row is found
+// to be invalid as its scores are.)
 EFT_HD Filters filters_of(const Sampling& sampling, int64_t row, int64_t vocab) {
   Filters f;
 #define EFT_READ(T, name, off, low, high) f.name = sampling.name[row];

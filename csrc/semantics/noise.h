@@ -25,8 +25,8 @@ EFT_HD F uniform(UintOf<F> r) {
 
 template <class F>
 struct ChunkNoise {
-  F e, g;            // the smallest Exp(1) of the chunk, and -log of it
-  UintOf<F> place;   // where in the chunk it is, 0..255
+  F e, g;           // the smallest Exp(1) of the chunk, and -log of it
+  UintOf<F> place;  // where in the chunk it is, 0..255
 };
 
 template <class F>

@@ -14,8 +14,8 @@ struct Words {
   U r[4];
 };
 
-// The seed of a batch's row where one is given for all rows: row 0 keeps it, row i has splitmix64's i-th from there (Steele
-// et al., OOPSLA 2014).
+// The seed of a batch's row where one is given for all rows: row 0 keeps it, row i has splitmix64's i-th from there
+// (Steele et al., OOPSLA 2014).
 EFT_HD int64_t row_seed(int64_t seed, int64_t row) {
   if (row == 0) return seed;
   uint64_t x = static_cast<uint64_t>(seed) + static_cast<uint64_t>(row) * 0x9E3779B97F4A7C15u;
@@ -24,7 +24,8 @@ EFT_HD int64_t row_seed(int64_t seed, int64_t row) {
   return static_cast<int64_t>(x ^ (x >> 31));
 }
 
-// Everything of a draw but its index: key = seed, counter = (position low, high, index, kind | stream << 1 | slot << 3).
+// Everything of a draw but its index: key = seed, counter = (position low, high, index, kind | stream << 1 | slot <<
+// 3).
 struct Source {
   uint32_t seed_lo, seed_hi, position_lo, position_hi, domain;
 };

@@ -28,7 +28,8 @@ std::vector<uint16_t> logits(unsigned seed) {
   std::normal_distribution<float> normal;
   std::vector<float> shared(kVocab);
   for (float& x : shared) x = 3 * normal(random);
-  for (int rank = 1; rank <= 4096; ++rank) shared[random() % kVocab] = 18 - 1.3f * std::log(float(rank)) + normal(random);
+  for (int rank = 1; rank <= 4096; ++rank)
+    shared[random() % kVocab] = 18 - 1.3f * std::log(float(rank)) + normal(random);
   std::vector<uint16_t> out(size_t{kModels} * kVocab);
   for (int v = 0; v < kVocab; ++v) {
     float base = shared[v] + 0.5f * normal(random), ref = shared[v] + 0.8f * normal(random);

@@ -1,6 +1,7 @@
 // The CPU kernels on exact heap blocks: every operation, odd vocabularies, types, masks, filters, bad rows, one and
 // several threads, every instruction set of this machine. Results must be equal bit for bit between threads, and tokens
-// between instruction sets. Run under sanitizers by the Makefile beside it; `quick` takes the split and threaded shapes.
+// between instruction sets. Run under sanitizers by the Makefile beside it; `quick` takes the split and threaded
+// shapes.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -19,14 +20,14 @@ using namespace eft;
 namespace {
 
 int failures = 0, calls = 0;
-#define CHECK(condition, ...)                   \
-  do {                                          \
-    if (!(condition)) {                         \
-      ++failures;                               \
+#define CHECK(condition, ...)                     \
+  do {                                            \
+    if (!(condition)) {                           \
+      ++failures;                                 \
       fprintf(stderr, "FAILED %s: ", #condition); \
-      fprintf(stderr, __VA_ARGS__);             \
-      fputc('\n', stderr);                      \
-    }                                           \
+      fprintf(stderr, __VA_ARGS__);               \
+      fputc('\n', stderr);                        \
+    }                                             \
   } while (0)
 
 struct Random {
@@ -44,7 +45,8 @@ struct Random {
   }
 };
 
-// exactly n values on the heap, with guards of the sanitizer's on both sides; filled with a pattern that no kernel writes
+// exactly n values on the heap, with guards of the sanitizer's on both sides; filled with a pattern that no kernel
+// writes
 template <class T>
 struct Block {
   T* data;
@@ -117,8 +119,16 @@ struct Inputs {
   Call call{};
 
   Inputs(const Shape& s, int64_t slots)
-      : weights(s.rows * s.models), temperature(s.rows), top_p(s.rows), min_p(s.rows), upscale(s.rows), top_k(s.rows),
-        seed(s.rows), position(s.rows), drafts(s.rows * (slots - 1)), lengths(s.rows),
+      : weights(s.rows * s.models),
+        temperature(s.rows),
+        top_p(s.rows),
+        min_p(s.rows),
+        upscale(s.rows),
+        top_k(s.rows),
+        seed(s.rows),
+        position(s.rows),
+        drafts(s.rows * (slots - 1)),
+        lengths(s.rows),
         mask(s.rows * slots * ((s.vocab + 31) / 32)) {
     Random random{static_cast<uint64_t>(s.vocab) * 31 + s.rows};
     const std::string special = s.special;
@@ -182,7 +192,8 @@ struct Inputs {
     call.temperature = {temperature.data, 0}, call.top_p = {top_p.data, 0}, call.min_p = {min_p.data, 0};
     call.upscale_top_p = {upscale.data, 0}, call.top_k = {top_k.data, 0}, call.seed = {seed.data, 0};
     drawn_by = call, drawn_by.upscale_top_p = {nullptr, 1};
-    if (s.rows > 1) drawn_by.temperature = {nullptr, 1.5f}, drawn_by.top_p = {nullptr, 0.7f}, drawn_by.top_k = {nullptr, 50};
+    if (s.rows > 1)
+      drawn_by.temperature = {nullptr, 1.5f}, drawn_by.top_p = {nullptr, 0.7f}, drawn_by.top_k = {nullptr, 50};
     call.position = {position.data, 0}, call.mask = special == "mask" ? mask.data : nullptr;
   }
   ~Inputs() {

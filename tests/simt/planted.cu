@@ -84,8 +84,15 @@ EFT_KERNEL void load_at(const char* p, int streaming, int* out) {
 }
 
 enum Misuse {
-  kExitBeforeBarrier, kBarrierAndCollective, kTwoBarriers, kTwoCollectives, kTwoPlaces, kExitBeforeCollective, kMask,
-  kClusterRank, kRecursion
+  kExitBeforeBarrier,
+  kBarrierAndCollective,
+  kTwoBarriers,
+  kTwoCollectives,
+  kTwoPlaces,
+  kExitBeforeCollective,
+  kMask,
+  kClusterRank,
+  kRecursion
 };
 
 __device__ int deeper(volatile int* p, int n) {
@@ -109,8 +116,7 @@ EFT_KERNEL void misuse(int how, int* zero) {
   }
   if (how == kTwoPlaces) {
     if (t % 2) __syncwarp();
-    else
-      __syncwarp();
+    else __syncwarp();
   }
   if (how == kExitBeforeCollective && t != 5) __shfl_sync(kAll, 1, 0);
   if (how == kMask) __shfl_sync(0x0000FFFFu, 1, 0);

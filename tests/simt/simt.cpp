@@ -103,9 +103,9 @@ constexpr int kSlots = 2 * kBlocks;
 constexpr char kCanary = 0x5A;
 
 const char* const kNames[] = {
-    "__syncthreads",     "__syncthreads_or",  "cluster_sync",      "cluster_pointer",   "load16",
-    "__syncwarp",        "__shfl_sync",       "__shfl_xor_sync",   "__shfl_up_sync",    "__ballot_sync",
-    "__any_sync",        "__all_sync",        "__reduce_max_sync", "__reduce_max_sync", "__reduce_min_sync",
+    "__syncthreads",     "__syncthreads_or", "cluster_sync",      "cluster_pointer",   "load16",
+    "__syncwarp",        "__shfl_sync",      "__shfl_xor_sync",   "__shfl_up_sync",    "__ballot_sync",
+    "__any_sync",        "__all_sync",       "__reduce_max_sync", "__reduce_max_sync", "__reduce_min_sync",
     "__reduce_min_sync", "__reduce_add_sync"};
 
 struct Block;
@@ -486,7 +486,7 @@ const char* run(const Grid& g, void (*thread)(void*), void* argument) {
   stack_t ours{}, theirs;
   ours.ss_sp = fault_stack;
   ours.ss_size = sizeof fault_stack;
-  struct sigaction action {};
+  struct sigaction action{};
   action.sa_sigaction = on_fault;
   action.sa_flags = SA_SIGINFO | SA_ONSTACK;
   s.owner = pthread_self();
@@ -557,7 +557,6 @@ uint64_t collective(Op op, unsigned mask, uint64_t value, int operand, Site site
   suspend();
   return f.value;
 }
-
 
 int barrier(Op op, int predicate, Site site) {
   Fiber& f = *current;

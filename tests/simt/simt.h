@@ -29,10 +29,10 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
-#define EFT_SIMT_VECTOR(T, N, A)                                             \
-  struct alignas(2 * sizeof(T)) N##2 { T x, y; };                            \
-  struct alignas(4 * sizeof(T)) N##4 { T x, y, z, w; };                      \
-  inline N##2 make_##N##2(T x, T y) { return {x, y}; }                       \
+#define EFT_SIMT_VECTOR(T, N, A)                        \
+  struct alignas(2 * sizeof(T)) N##2 { T x, y; };       \
+  struct alignas(4 * sizeof(T)) N##4 { T x, y, z, w; }; \
+  inline N##2 make_##N##2(T x, T y) { return {x, y}; }  \
   inline N##4 make_##N##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 EFT_SIMT_VECTOR(int, int, )
 EFT_SIMT_VECTOR(unsigned, uint, )
@@ -70,8 +70,23 @@ struct Site {
 };
 
 enum Op {
-  kSyncthreads, kSyncthreadsOr, kClusterSync, kClusterPointer, kLoad, kSyncwarp, kShuffle, kShuffleXor, kShuffleUp,
-  kBallot, kAny, kEvery, kMaxInt, kMaxUnsigned, kMinInt, kMinUnsigned, kAdd
+  kSyncthreads,
+  kSyncthreadsOr,
+  kClusterSync,
+  kClusterPointer,
+  kLoad,
+  kSyncwarp,
+  kShuffle,
+  kShuffleXor,
+  kShuffleUp,
+  kBallot,
+  kAny,
+  kEvery,
+  kMaxInt,
+  kMaxUnsigned,
+  kMinInt,
+  kMinUnsigned,
+  kAdd
 };
 
 uint64_t collective(Op op, unsigned mask, uint64_t value, int operand, Site site);
@@ -174,9 +189,9 @@ inline void __syncwarp(eft::simt::Site site = eft::simt::Site::here()) {
   eft::simt::collective(eft::simt::kSyncwarp, eft::kAll, 0, 0, site);
 }
 
-#define EFT_SIMT_SHUFFLE(name, op, T)                                                                          \
-  inline T name(unsigned mask, T value, int operand, eft::simt::Site site = eft::simt::Site::here()) {         \
-    return eft::simt::shuffle(eft::simt::op, mask, value, operand, site);                                      \
+#define EFT_SIMT_SHUFFLE(name, op, T)                                                                  \
+  inline T name(unsigned mask, T value, int operand, eft::simt::Site site = eft::simt::Site::here()) { \
+    return eft::simt::shuffle(eft::simt::op, mask, value, operand, site);                              \
   }
 #define EFT_SIMT_SHUFFLES(T)                        \
   EFT_SIMT_SHUFFLE(__shfl_sync, kShuffle, T)        \
@@ -192,8 +207,8 @@ EFT_SIMT_SHUFFLES(unsigned long long)
 #undef EFT_SIMT_SHUFFLES
 #undef EFT_SIMT_SHUFFLE
 
-#define EFT_SIMT_REDUCE(name, op, R, T)                                                          \
-  inline R name(unsigned mask, T value, eft::simt::Site site = eft::simt::Site::here()) {        \
+#define EFT_SIMT_REDUCE(name, op, R, T)                                                                       \
+  inline R name(unsigned mask, T value, eft::simt::Site site = eft::simt::Site::here()) {                     \
     return static_cast<R>(eft::simt::collective(eft::simt::op, mask, static_cast<uint32_t>(value), 0, site)); \
   }
 EFT_SIMT_REDUCE(__ballot_sync, kBallot, unsigned, int)
