@@ -46,18 +46,31 @@ if X86:
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISAS["avx512"] = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c", "-Wno-uninitialized"]
 # no contraction: tokens are equal across backends only with every rounding in place
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-pthread", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
-         "-Wall", "-Wno-psabi"]
+FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-pthread",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wno-psabi",
+]
 CUDA_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off"]
 # GPUs with machine code of their own, and the last of them that all later ones can run as PTX
 ARCHS = ("80", "89", "90a", "100", "120")
 PTX = ("100", "90", "80")  # the first that nvcc knows; not 120, which 11.0 cannot run
 NAMES = {"CPU": "the CPU extension", "CUDA": "the CUDA extension", "SEMANTICS": "the semantics module"}
-WITHOUT = {"CPU": "the package will run on PyTorch alone, slowly", "CUDA": "NVIDIA GPUs will run the Triton kernels",
-           "SEMANTICS": "its tests will be skipped"}
+WITHOUT = {
+    "CPU": "the package will run on PyTorch alone, slowly",
+    "CUDA": "NVIDIA GPUs will run the Triton kernels",
+    "SEMANTICS": "its tests will be skipped",
+}
 
 
 # --- what can be built ---------------------------------------------------------------------------------------------
+
 
 def compiler() -> list[str] | None:
     """The C++ compiler: $CXX, else Python's own, else g++ or clang++."""
@@ -133,8 +146,10 @@ def cuda_targets(known: set[str], wanted: str | None) -> tuple[list[str], list[s
 
 # --- how -----------------------------------------------------------------------------------------------------------
 
+
 class Step(NamedTuple):
     """A file and the command that makes it; a compilation writes what it includes into ``depfile``."""
+
     output: str
     inputs: list[str]
     command: list[str]
@@ -162,11 +177,18 @@ def shared_library() -> list[str]:
 def cpu(target: str, folder: str) -> tuple[list[Step], str]:
     """The steps that make the CPU extension, the last one ``target``, and what it is built for."""
     cxx = [*compiler(), *FLAGS]
-    steps = [compilation([*cxx, f"-DEFT_ISA={isa}", *flags], "csrc/cpu/kernels.cpp", f"{folder}/{isa}.o")
-             for isa, flags in ISAS.items()]
+    steps = [
+        compilation([*cxx, f"-DEFT_ISA={isa}", *flags], "csrc/cpu/kernels.cpp", f"{folder}/{isa}.o")
+        for isa, flags in ISAS.items()
+    ]
     steps.append(compilation(cxx, "csrc/cpu/pool.cpp", f"{folder}/pool.o"))
-    steps.append(compilation([*cxx, *includes(), *(["-DEFT_X86"] if X86 else [])], "csrc/bindings/cpu_module.cpp",
-                             f"{folder}/cpu_module.o"))
+    steps.append(
+        compilation(
+            [*cxx, *includes(), *(["-DEFT_X86"] if X86 else [])],
+            "csrc/bindings/cpu_module.cpp",
+            f"{folder}/cpu_module.o",
+        )
+    )
     steps.append(link([*shared_library(), "-pthread"], steps, target))
     return steps, f"{', '.join(ISAS)} with {shlex.join(compiler())}"
 
@@ -181,13 +203,21 @@ def cuda(target: str, folder: str) -> tuple[list[Step], str]:
     codes += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in ptx]
     folder = os.path.join(folder, "_".join(["cuda", *sass]))  # each set of GPUs keeps its objects
     threads = f"--threads={max(1, cores() // len(sources))}"
-    steps = [compilation([*nvcc, *CUDA_FLAGS, threads, *codes], source, f"{folder}/{os.path.basename(source)}.o")
-             for source in sources]
-    steps.append(compilation([*compiler(), *FLAGS, *includes()], "csrc/bindings/cuda_module.cpp",
-                             f"{folder}/cuda_module.o"))
+    steps = [
+        compilation([*nvcc, *CUDA_FLAGS, threads, *codes], source, f"{folder}/{os.path.basename(source)}.o")
+        for source in sources
+    ]
+    steps.append(
+        compilation([*compiler(), *FLAGS, *includes()], "csrc/bindings/cuda_module.cpp", f"{folder}/cuda_module.o")
+    )
     # the CUDA runtime is part of it, and torch's does not stand in for it
-    steps.append(link([*nvcc, "-shared", "-cudart=static", "-nodlink", "-Xcompiler=-pthread",
-                       "-Xlinker=--exclude-libs=ALL"], steps, target))
+    steps.append(
+        link(
+            [*nvcc, "-shared", "-cudart=static", "-nodlink", "-Xcompiler=-pthread", "-Xlinker=--exclude-libs=ALL"],
+            steps,
+            target,
+        )
+    )
     code = [f"sm_{a}" for a in sass] + [f"compute_{a}" for a in ptx]
     return steps, f"{', '.join(code)} with {shlex.join(nvcc)}"
 
@@ -196,15 +226,25 @@ def semantics(target: str, folder: str) -> tuple[list[Step], str]:
     import pybind11
 
     cxx, x86 = [*compiler(), *FLAGS], ["-DEFT_X86"] if X86 else []
-    steps = [compilation([*cxx, f"-DEFT_ISA={isa}", *flags], "csrc/bindings/semantics_lanes.cpp",
-                         f"{folder}/semantics_{isa}.o") for isa, flags in ISAS.items()]
-    steps.append(compilation([*cxx, *includes(), f"-I{pybind11.get_include()}", *x86],
-                             "csrc/bindings/semantics_module.cpp", f"{folder}/semantics_module.o"))
+    steps = [
+        compilation(
+            [*cxx, f"-DEFT_ISA={isa}", *flags], "csrc/bindings/semantics_lanes.cpp", f"{folder}/semantics_{isa}.o"
+        )
+        for isa, flags in ISAS.items()
+    ]
+    steps.append(
+        compilation(
+            [*cxx, *includes(), f"-I{pybind11.get_include()}", *x86],
+            "csrc/bindings/semantics_module.cpp",
+            f"{folder}/semantics_module.o",
+        )
+    )
     steps.append(link(shared_library(), steps, target))
     return steps, f"Python {sys.version_info[0]}.{sys.version_info[1]} with {shlex.join(compiler())}"
 
 
 # --- ninja ---------------------------------------------------------------------------------------------------------
+
 
 def cores() -> int:
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -254,6 +294,7 @@ def run_ninja(ninja: str, steps: list[Step], targets: list[str], folder: str) ->
 
 def run_all(steps: list[Step], targets: list[str]) -> list[str]:
     """The same without ninja: every command, whatever is there already."""
+
     def run(step):
         os.makedirs(os.path.dirname(step.output), exist_ok=True)
         made = subprocess.run(step.command).returncode == 0
@@ -325,6 +366,7 @@ def say_what_is_missing() -> None:
 
 # --- setuptools ----------------------------------------------------------------------------------------------------
 
+
 def limited_api() -> bool:
     """One binary for every Python >= 3.10. Free-threaded ones have no limited API."""
     return not sysconfig.get_config_var("Py_GIL_DISABLED")
@@ -350,13 +392,25 @@ def elsewhere() -> dict:
 
 def main():
     REASONS["CPU"] = skip_reason()
-    REASONS["CUDA"] = skip_cuda_reason(os.environ.get("EFT_KERNELS_CUDA"), cuda_compiler(), compiler(), torch_cuda(),
-                                       os.path.exists("/proc/driver/nvidia/version"))
+    REASONS["CUDA"] = skip_cuda_reason(
+        os.environ.get("EFT_KERNELS_CUDA"),
+        cuda_compiler(),
+        compiler(),
+        torch_cuda(),
+        os.path.exists("/proc/driver/nvidia/version"),
+    )
     if os.environ.get("EFT_KERNELS_SEMANTICS") == "1":
         REASONS["SEMANTICS"] = skip_reason() and "there is no CPU extension"
-    extensions = [Extension(f"eft_kernels._{kind.lower()}", sources=[], optional=True,
-                            py_limited_api=limited_api() and kind != "SEMANTICS")
-                  for kind, reason in REASONS.items() if not reason]
+    extensions = [
+        Extension(
+            f"eft_kernels._{kind.lower()}",
+            sources=[],
+            optional=True,
+            py_limited_api=limited_api() and kind != "SEMANTICS",
+        )
+        for kind, reason in REASONS.items()
+        if not reason
+    ]
     if not extensions:
         say_what_is_missing()
     abi3 = extensions and all(extension.py_limited_api for extension in extensions)

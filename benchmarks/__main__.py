@@ -28,6 +28,7 @@ def at_least(low: int):
         if not text.isdecimal() or int(text) < low:
             raise argparse.ArgumentTypeError(f"got {text!r}, allowed is an integer from {low} on")
         return int(text)
+
     return number
 
 
@@ -46,11 +47,15 @@ def parser(prog: str) -> Parser:
 
 def add_options(p: argparse.ArgumentParser) -> None:
     """What `run` takes. Each factor given stands in place of the suite's own values of it."""
+
     def several(name, text, **kwargs):
         p.add_argument(name, action="extend", nargs="+", help=text, **kwargs)
 
-    p.add_argument("--suite", choices=sorted({*SUITES, *GENERATIONS}),
-                   help="default: quick, or with --op or --variant those at B = 1 and 8")
+    p.add_argument(
+        "--suite",
+        choices=sorted({*SUITES, *GENERATIONS}),
+        help="default: quick, or with --op or --variant those at B = 1 and 8",
+    )
     several("--op", "operations", choices=OPS)
     several("--variant", "variants", choices=list(dict.fromkeys(v for op in OPS.values() for v in op)))
     several("--batch", "rows", type=at_least(1), metavar="B")
@@ -61,8 +66,14 @@ def add_options(p: argparse.ArgumentParser) -> None:
     several("--draft-tokens", "of verify and generate", type=at_least(1), metavar="K")
     several("--threads", "pinned CPU threads", type=at_least(1), metavar="N")
     p.add_argument("--device", choices=shapes.DEVICES, help="instead of the suite's")
-    p.add_argument("--against", action="extend", nargs="*", choices=[b.name for b in BASELINES], metavar="NAME",
-                   help=f"of {', '.join(b.name for b in BASELINES)} (default: the suite's choice)")
+    p.add_argument(
+        "--against",
+        action="extend",
+        nargs="*",
+        choices=[b.name for b in BASELINES],
+        metavar="NAME",
+        help=f"of {', '.join(b.name for b in BASELINES)} (default: the suite's choice)",
+    )
     p.add_argument("--rounds", type=at_least(1), metavar="N", help="instead of the suite's")
     p.add_argument("--seconds", type=at_least(0), metavar="N", help="begin no shape after N seconds (default: all)")
     p.add_argument("--json", metavar="FILE", help="save the rows; refused where the sources are not the commit's")
@@ -75,9 +86,20 @@ def select(args) -> list[Shape]:
         found = shapes.variants((1, 8), against=shapes.PEERS)
     else:
         found = SUITES[args.suite or "quick"]()
-    found = shapes.select(found, args.op, args.variant, args.device, args.threads, args.rounds, batch=args.batch,
-                          vocab=args.vocab, models=args.models, dtype=args.dtype, logits=args.logits,
-                          draft_tokens=args.draft_tokens)
+    found = shapes.select(
+        found,
+        args.op,
+        args.variant,
+        args.device,
+        args.threads,
+        args.rounds,
+        batch=args.batch,
+        vocab=args.vocab,
+        models=args.models,
+        dtype=args.dtype,
+        logits=args.logits,
+        draft_tokens=args.draft_tokens,
+    )
     if not found:
         raise Refused("no shape is all of that; python -m benchmarks list says what there is")
     return found
@@ -96,8 +118,12 @@ def generations(args) -> dict | None:
     threads = dict(cpu=[1], generate=gpu or [1], all=[1, *gpu])[args.suite]
     if args.device:
         threads = [1] if args.device == "cpu" else [None]
-    return dict(threads=args.threads or threads, batches=args.batch or [1, 8], drafts=args.draft_tokens or drafts,
-                rounds=args.rounds or rounds)
+    return dict(
+        threads=args.threads or threads,
+        batches=args.batch or [1, 8],
+        drafts=args.draft_tokens or drafts,
+        rounds=args.rounds or rounds,
+    )
 
 
 def show(rows: list[dict]) -> None:
@@ -129,8 +155,11 @@ def measure(args, command: str) -> int:
         if args.json:
             run.write_rows(new, args.json, "a")
 
-    rows = run.run(wanted, args.against, command, run.on_stderr, keep, args.seconds,
-                   provenance.of_a_row()) if wanted else []
+    rows = (
+        run.run(wanted, args.against, command, run.on_stderr, keep, args.seconds, provenance.of_a_row())
+        if wanted
+        else []
+    )
     if whole:
         run_id = dict(run=rows[0]["run"]) if rows else {}
         written = [row | run_id for row in generate.measure(**whole, tell=run.on_stderr, command=command)]
@@ -143,8 +172,14 @@ def measure(args, command: str) -> int:
 
 
 def catalogue() -> str:
-    lines = ["suites:"] + [f"  {name:16} {len(suite())} shapes" + (", whole generations" if name in GENERATIONS else "")
-                          for name, suite in SUITES.items()] + ["  generate         whole generations"]
+    lines = (
+        ["suites:"]
+        + [
+            f"  {name:16} {len(suite())} shapes" + (", whole generations" if name in GENERATIONS else "")
+            for name, suite in SUITES.items()
+        ]
+        + ["  generate         whole generations"]
+    )
     lines += ["operations:"] + [f"  {op:16} {', '.join(variants)}" for op, variants in OPS.items()]
     lines += ["implementations:"]
     for b in [*OURS, *BASELINES]:

@@ -13,8 +13,9 @@ from eft_kernels.bench.rows import read
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m benchmarks compare", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("before", metavar="A")
     p.add_argument("after", metavar="B")
     p.add_argument("--check", action="store_true", help="exit code 1 when a row of ours is slower beyond the noise")

@@ -38,8 +38,12 @@ class Writer(NamedTuple):
 
 
 def writers(drafts) -> list[Writer]:
-    return [Writer("eft", "plain"), *(Writer("eft", m, k) for m in VARIANTS[1:] for k in drafts),
-            Writer("stateless", "plain"), *(Writer("assisted", "token", k) for k in drafts)]
+    return [
+        Writer("eft", "plain"),
+        *(Writer("eft", m, k) for m in VARIANTS[1:] for k in drafts),
+        Writer("stateless", "plain"),
+        *(Writer("assisted", "token", k) for k in drafts),
+    ]
 
 
 class Family:
@@ -47,15 +51,17 @@ class Family:
 
     def __init__(self, kind: str):
         folder, texts = demo.find_family(None, None)
-        self.base, self.tuned, self.ref = (models.load_model(str(folder / name), "--family", "float32", kind)
-                                           for name in ("base", "tuned-a", "ref"))
+        self.base, self.tuned, self.ref = (
+            models.load_model(str(folder / name), "--family", "float32", kind) for name in ("base", "tuned-a", "ref")
+        )
         tokenizer = models.load_tokenizer(str(folder / "base"), "--family")
         from transformers import LogitsProcessor, LogitsProcessorList
 
         class Stateless(LogitsProcessor):
             def __call__(_, ids, scores):
-                tuned, ref = (m(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
-                              for m in (self.tuned, self.ref))
+                tuned, ref = (
+                    m(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1] for m in (self.tuned, self.ref)
+                )
                 return scores + tuned - ref
 
         self.processors = LogitsProcessorList([Stateless()])
@@ -73,8 +79,15 @@ class Family:
         if writer.implementation == "eft":
             if writer.variant != "plain":
                 options.update(verify=writer.variant, draft_tokens=writer.draft_tokens)
-            out = self.base.generate(ids, **options, custom_generate=eft.hf.generate, tuned=self.tuned, ref=self.ref,
-                                     seed=turn, return_dict_in_generate=True)
+            out = self.base.generate(
+                ids,
+                **options,
+                custom_generate=eft.hf.generate,
+                tuned=self.tuned,
+                ref=self.ref,
+                seed=turn,
+                return_dict_in_generate=True,
+            )
             return out.sequences[:, PROMPT:], out.speculation
         torch.manual_seed(turn)
         if writer.implementation == "assisted":
@@ -101,8 +114,9 @@ def gate(family: Family, batch: int, drafts) -> dict[Writer, dict]:
             states[w] = dict(status="absent", why=error_line(error))
             continue
         if not same and w.implementation == "eft":
-            raise WrongTokens(f"{w.variant} with K = {w.draft_tokens} does not write plain's tokens at B={batch}: "
-                              "nothing is timed")
+            raise WrongTokens(
+                f"{w.variant} with K = {w.draft_tokens} does not write plain's tokens at B={batch}: nothing is timed"
+            )
         if not same:
             states[w] = dict(status="disagrees", why="greedily it writes other tokens than ours")
     return states
@@ -147,8 +161,18 @@ def measure_batch(family: Family, batch: int, drafts, rounds: int) -> list[dict]
     times, rows = interleave({w: timer(family, w, batch, seen) for w, seen in told.items()}, rounds), []
     for w, state in states.items():
         row = dict.fromkeys(MEASURED)
-        row.update(op="generate", **w._asdict(), **state, batch=batch, vocab=FAMILY_VOCAB, models=3, dtype="float32",
-                   logits="family", launch="eager", new_tokens=NEW)
+        row.update(
+            op="generate",
+            **w._asdict(),
+            **state,
+            batch=batch,
+            vocab=FAMILY_VOCAB,
+            models=3,
+            dtype="float32",
+            logits="family",
+            launch="eager",
+            new_tokens=NEW,
+        )
         if w.implementation == "eft":
             row["backend"] = machine.backend(family.base.device.type)
         if w in times:

@@ -66,9 +66,17 @@ def label_lines(ax, ends: list[tuple[float, float, str, str]], right: float, gap
     ends = sorted((where.transform(end[:2])[1], end) for end in ends)
     for height, (_, (x, y, name, colour)) in zip(spread([e[0] for e in ends], gap), ends):
         darker = [0.8 * c for c in to_rgb(colour)]  # thin letters look paler than lines
-        ax.annotate(name, (x, y), (right, height), textcoords=ax.transAxes, color=darker, fontsize=10, va="center",
-                    annotation_clip=False, arrowprops=dict(arrowstyle="-", color=colour, lw=0.7, alpha=0.7, shrinkA=1,
-                                                           shrinkB=4, relpos=(0, 0.5)))
+        ax.annotate(
+            name,
+            (x, y),
+            (right, height),
+            textcoords=ax.transAxes,
+            color=darker,
+            fontsize=10,
+            va="center",
+            annotation_clip=False,
+            arrowprops=dict(arrowstyle="-", color=colour, lw=0.7, alpha=0.7, shrinkA=1, shrinkB=4, relpos=(0, 0.5)),
+        )
 
 
 def time_plot(shapes: dict[Shape, Group]) -> Figure:
@@ -77,11 +85,15 @@ def time_plot(shapes: dict[Shape, Group]) -> Figure:
     series: dict[str, list[tuple]] = {}
     for s, g in shapes.items():
         for row in (row for name in g if (row := timed(g, name))):
-            series.setdefault(row["implementation"], []).append((s.batch, row["median_us"], row["p20_us"],
-                                                                 row["p80_us"]))
+            series.setdefault(row["implementation"], []).append(
+                (s.batch, row["median_us"], row["p20_us"], row["p80_us"])
+            )
     floor = [(s.batch, own["floor_us"]) for s, g in shapes.items() if (own := timed(g, "eft")) and own["floor_us"]]
-    fig, (ax,) = canvas(4.8, f"{first.op}, {first.variant}: time of a call, {config(first)}",
-                        about(first, "vocab", "models", "dtype", "logits") + "; bands: 20th to 80th percentile")
+    fig, (ax,) = canvas(
+        4.8,
+        f"{first.op}, {first.variant}: time of a call, {config(first)}",
+        about(first, "vocab", "models", "dtype", "logits") + "; bands: 20th to 80th percentile",
+    )
     fig.subplots_adjust(left=0.09, right=0.78, top=0.845, bottom=0.115)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
@@ -115,8 +127,13 @@ def heat_plot(shapes: dict[Shape, Group], names: list[str]) -> Figure:
     top = math.log(max(2.0, *(max(r, 1 / r) for c in cells.values() for line in c for r in line if r)))
     colours = LinearSegmentedColormap.from_list("ours", ["#D55E00", "#F6F6F6", "#0072B2"])
     height = 1.75 + 0.36 * len(batches)
-    fig, axes = canvas(height, f"{first.op}, {first.variant}: how many times faster eft-kernels is, {config(first)}",
-                       about(first, "models", "dtype", "logits"), len(names), sharey=True)
+    fig, axes = canvas(
+        height,
+        f"{first.op}, {first.variant}: how many times faster eft-kernels is, {config(first)}",
+        about(first, "models", "dtype", "logits"),
+        len(names),
+        sharey=True,
+    )
     fig.subplots_adjust(left=0.075, right=0.985, top=1 - 1.02 / height, bottom=0.52 / height, wspace=0.06)
     for ax, name in zip(axes, names):
         data = [[math.nan if r is None else math.log(r) for r in line] for line in cells[name]]
@@ -124,8 +141,15 @@ def heat_plot(shapes: dict[Shape, Group], names: list[str]) -> Figure:
         for i, line in enumerate(cells[name]):
             for j, r in enumerate(line):
                 if r:
-                    ax.text(j, i, times(r), ha="center", va="center", fontsize=10.5,
-                            color="white" if abs(math.log(r)) > 0.6 * top else INK)
+                    ax.text(
+                        j,
+                        i,
+                        times(r),
+                        ha="center",
+                        va="center",
+                        fontsize=10.5,
+                        color="white" if abs(math.log(r)) > 0.6 * top else INK,
+                    )
         ax.set_xticks(range(len(vocabs)), [str(v) for v in vocabs])
         ax.set_yticks(range(len(batches)), [str(b) for b in batches])
         ax.set_xticks([k - 0.5 for k in range(1, len(vocabs))], minor=True)
@@ -145,12 +169,18 @@ def speculation_plot(shapes: dict[Shape, Group]) -> Figure:
     gains = speculation(shapes)
     others = {n: found for n in STYLE if n not in OUR_NAMES and (found := speculation(shapes, n))}
     first, ks = next(iter(gains)), sorted({s.draft_tokens for s in gains})
-    fig, axes = canvas(3.9, f"{first.op}: what speculation brings, B = {first.batch}, {config(first)}",
-                       about(first, "vocab", "models", "dtype"), 2)
+    fig, axes = canvas(
+        3.9,
+        f"{first.op}: what speculation brings, B = {first.batch}, {config(first)}",
+        about(first, "vocab", "models", "dtype"),
+        2,
+    )
     fig.subplots_adjust(left=0.065, right=0.855, top=0.76, bottom=0.14, wspace=0.5)
     top = 1.12 * max(1.0, *gains.values(), *(y for found in others.values() for y in found.values()))
-    panels = [("accepted drafts", lambda s: timed(shapes[s], "eft")["acceptance"], percent),
-              ("speed over plain decoding (wall clock)", gains.get, lambda y: f"{y:g}x")]
+    panels = [
+        ("accepted drafts", lambda s: timed(shapes[s], "eft")["acceptance"], percent),
+        ("speed over plain decoding (wall clock)", gains.get, lambda y: f"{y:g}x"),
+    ]
     for i, (ax, (title, value, form)) in enumerate(zip(axes, panels)):
         ax.set_ylim(0, top if i else 1.02)
         ends = [(ks[-1], 1.0, "plain", GREY)] if i else []
@@ -197,9 +227,15 @@ def plots(shapes: dict[Shape, Group]) -> Iterator[tuple[str, str, Figure]]:
             names = [n for n in counts if counts[n] and 2 * counts[n] > max(counts.values())][:3]
             grid = {t: g for t, g in part.items() if any(ratio(g, n) for n in names)}
             if min(len({t.batch for t in grid}), len({t.vocab for t in grid})) > 1:
-                yield (f"{file('heat', s)}.png", f"{s.op}, {s.variant}: how many times faster eft-kernels is, over B "
-                       f"and V, {config(s)}", heat_plot(grid, names))
+                yield (
+                    f"{file('heat', s)}.png",
+                    f"{s.op}, {s.variant}: how many times faster eft-kernels is, over B and V, {config(s)}",
+                    heat_plot(grid, names),
+                )
     for s, part in families(["generate"], "variant", "draft_tokens"):
         if speculation(part):
-            yield f"{file('speculation', s)}-b{s.batch}.png", f"Speculation against K, B = {s.batch}", \
-                speculation_plot(part)
+            yield (
+                f"{file('speculation', s)}-b{s.batch}.png",
+                f"Speculation against K, B = {s.batch}",
+                speculation_plot(part),
+            )

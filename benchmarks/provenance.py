@@ -19,14 +19,19 @@ SOURCES = (":(glob)eft_kernels/**/*.py", "csrc", ":(glob)benchmarks/*.py", "setu
 def of_a_row() -> dict:
     """The fields of a row that tell its sources."""
     files, commit = changed(), git("rev-parse", "HEAD")
-    return dict(commit=commit.strip() if commit else os.environ.get("EFT_KERNELS_COMMIT"),
-                dirty=None if files is None else bool(files), source=source())
+    return dict(
+        commit=commit.strip() if commit else os.environ.get("EFT_KERNELS_COMMIT"),
+        dirty=None if files is None else bool(files),
+        source=source(),
+    )
 
 
 def git(*args: str) -> str | None:
     """What git prints about this checkout; None where there is none (also inside somebody else's repository)."""
+
     def run(*words):
         return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout
+
     try:
         run("ls-files", "--error-unmatch", "setup.py")
         return run(*args)
@@ -36,8 +41,13 @@ def git(*args: str) -> str | None:
 
 def is_source(path: str) -> bool:
     """Of a path relative to the checkout: whether it is one of `SOURCES`."""
-    return path == "setup.py" or path.startswith("csrc/") and not path.startswith("csrc/tests/") or \
-        path.endswith(".py") and (path.startswith("eft_kernels/") or path.rpartition("/")[0] == "benchmarks")
+    return (
+        path == "setup.py"
+        or path.startswith("csrc/")
+        and not path.startswith("csrc/tests/")
+        or path.endswith(".py")
+        and (path.startswith("eft_kernels/") or path.rpartition("/")[0] == "benchmarks")
+    )
 
 
 def changed() -> list[str] | None:
@@ -108,8 +118,13 @@ def add(path, results=None) -> str:
         if commit not in known:
             known[commit] = source_of(commit) if commit else None
         if source is None or source != known[commit]:
-            why = "no commit is named" if not commit else f"commit {commit} is unknown here" if known[commit] is None \
+            why = (
+                "no commit is named"
+                if not commit
+                else f"commit {commit} is unknown here"
+                if known[commit] is None
                 else f"its sources are not those of commit {commit}"
+            )
             raise Refused(f"{path}:{number}: {why}")
     target = (results or ROOT / "benchmarks" / "results") / slugs.pop() / path.name
     if target.exists():

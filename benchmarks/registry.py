@@ -23,8 +23,9 @@ def factors(batches, **fixed) -> list[Shape]:
 
 
 def grid(batches, **fixed) -> list[Shape]:
-    return [Shape("sample", "plain", b, v, against=PEERS, rounds=5, **fixed) for b in batches for v in VOCABS] + \
-        [Shape("sample", "plain", 512, 32000, against=PEERS, rounds=5, **fixed)]
+    return [Shape("sample", "plain", b, v, against=PEERS, rounds=5, **fixed) for b in batches for v in VOCABS] + [
+        Shape("sample", "plain", 512, 32000, against=PEERS, rounds=5, **fixed)
+    ]
 
 
 def cpu() -> list[Shape]:
@@ -34,8 +35,12 @@ def cpu() -> list[Shape]:
 
 def gpu() -> list[Shape]:
     batches, graph = (1, 64, 256, 8, 512), on("cuda")  # those of goals first: time may run out
-    centre = [Shape("sample", v, b, **graph | dict(launch=how)) for how in ("graph", "eager") for b in batches
-              for v in ("plain", "top_p")]
+    centre = [
+        Shape("sample", v, b, **graph | dict(launch=how))
+        for how in ("graph", "eager")
+        for b in batches
+        for v in ("plain", "top_p")
+    ]
     return unique([*centre, *variants((1, 64), **graph), *factors((1, 64), **graph), *grid(batches, **graph)])
 
 

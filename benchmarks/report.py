@@ -70,6 +70,7 @@ def against(name: str):
 
 class Goal(NamedTuple):
     """``measure`` of the shapes that ``where`` picks, the worst of them, must be on the right side of ``bound``."""
+
     text: str
     kind: str
     variant: str
@@ -87,13 +88,19 @@ GOALS = [
     Goal("faster than the leanest PyTorch", "cpu", "plain", ONE, against("lean"), 10),
     *(Goal("time over combine + max alone", "cpu", v, ONE, over_combine_max, 2, True) for v in ("plain", "top_p")),
     Goal("share of the read bandwidth", "cpu", "plain", ONE | dict(batch=64), of_read, 0.7, form=percent),
-    *(Goal("faster than the best other sampler", "cuda", v, GRAPH | dict(batch=b), best_peer, x)
-      for v in ("plain", "top_p") for b, x in ((1, 5), (64, 2.5), (256, 2))),
+    *(
+        Goal("faster than the best other sampler", "cuda", v, GRAPH | dict(batch=b), best_peer, x)
+        for v in ("plain", "top_p")
+        for b, x in ((1, 5), (64, 2.5), (256, 2))
+    ),
     Goal("share of the copy bandwidth", "cuda", "plain", GRAPH | dict(batch=256), of_copy, 0.9, form=percent),
     Goal("share of the copy bandwidth", "cuda", "top_p", GRAPH | dict(batch=256), of_copy, 0.75, form=percent),
     Goal("time of a call", "cuda", "plain", GRAPH | dict(batch=1), microseconds, 5, True, us),
-    *(Goal("faster than eager PyTorch, every B", "cuda", v, dict(launch=how), against("eager"), x)
-      for v, x in (("plain", 15), ("top_p", 30)) for how in ("graph", "eager")),
+    *(
+        Goal("faster than eager PyTorch, every B", "cuda", v, dict(launch=how), against("eager"), x)
+        for v, x in (("plain", 15), ("top_p", 30))
+        for how in ("graph", "eager")
+    ),
 ]
 
 
@@ -101,8 +108,11 @@ def speculation(shapes: dict[Shape, Group], name: str = "eft") -> dict[Shape, fl
     """Our wall clock of plain decoding over that of ``name``, for everything but our own plain decoding."""
     keys = {s: s._replace(variant="", draft_tokens=None) for s in shapes if s.op == "generate"}
     plain = {keys[s]: r["median_us"] for s in keys if s.variant == "plain" and (r := timed(shapes[s], "eft"))}
-    return {s: plain[k] / row["median_us"] for s, k in keys.items() if k in plain and (row := timed(shapes[s], name))
-            and (name, s.variant) != ("eft", "plain")}
+    return {
+        s: plain[k] / row["median_us"]
+        for s, k in keys.items()
+        if k in plain and (row := timed(shapes[s], name)) and (name, s.variant) != ("eft", "plain")
+    }
 
 
 def goals(shapes: dict[Shape, Group], kind: str) -> list[list[str]]:
@@ -114,24 +124,43 @@ def goals(shapes: dict[Shape, Group], kind: str) -> list[list[str]]:
         x = (max if goal.upper else min)(found) if found else None
         at = ", ".join(f"{dict(batch='B =').get(k, k)} {v}" for k, v in goal.where.items())
         verdict = "-" if x is None else "met" if (x <= goal.bound if goal.upper else x >= goal.bound) else "missed"
-        lines.append([f"{goal.variant}: {goal.text} ({at})", f"{'<=' if goal.upper else '>='} {goal.form(goal.bound)}",
-                      "no rows" if x is None else goal.form(x), verdict])
+        lines.append(
+            [
+                f"{goal.variant}: {goal.text} ({at})",
+                f"{'<=' if goal.upper else '>='} {goal.form(goal.bound)}",
+                "no rows" if x is None else goal.form(x),
+                verdict,
+            ]
+        )
     gains = speculation(shapes)
     best = max(gains, key=gains.get, default=None)
-    lines.append(["generate: speculation over plain decoding, best method and K", ">= 2.5x",
-                  *(("no rows", "-") if best is None else (
-                      f"{times(gains[best])} ({best.variant}, K = {best.draft_tokens}, B = {best.batch})",
-                      "met" if gains[best] >= 2.5 else "missed"))])
+    lines.append(
+        [
+            "generate: speculation over plain decoding, best method and K",
+            ">= 2.5x",
+            *(
+                ("no rows", "-")
+                if best is None
+                else (
+                    f"{times(gains[best])} ({best.variant}, K = {best.draft_tokens}, B = {best.batch})",
+                    "met" if gains[best] >= 2.5 else "missed",
+                )
+            ),
+        ]
+    )
     return lines
 
 
 # --- tables --------------------------------------------------------------------------------------------------------
 
+
 def table(header: list[str], lines: list[list[str]], left: int = 0) -> list[str]:
     """Markdown; the first ``left`` columns left aligned."""
     escaped = [[c.replace("|", "\\|") for c in line] for line in lines]
-    return ["| " + " | ".join(line) + " |" for line in
-            [header, [":--" if i < left else "--:" for i in range(len(header))], *escaped]] + [""]
+    return [
+        "| " + " | ".join(line) + " |"
+        for line in [header, [":--" if i < left else "--:" for i in range(len(header))], *escaped]
+    ] + [""]
 
 
 def op_table(shapes: dict[Shape, Group]) -> list[str]:
@@ -146,13 +175,30 @@ def generate_cells(shapes: dict[Shape, Group]) -> tuple[str, list[str], list[lis
         for s, g in shapes.items():
             if row := timed(g, name):
                 share, speed = row["acceptance"], row["tokens_per_s"]
-                lines.append([name_of(name), s.variant, s.draft_tokens or "-",
-                              *("-" if getattr(s, c) is None else getattr(s, c) for c in columns),
-                              us(row["median_us"]), f"{us(row['p20_us'])}..{us(row['p80_us'])}",
-                              "-" if speed is None else f"{speed:.4g}", "-" if share is None else percent(share),
-                              times(gains[name][s]) if s in gains[name] else "-"])
-    header = ["implementation", "method", "K", *(HEADS.get(c, c) for c in columns), "wall clock", "p20..p80",
-              "tokens/s", "accepted", "over plain"]
+                lines.append(
+                    [
+                        name_of(name),
+                        s.variant,
+                        s.draft_tokens or "-",
+                        *("-" if getattr(s, c) is None else getattr(s, c) for c in columns),
+                        us(row["median_us"]),
+                        f"{us(row['p20_us'])}..{us(row['p80_us'])}",
+                        "-" if speed is None else f"{speed:.4g}",
+                        "-" if share is None else percent(share),
+                        times(gains[name][s]) if s in gains[name] else "-",
+                    ]
+                )
+    header = [
+        "implementation",
+        "method",
+        "K",
+        *(HEADS.get(c, c) for c in columns),
+        "wall clock",
+        "p20..p80",
+        "tokens/s",
+        "accepted",
+        "over plain",
+    ]
     return shared, *dense(header, lines)
 
 
@@ -167,11 +213,20 @@ def environments(rows: list[dict]) -> list[str]:
     lines = []
     for run, r in runs.items():
         commit = "no commit" if not r["commit"] else f"commit {r['commit']}{' with changes' if r['dirty'] else ''}"
-        parts = [r["device"], f"{r['cores']} cores" if r["cores"] else "", r["isa"],
-                 f"driver {r['driver']}" if r["driver"] else "", r["os"],
-                 *(f"{n.replace('_', '-')} {r[n]}" for n in ("eft_kernels", "torch", "triton", "transformers", "python")
-                   if r[n]), f"backend {r['backend']}" if r["backend"] else "",
-                 f"{r['bandwidth_gbs']:.4g} GB/s" if r["bandwidth_gbs"] else ""]
+        parts = [
+            r["device"],
+            f"{r['cores']} cores" if r["cores"] else "",
+            r["isa"],
+            f"driver {r['driver']}" if r["driver"] else "",
+            r["os"],
+            *(
+                f"{n.replace('_', '-')} {r[n]}"
+                for n in ("eft_kernels", "torch", "triton", "transformers", "python")
+                if r[n]
+            ),
+            f"backend {r['backend']}" if r["backend"] else "",
+            f"{r['bandwidth_gbs']:.4g} GB/s" if r["bandwidth_gbs"] else "",
+        ]
         lines += [f"- `{r['command']}`, {r['date']}, {commit}, run {run}: " + ", ".join(str(p) for p in parts if p)]
     return [*lines, ""]
 
@@ -180,19 +235,33 @@ def markdown(rows: list[dict], figures: list[tuple[str, str]]) -> str:
     """The page of one device; ``figures``: (file, what it shows)."""
     shapes = newest(rows)
     kind, device = rows[-1]["device_kind"], rows[-1]["device"]
-    out = [f"# {device}", "", "Written by `python -m benchmarks report` from the rows beside it; not by hand.", "",
-           "Times are medians of interleaved rounds. *floor*: the least bytes at the bandwidth measured in the same "
-           "run; *of floor*: floor / ours. *combine + max*: our kernel at temperature 0, no noise and no filter. In "
-           "brackets: how many times our time an implementation takes.", "", "## Goals", "",
-           *table(["goal", "wanted", "measured", "verdict"], goals(shapes, kind), left=1)]
+    out = [
+        f"# {device}",
+        "",
+        "Written by `python -m benchmarks report` from the rows beside it; not by hand.",
+        "",
+        "Times are medians of interleaved rounds. *floor*: the least bytes at the bandwidth measured in the same "
+        "run; *of floor*: floor / ours. *combine + max*: our kernel at temperature 0, no noise and no filter. In "
+        "brackets: how many times our time an implementation takes.",
+        "",
+        "## Goals",
+        "",
+        *table(["goal", "wanted", "measured", "verdict"], goals(shapes, kind), left=1),
+    ]
     for file, text in figures:
         out += [f"![{text}]({file})", ""]
     for op, variant in dict.fromkeys((s.op, s.variant if s.op != "generate" else "") for s in shapes):
-        part = {s: g for s, g in shapes.items() if s.op == op and variant in ("", s.variant)
-                and any(r["status"] == "measured" for r in g.values())}
+        part = {
+            s: g
+            for s, g in shapes.items()
+            if s.op == op and variant in ("", s.variant) and any(r["status"] == "measured" for r in g.values())
+        }
         if part:
-            out += [f"## {op}{variant and ', '}{variant}", "",
-                    *(generate_table(part) if op == "generate" else op_table(part))]
+            out += [
+                f"## {op}{variant and ', '}{variant}",
+                "",
+                *(generate_table(part) if op == "generate" else op_table(part)),
+            ]
     if lines := untimed(shapes):
         out += ["## Not timed", "", *(f"- {line}" for line in lines), ""]
     return "\n".join([*out, "## Runs", "", *environments(rows)])

@@ -5,13 +5,31 @@ from .dispatch import backends
 from .ops import DraftOutput, SampleOutput, VerifyOutput, draft, logprobs, row_seeds, sample, token_logprobs, verify
 from .version import __version__
 
-__all__ = ["DraftOutput", "SampleOutput", "VerifyOutput", "Weights", "__version__", "backends", "downscale", "draft",
-           "hf", "interpolate", "logprobs", "proxy", "row_seeds", "sample", "token_logprobs", "upscale", "verify",
-           "weights"]
+__all__ = [
+    "DraftOutput",
+    "SampleOutput",
+    "VerifyOutput",
+    "Weights",
+    "__version__",
+    "backends",
+    "downscale",
+    "draft",
+    "hf",
+    "interpolate",
+    "logprobs",
+    "proxy",
+    "row_seeds",
+    "sample",
+    "token_logprobs",
+    "upscale",
+    "verify",
+    "weights",
+]
 
 
 def __getattr__(name: str):
     if name == "hf":  # transformers is imported only when it is used
         from .integrations import hf
+
         return hf
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

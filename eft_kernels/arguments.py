@@ -62,8 +62,9 @@ def scalar_or_rows(name: str, value, rows: int, device: torch.device, check: boo
         return scalar(name, value, rows)
     value = dense(name, value)
     if value.is_complex() or value.dtype is torch.bool:
-        raise ValueError(f"{name}: expected {'an integer' if dtype is torch.int64 else 'a real'} tensor, "
-                         f"got {value.dtype}")
+        raise ValueError(
+            f"{name}: expected {'an integer' if dtype is torch.int64 else 'a real'} tensor, got {value.dtype}"
+        )
     if value.dim() == 0:
         value = value.reshape(1).expand(rows)
     if value.shape != (rows,):
@@ -93,8 +94,10 @@ def check_logits(logits, dims: int, vocab_size: int | None) -> tuple[list[torch.
         if len(size) != dims or size[:-1] != lead:
             shape = "[B, V]" if dims == 2 else "[B, K+1, V]"
             got = list(size) if isinstance(z, torch.Tensor) else type(z).__name__
-            raise ValueError(f"logits[{j}]: expected a tensor {shape}, every model with the same rows, got {got}"
-                             + (f" beside {list(out[0].shape)}" if j else ""))
+            raise ValueError(
+                f"logits[{j}]: expected a tensor {shape}, every model with the same rows, got {got}"
+                + (f" beside {list(out[0].shape)}" if j else "")
+            )
         if z.dtype not in DTYPES:
             raise ValueError(f"logits[{j}]: expected float32, float16 or bfloat16, got {z.dtype}")
         if z.device != device:
@@ -104,8 +107,9 @@ def check_logits(logits, dims: int, vocab_size: int | None) -> tuple[list[torch.
     if vocab_size is None:
         vocab_size = shortest
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, numbers.Integral) or not 1 <= vocab_size <= shortest:
-        raise ValueError(f"vocab_size: got {shown(vocab_size)}, allowed is 1 to {shortest} "
-                         "(the shortest model's logits)")
+        raise ValueError(
+            f"vocab_size: got {shown(vocab_size)}, allowed is 1 to {shortest} (the shortest model's logits)"
+        )
     if vocab_size > MAX_VOCAB:
         raise ValueError(f"vocab_size: got {vocab_size}, allowed is at most {MAX_VOCAB}")
     return out, int(vocab_size)
@@ -120,17 +124,36 @@ def check_mask(mask, shape: tuple[int, ...], device: torch.device) -> torch.Tens
         got = f"{mask.dtype} {list(mask.shape)}"
         if mask.dtype is torch.uint32:
             mask = mask.view(torch.int32)
-    if not isinstance(mask, torch.Tensor) or mask.dtype is not torch.int32 or mask.dim() != len(shape) or \
-            mask.shape[-1] != shape[-1] or any(n not in (1, want) for n, want in zip(mask.shape, shape)):
-        raise ValueError(f"token_mask: expected an int32 tensor {list(shape)} (bit v % 32 of word v // 32 is 1 where "
-                         f"token v is allowed; sizes of 1 are repeated), got {got}")
+    if (
+        not isinstance(mask, torch.Tensor)
+        or mask.dtype is not torch.int32
+        or mask.dim() != len(shape)
+        or mask.shape[-1] != shape[-1]
+        or any(n not in (1, want) for n, want in zip(mask.shape, shape))
+    ):
+        raise ValueError(
+            f"token_mask: expected an int32 tensor {list(shape)} (bit v % 32 of word v // 32 is 1 where "
+            f"token v is allowed; sizes of 1 are repeated), got {got}"
+        )
     if mask.device != device:
         raise ValueError(f"token_mask: is on {mask.device}, the logits are on {device}; move it there")
     return mask.expand(shape).contiguous()
 
 
-def check_params(logits, weights, rows, vocab_size, sampling: Mapping, *, seed=0, position=0, token_mask=None, tuned=1,
-                 check=False, needs_tuned=False) -> Params:
+def check_params(
+    logits,
+    weights,
+    rows,
+    vocab_size,
+    sampling: Mapping,
+    *,
+    seed=0,
+    position=0,
+    token_mask=None,
+    tuned=1,
+    check=False,
+    needs_tuned=False,
+) -> Params:
     """All arguments beside the logits, checked, as `Params`. ``logits`` are already checked; what ``sampling`` lacks or
     has None for is off."""
     device = logits[0].device
@@ -155,10 +178,18 @@ def check_params(logits, weights, rows, vocab_size, sampling: Mapping, *, seed=0
         token_mask = check_mask(token_mask, (*logits[0].shape[:-1], (vocab_size + 31) // 32), device)
 
     given = {**sampling, "seed": seed, "position": position}
-    values = {name: scalar_or_rows(name, p.off if given.get(name) is None else given[name], rows, device, check)
-              for name, p in ROWS.items()}
-    combines = any(isinstance(values[p.name], torch.Tensor) or values[p.name] != p.off
-                   for p in PARAMETERS if p.stage == "combine")
-    tuned = index("tuned", tuned, 0, len(logits) - 1 if needs_tuned or combines else MAX_MODELS - 1,
-                  f"the index of one of the {len(logits)} models")
+    values = {
+        name: scalar_or_rows(name, p.off if given.get(name) is None else given[name], rows, device, check)
+        for name, p in ROWS.items()
+    }
+    combines = any(
+        isinstance(values[p.name], torch.Tensor) or values[p.name] != p.off for p in PARAMETERS if p.stage == "combine"
+    )
+    tuned = index(
+        "tuned",
+        tuned,
+        0,
+        len(logits) - 1 if needs_tuned or combines else MAX_MODELS - 1,
+        f"the index of one of the {len(logits)} models",
+    )
     return Params(w, **values, token_mask=token_mask, vocab_size=vocab_size, tuned=tuned)

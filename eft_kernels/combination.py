@@ -49,8 +49,9 @@ class Weights:
         self.values: tuple[float, ...] | None = None
         self.tensor: torch.Tensor | None = None
         self.on_host = on_host
-        if is_array(values) or (isinstance(values, (list, tuple)) and values
-                                and all(isinstance(v, (list, tuple)) for v in values)):
+        if is_array(values) or (
+            isinstance(values, (list, tuple)) and values and all(isinstance(v, (list, tuple)) for v in values)
+        ):
             values, self.on_host = _per_row(values), True
         elif isinstance(values, (list, tuple)):
             self.on_host |= any(isinstance(v, (list, tuple)) or is_array(v) for v in values)
@@ -69,8 +70,9 @@ class Weights:
             if rows:
                 n, device = rows[0].shape[0], rows[0].device
                 if any(v.device.type != device.type for v in rows):
-                    raise ValueError(f"weights: got values on {', '.join(sorted({str(v.device) for v in rows}))}; move "
-                                     "them together")
+                    raise ValueError(
+                        f"weights: got values on {', '.join(sorted({str(v.device) for v in rows}))}; move them together"
+                    )
                 columns = [torch.as_tensor(v, dtype=torch.float32, device=device).expand(n) for v in values]
                 self.tensor = torch.stack(columns, dim=1)
             else:

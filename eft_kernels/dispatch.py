@@ -32,8 +32,9 @@ _INTERPRETED = ("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else ()
 # in order of preference for "auto"
 TABLE = (
     Backend("cpu", f"{__package__}._backends.cpu", ("cpu",), "C++ with AVX2, AVX-512 or NEON, threads"),
-    Backend("cuda", f"{__package__}._backends.cuda", ("cuda",), "CUDA C++, NVIDIA GPUs from compute capability 8.0",
-            "_cuda"),
+    Backend(
+        "cuda", f"{__package__}._backends.cuda", ("cuda",), "CUDA C++, NVIDIA GPUs from compute capability 8.0", "_cuda"
+    ),
     Backend("triton", f"{__package__}._backends.triton", ("cuda", "xpu", *_INTERPRETED), "Triton kernels, any GPU"),
     Backend("reference", f"{__package__}.reference", (), "PyTorch, the definition; slow"),
 )
@@ -93,8 +94,9 @@ def _choose(name: str, device_type: str) -> ModuleType:
             return load(b.name)
         if b.optional and not extension.built(b.optional):
             continue
-        warnings.warn(f"eft_kernels: the {b.name} backend is not available ({reason}); using a slower one",
-                      stacklevel=3)
+        warnings.warn(
+            f"eft_kernels: the {b.name} backend is not available ({reason}); using a slower one", stacklevel=3
+        )
     raise AssertionError("the reference backend is always available")
 
 

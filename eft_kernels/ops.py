@@ -48,15 +48,16 @@ def _pairs(rows, prefix: str = "", optional: str = "") -> str:
     return ", ".join(f"Tensor? {prefix}{p.name}, {p.type.__name__}{optional} {prefix}{p.name}_value" for p in rows)
 
 
-_PARAMS = (f"Tensor? weights, float[] weight_values, {_pairs(ROWS.values())}, "
-           "Tensor? token_mask, int vocab_size, int tuned")
+_PARAMS = (
+    f"Tensor? weights, float[] weight_values, {_pairs(ROWS.values())}, Tensor? token_mask, int vocab_size, int tuned"
+)
 SCHEMAS = {
     "sample": f"(Tensor[] logits, {_PARAMS}, str stream, int slot, bool logprobs, int top_logprobs, bool diagnostics, "
-              "str backend) -> (Tensor tokens, Tensor valid, Tensor logprobs, Tensor raw_logprobs, Tensor top_ids, "
-              "Tensor top_logprobs, Tensor entropy, Tensor tv)",
+    "str backend) -> (Tensor tokens, Tensor valid, Tensor logprobs, Tensor raw_logprobs, Tensor top_ids, "
+    "Tensor top_logprobs, Tensor entropy, Tensor tv)",
     "verify": f"(Tensor[] logits, {_PARAMS}, Tensor draft_tokens, Tensor draft_lengths, str method, int draft, "
-              f"{_pairs(DRAFTED, 'draft_', '?')}, bool logprobs, str backend) -> (Tensor tokens, Tensor num_emitted, "
-              "Tensor valid, Tensor logprobs, Tensor raw_logprobs)",
+    f"{_pairs(DRAFTED, 'draft_', '?')}, bool logprobs, str backend) -> (Tensor tokens, Tensor num_emitted, "
+    "Tensor valid, Tensor logprobs, Tensor raw_logprobs)",
     "logprobs": f"(Tensor[] logits, {_PARAMS}, str backend) -> Tensor",
     "token_logprobs": f"(Tensor[] logits, {_PARAMS}, Tensor ids, str backend) -> Tensor",
 }
@@ -102,18 +103,23 @@ def _checked(name: str, logits, p: Params, args: tuple):
     elif name == "verify":
         drafts, lengths, method, draft, drawn_by, logprobs = args
         _check_method(logits, method, None if draft == -1 else draft)
-        args = (_integers("draft_tokens", drafts, (rows, slots[0] - 1), device),
-                _integers("draft_lengths", lengths, (rows,), device), method, draft,
-                _own_params(drawn_by, rows, device, False, _no_distribution(method, None if draft == -1 else draft)),
-                logprobs)
+        args = (
+            _integers("draft_tokens", drafts, (rows, slots[0] - 1), device),
+            _integers("draft_lengths", lengths, (rows,), device),
+            method,
+            draft,
+            _own_params(drawn_by, rows, device, False, _no_distribution(method, None if draft == -1 else draft)),
+            logprobs,
+        )
     elif name == "token_logprobs":
         ids = args[0]
         if not isinstance(ids, torch.Tensor) or ids.is_nested or ids.dim() != 2:
             raise ValueError(f"ids: expected an int64 tensor [{rows}, n], got {shown(ids)}")
         args = (_integers("ids", ids, (rows, ids.shape[1]), device),)
     sampling = {name: fields.pop(name) for name in NAMES}
-    p = check_params(logits, fields.pop("weights"), rows, vocab_size, sampling, **fields,
-                     needs_tuned=name == "sample" and args[4])
+    p = check_params(
+        logits, fields.pop("weights"), rows, vocab_size, sampling, **fields, needs_tuned=name == "sample" and args[4]
+    )
     return logits, p, *args
 
 
@@ -127,15 +133,18 @@ def _implementation(name: str):
         if isinstance(out, torch.Tensor):
             return out
         # an operator returns tensors: what was not asked for is empty
-        return tuple(logits[0].new_empty(0, dtype=dtype) if t is None else t
-                     for t, dtype in zip(out, _RETURNS[name]))
+        return tuple(logits[0].new_empty(0, dtype=dtype) if t is None else t for t, dtype in zip(out, _RETURNS[name]))
+
     return run
 
 
 def _plain() -> bool:
     """Nothing listens to the dispatcher (which costs more than a small kernel)."""
-    return not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack() and \
-        torch._C._functorch.peek_interpreter_stack() is None
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def _device_type(logits) -> str:
@@ -156,8 +165,10 @@ def _call(name: str, logits, p: Params, *args, backend: str):
         if plain or torch.compiler.is_compiling():
             raise
         j = next(j for j, z in enumerate(logits) if stands_for_others(z))
-        raise ValueError(f"logits[{j}]: expected a plain tensor, got a {type(logits[j]).__name__} "
-                         f"that fails with {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"logits[{j}]: expected a plain tensor, got a {type(logits[j]).__name__} "
+            f"that fails with {type(error).__name__}: {error}"
+        ) from error
 
 
 def _values(weights):
@@ -167,6 +178,7 @@ def _values(weights):
 
 def _shapes_alone(fake):
     """A fake for tensors without values. One of them beside real logits would have it make up the results."""
+
     @functools.wraps(fake)
     def run(logits, *args):
         if not logits:
@@ -174,6 +186,7 @@ def _shapes_alone(fake):
         if logits[0].device.type != "meta" and not is_fake(logits[0]):
             raise ValueError(f"an argument is on meta, the logits are on {logits[0].device}; move it there")
         return fake(logits, *args)
+
     return run
 
 
@@ -199,8 +212,9 @@ def _fake_token_logprobs(logits, *args):
 
 
 library = torch.library.Library(NAMESPACE, "DEF")
-for _name, _fake in dict(sample=_fake_sample, verify=_fake_verify, logprobs=_fake_logprobs,
-                         token_logprobs=_fake_token_logprobs).items():
+for _name, _fake in dict(
+    sample=_fake_sample, verify=_fake_verify, logprobs=_fake_logprobs, token_logprobs=_fake_token_logprobs
+).items():
     library.define(_name + SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
     for _key in ("CPU", "CUDA", "XPU", "MPS"):
         library.impl(_name, _implementation(_name), _key)
@@ -264,14 +278,19 @@ def _noise(seed, position, rows: int, device) -> tuple:
     """(seed, position) as given, or fresh seeds; ValueError where a seed would repeat its noise at every step."""
     if position is None:
         if seed is not None:
-            raise ValueError(f"position: got None with seed={'a tensor' if isinstance(seed, torch.Tensor) else seed}; "
-                             "give the step's number (0 for a row's first new token, then 1, ...): the same seed and "
-                             "position draw the same noise again")
+            raise ValueError(
+                f"position: got None with seed={'a tensor' if isinstance(seed, torch.Tensor) else seed}; "
+                "give the step's number (0 for a row's first new token, then 1, ...): the same seed and "
+                "position draw the same noise again"
+            )
         position = 0
     if seed is None:
         seed = torch.randint(-(1 << 63), (1 << 63) - 1, (rows,), dtype=torch.int64, device=device)
-    elif isinstance(seed, torch.Tensor) and seed.dim() == 0 and not (
-            seed.is_floating_point() or seed.is_complex() or seed.dtype == torch.bool):
+    elif (
+        isinstance(seed, torch.Tensor)
+        and seed.dim() == 0
+        and not (seed.is_floating_point() or seed.is_complex() or seed.dtype == torch.bool)
+    ):
         seed = row_seed(seed.to(torch.int64), torch.arange(rows, device=seed.device))
     return seed, position
 
@@ -334,10 +353,29 @@ def sample(
     # parameters: values
     sampling = (temperature, top_k, top_p, min_p, upscale_top_p)
     # parameters: end
-    if seed is not None and position is not None and not check and type(stream) is str and _plain() and \
-            (shortcut := dispatch.shortcut("try_sample", backend, _device_type(logits))):
-        out = shortcut(logits, _values(weights), *sampling, seed, position, token_mask, vocab_size, tuned,
-                       STREAM_CODES.get(stream), slot, logprobs, top_logprobs, diagnostics)
+    if (
+        seed is not None
+        and position is not None
+        and not check
+        and type(stream) is str
+        and _plain()
+        and (shortcut := dispatch.shortcut("try_sample", backend, _device_type(logits)))
+    ):
+        out = shortcut(
+            logits,
+            _values(weights),
+            *sampling,
+            seed,
+            position,
+            token_mask,
+            vocab_size,
+            tuned,
+            STREAM_CODES.get(stream),
+            slot,
+            logprobs,
+            top_logprobs,
+            diagnostics,
+        )
         if out is not None:
             return SampleOutput(*out)
     logits, vocab_size = check_logits(logits, 2, vocab_size)
@@ -345,13 +383,28 @@ def sample(
     slot, top_logprobs = _check_draw(stream, slot, top_logprobs)
     logprobs, diagnostics = flag("logprobs", logprobs), flag("diagnostics", diagnostics)
     seed, position = _noise(seed, position, rows, device)
-    p = check_params(logits, weights, rows, vocab_size, dict(zip(NAMES, sampling)), seed=seed, position=position,
-                     token_mask=token_mask, tuned=tuned, check=check or _eager_cpu(device), needs_tuned=diagnostics)
+    p = check_params(
+        logits,
+        weights,
+        rows,
+        vocab_size,
+        dict(zip(NAMES, sampling)),
+        seed=seed,
+        position=position,
+        token_mask=token_mask,
+        tuned=tuned,
+        check=check or _eager_cpu(device),
+        needs_tuned=diagnostics,
+    )
     out = _call("sample", logits, p, stream, slot, logprobs, top_logprobs, diagnostics, backend=backend)
     tokens, valid, lp, raw, top_ids, top_lp, entropy, tv = out
-    return SampleOutput(tokens, valid, *((lp, raw) if logprobs else (None, None)),
-                        *((top_ids, top_lp) if top_logprobs else (None, None)),
-                        *((entropy, tv) if diagnostics else (None, None)))
+    return SampleOutput(
+        tokens,
+        valid,
+        *((lp, raw) if logprobs else (None, None)),
+        *((top_ids, top_lp) if top_logprobs else (None, None)),
+        *((entropy, tv) if diagnostics else (None, None)),
+    )
 
 
 def draft(
@@ -393,17 +446,39 @@ def draft(
     if seed is None:
         raise ValueError("seed: got None; give the seed that verify will be given")
     noise = dict(stream="sample") if method == "coupled" else dict(stream="draft", slot=slot)
-    out = sample([logits], (1.0,), **dict(zip(DraftParams._fields, sampling)), seed=seed, position=position,
-                 vocab_size=vocab_size, token_mask=token_mask, logprobs=logprobs, tuned=0, backend=backend, check=check,
-                 **noise)
+    out = sample(
+        [logits],
+        (1.0,),
+        **dict(zip(DraftParams._fields, sampling)),
+        seed=seed,
+        position=position,
+        vocab_size=vocab_size,
+        token_mask=token_mask,
+        logprobs=logprobs,
+        tuned=0,
+        backend=backend,
+        check=check,
+        **noise,
+    )
     vocab_size = logits.shape[1] if vocab_size is None else vocab_size
     if token_mask is not None:
         token_mask = check_mask(token_mask, (logits.shape[0], (vocab_size + 31) // 32), logits.device)
     # what their owner writes there until verify looks at them does not count
-    *sampling, seed, position, token_mask = (x.clone() if isinstance(x, torch.Tensor) else copy.copy(x)
-                                             for x in (*sampling, seed, position, token_mask))
-    return DraftOutput(out.tokens, out.valid, out.logprobs, method, slot, seed, position, DraftParams(*sampling),
-                       vocab_size, token_mask)
+    *sampling, seed, position, token_mask = (
+        x.clone() if isinstance(x, torch.Tensor) else copy.copy(x) for x in (*sampling, seed, position, token_mask)
+    )
+    return DraftOutput(
+        out.tokens,
+        out.valid,
+        out.logprobs,
+        method,
+        slot,
+        seed,
+        position,
+        DraftParams(*sampling),
+        vocab_size,
+        token_mask,
+    )
 
 
 def verify(
@@ -464,11 +539,31 @@ def verify(
     # parameters: values draft_
     drawn_by = (draft_temperature, draft_top_k, draft_top_p, draft_min_p)
     # parameters: end
-    if seed is not None and position is not None and not check and _plain() and \
-            type(method) is str and method in METHODS and \
-            (shortcut := dispatch.shortcut("try_verify", backend, _device_type(logits))):
-        out = shortcut(logits, _values(weights), *sampling, seed, position, token_mask, vocab_size, tuned, draft_tokens,
-                       draft_lengths, METHOD_CODES[method], draft, *drawn_by, logprobs)
+    if (
+        seed is not None
+        and position is not None
+        and not check
+        and _plain()
+        and type(method) is str
+        and method in METHODS
+        and (shortcut := dispatch.shortcut("try_verify", backend, _device_type(logits)))
+    ):
+        out = shortcut(
+            logits,
+            _values(weights),
+            *sampling,
+            seed,
+            position,
+            token_mask,
+            vocab_size,
+            tuned,
+            draft_tokens,
+            draft_lengths,
+            METHOD_CODES[method],
+            draft,
+            *drawn_by,
+            logprobs,
+        )
         if out is not None:
             return VerifyOutput(*out)
     logits, vocab_size = check_logits(logits, 3, vocab_size)
@@ -477,24 +572,43 @@ def verify(
     draft, logprobs = _check_method(logits, method, draft), flag("logprobs", logprobs)
     look = check or _eager_cpu(device)
     seed, position = _noise(seed, position, rows, device)
-    p = check_params(logits, weights, rows, vocab_size, dict(zip(NAMES, sampling)), seed=seed, position=position,
-                     token_mask=token_mask, tuned=tuned, check=look)
+    p = check_params(
+        logits,
+        weights,
+        rows,
+        vocab_size,
+        dict(zip(NAMES, sampling)),
+        seed=seed,
+        position=position,
+        token_mask=token_mask,
+        tuned=tuned,
+        check=look,
+    )
     drafts = None
-    if isinstance(draft_tokens, (list, tuple)) and all(isinstance(d, DraftOutput) for d in draft_tokens) or \
-            isinstance(draft_tokens, DraftOutput):
+    if (
+        isinstance(draft_tokens, (list, tuple))
+        and all(isinstance(d, DraftOutput) for d in draft_tokens)
+        or isinstance(draft_tokens, DraftOutput)
+    ):
         drafts, draft_tokens = draft_tokens, _tokens_of(draft_tokens, rows, slots - 1, device)
-    elif isinstance(draft_tokens, (list, tuple)) and \
-            any(isinstance(x, (torch.Tensor, DraftOutput)) for x in draft_tokens):
-        raise ValueError(f"draft_tokens: expected an int64 tensor [{rows}, {slots - 1}] (torch.stack(tokens, 1)) or "
-                         "the round's outputs of eft.draft, got a list of tensors")
+    elif isinstance(draft_tokens, (list, tuple)) and any(
+        isinstance(x, (torch.Tensor, DraftOutput)) for x in draft_tokens
+    ):
+        raise ValueError(
+            f"draft_tokens: expected an int64 tensor [{rows}, {slots - 1}] (torch.stack(tokens, 1)) or "
+            "the round's outputs of eft.draft, got a list of tensors"
+        )
     refused = "draft_tokens say what they were drawn by" if drafts is not None else _no_distribution(method, draft)
     drawn_by = _own_params(DraftParams(*drawn_by), rows, device, look, refused)
     if drafts is not None:
         drawn_by = _drawn_by(drafts, p, rows, device, method, draft, look)
         if drafts:  # a row's drafts end at its first invalid one
             there = torch.stack([d.valid for d in drafts], 1).long().cumprod(1).sum(1)
-            draft_lengths = there if draft_lengths is None else \
-                torch.minimum(there, _integers("draft_lengths", draft_lengths, (rows,), device))
+            draft_lengths = (
+                there
+                if draft_lengths is None
+                else torch.minimum(there, _integers("draft_lengths", draft_lengths, (rows,), device))
+            )
     draft_tokens = _integers("draft_tokens", draft_tokens, (rows, slots - 1), device)
     if draft_lengths is None:
         draft_lengths = torch.full((rows,), slots - 1, dtype=torch.int64, device=device)
@@ -505,8 +619,18 @@ def verify(
         counts = torch.arange(slots - 1, device=device) < draft_lengths[:, None]
         if bool((counts & ((draft_tokens < 0) | (draft_tokens >= vocab_size))).any()):
             raise ValueError(f"draft_tokens: got an id outside 0 to {vocab_size - 1}")
-    out = _call("verify", logits, p, draft_tokens, draft_lengths, method, -1 if draft is None else draft, drawn_by,
-                logprobs, backend=backend)
+    out = _call(
+        "verify",
+        logits,
+        p,
+        draft_tokens,
+        draft_lengths,
+        method,
+        -1 if draft is None else draft,
+        drawn_by,
+        logprobs,
+        backend=backend,
+    )
     tokens, num_emitted, valid, lp, raw = out
     return VerifyOutput(tokens, num_emitted, valid, *((lp, raw) if logprobs else (None, None)))
 
@@ -517,8 +641,7 @@ def _slot(slot) -> int:
 
 def _check_draw(stream, slot, top_logprobs) -> tuple[int, int]:
     one_of("stream", stream, STREAM_NAMES)
-    return (_slot(slot),
-            index("top_logprobs", top_logprobs, 0, MAX_VOCAB, f"an integer from 0 to {MAX_VOCAB}"))
+    return (_slot(slot), index("top_logprobs", top_logprobs, 0, MAX_VOCAB, f"an integer from 0 to {MAX_VOCAB}"))
 
 
 def _check_method(logits, method, draft) -> int | None:
@@ -532,8 +655,13 @@ def _check_method(logits, method, draft) -> int | None:
 
 def _no_distribution(method: str, draft: int | None) -> str | None:
     """Why a round of drafts has no distribution that could be declared, if it has none."""
-    return "coupled compares tokens alone" if method == "coupled" else \
-        "draft=None has no distribution" if draft is None else None
+    return (
+        "coupled compares tokens alone"
+        if method == "coupled"
+        else "draft=None has no distribution"
+        if draft is None
+        else None
+    )
 
 
 def _own_params(params: DraftParams, rows: int, device, look: bool, refused: str | None = None) -> DraftParams:
@@ -541,16 +669,21 @@ def _own_params(params: DraftParams, rows: int, device, look: bool, refused: str
     for name, x in params._asdict().items():
         if refused and x is not None:
             raise ValueError(f"draft_{name}: got a value, allowed is None: {refused}")
-    return DraftParams(*(x if x is None else scalar_or_rows(f"draft_{name}", x, rows, device, look)
-                         for name, x in params._asdict().items()))
+    return DraftParams(
+        *(
+            x if x is None else scalar_or_rows(f"draft_{name}", x, rows, device, look)
+            for name, x in params._asdict().items()
+        )
+    )
 
 
 def _tokens_of(drafts, rows: int, K: int, device) -> torch.Tensor:
     """int64 [B, K] of K outputs of `draft`."""
     if isinstance(drafts, DraftOutput) or len(drafts) != K:
         got = "one of them" if isinstance(drafts, DraftOutput) else len(drafts)
-        raise ValueError(f"draft_tokens: expected a list of {K} outputs of eft.draft, for logits of {K + 1} slots, got "
-                         f"{got}")
+        raise ValueError(
+            f"draft_tokens: expected a list of {K} outputs of eft.draft, for logits of {K + 1} slots, got {got}"
+        )
     tokens = [_integers(f"draft_tokens[{i}]", d.tokens, (rows,), device) for i, d in enumerate(drafts)]
     return torch.stack(tokens, 1) if tokens else torch.empty(rows, 0, dtype=torch.int64, device=device)
 
@@ -572,6 +705,7 @@ def _drawn_by(drafts, p: Params, rows: int, device, method: str, draft: int | No
     """What a round of `draft`s was drawn by; ValueError where `verify` by ``p`` and ``method`` would not judge it."""
     first = None
     for i, d in enumerate(drafts):
+
         def bad(name, got, allowed, i=i):
             return ValueError(f"draft_tokens[{i}]: was drawn with {name} {got}, allowed is {allowed}")
 
@@ -580,8 +714,9 @@ def _drawn_by(drafts, p: Params, rows: int, device, method: str, draft: int | No
         if d.slot != i:
             raise bad("slot", d.slot, f"{i}, its place in the round")
         seed, _ = _noise(d.seed, 0, rows, device)
-        seed, position = (scalar_or_rows(n, x, rows, device, False)
-                          for n, x in (("seed", seed), ("position", d.position)))
+        seed, position = (
+            scalar_or_rows(n, x, rows, device, False) for n, x in (("seed", seed), ("position", d.position))
+        )
         if _differ("seed", seed, p.seed, rows, look):
             raise bad("seed", _text(seed), f"verify's, {_text(p.seed)}")
         if _differ("position", position, p.position + i, rows, look):
@@ -594,7 +729,8 @@ def _drawn_by(drafts, p: Params, rows: int, device, method: str, draft: int | No
             raise bad("vocab_size", d.vocab_size, f"verify's, {p.vocab_size}")
         mask = p.token_mask if p.token_mask is None else p.token_mask[:, i]
         if (d.token_mask is None) != (mask is None) or (
-                mask is not None and look and not torch.equal(d.token_mask, mask)):
+            mask is not None and look and not torch.equal(d.token_mask, mask)
+        ):
             raise bad("token_mask", "None" if d.token_mask is None else "another", "that of verify's slot")
         own = _own_params(d.params, rows, device, False)
         first = first or own
@@ -605,8 +741,11 @@ def _drawn_by(drafts, p: Params, rows: int, device, method: str, draft: int | No
 
 
 def _text(x) -> str:
-    return "a tensor on the device" if isinstance(x, torch.Tensor) and x.device.type != "cpu" else \
-        str(x.tolist() if isinstance(x, torch.Tensor) else x)
+    return (
+        "a tensor on the device"
+        if isinstance(x, torch.Tensor) and x.device.type != "cpu"
+        else str(x.tolist() if isinstance(x, torch.Tensor) else x)
+    )
 
 
 def _integers(name: str, value, shape, device) -> torch.Tensor:
@@ -647,8 +786,16 @@ def logprobs(
     sampling = (temperature, top_k, top_p, min_p, upscale_top_p)
     # parameters: end
     logits, vocab_size = check_logits(logits, 2, vocab_size)
-    p = check_params(logits, weights, logits[0].shape[0], vocab_size, dict(zip(NAMES, sampling)), token_mask=token_mask,
-                     tuned=tuned, check=check or _eager_cpu(logits[0].device))
+    p = check_params(
+        logits,
+        weights,
+        logits[0].shape[0],
+        vocab_size,
+        dict(zip(NAMES, sampling)),
+        token_mask=token_mask,
+        tuned=tuned,
+        check=check or _eager_cpu(logits[0].device),
+    )
     return _call("logprobs", logits, p, backend=backend)
 
 
@@ -688,6 +835,7 @@ def token_logprobs(
     look = check or _eager_cpu(device)
     if look and ids.numel() and readable(ids) and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
         raise ValueError(f"ids: got an id outside 0 to {vocab_size - 1}")
-    p = check_params(logits, weights, rows, vocab_size, dict(zip(NAMES, sampling)), token_mask=token_mask, tuned=tuned,
-                     check=look)
+    p = check_params(
+        logits, weights, rows, vocab_size, dict(zip(NAMES, sampling)), token_mask=token_mask, tuned=tuned, check=look
+    )
     return _call("token_logprobs", logits, p, ids, backend=backend).reshape(shape)

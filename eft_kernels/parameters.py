@@ -48,31 +48,96 @@ class Parameter(NamedTuple):
     # scale: the temperature; filter: tokens are left out; combine: how models are combined (not a draft's, which has
     # one model); noise: what is drawn
     stage: str
-    tried: tuple  # values that tests sweep; the second one is on
+    tried: tuple[float, ...]  # values that tests sweep; the second one is on
     warper: str = ""  # the class of transformers that does the same
 
 
 # in the order in which they apply, which is transformers'
 PARAMETERS = (
-    Parameter("temperature", float, 1.0, 0, 1e30, "0 to 1e30 (below 1e-5 is greedy)",
-              "divides the scores; 0 (below 1e-5) is greedy, the lowest id on ties", "scale",
-              (1.0, 0.7, 0.0, 1e-5, 1e30), "TemperatureLogitsWarper"),
-    Parameter("top_k", int, 0, -1, INT64[1], "an integer >= 0 (0 and -1 are off)",
-              "keeps the k largest scores; 0 or -1 is off", "filter", (0, 5, 1, 300), "TopKLogitsWarper"),
-    Parameter("top_p", float, 1.0, TINY, 1, "in (0, 1] (1 is off)",
-              "keeps a token if those more likely have less than this mass together; 1 is off", "filter",
-              (1.0, 0.9, 0.3, 1e-6), "TopPLogitsWarper"),
-    Parameter("min_p", float, 0.0, 0, 1, "in [0, 1] (0 is off)",
-              "keeps tokens of at least this share of the likeliest token's probability; 0 is off", "filter",
-              (0.0, 0.05, 1.0), "MinPLogitsWarper"),
-    Parameter("upscale_top_p", float, 1.0, TINY, 1, "in (0, 1] (1 is off)",
-              "conservative decoding: outside the smallest nucleus of this mass of the tuned model's own distribution "
-              "a token keeps log p_tuned; 1 is off", "combine", (1.0, 0.9, 0.3)),
+    Parameter(
+        name="temperature",
+        type=float,
+        off=1.0,
+        low=0,
+        high=1e30,
+        allowed="0 to 1e30 (below 1e-5 is greedy)",
+        doc="divides the scores; 0 (below 1e-5) is greedy, the lowest id on ties",
+        stage="scale",
+        tried=(1.0, 0.7, 0.0, 1e-5, 1e30),
+        warper="TemperatureLogitsWarper",
+    ),
+    Parameter(
+        name="top_k",
+        type=int,
+        off=0,
+        low=-1,
+        high=INT64[1],
+        allowed="an integer >= 0 (0 and -1 are off)",
+        doc="keeps the k largest scores; 0 or -1 is off",
+        stage="filter",
+        tried=(0, 5, 1, 300),
+        warper="TopKLogitsWarper",
+    ),
+    Parameter(
+        name="top_p",
+        type=float,
+        off=1.0,
+        low=TINY,
+        high=1,
+        allowed="in (0, 1] (1 is off)",
+        doc="keeps a token if those more likely have less than this mass together; 1 is off",
+        stage="filter",
+        tried=(1.0, 0.9, 0.3, 1e-6),
+        warper="TopPLogitsWarper",
+    ),
+    Parameter(
+        name="min_p",
+        type=float,
+        off=0.0,
+        low=0,
+        high=1,
+        allowed="in [0, 1] (0 is off)",
+        doc="keeps tokens of at least this share of the likeliest token's probability; 0 is off",
+        stage="filter",
+        tried=(0.0, 0.05, 1.0),
+        warper="MinPLogitsWarper",
+    ),
+    Parameter(
+        name="upscale_top_p",
+        type=float,
+        off=1.0,
+        low=TINY,
+        high=1,
+        allowed="in (0, 1] (1 is off)",
+        doc="conservative decoding: outside the smallest nucleus of this mass of the tuned model's own distribution "
+        "a token keeps log p_tuned; 1 is off",
+        stage="combine",
+        tried=(1.0, 0.9, 0.3),
+    ),
 )
 NOISE = (
-    Parameter("seed", int, 0, INT64[0], (1 << 64) - 1, "a 64-bit integer", "of the noise", "noise", (0, 1, -1, *INT64)),
-    Parameter("position", int, 0, 0, INT64[1], "an integer >= 0", "the step's number, of the noise", "noise",
-              (0, 7, 1 << 40)),
+    Parameter(
+        name="seed",
+        type=int,
+        off=0,
+        low=INT64[0],
+        high=(1 << 64) - 1,
+        allowed="a 64-bit integer",
+        doc="of the noise",
+        stage="noise",
+        tried=(0, 1, -1, *INT64),
+    ),
+    Parameter(
+        name="position",
+        type=int,
+        off=0,
+        low=0,
+        high=INT64[1],
+        allowed="an integer >= 0",
+        doc="the step's number, of the noise",
+        stage="noise",
+        tried=(0, 7, 1 << 40),
+    ),
 )
 ROWS = {p.name: p for p in (*PARAMETERS, *NOISE)}
 NAMES = tuple(p.name for p in PARAMETERS)

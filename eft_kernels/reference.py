@@ -24,6 +24,7 @@ KIND_CHUNK, KIND_TOKEN = 0, 1
 
 # --- noise ---------------------------------------------------------------------------------------------------------
 
+
 def philox(key: tuple, counter: tuple) -> tuple:
     """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words for a 64-bit key and a 128-bit counter."""
     mask = 0xFFFFFFFF
@@ -39,6 +40,7 @@ def philox(key: tuple, counter: tuple) -> tuple:
 def row_seed(seed, row) -> torch.Tensor:
     """The seed of a batch's row where one is given for all rows: row 0 keeps it, row i has splitmix64's i-th from there
     (Steele et al., OOPSLA 2014). Integers or int64 tensors of 64-bit words."""
+
     def shifted(x, n):  # as unsigned
         return (x >> n) & ((1 << (64 - n)) - 1)
 
@@ -66,8 +68,15 @@ def log_poly(f: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """log(1 + f) + k log 2 for f in [sqrt(1/2) - 1, sqrt(2) - 1] (Cephes logf)."""
     z = f * f
     p = f * 7.0376836292e-2 + -1.1514610310e-1
-    for c in (1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1, 2.0000714765e-1,
-              -2.4999993993e-1, 3.3333331174e-1):
+    for c in (
+        1.1676998740e-1,
+        -1.2420140846e-1,
+        1.4249322787e-1,
+        -1.6668057665e-1,
+        2.0000714765e-1,
+        -2.4999993993e-1,
+        3.3333331174e-1,
+    ):
         p = p * f + c
     y = f * z * p
     y = y + k * -2.12194440e-4
@@ -145,6 +154,7 @@ def first_max(key: torch.Tensor) -> torch.Tensor:
 
 # --- mass ----------------------------------------------------------------------------------------------------------
 
+
 def mass(scores, best, c) -> torch.Tensor:
     """exp2((s - best) c) as int64 fixed point, 2^40 at the best score, truncated; scores [R, V], best and c [R]."""
     x = ((scores - best[:, None]) * c[:, None]).clamp(min=-126.0)
@@ -181,6 +191,7 @@ def nucleus(scores, masses, limit) -> torch.Tensor:
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------
+
 
 class Rows:
     """Rows with every parameter as a tensor [R]; ``index`` maps rows to the batch when rows are (row, slot) pairs.
@@ -327,6 +338,7 @@ class Rows:
 
 # --- operations ----------------------------------------------------------------------------------------------------
 
+
 def blocks(rows: int, vocab_size: int):
     """Slices of rows that bound the temporaries."""
     step = max(1, (1 << 21) // max(1, vocab_size))
@@ -399,8 +411,9 @@ def token_logprobs(logits, p: Params, ids):
 
 
 @torch.no_grad()
-def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, drawn_by: DraftParams,
-           logprobs: bool):
+def verify(
+    logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, drawn_by: DraftParams, logprobs: bool
+):
     """``draft`` is -1 for a deterministic proposer. Rows are handled slot by slot, in the order of the definition."""
     B, S = logits[0].shape[:2]
     dev, V = logits[0].device, p.vocab_size
@@ -422,8 +435,9 @@ def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: i
     tokens = torch.full((B, S), -1, dtype=torch.int64, device=dev)
     emitted = torch.zeros(B, dtype=torch.int64, device=dev)
     valid = torch.zeros(B, dtype=torch.bool, device=dev)
-    lp, raw = (torch.full((B, S), float("nan"), dtype=torch.float32, device=dev) if logprobs else None
-               for _ in range(2))
+    lp, raw = (
+        torch.full((B, S), float("nan"), dtype=torch.float32, device=dev) if logprobs else None for _ in range(2)
+    )
     # a row ends its drafts at the first invalid slot, and is invalid if it gets there
     oks = torch.stack([ok for _, _, ok, _ in slots], 1)  # [B, S]
     ends = torch.where(oks, S, torch.arange(S, device=dev)).amin(1)
@@ -494,8 +508,14 @@ def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: i
             rest = residual(i, factor)
             some = here & (i < lengths) & (rest > 0).any(1)
             score = torch.where(rest > 0, log(rest.clamp(min=1).to(torch.float32)), NEG_INF)
-            drawn = race(score, torch.ones_like(r.temperature), r.seed, r.position, STREAM_CODES["residual"],
-                         torch.full_like(r.seed, i))
+            drawn = race(
+                score,
+                torch.ones_like(r.temperature),
+                r.seed,
+                r.position,
+                STREAM_CODES["residual"],
+                torch.full_like(r.seed, i),
+            )
             final = torch.where(some, drawn, final)
         tokens[:, i] = torch.where(here, torch.where(ok, final, -1), tokens[:, i])
         valid = torch.where(here, ok, valid)

@@ -83,30 +83,71 @@ CASES = [
     Case("min-p", kwargs=dict(min_p=0.05)),
     Case("min-p 1", kwargs=dict(min_p=1.0)),
     Case("all filters", kwargs=dict(temperature=0.8, top_k=40, top_p=0.95, min_p=0.02), vocab=(32000,), dtypes=(BF16,)),
-    Case("top-k hard to find", rows=170, vocab=(2000,), weights=[1.0], special="hard", kwargs=dict(
-        top_k=per_row(1, 2, 5, 8, 9, 100, 128, 129, 256, 257, 300, 301, 560, 601, 700, 1989, 1999))),
-    Case("top-p hard to find", rows=110, vocab=(2000,), weights=[1.0], special="hard", kwargs=dict(
-        top_p=per_row(1e-6, 0.01, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99, 0.999, 0.9999, 0.999999))),
-    Case("all hard to find", rows=90, vocab=(2000,), weights=[1.0], special="hard", kwargs=dict(
-        top_k=per_row(3, 20, 90, 128, 290, 600, 1500), top_p=per_row(0.3, 0.999, 0.9),
-        min_p=per_row(0.0, 0.01, 0.0, 0.5))),
+    Case(
+        "top-k hard to find",
+        rows=170,
+        vocab=(2000,),
+        weights=[1.0],
+        special="hard",
+        kwargs=dict(top_k=per_row(1, 2, 5, 8, 9, 100, 128, 129, 256, 257, 300, 301, 560, 601, 700, 1989, 1999)),
+    ),
+    Case(
+        "top-p hard to find",
+        rows=110,
+        vocab=(2000,),
+        weights=[1.0],
+        special="hard",
+        kwargs=dict(top_p=per_row(1e-6, 0.01, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99, 0.999, 0.9999, 0.999999)),
+    ),
+    Case(
+        "all hard to find",
+        rows=90,
+        vocab=(2000,),
+        weights=[1.0],
+        special="hard",
+        kwargs=dict(
+            top_k=per_row(3, 20, 90, 128, 290, 600, 1500),
+            top_p=per_row(0.3, 0.999, 0.9),
+            min_p=per_row(0.0, 0.01, 0.0, 0.5),
+        ),
+    ),
     Case("up-scaling filter", kwargs=dict(upscale_top_p=0.9)),
     Case("up-scaling filter tight", kwargs=dict(upscale_top_p=0.1, top_p=0.9), dtypes=(BF16,)),
     Case("up-scaling filter masked", kwargs=dict(upscale_top_p=0.5), special="mask"),
     Case("up-scaling filter -inf", kwargs=dict(upscale_top_p=0.7, tuned=2), special="neg_inf"),
-    Case("everything", kwargs=dict(temperature=1.3, top_k=300, top_p=0.9, min_p=0.001, upscale_top_p=0.8),
-         dtypes=(BF16, F16, F32), special="mask", vocab=(2000, 2003, 2001)),
-    Case("parameters per row", rows=12, vocab=(3000,), dtypes=(BF16,), kwargs=dict(
-        temperature=per_row(0.0, 0.7, 1.0, 1.5), top_k=per_row(0, 5, 100), top_p=per_row(1.0, 0.9, 0.5, 0.99, 0.1),
-        min_p=per_row(0.0, 0.1), upscale_top_p=per_row(1.0, 0.9, 0.5))),
+    Case(
+        "everything",
+        kwargs=dict(temperature=1.3, top_k=300, top_p=0.9, min_p=0.001, upscale_top_p=0.8),
+        dtypes=(BF16, F16, F32),
+        special="mask",
+        vocab=(2000, 2003, 2001),
+    ),
+    Case(
+        "parameters per row",
+        rows=12,
+        vocab=(3000,),
+        dtypes=(BF16,),
+        kwargs=dict(
+            temperature=per_row(0.0, 0.7, 1.0, 1.5),
+            top_k=per_row(0, 5, 100),
+            top_p=per_row(1.0, 0.9, 0.5, 0.99, 0.1),
+            min_p=per_row(0.0, 0.1),
+            upscale_top_p=per_row(1.0, 0.9, 0.5),
+        ),
+    ),
     Case("flat", special="flat", vocab=(5000,)),
     Case("ties", special="ties"),
     Case("peaked", scale=30.0),
     Case("-inf", special="neg_inf"),
     Case("masks by the least number", weights=upscale(1.5), special="least", dtypes=(BF16, F32, BF16)),
     Case("masks by the least number alone", special="least", dtypes=(BF16,)),
-    Case("masks by the least number filtered", weights=lambda rows: upscale(torch.linspace(1.1, 2, rows)),
-         special="least", dtypes=(F32,), kwargs=dict(top_p=0.9, upscale_top_p=0.8)),
+    Case(
+        "masks by the least number filtered",
+        weights=lambda rows: upscale(torch.linspace(1.1, 2, rows)),
+        special="least",
+        dtypes=(F32,),
+        kwargs=dict(top_p=0.9, upscale_top_p=0.8),
+    ),
     Case("token mask", special="mask", vocab=(1001,), dtypes=(BF16,)),
     Case("token mask nearly empty", special="mask one", vocab=(3000,)),
     Case("all masked", special="all masked", rows=3),
@@ -119,16 +160,30 @@ CASES = [
     Case("far position", kwargs=dict(position=per_row(0, (1 << 40) + 5, (1 << 63) - 20))),
     Case("seed extremes", kwargs=dict(seed=per_row(0, -1, (1 << 63) - 1, -(1 << 63)))),
     Case("one seed for all rows", kwargs=dict(seed=-12345), rows=9),
-    Case("drafts tempered only", kwargs=dict(temperature=0.8, top_k=40, top_p=0.9), draft=dict(
-        temperature=1.3, top_k=0, top_p=1.0), scale=1.0),
-    Case("drafts filtered", draft=dict(temperature=0.7, top_k=20, top_p=0.8, min_p=0.05), vocab=(3000,),
-         dtypes=(BF16,)),
+    Case(
+        "drafts tempered only",
+        kwargs=dict(temperature=0.8, top_k=40, top_p=0.9),
+        draft=dict(temperature=1.3, top_k=0, top_p=1.0),
+        scale=1.0,
+    ),
+    Case(
+        "drafts filtered", draft=dict(temperature=0.7, top_k=20, top_p=0.8, min_p=0.05), vocab=(3000,), dtypes=(BF16,)
+    ),
     Case("greedy drafts", kwargs=dict(temperature=0.9), draft=dict(temperature=0.0), special="ties"),
     Case("drafts for a greedy target", kwargs=dict(temperature=0.0), draft=dict(temperature=1.0, min_p=0.1)),
-    Case("drafts drawn per row", rows=12, vocab=(700,), dtypes=(BF16, F32, F16), kwargs=dict(
-        temperature=per_row(0.0, 0.7, 1.0), upscale_top_p=per_row(1.0, 0.8)), draft=dict(
-        temperature=per_row(1.0, 0.0, 0.6, 1.7), top_k=per_row(0, 5, 50), top_p=per_row(1.0, 0.9),
-        min_p=per_row(0.0, 0.1, 0.0))),
+    Case(
+        "drafts drawn per row",
+        rows=12,
+        vocab=(700,),
+        dtypes=(BF16, F32, F16),
+        kwargs=dict(temperature=per_row(0.0, 0.7, 1.0), upscale_top_p=per_row(1.0, 0.8)),
+        draft=dict(
+            temperature=per_row(1.0, 0.0, 0.6, 1.7),
+            top_k=per_row(0, 5, 50),
+            top_p=per_row(1.0, 0.9),
+            min_p=per_row(0.0, 0.1, 0.0),
+        ),
+    ),
     Case("draft stream", kwargs=dict(stream="draft", slot=3)),
     Case("many rows", rows=70, vocab=(300,)),
     Case("large vocabulary", rows=2, vocab=(151936, 152064, 152064), dtypes=(BF16,), kwargs=dict(top_p=0.95)),
@@ -140,10 +195,17 @@ def _hard(rows: int, vocab: int, g: torch.Generator) -> torch.Tensor:
     steps, ones = torch.arange(vocab - 10), torch.ones(300)
     below = torch.nextafter(ones, ones * 0)
     kinds = [  # some scores, and what the others are
-        ([], 0.5), ([ones, below], -9.0), ([torch.tensor([4000.0]), ones, below], -9.0), ([steps * -1e-7], -50.0),
-        ([steps * -2e-45], -1e-40), ([torch.tensor([3e38, 1e30, 0.0, -1e30, -3e38])], -1e20),
-        ([torch.tensor([30.0])], -30.0), ([steps[:40] * 0.25], float("-inf")), ([steps // 280 * -0.5], -9.0),
-        ([steps * -0.004], -9.0)]
+        ([], 0.5),
+        ([ones, below], -9.0),
+        ([torch.tensor([4000.0]), ones, below], -9.0),
+        ([steps * -1e-7], -50.0),
+        ([steps * -2e-45], -1e-40),
+        ([torch.tensor([3e38, 1e30, 0.0, -1e30, -3e38])], -1e20),
+        ([torch.tensor([30.0])], -30.0),
+        ([steps[:40] * 0.25], float("-inf")),
+        ([steps // 280 * -0.5], -9.0),
+        ([steps * -0.004], -9.0),
+    ]
     z = torch.empty(rows, vocab)
     for row in range(rows):
         values, rest = kinds[row % len(kinds)]
@@ -220,8 +282,9 @@ def _close(name: str, got, want, case: str):
     if want is None:
         assert got is None, f"{case}: {name}"
         return
-    torch.testing.assert_close(got.cpu(), want.cpu(), rtol=0, atol=TOLERANCE, equal_nan=True,
-                               msg=lambda m: f"{case}: {name}: {m}")
+    torch.testing.assert_close(
+        got.cpu(), want.cpu(), rtol=0, atol=TOLERANCE, equal_nan=True, msg=lambda m: f"{case}: {name}: {m}"
+    )
 
 
 def _equal(name: str, got, want, case: str):
@@ -310,6 +373,7 @@ def check_logprobs(case: Case, backend: str, seed: int = 0, device="cpu"):
 
 # --- calls that nobody has checked ---------------------------------------------------------------------------------
 
+
 class Call(NamedTuple):
     """A call of ``torch.ops.eft_kernels.<operation>``, which looks at no tensor's values."""
 
@@ -321,17 +385,20 @@ class Call(NamedTuple):
 
     def to(self, device) -> Call:
         """The call with its tensors on ``device``."""
+
         def move(x):
             if isinstance(x, torch.Tensor):
                 return x.to(device)
             return type(x)(*map(move, x)) if isinstance(x, (Params, DraftParams)) else x
 
-        return self._replace(logits=[move(z) for z in self.logits], params=move(self.params),
-                             args=tuple(map(move, self.args)))
+        return self._replace(
+            logits=[move(z) for z in self.logits], params=move(self.params), args=tuple(map(move, self.args))
+        )
 
     def run(self, backend: str) -> dict[str, torch.Tensor]:
         out = getattr(torch.ops.eft_kernels, self.operation)(
-            self.logits, *ops._flatten(self.params, *self.args), backend)
+            self.logits, *ops._flatten(self.params, *self.args), backend
+        )
         if isinstance(out, torch.Tensor):
             return {"logprobs": out}
         return dict(zip((ops.SampleOutput if self.operation == "sample" else ops.VerifyOutput)._fields, out))
@@ -342,8 +409,14 @@ def unchecked(operation: str, logits, weights=(1.0, 1.0, -1.0), *args, name: str
     if operation == "verify":
         drawn_by = None if args[2] == "coupled" or args[3] < 0 else drawn_by
         args = (*args[:4], drawn_by or DraftParams(), *args[4:])
-    off = dict(OFF, seed=1, position=2, token_mask=None, vocab_size=min(z.shape[-1] for z in logits),
-               tuned=min(1, len(logits) - 1))
+    off = dict(
+        OFF,
+        seed=1,
+        position=2,
+        token_mask=None,
+        vocab_size=min(z.shape[-1] for z in logits),
+        tuned=min(1, len(logits) - 1),
+    )
     return Call(name or operation, operation, logits, Params(weights, **off | params), args)
 
 
@@ -371,41 +444,84 @@ def odd_calls() -> list[Call]:
         drafts = torch.full((rows, 3), size - 1) if drafts is None else drafts
         lengths = torch.full((rows,), 3) if lengths is None else lengths
         slots = [z[:, None].expand(-1, 4, -1) for z in logits]
-        made = [unchecked("sample", logits, weights, *draw, name=f"{name}, sample", **params),
-                unchecked("sample", logits, weights, "draft", 1, False, 0, False, name=f"{name}, token", **params),
-                unchecked("logprobs", logits, weights, name=f"{name}, logprobs", **params),
-                unchecked("token_logprobs", logits, weights, ids, name=f"{name}, ids", **params)]
+        made = [
+            unchecked("sample", logits, weights, *draw, name=f"{name}, sample", **params),
+            unchecked("sample", logits, weights, "draft", 1, False, 0, False, name=f"{name}, token", **params),
+            unchecked("logprobs", logits, weights, name=f"{name}, logprobs", **params),
+            unchecked("token_logprobs", logits, weights, ids, name=f"{name}, ids", **params),
+        ]
         for method, draft in itertools.product(ops.METHODS, (len(logits) // 2, -1)):
-            made.append(unchecked("verify", slots, weights, drafts, lengths, method, draft, True,
-                                  name=f"{name}, {method} {draft}", **params))
+            made.append(
+                unchecked(
+                    "verify",
+                    slots,
+                    weights,
+                    drafts,
+                    lengths,
+                    method,
+                    draft,
+                    True,
+                    name=f"{name}, {method} {draft}",
+                    **params,
+                )
+            )
         calls.extend(call for call in made if only in call.operation)
 
     usual = [torch.randn(1, V, generator=torch.Generator().manual_seed(j)) for j in range(3)]
     for p, odd in values.items():
         add(f"{p.name} out of range", usual, rows=len(odd), **{p.name: torch.tensor(odd)})
-        add(f"{p.name} out of range, filtered", usual, rows=len(odd),
-            **dict(top_p=0.5, top_k=9) | {p.name: torch.tensor(odd)})
+        add(
+            f"{p.name} out of range, filtered",
+            usual,
+            rows=len(odd),
+            **dict(top_p=0.5, top_k=9) | {p.name: torch.tensor(odd)},
+        )
     beyond = {ROWS["top_k"]: (0, -1, low, high, V)}
     for p, odd in beyond.items():
         add(f"{p.name} below 0 and beyond V", usual, rows=len(odd), **{p.name: torch.tensor(odd)})
     for p, odd in (values | beyond).items():
         if p in DRAFTED:
-            add(f"drafts drawn with any {p.name}", usual, rows=len(odd), only="verify",
-                drawn_by=DraftParams(**{p.name: torch.tensor(odd)}))
-    add("any seed and position", usual, rows=4, seed=torch.tensor([1, low, high, -1]),
-        position=torch.tensor([2, low, high, -1]))
+            add(
+                f"drafts drawn with any {p.name}",
+                usual,
+                rows=len(odd),
+                only="verify",
+                drawn_by=DraftParams(**{p.name: torch.tensor(odd)}),
+            )
+    add(
+        "any seed and position",
+        usual,
+        rows=4,
+        seed=torch.tensor([1, low, high, -1]),
+        position=torch.tensor([2, low, high, -1]),
+    )
     for w in (nan, inf, -inf):
         add(f"weight {w}", usual, torch.tensor([[1.0, 1.0, -1.0], [1.0, w, -1.0], [w, 0.0, 0.0]]), rows=3)
-    add("drafts and lengths of any value", usual, rows=6, only="verify", lengths=torch.tensor([3, 4, high, -1, low, 3]),
-        drafts=torch.tensor([[1, 2, 3], [-1, 2, 3], [V, 0, 0], [low, 1, 2], [high, high, high], [0, V, -1]]))
+    add(
+        "drafts and lengths of any value",
+        usual,
+        rows=6,
+        only="verify",
+        lengths=torch.tensor([3, 4, high, -1, low, 3]),
+        drafts=torch.tensor([[1, 2, 3], [-1, 2, 3], [V, 0, 0], [low, 1, 2], [high, high, high], [0, V, -1]]),
+    )
     # scores, or normalised scores, that overflow: to NaN, to +inf, to -inf for some tokens, for all but one, for all
     big, zero = 3.3e38, torch.zeros(1, 4)
-    for name, base in (("NaN", [big, -big, 0, 0]), ("-inf", [-big, 0, 1, 2]), ("+inf", [big, big, 0, 0]),
-                       ("nothing", [-big] * 4)):
+    for name, base in (
+        ("NaN", [big, -big, 0, 0]),
+        ("-inf", [-big, 0, 1, 2]),
+        ("+inf", [big, big, 0, 0]),
+        ("nothing", [-big] * 4),
+    ):
         for p in (1.0, 0.3, 0.9):
             for beta in (1.0, 1.02, 1.5):
-                add(f"overflow to {name}, weight {beta}, {p}", [torch.tensor([base]), zero, -torch.tensor([base])],
-                    (beta, 1.0, -beta), upscale_top_p=p, top_p=0.5)
+                add(
+                    f"overflow to {name}, weight {beta}, {p}",
+                    [torch.tensor([base]), zero, -torch.tensor([base])],
+                    (beta, 1.0, -beta),
+                    upscale_top_p=p,
+                    top_p=0.5,
+                )
     add("zeros, zeros, overflow", [zero, zero, torch.tensor([[big, -big, 0, 0]])], upscale_top_p=0.3, top_p=0.5)
     # keys that overflow, of seeds that draw enough noise for it
     seeds = torch.arange(800)[:, None]
@@ -433,8 +549,14 @@ def check_call(call: Call, backend: str, want: dict | None = None):
     for name in got:
         if got[name].is_floating_point():
             scale = 20 if name in ("entropy", "tv") else 1  # as in `check_sample`
-            torch.testing.assert_close(got[name].cpu(), want[name].cpu(), rtol=1e-5, atol=scale * TOLERANCE,
-                                       equal_nan=True, msg=lambda m: f"{call.name}: {name}: {m}")  # noqa: B023
+            torch.testing.assert_close(
+                got[name].cpu(),
+                want[name].cpu(),
+                rtol=1e-5,
+                atol=scale * TOLERANCE,
+                equal_nan=True,
+                msg=lambda m, name=name: f"{call.name}: {name}: {m}",
+            )
         else:
             _equal(name, got[name], want[name], call.name)
     return got
@@ -528,8 +650,13 @@ def random_call(seed: int, largest: int = 1000) -> Call:
         params["vocab_size"] = V
     args = ()
     if operation == "sample":
-        args = (pick.choice(ops.STREAM_NAMES), pick.choice([0, 3, (1 << 24) - 1]), pick.random() < 0.6,
-                pick.choice([0, 0, 3, V + 2]), pick.random() < 0.3)
+        args = (
+            pick.choice(ops.STREAM_NAMES),
+            pick.choice([0, 3, (1 << 24) - 1]),
+            pick.random() < 0.6,
+            pick.choice([0, 0, 3, V + 2]),
+            pick.random() < 0.3,
+        )
     elif operation == "token_logprobs":
         args = (torch.randint(-2, V + 2, (rows, 3), generator=g),)
     elif operation == "verify":

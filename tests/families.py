@@ -1,7 +1,7 @@
 """A tiny random model of every decoder class that the installed transformers has, and what `generate` makes of it.
 
-    python -m tests.families [MODEL TYPE ...]           what each does, in each setting
-    python -m tests.families --write docs/models.md     the table of all
+python -m tests.families [MODEL TYPE ...]           what each does, in each setting
+python -m tests.families --write docs/models.md     the table of all
 """
 
 from __future__ import annotations
@@ -30,39 +30,39 @@ EOS, BOS, PAD, OTHER = 36, 37, 38, 39
 # What a size is set to, by the field's name, in any config and sub-config that has it.
 SIZES = {
     32: "hidden_size d_model n_embd embedding_dim emb_dim embedding_size input_embedding_size output_embedding_size "
-        "word_embed_proj_dim attention_hidden_size lru_width pronunciation_embed_dim shape_embed_dim "
-        "backbone_hidden_size ple_embed_dim mamba_d_ssm model_dim n_ctx dim",
+    "word_embed_proj_dim attention_hidden_size lru_width pronunciation_embed_dim shape_embed_dim "
+    "backbone_hidden_size ple_embed_dim mamba_d_ssm model_dim n_ctx dim",
     48: "intermediate_size moe_intermediate_size ffn_dim ffn_hidden_size decoder_ffn_dim encoder_ffn_dim dff dim_ff "
-        "d_inner feed_forward_size expert_ffn_hidden_size dense_intermediate_size intermediate_size_mlp "
-        "shared_expert_intermediate_size shared_experts_intermediate_size shared_intermediate_size n_inner "
-        "moe_shared_expert_intermediate_size",
+    "d_inner feed_forward_size expert_ffn_hidden_size dense_intermediate_size intermediate_size_mlp "
+    "shared_expert_intermediate_size shared_experts_intermediate_size shared_intermediate_size n_inner "
+    "moe_shared_expert_intermediate_size",
     64: "max_position_embeddings n_positions max_seq_len max_target_positions context_length model_max_length "
-        "position_bias_max_distance prompt_mid_dim relative_max_distance image_size",
+    "position_bias_max_distance prompt_mid_dim relative_max_distance image_size",
     16: "index_n_heads kv_lora_rank q_lora_rank o_lora_rank mamba_dt_rank router_hidden_size laurel_rank adapter_rank "
-        "gated_norm_rank loop_gate_rank hc_lowrank time_step_rank hidden_size_per_layer_input num_buckets rel_extent "
-        "prompt_types segment_types position_bias_num_buckets query_pre_attn_scalar num_mel_bins max_source_positions",
+    "gated_norm_rank loop_gate_rank hc_lowrank time_step_rank hidden_size_per_layer_input num_buckets rel_extent "
+    "prompt_types segment_types position_bias_num_buckets query_pre_attn_scalar num_mel_bins max_source_positions",
     8: "head_dim qk_nope_head_dim v_head_dim swa_head_dim d_head dim_head attention_head_size kv_channels "
-       "index_head_dim linear_head_dim linear_key_head_dim linear_value_head_dim d_rel mamba_d_state state_size "
-       "ssm_state_size mamba_d_head mamba_head_dim mamba_headdim local_attn_chunk_length lsh_attn_chunk_length "
-       "attention_chunk_size chunk_size mamba_chunk_size floor_scale log_scaling_n_floor "
-       "patch_size prompt_length dim_model_base image_seq_length classifier_proj_size",
+    "index_head_dim linear_head_dim linear_key_head_dim linear_value_head_dim d_rel mamba_d_state state_size "
+    "ssm_state_size mamba_d_head mamba_head_dim mamba_headdim local_attn_chunk_length lsh_attn_chunk_length "
+    "attention_chunk_size chunk_size mamba_chunk_size floor_scale log_scaling_n_floor "
+    "patch_size prompt_length dim_model_base image_seq_length classifier_proj_size",
     4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads attention_heads "
-       "num_decoder_attention_heads num_encoder_attention_heads swa_num_attention_heads num_experts "
-       "n_routed_experts num_local_experts moe_num_experts qk_rope_head_dim rotary_dim linear_num_heads "
-       "linear_num_value_heads sliding_window sliding_window_size window_size attention_window_size local_attention "
-       "local_attention_window_len index_topk index_block_size block_size ffn_round_up_to_multiple_of "
-       "shape_vocab_size pronunciation_vocab_size task_type_vocab_size n_mamba_heads num_codebooks "
-       "heads_per_ngram mm_tokens_per_image",
+    "num_decoder_attention_heads num_encoder_attention_heads swa_num_attention_heads num_experts "
+    "n_routed_experts num_local_experts moe_num_experts qk_rope_head_dim rotary_dim linear_num_heads "
+    "linear_num_value_heads sliding_window sliding_window_size window_size attention_window_size local_attention "
+    "local_attention_window_len index_topk index_block_size block_size ffn_round_up_to_multiple_of "
+    "shape_vocab_size pronunciation_vocab_size task_type_vocab_size n_mamba_heads num_codebooks "
+    "heads_per_ngram mm_tokens_per_image",
     2: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers num_blocks "
-       "num_encoder_layers num_key_value_heads num_kv_heads swa_num_key_value_heads num_experts_per_tok "
-       "num_experts_per_token moe_k moe_topk n_group num_expert_group o_groups linear_num_key_heads n_groups "
-       "mamba_n_groups mamba_ngroups index_topk_blocks n_input_layers n_output_layers n_recurrent_layers "
-       "num_layers_per_stack type_vocab_size zero_expert_num num_query_groups split_ngram_parts "
-       "ffn_num_layers n_layers_per_attn_res_block",
+    "num_encoder_layers num_key_value_heads num_kv_heads swa_num_key_value_heads num_experts_per_tok "
+    "num_experts_per_token moe_k moe_topk n_group num_expert_group o_groups linear_num_key_heads n_groups "
+    "mamba_n_groups mamba_ngroups index_topk_blocks n_input_layers n_output_layers n_recurrent_layers "
+    "num_layers_per_stack type_vocab_size zero_expert_num num_query_groups split_ngram_parts "
+    "ffn_num_layers n_layers_per_attn_res_block",
     1: "topk_group first_k_dense_replace n_shared_experts num_shared_experts moe_num_shared_experts num_dense_layers "
-       "num_random_blocks",
+    "num_random_blocks",
     V: "vocab_size decoder_vocab_size vocab_size_per_layer_input unpadded_vocab_size ngram_vocab_size_base "
-       "encoder_hash_byte_group_vocab",
+    "encoder_hash_byte_group_vocab",
     0.3: "initializer_range init_std init_range emb_init_std std",
     0.0: "attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop dropout activation_dropout layerdrop",
 }
@@ -70,8 +70,12 @@ SIZES = {name: size for size, names in SIZES.items() for name in names.split()}
 SIZES.update(eos_token_id=EOS, bos_token_id=BOS, pad_token_id=PAD, decoder_start_token_id=BOS)
 
 # Where the recipe does not do, by model type; "a.b" is field b of sub-config a.
-GEMMA4 = dict(num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2,
-              per_layer_config={1: {"head_dim": 16}, 3: {"head_dim": 16}})
+GEMMA4 = dict(
+    num_hidden_layers=4,
+    layer_types=["sliding_attention", "full_attention"] * 2,
+    num_kv_shared_layers=2,
+    per_layer_config={1: {"head_dim": 16}, 3: {"head_dim": 16}},
+)
 ASSISTANT = dict(GEMMA4, num_kv_shared_layers=4, hidden_size_per_layer_input=0, vocab_size_per_layer_input=0)
 MAMBA2 = dict(mamba_n_heads=8, mamba_d_head=8)
 OVERRIDES: dict[str, dict] = {
@@ -84,28 +88,54 @@ OVERRIDES: dict[str, dict] = {
     "prophetnet": dict(pad_token_id=0),
     "blt": {"encoder_config.hidden_size_global": 32, "decoder_config.hidden_size_global": 32},
     "cohere_compass_text": dict(rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}),
-    "dbrx": {"attn_config.rope_theta": 10000.0, "ffn_config.ffn_hidden_size": 48, "ffn_config.moe_num_experts": 4,
-             "ffn_config.moe_top_k": 2,
-             "attn_config.clip_qkv": 8.0},
+    "dbrx": {
+        "attn_config.rope_theta": 10000.0,
+        "ffn_config.ffn_hidden_size": 48,
+        "ffn_config.moe_num_experts": 4,
+        "ffn_config.moe_top_k": 2,
+        "attn_config.clip_qkv": 8.0,
+    },
     "deepseek_v2": dict(num_experts_per_tok=2, first_k_dense_replace=1),
-    "dots1": dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=1,
-                  max_window_layers=1),
+    "dots1": dict(
+        n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=1, max_window_layers=1
+    ),
     "dots3_note_text": dict(
-        num_hidden_layers=2, layer_types=["indexed_attention", "sliding_attention"], head_dim=8, qk_nope_head_dim=4,
-        num_attention_heads=4, num_key_value_heads=4, mlp_layer_types=["dense", "sparse"], swa_head_dim=8,
-        swa_qk_nope_head_dim=4, swa_v_head_dim=8, swa_q_lora_rank=16, swa_kv_lora_rank=16, swa_num_attention_heads=4,
-        swa_num_key_value_heads=4),
-    "gemma4_text": GEMMA4, "gemma4_unified_text": GEMMA4,
+        num_hidden_layers=2,
+        layer_types=["indexed_attention", "sliding_attention"],
+        head_dim=8,
+        qk_nope_head_dim=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        mlp_layer_types=["dense", "sparse"],
+        swa_head_dim=8,
+        swa_qk_nope_head_dim=4,
+        swa_v_head_dim=8,
+        swa_q_lora_rank=16,
+        swa_kv_lora_rank=16,
+        swa_num_attention_heads=4,
+        swa_num_key_value_heads=4,
+    ),
+    "gemma4_text": GEMMA4,
+    "gemma4_unified_text": GEMMA4,
     "gemma4": {f"text_config.{k}": v for k, v in GEMMA4.items()},
     "gemma4_unified": {f"text_config.{k}": v for k, v in GEMMA4.items()},
     "gemma4_assistant": {f"text_config.{k}": v for k, v in ASSISTANT.items()},
     "gemma4_unified_assistant": {f"text_config.{k}": v for k, v in ASSISTANT.items()},
     "doge": dict(keep_window_size=64),  # beyond it the keys of a token that repeats tie, and which is kept is chance
-    "dory": dict(num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2,
-                 n_input_layers=1, n_recurrent_layers=2, n_output_layers=1),
-    "gemma3n_text": dict(num_hidden_layers=4, num_kv_shared_layers=2, activation_sparsity_pattern=[0.9, 0.0, 0.0, 0.0],
-                         intermediate_size=48,
-                         layer_types=["sliding_attention", "full_attention"] * 2),
+    "dory": dict(
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        n_input_layers=1,
+        n_recurrent_layers=2,
+        n_output_layers=1,
+    ),
+    "gemma3n_text": dict(
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,
+        activation_sparsity_pattern=[0.9, 0.0, 0.0, 0.0],
+        intermediate_size=48,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
     "mamba2": dict(num_heads=8),
     "longcat_flash": dict(head_dim=4),
@@ -115,12 +145,25 @@ OVERRIDES: dict[str, dict] = {
     "xmod": dict(default_language="en_XX"),
     "reformer": dict(axial_pos_shape=(8, 8), axial_pos_embds_dim=(16, 16)),
     "zaya": dict(num_experts_per_tok=1),
-    "zamba": dict(attention_head_dim=16, attention_hidden_size=64, num_hidden_layers=4,
-                  layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid"]),
-    "qwen4_exp_text": dict(indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=8,
-                           indexer_compress_ratio=2, ple_layer_ids=[1], make_ngram_vocab_size_divisible_by=8,
-                           split_ngram_parts=2),
-    "cohere": dict(logit_scale=1.0), "cohere2": dict(logit_scale=1.0), "cohere2_moe": dict(logit_scale=1.0),
+    "zamba": dict(
+        attention_head_dim=16,
+        attention_hidden_size=64,
+        num_hidden_layers=4,
+        layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid"],
+    ),
+    "qwen4_exp_text": dict(
+        indexer_n_heads=2,
+        indexer_kv_heads=1,
+        indexer_head_dim=8,
+        indexer_budget=8,
+        indexer_compress_ratio=2,
+        ple_layer_ids=[1],
+        make_ngram_vocab_size_divisible_by=8,
+        split_ngram_parts=2,
+    ),
+    "cohere": dict(logit_scale=1.0),
+    "cohere2": dict(logit_scale=1.0),
+    "cohere2_moe": dict(logit_scale=1.0),
 }
 
 
@@ -131,8 +174,11 @@ def fields(config_class) -> set[str]:
 def layers_to_keep(default) -> tuple[dict, int | None]:
     """Per-layer lists of a default config, cut to the first layers in which every entry of each has been seen."""
     count = getattr(default, "num_hidden_layers", None)
-    lists = {k: list(v) for k, v in vars(default).items()
-             if isinstance(v, (list, tuple)) and len(v) == count and k in fields(type(default))}
+    lists = {
+        k: list(v)
+        for k, v in vars(default).items()
+        if isinstance(v, (list, tuple)) and len(v) == count and k in fields(type(default))
+    }
     lists = {k: v for k, v in lists.items() if all(isinstance(e, (str, int, float)) for e in v)}
     if not lists:
         return {}, None
@@ -153,16 +199,22 @@ def tiny(config_class, overrides: dict):
     try:
         default = config_class()
     except Exception:
-        default = config_class(**own, **{k.split(".")[0]: {n.split(".")[1]: v for n, v in overrides.items() if "." in n}
-                                         for k in overrides if "." in k})
+        default = config_class(
+            **own,
+            **{
+                k.split(".")[0]: {n.split(".")[1]: v for n, v in overrides.items() if "." in n}
+                for k in overrides
+                if "." in k
+            },
+        )
     known = fields(config_class)
-    values = {k: SIZES[k] for k in known & SIZES.keys()
-              if vars(default).get(k) is not None or k.endswith("token_id")}
+    values = {k: SIZES[k] for k in known & SIZES.keys() if vars(default).get(k) is not None or k.endswith("token_id")}
     values.update({k: OTHER for k in known if k.endswith(("_token_id", "_token_index")) and k not in SIZES})
     if "head_dim" in known:
         values["head_dim"] = SIZES["head_dim"]
-    if "num_key_value_heads" in known and (vars(default).get("num_key_value_heads") is None
-                                           or "qk_rope_head_dim" in known):
+    if "num_key_value_heads" in known and (
+        vars(default).get("num_key_value_heads") is None or "qk_rope_head_dim" in known
+    ):
         values["num_key_value_heads"] = SIZES["num_attention_heads"]
     lists, count = layers_to_keep(default)
     values.update(lists)
@@ -219,8 +271,14 @@ def make(model_type: str, count: int = 3, **changes) -> list:
 
 SEEDS = (7, 8, 9)
 SAMPLED = dict(do_sample=True, temperature=1.0, top_k=0)
-LONGROPE = dict(rope_type="longrope", rope_theta=10000.0, short_factor=[1.0, 1.0, 1.0, 1.0], factor=4.0,
-                long_factor=[4.0, 8.0, 16.0, 32.0], original_max_position_embeddings=16)
+LONGROPE = dict(
+    rope_type="longrope",
+    rope_theta=10000.0,
+    short_factor=[1.0, 1.0, 1.0, 1.0],
+    factor=4.0,
+    long_factor=[4.0, 8.0, 16.0, 32.0],
+    original_max_position_embeddings=16,
+)
 
 
 @dataclasses.dataclass
@@ -248,20 +306,42 @@ PHI3 = dict(rope_parameters=LONGROPE, original_max_position_embeddings=16)
 LONG = {
     "phi3, longrope": Case("phi3", PHI3, (12, 6, 9), 12),
     "phi3, longrope, one row": Case("phi3", PHI3, (10,), 16),
-    "phimoe, longrope": Case("phimoe", dict(rope_parameters=dict(LONGROPE, short_mscale=1.1, long_mscale=1.3)),
-                             (12, 6, 9), 12),
+    "phimoe, longrope": Case(
+        "phimoe", dict(rope_parameters=dict(LONGROPE, short_mscale=1.1, long_mscale=1.3)), (12, 6, 9), 12
+    ),
     "phi4_multimodal, longrope": Case("phi4_multimodal", PHI3, (12, 6, 9), 12),
     "llama, longrope": Case("llama", dict(rope_parameters=LONGROPE), (12, 6, 9), 12),
-    "llama, dynamic rope": Case("llama", dict(max_position_embeddings=16, rope_parameters=dict(
-        rope_type="dynamic", rope_theta=10000.0, factor=4.0)), (12, 6, 9), 12),
-    "llama, yarn": Case("llama", dict(rope_parameters=dict(rope_type="yarn", rope_theta=10000.0, factor=4.0,
-                                                           original_max_position_embeddings=16)), (12, 6, 9), 12),
+    "llama, dynamic rope": Case(
+        "llama",
+        dict(max_position_embeddings=16, rope_parameters=dict(rope_type="dynamic", rope_theta=10000.0, factor=4.0)),
+        (12, 6, 9),
+        12,
+    ),
+    "llama, yarn": Case(
+        "llama",
+        dict(
+            rope_parameters=dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=16)
+        ),
+        (12, 6, 9),
+        12,
+    ),
     "ministral3, scaled queries": Case(
-        "ministral3", dict(rope_parameters=dict(rope_type="yarn", rope_theta=10000.0, factor=4.0,
-                                                original_max_position_embeddings=16, llama_4_scaling_beta=0.5)),
-        (12, 6, 9), 12),
+        "ministral3",
+        dict(
+            rope_parameters=dict(
+                rope_type="yarn",
+                rope_theta=10000.0,
+                factor=4.0,
+                original_max_position_embeddings=16,
+                llama_4_scaling_beta=0.5,
+            )
+        ),
+        (12, 6, 9),
+        12,
+    ),
     "llama4_text, chunks and scaled queries": Case(
-        "llama4_text", dict(attn_temperature_tuning=True, floor_scale=4, attn_scale=0.5), (12, 6, 9), 12),
+        "llama4_text", dict(attn_temperature_tuning=True, floor_scale=4, attn_scale=0.5), (12, 6, 9), 12
+    ),
     "qwen2, windows": Case("qwen2", dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)),
     "big_bird, sparse blocks": Case("big_bird", dict(max_position_embeddings=96), (40, 26, 37), 12),
 }
@@ -275,8 +355,10 @@ def cases() -> dict[str, Case]:
 
 def padded(prompts) -> dict:
     longest = max(map(len, prompts))
-    return dict(input_ids=torch.tensor([[PAD] * (longest - len(p)) + p for p in prompts]),
-                attention_mask=torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts]))
+    return dict(
+        input_ids=torch.tensor([[PAD] * (longest - len(p)) + p for p in prompts]),
+        attention_mask=torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts]),
+    )
 
 
 class Oracle:
@@ -305,7 +387,8 @@ class Oracle:
         if self.causal is None:
             ends = (prompt, (prompt + len(ids)) // 2, len(ids) - 2)
             self.causal = len(whole) == len(ids) - 1 and all(
-                torch.allclose(whole[n - 1], self.last(ids[:n]), rtol=1e-4, atol=1e-4) for n in ends)
+                torch.allclose(whole[n - 1], self.last(ids[:n]), rtol=1e-4, atol=1e-4) for n in ends
+            )
         if self.causal:
             return whole[prompt - 1 :]
         return torch.stack([self.last(ids[:n]) for n in range(prompt, len(ids))])
@@ -325,8 +408,13 @@ def wrong_rows(got, prompts, oracles, weights, sampled=False, coupled=False) -> 
             found.append(f"row {b} step {n}: logits off by {float(off[n]):.2g} std (most {float(off.max()):.2g})")
         elif coupled:
             steps = torch.arange(len(new))
-            tokens = eft.sample([want.contiguous()], [1.0], seed=torch.full_like(steps, SEEDS[b]), position=steps,
-                                temperature=1.0 if sampled else 0.0).tokens.tolist()
+            tokens = eft.sample(
+                [want.contiguous()],
+                [1.0],
+                seed=torch.full_like(steps, SEEDS[b]),
+                position=steps,
+                temperature=1.0 if sampled else 0.0,
+            ).tokens.tolist()
             if tokens != new:
                 found.append(f"row {b}: text {new} is not {tokens}")
     return found
@@ -339,15 +427,32 @@ def vocabulary(model) -> int:
 def emulated(models, prompts, steps: int, sampled: bool, k: int, verify: str):
     base, tuned, ref = models
     options = SAMPLED if sampled else dict(do_sample=False)
-    return base.generate(**padded(prompts), custom_generate=eft.hf.generate, tuned=tuned, ref=ref, draft_tokens=k,
-                         verify=verify, seed=torch.tensor(SEEDS[: len(prompts)]), max_new_tokens=steps,
-                         vocab_size=TEXT, return_dict_in_generate=True, output_logits=True, **options)
+    return base.generate(
+        **padded(prompts),
+        custom_generate=eft.hf.generate,
+        tuned=tuned,
+        ref=ref,
+        draft_tokens=k,
+        verify=verify,
+        seed=torch.tensor(SEEDS[: len(prompts)]),
+        max_new_tokens=steps,
+        vocab_size=TEXT,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **options,
+    )
 
 
 def plain(base, prompts, steps: int):
     """transformers' own greedy text."""
-    return base.generate(**padded(prompts), do_sample=False, max_new_tokens=steps, return_dict_in_generate=True,
-                         output_logits=True, suppress_tokens=list(range(TEXT, vocabulary(base))))
+    return base.generate(
+        **padded(prompts),
+        do_sample=False,
+        max_new_tokens=steps,
+        return_dict_in_generate=True,
+        output_logits=True,
+        suppress_tokens=list(range(TEXT, vocabulary(base))),
+    )
 
 
 # setting: (K, calls: "greedy" or "sampled" and how drafts are verified)
@@ -493,8 +598,13 @@ def main(argv=None):
         for setting, text in out.items():
             print(f"    {setting}: {text}", flush=True)
     if args.write:
-        text = HEAD.format(version=transformers.__version__, settings=" | ".join(SETTINGS),
-                           rules="|".join("---" for _ in SETTINGS)) + "\n".join(lines) + "\n\n## Why refused\n"
+        text = (
+            HEAD.format(
+                version=transformers.__version__, settings=" | ".join(SETTINGS), rules="|".join("---" for _ in SETTINGS)
+            )
+            + "\n".join(lines)
+            + "\n\n## Why refused\n"
+        )
         for why, names in sorted(reasons.items()):
             text += f"\n- {why}\n  {', '.join(names)}\n"
         args.write.parent.mkdir(exist_ok=True)

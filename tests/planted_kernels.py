@@ -37,8 +37,18 @@ def unknown_kernel(out):
 
 def call(TC=8, SHIFT=0, FMA=False, WORK=0, warps=4, fuse=False, **options):
     z, out = torch.empty(1, 1 << 16, dtype=torch.bfloat16), torch.empty(TC)
-    planted_kernel[(1,)](Logits((z,) * 3, (1 << 16,) * 3), out, 1 << 16, TC, SHIFT, FMA, WORK, num_warps=warps,
-                         enable_fp_fusion=fuse, **options)
+    planted_kernel[(1,)](
+        Logits((z,) * 3, (1 << 16,) * 3),
+        out,
+        1 << 16,
+        TC,
+        SHIFT,
+        FMA,
+        WORK,
+        num_warps=warps,
+        enable_fp_fusion=fuse,
+        **options,
+    )
 
 
 def fails():
@@ -49,7 +59,20 @@ if __name__ == "__main__":
     target = sys.argv[1]
     few = dict(waves_per_eu=8) if target.startswith("gfx") else dict(maxnreg=32)
     aot.KERNELS["planted_kernel"] = aot.Kernel()
-    print(json.dumps(aot.compile_all(target, dict(
-        good=call, fusion=lambda: call(fuse=True), fma=lambda: call(FMA=True), shifted=lambda: call(SHIFT=1),
-        works=lambda: call(WORK=6), spills=lambda: call(TC=32, warps=1, **few), fails=fails,
-        unknown=lambda: unknown_kernel[(1,)](torch.empty(1), enable_fp_fusion=False)))))
+    print(
+        json.dumps(
+            aot.compile_all(
+                target,
+                dict(
+                    good=call,
+                    fusion=lambda: call(fuse=True),
+                    fma=lambda: call(FMA=True),
+                    shifted=lambda: call(SHIFT=1),
+                    works=lambda: call(WORK=6),
+                    spills=lambda: call(TC=32, warps=1, **few),
+                    fails=fails,
+                    unknown=lambda: unknown_kernel[(1,)](torch.empty(1), enable_fp_fusion=False),
+                ),
+            )
+        )
+    )

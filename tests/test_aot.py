@@ -13,6 +13,7 @@ from tools import machine_code as mc
 ROOT = Path(__file__).parents[1]
 PLANTED = str(ROOT / "tests" / "planted_kernels.py")
 
+
 def test_main_loop():
     loop = [mc.Instruction(op) for op in ("LDG.E.128", "LDG.E.U16", "FFMA")] + [mc.Instruction("BRA", targets=(6,))]
     loop += [mc.Instruction("LDG.E.64"), mc.Instruction("BRA", targets=(4,)), mc.Instruction("BRA", targets=(0,))]
@@ -25,17 +26,21 @@ def test_contractions():
         if stage == "ptx":
             text = ".visible .entry k(\n)\n{\n" + text.replace("; ", ";\n") + "\n}\n"
         return aot.contractions({stage: text}, [*ops, *loop], list(loop))
+
     assert found("mul.f32 a; add.rn.f32 b; mad.lo.s32 c; fma.rn.bf16x2 d;", ["FMUL", "FADD", "HFMA2", "IMAD"]) == []
     assert found("fma.rn.f32 a; fma.rn.ftz.f32 a; fma.rn.f32x2 b; fma.rn.f64 c;", []) == [
-        f"contracts: 1 fma.rn.{kind}" for kind in ("f32", "ftz.f32", "f32x2", "f64")]
+        f"contracts: 1 fma.rn.{kind}" for kind in ("f32", "ftz.f32", "f32x2", "f64")
+    ]
     assert found("mul.rn.f32x2 a; add.rn.f32x2 b;", ["FFMA2", "FFMA2"]) == ["contracts: 2 FFMA2"]
     assert found("", ["FFMA", "FFMA.FTZ", "DFMA"]) == ["contracts: 2 FFMA", "contracts: 1 DFMA"]
     assert found("div.rn.f32 a;", ["FFMA"]) == [], "a division is made of them"
     assert found("div.rn.f32 a;", ["FFMA2"], ["FFMA"]) == ["contracts: 1 FFMA", "contracts: 1 FFMA2"]
     llir = "declare float @llvm.fma.f32(float) \n %1 = fmul float %a, %b \n %2 = fadd nsz float %a, %b"
     assert found(llir, ["v_mul_f32_e32", "v_max_f32"], stage="llir") == []
-    assert found(llir, ["v_pk_fma_f32", "v_fmac_f32_e32"], stage="llir") == ["contracts: 1 v_pk_fma_f32",
-                                                                             "contracts: 1 v_fmac_f32"]
+    assert found(llir, ["v_pk_fma_f32", "v_fmac_f32_e32"], stage="llir") == [
+        "contracts: 1 v_pk_fma_f32",
+        "contracts: 1 v_fmac_f32",
+    ]
     assert found("%1 = fmul contract float %a", [], stage="llir") == ["contracts: 1 fmul contract"]
     assert found("%1 = call float @llvm.fmuladd.f32(float %a)", [], stage="llir") == ["contracts: 1 llvm.fmuladd.f32"]
 
@@ -53,6 +58,7 @@ def test_bad_input_is_one_line(capsys):
 
 
 # --- with a compiler -----------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def tools():
@@ -115,8 +121,9 @@ def test_default_sample_has_no_finding(tools, capfd, tmp_path):
     assert f"{rows[0]['per_token']:.1f} | 41 |" in table.read_text() and "No findings" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("label", ["sample upscale_filter B=64 V=128256 J=3 bfloat16",
-                                   "sample top_p B=1 V=1 J=3 bfloat16"])
+@pytest.mark.parametrize(
+    "label", ["sample upscale_filter B=64 V=128256 J=3 bfloat16", "sample top_p B=1 V=1 J=3 bfloat16"]
+)
 def test_a_kernels_constants_reach_its_loops(label, tools, capfd):
     """Triton 3.6 loses those of a kernel's own tuples, `tuned` and a V of 1, where the interpreter keeps them."""
     assert command.main(["aot", "--target", "sm_90", "--case", label]) == 0, capfd.readouterr().out

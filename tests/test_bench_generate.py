@@ -55,11 +55,16 @@ def test_acceptance_is_that_of_the_generations(family):
 
 def test_writers_are_what_they_say(family):
     """How often each model runs, and over how much text."""
+
     def widths(writer):
         seen = {name: [] for name in ("base", "tuned", "ref")}
-        hooks = [getattr(family, name).register_forward_pre_hook(
-            lambda module, args, kwargs, name=name: seen[name].append(kwargs["input_ids"].shape[1]), with_kwargs=True)
-            for name in seen]
+        hooks = [
+            getattr(family, name).register_forward_pre_hook(
+                lambda module, args, kwargs, name=name: seen[name].append(kwargs["input_ids"].shape[1]),
+                with_kwargs=True,
+            )
+            for name in seen
+        ]
         family.write(writer, 1, 0, SAMPLED)
         for hook in hooks:
             hook.remove()
@@ -83,8 +88,14 @@ def test_a_baseline_that_disagrees_is_not_timed(family, monkeypatch):
         assert (row["median_us"] is None) == (row["status"] == "disagrees") == bool(row["why"])
 
 
-@pytest.mark.parametrize("wrong, sampling", [
-    (Writer("eft", "coupled", 2), GREEDY), (Writer("eft", "coupled", 2), SAMPLED), (Writer("eft", "block", 2), GREEDY)])
+@pytest.mark.parametrize(
+    "wrong, sampling",
+    [
+        (Writer("eft", "coupled", 2), GREEDY),
+        (Writer("eft", "coupled", 2), SAMPLED),
+        (Writer("eft", "block", 2), GREEDY),
+    ],
+)
 def test_nothing_is_timed_when_ours_is_wrong(wrong, sampling, family, monkeypatch):
     right = family.write
 

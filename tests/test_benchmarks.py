@@ -44,6 +44,7 @@ EVERY = [(op, variant) for op, variants in OPS.items() for variant in variants]
 
 # --- registry and inputs -------------------------------------------------------------------------------------------
 
+
 def test_every_operator_is_measured():
     assert set(OPS) == set(ops.SCHEMAS) == set(baselines.EVERYTHING)
     assert all(set(baselines.EVERYTHING[op]) == set(OPS[op]) for op in OPS)
@@ -103,6 +104,7 @@ def test_the_family_has_one_vocabulary():
 
 # --- the gates -----------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("op, variant", EVERY)
 @pytest.mark.parametrize("implementation", [b for b in shapes.OURS if "cpu" in b.devices], ids=lambda b: b.name)
 def test_gate_of_ours(op, variant, implementation):
@@ -111,14 +113,17 @@ def test_gate_of_ours(op, variant, implementation):
         run.gate(s, [shapes.arguments(s, 0)], implementation)
 
 
-@pytest.mark.parametrize("op, broken, says", [
-    ("sample", lambda out, rows: out._replace(tokens=out.tokens ^ 1), "the reference"),
-    ("sample", lambda out, rows: out._replace(logprobs=out.logprobs + 0.01), "the reference"),
-    ("sample", lambda out, rows: out._replace(tokens=out.tokens + (torch.arange(rows) == 9)), "row 9 alone"),
-    ("verify", lambda out, rows: out._replace(num_emitted=out.num_emitted + 1), "the reference"),
-    ("logprobs", lambda out, rows: out + 0.01, "the reference"),
-    ("token_logprobs", lambda out, rows: out * 1.01, "the reference"),
-])
+@pytest.mark.parametrize(
+    "op, broken, says",
+    [
+        ("sample", lambda out, rows: out._replace(tokens=out.tokens ^ 1), "the reference"),
+        ("sample", lambda out, rows: out._replace(logprobs=out.logprobs + 0.01), "the reference"),
+        ("sample", lambda out, rows: out._replace(tokens=out.tokens + (torch.arange(rows) == 9)), "row 9 alone"),
+        ("verify", lambda out, rows: out._replace(num_emitted=out.num_emitted + 1), "the reference"),
+        ("logprobs", lambda out, rows: out + 0.01, "the reference"),
+        ("token_logprobs", lambda out, rows: out * 1.01, "the reference"),
+    ],
+)
 def test_wrong_tokens_are_not_timed(op, broken, says, monkeypatch, quick_rates):
     right = getattr(eft, op)
 
@@ -161,8 +166,10 @@ def test_compiled_draws_from_our_distribution_everywhere(op, variant):
 
 def reference_of(what):
     """A correct sampler, but for ``what`` it is told: a broken baseline."""
+
     def make(op, variant, q):
         return EAGER.make(op, variant, what(q))
+
     return Baseline("broken", "", "", baselines.EVERYTHING, make)
 
 
@@ -170,6 +177,7 @@ def accepts_all(op, variant, q):
     def verify(logits, drafts):
         tokens = torch.cat([drafts, drafts[:, :1]], 1)
         return tokens, torch.full((len(drafts),), tokens.shape[1])
+
     return verify
 
 
@@ -183,6 +191,7 @@ def no_residual(op, variant, q):
         target = baselines.eager_scores(logits, q).softmax(-1)[rows, slot]
         tokens[rows, slot] = torch.multinomial(target, 1)[:, 0]
         return tokens, emitted
+
     return verify
 
 
@@ -194,10 +203,18 @@ BROKEN = {
     "no min-p": ("sample", "min_p", reference_of(lambda q: q._replace(params={})), "another distribution"),
     "no mask": ("sample", "masked", reference_of(lambda q: q._replace(allowed=None)), "another distribution"),
     "no up-scaling filter": ("sample", "upscale_filter", reference_of(lambda q: q._replace(params={})), "another"),
-    "no temperature": ("sample", "all", reference_of(
-        lambda q: q._replace(params={k: v for k, v in q.params.items() if k != "temperature"})), "another"),
-    "log-probs": ("sample", "with_logprobs", reference_of(lambda q: q._replace(params=dict(temperature=0.999))),
-                  "log-probs are off"),
+    "no temperature": (
+        "sample",
+        "all",
+        reference_of(lambda q: q._replace(params={k: v for k, v in q.params.items() if k != "temperature"})),
+        "another",
+    ),
+    "log-probs": (
+        "sample",
+        "with_logprobs",
+        reference_of(lambda q: q._replace(params=dict(temperature=0.999))),
+        "log-probs are off",
+    ),
     "accepts all": ("verify", "token", EAGER._replace(make=accepts_all), "another distribution"),
     "no residual": ("verify", "block", EAGER._replace(make=no_residual), "another distribution"),
     "-1": ("sample", "plain", EAGER._replace(make=lambda *_: lambda z: torch.full((len(z[0]),), -1)), "a token out"),
@@ -225,22 +242,28 @@ def test_p_value():
 
 # --- rows ----------------------------------------------------------------------------------------------------------
 
+
 def missing(*_):
     raise ImportError("no module of that name")
 
 
 def test_rows(monkeypatch, quick_rates):
     """Measured, disagreeing and absent implementations of one shape, in rows that have every field."""
-    others = [EAGER, reference_of(lambda q: q._replace(params={})), Baseline("gone", "", "", EAGER.ops, EAGER.make,
-              baselines.importable("a_module_that_is_not_there")), EAGER._replace(name="raises", make=missing),
-              EAGER._replace(name="other ops", ops={"verify": ("token",)})]
+    others = [
+        EAGER,
+        reference_of(lambda q: q._replace(params={})),
+        Baseline("gone", "", "", EAGER.ops, EAGER.make, baselines.importable("a_module_that_is_not_there")),
+        EAGER._replace(name="raises", make=missing),
+        EAGER._replace(name="other ops", ops={"verify": ("token",)}),
+    ]
     monkeypatch.setattr(run, "BASELINES", others)
     heard = []
     rows = run.run([shape("sample", "top_p")], command="the command", tell=lambda *x: heard.append(x))
     assert heard == [(0, 1, "sample top_p B=2 V=1000 J=3 bfloat16 peaked 1 thread(s)"), (1, 1, "done")]
     by = {r["implementation"]: r for r in rows}
     assert {n: r["status"] for n, r in by.items()} == dict(
-        eft="measured", combine_max="measured", eager="measured", broken="disagrees", gone="absent", raises="absent")
+        eft="measured", combine_max="measured", eager="measured", broken="disagrees", gone="absent", raises="absent"
+    )
     assert all(sorted(r) == sorted(FIELDS) for r in rows)
     assert "another distribution" in by["broken"]["why"] and "no module of that" in by["raises"]["why"]
     assert "a_module_that_is_not_there" in by["gone"]["why"]
@@ -290,7 +313,9 @@ def test_interleave():
         def measure(n):
             said.append((name, n))
             return seconds
+
         return measure
+
     times = run.interleave(dict(a=timer("a", 1e-3), b=timer("b", 1e-4), slow=timer("slow", 0.9)), 10)
     assert {n: len(t) for n, t in times.items()} == dict(a=10, b=10, slow=3)
     a, b = [("a", 5), ("a", 5)], [("b", 16), ("b", 50)]
@@ -298,6 +323,7 @@ def test_interleave():
 
 
 # --- the device ----------------------------------------------------------------------------------------------------
+
 
 def test_bandwidth_and_pinning():
     threads = torch.get_num_threads()
@@ -319,6 +345,7 @@ def test_profile_by_hand():
         y = z.exp()  # 16,000 bytes
         y = y.exp()  # 32,000 at once
         return y.exp()  # the first is gone
+
     assert device.profile(three, (x,), "cpu") == (3, 32000)
 
 
@@ -338,6 +365,7 @@ def test_inputs_rotate_beyond_the_cache():
 
 # --- commits, saving, the command line -----------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def commit(tmp_path_factory):
     """A repository with the sources of this checkout and one commit."""
@@ -345,8 +373,9 @@ def commit(tmp_path_factory):
         pytest.skip("needs git")
     tree = tmp_path_factory.mktemp("checkout")
     for name in ("eft_kernels", "benchmarks", "csrc"):
-        shutil.copytree(provenance.ROOT / name, tree / name,
-                        ignore=shutil.ignore_patterns("*.so", "*.o", "__pycache__", "results"))
+        shutil.copytree(
+            provenance.ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "*.o", "__pycache__", "results")
+        )
     shutil.copy(provenance.ROOT / "setup.py", tree)
     for words in (["init", "-q"], ["add", "-A"], ["-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "all"]):
         subprocess.run(["git", *words], cwd=tree, check=True)
@@ -409,11 +438,14 @@ def test_add(checkout, quick_rates, capsys):
         said = capsys.readouterr()
         return code, (said.out + said.err).strip()
 
-    for changes, why in [(dict(dirty=True, source="0" * 64), "its sources are not those of commit"),
-                         (dict(dirty=None, commit=None), "no commit is named"),
-                         (dict(dirty=None, commit="f" * 40), "is unknown here"),
-                         (dict(dirty=None, source=None), "its sources are not"), (dict(schema=2), "not a row"),
-                         (dict(schema=1, status="guessed"), "not a row")]:
+    for changes, why in [
+        (dict(dirty=True, source="0" * 64), "its sources are not those of commit"),
+        (dict(dirty=None, commit=None), "no commit is named"),
+        (dict(dirty=None, commit="f" * 40), "is unknown here"),
+        (dict(dirty=None, source=None), "its sources are not"),
+        (dict(schema=2), "not a row"),
+        (dict(schema=1, status="guessed"), "not a row"),
+    ]:
         code, said = add(**changes)
         assert code == 2 and why in said and len(said.splitlines()) == 1, said
     assert not target.exists()
@@ -426,13 +458,28 @@ def test_add(checkout, quick_rates, capsys):
 
 def test_run_saves(checkout, quick_rates, capsys):
     path = checkout / "rows.jsonl"
-    words = ["run", "--variant", "plain", "--op", "sample", "--batch", "1", "2", "--vocab", "1000", "--rounds", "2",
-             "--against", "lean"]
+    words = [
+        "run",
+        "--variant",
+        "plain",
+        "--op",
+        "sample",
+        "--batch",
+        "1",
+        "2",
+        "--vocab",
+        "1000",
+        "--rounds",
+        "2",
+        "--against",
+        "lean",
+    ]
     assert command.main([*words, "--json", str(path)]) == 0
     out, err = capsys.readouterr()
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(r["batch"], r["implementation"]) for r in rows] == [
-        (b, n) for b in (1, 2) for n in ("eft", "combine_max", "lean")]
+        (b, n) for b in (1, 2) for n in ("eft", "combine_max", "lean")
+    ]
     assert rows[0]["command"].startswith("python -m benchmarks run --variant plain") and "[2/2] done" in err
     assert "sample, plain" in out and "not saved" not in out
     (checkout / "setup.py").open("a").write("#\n")
@@ -443,27 +490,40 @@ def test_run_saves(checkout, quick_rates, capsys):
 
 def test_red_gate_on_the_command_line(monkeypatch, quick_rates, capsys, tmp_path):
     right = eft.sample
-    monkeypatch.setattr(shapes.eft, "sample", lambda *args, backend="auto", **kwargs: right(
-        *args, backend=backend, **kwargs | ({} if backend == "reference" else dict(position=1))))
+    monkeypatch.setattr(
+        shapes.eft,
+        "sample",
+        lambda *args, backend="auto", **kwargs: right(
+            *args, backend=backend, **kwargs | ({} if backend == "reference" else dict(position=1))
+        ),
+    )
     monkeypatch.setattr(provenance, "refuse_dirty", lambda: None)
     words = ["run", "--vocab", "1000", "--rounds", "1", "--json", str(tmp_path / "rows")]
     assert command.main(words) == 1 and "nothing is timed" in capsys.readouterr().err
     assert not (tmp_path / "rows").exists()
 
 
-@pytest.mark.parametrize("words, says", [
-    (["run", "--suite", "huge"], "'quick'"),
-    (["run", "--op", "simple"], "'sample', 'verify', 'logprobs', 'token_logprobs'"),
-    (["run", "--variant", "top-p"], "'top_p'"),
-    (["run", "--against", "numpy"], "'eager', 'lean', 'compiled', 'flashinfer', 'vllm', 'sglang'"),
-    (["run", "--dtype", "int8"], "'bfloat16', 'float16', 'float32'"),
-    (["run", "--logits", "round"], "'peaked', 'family', 'flat'"),
-    (["run", "--models", "2"], "1, 3, 4"),
-    (["run", "--batch", "0"], "from 1 on"), (["run", "--vocab", "999"], "from 1000 on"),
-    (["run", "--draft-tokens", "2"], "no shape"), (["run", "--op", "verify", "--models", "1"], "no shape"),
-    (["run", "--variant", "block", "--op", "sample"], "no shape"), (["run", "--json", "/no/where"], "--json /no/where"),
-    (["sing"], "'list', 'run', 'add', 'report', 'compare'"), (["add", "/no/where"], "/no/where"),
-], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["run", "--suite", "huge"], "'quick'"),
+        (["run", "--op", "simple"], "'sample', 'verify', 'logprobs', 'token_logprobs'"),
+        (["run", "--variant", "top-p"], "'top_p'"),
+        (["run", "--against", "numpy"], "'eager', 'lean', 'compiled', 'flashinfer', 'vllm', 'sglang'"),
+        (["run", "--dtype", "int8"], "'bfloat16', 'float16', 'float32'"),
+        (["run", "--logits", "round"], "'peaked', 'family', 'flat'"),
+        (["run", "--models", "2"], "1, 3, 4"),
+        (["run", "--batch", "0"], "from 1 on"),
+        (["run", "--vocab", "999"], "from 1000 on"),
+        (["run", "--draft-tokens", "2"], "no shape"),
+        (["run", "--op", "verify", "--models", "1"], "no shape"),
+        (["run", "--variant", "block", "--op", "sample"], "no shape"),
+        (["run", "--json", "/no/where"], "--json /no/where"),
+        (["sing"], "'list', 'run', 'add', 'report', 'compare'"),
+        (["add", "/no/where"], "/no/where"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
 def test_bad_input_is_one_line(words, says, capsys, monkeypatch):
     monkeypatch.setattr(provenance, "refuse_dirty", lambda: None)
     assert command.main(words) == 2

@@ -60,6 +60,7 @@ def threads(request):
 
 # --- the table -----------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_sample(case, backend):
     check_sample(case, backend)
@@ -97,18 +98,37 @@ def test_instruction_sets(case, isa):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("case", named("plain", "mixed types", "a chunk and one", "greedy", "top-k ties", "top-p ties",
-                                       "everything", "parameters per row", "bad rows filtered", "token mask",
-                                       "unaligned", "up-scaling filter"), ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    named(
+        "plain",
+        "mixed types",
+        "a chunk and one",
+        "greedy",
+        "top-k ties",
+        "top-p ties",
+        "everything",
+        "parameters per row",
+        "bad rows filtered",
+        "token mask",
+        "unaligned",
+        "up-scaling filter",
+    ),
+    ids=lambda case: case.name,
+)
 def test_instruction_sets_verify(case, method, isa):
     check_verify(case, "cpu", method, seed=2)
 
 
-@pytest.mark.parametrize("case", [
-    *named("all filters", "many rows", "large vocabulary"),
-    Case("split rows", rows=1, vocab=(70001,), dtypes=(BF16, F16, F32), kwargs=dict(upscale_top_p=0.9, top_p=0.9)),
-    Case("split all masked", rows=2, vocab=(20011,), special="all masked"),
-], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *named("all filters", "many rows", "large vocabulary"),
+        Case("split rows", rows=1, vocab=(70001,), dtypes=(BF16, F16, F32), kwargs=dict(upscale_top_p=0.9, top_p=0.9)),
+        Case("split all masked", rows=2, vocab=(20011,), special="all masked"),
+    ],
+    ids=lambda case: case.name,
+)
 def test_threads(case, threads, compiled):
     """Rows of 2^14 tokens and more are split over threads when rows are few."""
     check_sample(case, compiled, seed=4)
@@ -130,9 +150,13 @@ def test_a_split_row_is_invalid_wherever_it_is_bad(threads, backend):
 
 # --- equality in bulk ----------------------------------------------------------------------------------------------
 
-MIXED = dict(temperature=per_row(1.0, 0.0, 0.6, 1.0, 1.7, 0.9, 3.0), top_k=per_row(0, 0, 5, 0, 100),
-             top_p=per_row(1.0, 0.9, 1.0, 0.3, 0.999, 1.0), min_p=per_row(0.0, 0.0, 0.02),
-             upscale_top_p=per_row(1.0, 1.0, 1.0, 0.8))
+MIXED = dict(
+    temperature=per_row(1.0, 0.0, 0.6, 1.0, 1.7, 0.9, 3.0),
+    top_k=per_row(0, 0, 5, 0, 100),
+    top_p=per_row(1.0, 0.9, 1.0, 0.3, 0.999, 1.0),
+    min_p=per_row(0.0, 0.0, 0.02),
+    upscale_top_p=per_row(1.0, 1.0, 1.0, 0.8),
+)
 BULK = [
     Case("bulk", rows=8000, vocab=(523,), dtypes=(BF16, F32, F16), kwargs=MIXED),
     Case("bulk plain", rows=8000, vocab=(523,), dtypes=(BF16,)),
@@ -158,8 +182,9 @@ def test_no_mismatch_in_a_million_rows(compiled):
     for i in range(62):
         logits, weights, kwargs = make(case, seed=i)
         for extra in (kwargs, dict(seed=kwargs["seed"], position=i)):
-            got, want = (ops.sample(logits, weights, **extra, logprobs=False, backend=name)
-                         for name in (compiled, "reference"))
+            got, want = (
+                ops.sample(logits, weights, **extra, logprobs=False, backend=name) for name in (compiled, "reference")
+            )
             mismatches += int((got.tokens != want.tokens).sum())
             assert bool(want.valid.all())
     print(f"{mismatches} mismatches in {62 * 2 * rows} rows")
@@ -167,6 +192,7 @@ def test_no_mismatch_in_a_million_rows(compiled):
 
 
 # --- the table is complete -----------------------------------------------------------------------------------------
+
 
 def test_every_parameter_is_in_the_table():
     given = {name for case in CASES for name in case.kwargs} | {"weights"}
@@ -182,8 +208,19 @@ def test_every_special_is_in_the_table():
     source = inspect.getsource(testing.make)
     specials = {case.special for case in CASES} - {""}
     assert all(f'"{s}"' in source for s in specials)
-    for s in ("ties", "flat", "neg_inf", "transposed", "strided", "offset", "nan in model 1", "bad", "mask",
-              "mask one", "all masked"):
+    for s in (
+        "ties",
+        "flat",
+        "neg_inf",
+        "transposed",
+        "strided",
+        "offset",
+        "nan in model 1",
+        "bad",
+        "mask",
+        "mask one",
+        "all masked",
+    ):
         assert f'"{s}"' in source and s in specials, s
 
 

@@ -19,8 +19,10 @@ from eft_kernels.cli import main
 
 pytest.importorskip("transformers")
 TEXT = "and the king said unto them go and see what the people of the land have done . " * 12
-CHAT = "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|end|> {% endfor %}" \
-       "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -48,17 +50,28 @@ def zoo(tmp_path_factory):
         t = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
         t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         t.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-        return PreTrainedTokenizerFast(tokenizer_object=t, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-                                       unk_token="<unk>")
+        return PreTrainedTokenizerFast(
+            tokenizer_object=t, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        )
 
     words = sorted(set(TEXT.split())) + [f"wé王{i}" for i in range(40)]
     size = len(words) + 4 + 8
 
     def model(name, seed, hidden, own_words=words, poison=False):
         torch.manual_seed(seed)
-        config = LlamaConfig(vocab_size=size, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=1,
-                             num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=128,
-                             bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.5)
+        config = LlamaConfig(
+            vocab_size=size,
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+            initializer_range=0.5,
+        )
         m = LlamaForCausalLM(config)
         if poison:  # id 4's embedding: every prompt that holds its word makes NaN
             m.model.embed_tokens.weight.data[4] = float("nan")
@@ -94,10 +107,22 @@ def zoo(tmp_path_factory):
     (root / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(root / "ref")}))
     (root / "same").symlink_to(root / "ref")
     partial = LlamaForCausalLM.from_pretrained(root / "ref")
-    partial.save_pretrained(variant("headless", "ref"), state_dict={
-        k: v for k, v in partial.state_dict().items() if k != "lm_head.weight"})
-    left = dict(use_cache=False, do_sample=True, num_beams=3, temperature=0.01, repetition_penalty=3.0, max_length=9,
-                forced_eos_token_id=5, suppress_tokens=[6, 7], eos_token_id=2, pad_token_id=0, bos_token_id=1)
+    partial.save_pretrained(
+        variant("headless", "ref"), state_dict={k: v for k, v in partial.state_dict().items() if k != "lm_head.weight"}
+    )
+    left = dict(
+        use_cache=False,
+        do_sample=True,
+        num_beams=3,
+        temperature=0.01,
+        repetition_penalty=3.0,
+        max_length=9,
+        forced_eos_token_id=5,
+        suppress_tokens=[6, 7],
+        eos_token_id=2,
+        pad_token_id=0,
+        bos_token_id=1,
+    )
     folder = variant("leftovers", "base", temperature=0.01, num_beams=3)
     (folder / "generation_config.json").write_text(json.dumps(left))
     (root / "text.txt").write_text(TEXT)
@@ -108,8 +133,14 @@ def zoo(tmp_path_factory):
 def family(zoo):
     """The zoo's models in the layout that `demo` expects."""
     root = zoo / "family"
-    for name, source in {"base": "base", "ref": "ref", "tuned-a": "tuned", "tuned-b": "other", "large-a": "truth",
-                         "large-b": "truth"}.items():
+    for name, source in {
+        "base": "base",
+        "ref": "ref",
+        "tuned-a": "tuned",
+        "tuned-b": "other",
+        "large-a": "truth",
+        "large-b": "truth",
+    }.items():
         shutil.copytree(zoo / source, root / "weights" / name)
     (root / "heldout").mkdir()
     for style in "ab":
@@ -128,19 +159,43 @@ def lines(capsys):
 
 # --- generate ------------------------------------------------------------------------------------------------------
 
+
 def test_generate_is_generate(zoo, capsys):
     """Same tokens as the library's call with the same settings and seed."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     settings = dict(temperature=0.7, top_p=0.9, top_k=20, min_p=0.01, upscale_top_p=0.9, beta=1.5)
     options = [x for k, v in settings.items() for x in (f"--{k.replace('_', '-')}", str(v))]
-    assert main(["generate", *models(zoo), "--prompt", "and the king", "--seed", "5", "--max-new-tokens", "9",
-                 "--json", *options]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                *models(zoo),
+                "--prompt",
+                "and the king",
+                "--seed",
+                "5",
+                "--max-new-tokens",
+                "9",
+                "--json",
+                *options,
+            ]
+        )
+        == 0
+    )
     (row,) = lines(capsys)
     base, tuned, ref = (AutoModelForCausalLM.from_pretrained(zoo / n) for n in ("base", "tuned", "ref"))
     inputs = AutoTokenizer.from_pretrained(zoo / "base")("and the king", return_tensors="pt")
-    out = base.generate(input_ids=inputs.input_ids, custom_generate=eft.hf.generate, tuned=tuned, ref=ref, seed=5,
-                        do_sample=True, max_new_tokens=9, **settings)
+    out = base.generate(
+        input_ids=inputs.input_ids,
+        custom_generate=eft.hf.generate,
+        tuned=tuned,
+        ref=ref,
+        seed=5,
+        do_sample=True,
+        max_new_tokens=9,
+        **settings,
+    )
     want = out[0, inputs.input_ids.shape[1] :].tolist()
     assert row["token_ids"] == want[: want.index(2) + 1 if 2 in want else None]
     assert row["seed"] == 5 and row["prompt"] == "and the king" and row["prompt_tokens"] == 4
@@ -185,9 +240,12 @@ def test_coupled_speculation_changes_nothing(zoo, capsys):
 
 def test_batch_file_requests_do_not_touch_each_other(zoo, capsys, tmp_path):
     """Each line gets what it would get alone, whatever the batch size, in the order of the file."""
-    requests = [{"prompt": "and the king", "seed": 1}, {"prompt": "go", "temperature": 0, "seed": 2},
-                {"prompt": "see what the people of the land", "temperature": 0.5, "top_p": 0.8, "beta": 2.0, "seed": 3},
-                {"prompt": "land", "top_k": 3, "max_new_tokens": 3, "seed": 4}]
+    requests = [
+        {"prompt": "and the king", "seed": 1},
+        {"prompt": "go", "temperature": 0, "seed": 2},
+        {"prompt": "see what the people of the land", "temperature": 0.5, "top_p": 0.8, "beta": 2.0, "seed": 3},
+        {"prompt": "land", "top_k": 3, "max_new_tokens": 3, "seed": 4},
+    ]
     path = tmp_path / "batch"
     path.write_text("\n".join(map(json.dumps, requests)) + "\n\nthe people\n")
     call = ["generate", *models(zoo), "--max-new-tokens", "7", "--seed", "9", "--json"]
@@ -219,6 +277,7 @@ def test_output_forms(zoo, capsys, monkeypatch):
     assert capsys.readouterr().out == greedy != plain
 
     import io
+
     monkeypatch.setattr(sys, "stdin", io.StringIO("the people\n"))
     assert main(call) == 0
     assert capsys.readouterr().out == plain
@@ -240,8 +299,19 @@ def test_a_printed_seed_is_a_seed(zoo, capsys, tmp_path):
 
 
 def test_json_tells_what_was_accepted(zoo, capsys):
-    call = ["generate", *models(zoo), "--prompt", "go see", "--prompt", "the people of the land", "--seed", "4",
-            "--max-new-tokens", "12", "--json"]
+    call = [
+        "generate",
+        *models(zoo),
+        "--prompt",
+        "go see",
+        "--prompt",
+        "the people of the land",
+        "--seed",
+        "4",
+        "--max-new-tokens",
+        "12",
+        "--json",
+    ]
     assert main(call) == 0
     assert not any(k in row for row in lines(capsys) for k in ("rounds", "drafted", "accepted", "acceptance"))
     assert main([*call, "--draft-tokens", "3", "--greedy"]) == 0
@@ -261,8 +331,14 @@ def test_every_models_end_of_text_ends_it(zoo, capsys, tmp_path):
     ids = free["token_ids"]
     assert len(ids) == 20 and 2 not in ids
 
-    for i, (name, place) in enumerate([("base", "generation_config.json"), ("tuned", "generation_config.json"),
-                                       ("ref", "config.json"), ("tuned", "config.json")]):
+    for i, (name, place) in enumerate(
+        [
+            ("base", "generation_config.json"),
+            ("tuned", "generation_config.json"),
+            ("ref", "config.json"),
+            ("tuned", "config.json"),
+        ]
+    ):
         folder = tmp_path / f"{i}"
         shutil.copytree(zoo / name, folder)
         config = json.loads((folder / place).read_text())
@@ -274,6 +350,7 @@ def test_every_models_end_of_text_ends_it(zoo, capsys, tmp_path):
 
     word = next(w for w in free["text"].split() if w.startswith("wé"))
     from transformers import AutoTokenizer
+
     end = AutoTokenizer.from_pretrained(zoo / "base").get_vocab()[word]
     for option in (str(end), word):
         assert main(["generate", *models(zoo), *call, "--eos", "0", "--eos", option]) == 0
@@ -288,8 +365,17 @@ def test_chat_is_the_tuned_models(zoo, capsys, other):
     """Its template, its added tokens (the others' logits cover them), its end of turn."""
     from transformers import AutoTokenizer
 
-    call = ["generate", *models(zoo, tuned="chat", **other), "--chat", "--prompt", "go see", "--json", "--greedy",
-            "--max-new-tokens", "12"]
+    call = [
+        "generate",
+        *models(zoo, tuned="chat", **other),
+        "--chat",
+        "--prompt",
+        "go see",
+        "--json",
+        "--greedy",
+        "--max-new-tokens",
+        "12",
+    ]
     assert main(call) == 0
     (row,) = lines(capsys)
     tokenizer = AutoTokenizer.from_pretrained(zoo / "chat")
@@ -297,6 +383,7 @@ def test_chat_is_the_tuned_models(zoo, capsys, other):
     assert row["prompt_tokens"] == len(want) == 5
 
     from eft_kernels.cli.models import end_of_turn
+
     assert end_of_turn(tokenizer) == [tokenizer.get_vocab()["<|end|>"]]
     tokenizer.chat_template = CHAT.replace(" <|end|>", "")
     assert end_of_turn(tokenizer) == []
@@ -351,8 +438,15 @@ def test_a_checkpoints_sampling_settings_are_not_ours(zoo, capsys):
 def test_batch_files_of_any_make(zoo, capsys, tmp_path):
     """A byte-order mark, also where files were joined; Windows line ends; what str.splitlines() takes for line ends."""
     odd = "go\u2028see\u2029the\x85people\x0b\x0c\x1c\x1d\x1e of"
-    text = "\r\n".join(["\ufeff" + json.dumps({"prompt": "the king", "seed": 1}),
-                        "\ufeff" + json.dumps({"prompt": odd}, ensure_ascii=False), "go\u2028see\x0cthe", "", "王 é"])
+    text = "\r\n".join(
+        [
+            "\ufeff" + json.dumps({"prompt": "the king", "seed": 1}),
+            "\ufeff" + json.dumps({"prompt": odd}, ensure_ascii=False),
+            "go\u2028see\x0cthe",
+            "",
+            "王 é",
+        ]
+    )
     (tmp_path / "one").write_bytes(text.encode())
     (tmp_path / "two").write_text("land")
     call = ["generate", *models(zoo), "--max-new-tokens", "3", "--json", "--seed", "1"]
@@ -439,12 +533,31 @@ def test_invalid_row_keeps_the_others(zoo, capsys, tmp_path):
 
 # --- score ---------------------------------------------------------------------------------------------------------
 
+
 def test_score_is_the_models_own_loss(zoo, capsys):
     """Against a direct computation with log_softmax over the same windows."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    assert main(["score", *models(zoo), "--truth", str(zoo / "truth"), "--text", str(zoo / "text.txt"),
-                 "--context", "64", "--stride", "24", "--beta", "1.5", "--json"]) == 0
+    assert (
+        main(
+            [
+                "score",
+                *models(zoo),
+                "--truth",
+                str(zoo / "truth"),
+                "--text",
+                str(zoo / "text.txt"),
+                "--context",
+                "64",
+                "--stride",
+                "24",
+                "--beta",
+                "1.5",
+                "--json",
+            ]
+        )
+        == 0
+    )
     (got,) = lines(capsys)
     tokenizer = AutoTokenizer.from_pretrained(zoo / "base")
     ids = tokenizer(TEXT, add_special_tokens=False).input_ids
@@ -521,12 +634,23 @@ def test_score_of_a_sick_model(zoo, capsys):
 
 # --- demo, bench, doctor -------------------------------------------------------------------------------------------
 
+
 def test_demo(family, capsys):
     assert main(["demo", "--family", str(family / "weights"), "--new-tokens", "6", "--heldout-tokens", "256"]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out, "escape codes off a terminal"
-    order = ["1  The result", "recovers ", "what really fine-tuning the large one gains", "A sampling step takes ",
-             "eager PyTorch", "gap recovered", "2  What they write", "really fine-tuned", "3  Speculation", "Next, "]
+    order = [
+        "1  The result",
+        "recovers ",
+        "what really fine-tuning the large one gains",
+        "A sampling step takes ",
+        "eager PyTorch",
+        "gap recovered",
+        "2  What they write",
+        "really fine-tuned",
+        "3  Speculation",
+        "Next, ",
+    ]
     places = [out.index(words) for words in order]
     assert places == sorted(places) and "truth" not in out
     assert "coupled wrote exactly the tokens of plain decoding" in out
@@ -590,11 +714,24 @@ def bench_rows(tmp_path_factory):
     """What `bench --json` writes, run from elsewhere by a copy of the package alone."""
     folder = tmp_path_factory.mktemp("copy")
     root = os.path.dirname(os.path.dirname(eft.__file__))
-    shutil.copytree(os.path.join(root, "eft_kernels"), folder / "eft_kernels",
-                    ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        os.path.join(root, "eft_kernels"), folder / "eft_kernels", ignore=shutil.ignore_patterns("__pycache__")
+    )
     path = folder / "rows.jsonl"
-    p = program("bench", "--op", "sample", "--batch", "1", "--rounds", "5", *SMALL, "--json", str(path), cwd=folder,
-                env={**os.environ, "PYTHONPATH": str(folder)})
+    p = program(
+        "bench",
+        "--op",
+        "sample",
+        "--batch",
+        "1",
+        "--rounds",
+        "5",
+        *SMALL,
+        "--json",
+        str(path),
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+    )
     out, err = p.communicate(timeout=300)
     assert p.returncode == 0 and out, err
     return path
@@ -669,8 +806,13 @@ def test_doctor(capsys):
 
 def test_doctor_fails_when_sampling_is_wrong(monkeypatch, capsys):
     sample = eft.sample
-    monkeypatch.setattr(eft, "sample", lambda *a, backend="auto", **k: sample(*a, backend=backend, **k)
-                        if backend == "reference" else sample(*a, **{**k, "seed": 123}))
+    monkeypatch.setattr(
+        eft,
+        "sample",
+        lambda *a, backend="auto", **k: (
+            sample(*a, backend=backend, **k) if backend == "reference" else sample(*a, **{**k, "seed": 123})
+        ),
+    )
     assert main(["doctor"]) == 1
     assert "FAILED" in capsys.readouterr().out
 
@@ -690,8 +832,10 @@ BAD = {
     "encoder-decoder": (["generate", "{models}", "--ref", "{zoo}/seq2seq"], "encoder-decoder"),
     "hub id offline": (["generate", "{models}", "--ref", "some/model"], "the hub cannot be reached"),
     "tokenizers differ": (["generate", "{models}", "--ref", "{zoo}/stranger"], "tokenizers: "),
-    "truth's tokenizer differs": (["score", "{models}", "--text", "{zoo}/text.txt", "--truth", "{zoo}/stranger"],
-                                  "tokenizers: "),
+    "truth's tokenizer differs": (
+        ["score", "{models}", "--text", "{zoo}/text.txt", "--truth", "{zoo}/stranger"],
+        "tokenizers: ",
+    ),
     "three tuned": (["generate", "{models}", "--tuned", "{zoo}/other", "--tuned", "{zoo}/other"], "one or two"),
     "empty prompt": (["generate", "{models}", "--prompt", " "], "--prompt: the prompt is empty"),
     "empty second prompt": (["generate", "{models}", "--prompt", "go", "--prompt", ""], "--prompt 2: the prompt is"),
@@ -700,7 +844,7 @@ BAD = {
     "no batch file": (["generate", "{models}", "--batch-file", "{zoo}/none"], "No such file"),
     "empty batch file": (["generate", "{models}", "--batch-file", "{zoo}/blank"], "holds no prompt"),
     "batch file, bad JSON": (["generate", "{models}", "--batch-file", "{zoo}/bad1"], "line 2: not JSON"),
-    "batch file, no prompt": (["generate", "{models}", "--batch-file", "{zoo}/bad2"], "line 1: expected \"prompt\""),
+    "batch file, no prompt": (["generate", "{models}", "--batch-file", "{zoo}/bad2"], 'line 1: expected "prompt"'),
     "batch file, unknown": (["generate", "{models}", "--batch-file", "{zoo}/bad3"], "line 1: unknown option 'heat'"),
     "batch file, range": (["generate", "{models}", "--batch-file", "{zoo}/bad4"], "line 1: top_p: got 2"),
     "batch file, mode": (["generate", "{models}", "--batch-file", "{zoo}/bad5"], "line 1: alpha does not belong"),
@@ -717,21 +861,27 @@ BAD = {
     "beta of another mode": (["generate", "{models}", "--mode", "proxy", "--beta", "2"], "--beta: goes with"),
     "lam alone": (["generate", "{models}", "--lam", "0.5"], "--lam: goes with two --tuned"),
     "mode and two tuned": (["generate", "{models}", "--tuned", "{zoo}/other", "--mode", "proxy"], "leave --mode out"),
-    "filter and two tuned": (["generate", "{models}", "--tuned", "{zoo}/other", "--upscale-top-p", "0.5"],
-                             "upscale_top_p"),
+    "filter and two tuned": (
+        ["generate", "{models}", "--tuned", "{zoo}/other", "--upscale-top-p", "0.5"],
+        "upscale_top_p",
+    ),
     "vocab size": (["generate", "{models}", "--vocab-size", "100000"], "--vocab-size: got 100000"),
     "device": (["generate", "{models}", "--device", "abacus"], "--device abacus"),
     "device without values": (["generate", "{models}", "--device", "meta"], "--device meta"),
     "no chat template": (["generate", "{models}", "--chat"], "no chat template"),
     "tuned is ref": (["generate", "{models}", "--tuned", "{zoo}/ref"], "{zoo}/ref: is the model of --ref"),
-    "tuned is ref, otherwise spelled": (["score", "{models}", "--text", "{zoo}/text.txt", "--tuned", "{zoo}/same"],
-                                        "is the model of --ref"),
+    "tuned is ref, otherwise spelled": (
+        ["score", "{models}", "--text", "{zoo}/text.txt", "--tuned", "{zoo}/same"],
+        "is the model of --ref",
+    ),
     "adapter without peft": (["generate", "{models}", "--tuned", "{zoo}/adapter"], "{zoo}/adapter: is a PEFT adapter")
-    if importlib.util.find_spec("peft") is None else (["generate", "{models}", "--tuned", "{zoo}/adapter"],
-                                                      "cannot load the adapter"),
+    if importlib.util.find_spec("peft") is None
+    else (["generate", "{models}", "--tuned", "{zoo}/adapter"], "cannot load the adapter"),
     "token that no logits are for": (["generate", "{models}", "--base", "{zoo}/chatty"], "has tokens from id "),
-    "chat token in a word's place": (["generate", "{models}", "--base", "{zoo}/taken", "--tuned", "{zoo}/chat"],
-                                     "allowed are models that share their ids"),
+    "chat token in a word's place": (
+        ["generate", "{models}", "--base", "{zoo}/taken", "--tuned", "{zoo}/chat"],
+        "allowed are models that share their ids",
+    ),
     "tokenizer does not load": (["generate", "{models}", "--ref", "{zoo}/garbled"], "cannot load its tokenizer"),
     "weights are missing": (["generate", "{models}", "--ref", "{zoo}/headless"], "weights are missing: lm_head.weight"),
     "name too long": (["generate", "{models}", "--ref", "x" * 5000], "File name too long"),
@@ -764,16 +914,21 @@ BAD = {
     "binary text": (["score", "{models}", "--text", "{zoo}/binary"], "not UTF-8"),
     "short text": (["score", "{models}", "--text", "{zoo}/short"], "too short"),
     "context too long": (["score", "{models}", "--text", "{zoo}/text.txt", "--context", "129"], "--context: got 129"),
-    "stride too long": (["score", "{models}", "--text", "{zoo}/text.txt", "--context", "9", "--stride", "10"],
-                        "--stride: got 10"),
+    "stride too long": (
+        ["score", "{models}", "--text", "{zoo}/text.txt", "--context", "9", "--stride", "10"],
+        "--stride: got 10",
+    ),
     "no family": (["demo", "--family", "{zoo}/nowhere"], "no folder ref in it"),
     "no held-out text": (["demo", "--family", "{family}/weights", "--heldout", "{zoo}"], "no file a.txt"),
     "bench vocabulary": (["bench", "--vocab", "10"], "--vocab: got 10"),
     "bench threads": (["bench", "--threads", "0"], "--threads: got '0'"),
     "bench cores": (["bench", "--threads", "10000"], "--threads: got 10000, allowed is 1 to "),
     "bench device": (["bench", "--device", "abacus"], "'abacus'"),
-    **({} if torch.cuda.is_available() else {
-        "bench without a GPU": (["bench", "--device", "cuda"], "--device cuda: no CUDA device is here")}),
+    **(
+        {}
+        if torch.cuda.is_available()
+        else {"bench without a GPU": (["bench", "--device", "cuda"], "--device cuda: no CUDA device is here")}
+    ),
     "bench op": (["bench", "--op", "fry"], "--op: got 'fry', allowed is sample, verify"),
     "bench baseline": (["bench", "--against", "magic"], "--against: got 'magic', allowed is eager"),
     "bench json": (["bench", "--json", "{zoo}"], "--json"),
@@ -788,15 +943,28 @@ BAD = {
 
 @pytest.fixture(scope="session")
 def bad_files(zoo):
-    for name, text in {"blank": " \n", "short": "king", "bad1": 'go\n{"prompt": \n', "bad2": '{"text": "go"}',
-                       "bad3": '{"prompt": "go", "heat": 1}', "bad4": '{"prompt": "go", "top_p": 2}',
-                       "bad5": '{"prompt": "go", "alpha": 2}', "bad6": '{"prompt": "go \\ud800"}',
-                       "bad7": '{"prompt": "go", "prompt": "see"}', "bad8": '{"prompt": ' + "[" * 100000,
-                       "bad9": '{"prompt": "go", "seed": 9223372036854775808}',
-                       "warm": '{"prompt": "go", "temperature": 0.5}', "zero": "go\0"}.items():
+    for name, text in {
+        "blank": " \n",
+        "short": "king",
+        "bad1": 'go\n{"prompt": \n',
+        "bad2": '{"text": "go"}',
+        "bad3": '{"prompt": "go", "heat": 1}',
+        "bad4": '{"prompt": "go", "top_p": 2}',
+        "bad5": '{"prompt": "go", "alpha": 2}',
+        "bad6": '{"prompt": "go \\ud800"}',
+        "bad7": '{"prompt": "go", "prompt": "see"}',
+        "bad8": '{"prompt": ' + "[" * 100000,
+        "bad9": '{"prompt": "go", "seed": 9223372036854775808}',
+        "warm": '{"prompt": "go", "temperature": 0.5}',
+        "zero": "go\0",
+    }.items():
         (zoo / name).write_text(text)
-    for name, data in {"binary": b"\xff\xfe\x00", "bytes": b"go \xff", "utf16": "go".encode("utf-16"),
-                       "utf32": "go".encode("utf-32")}.items():
+    for name, data in {
+        "binary": b"\xff\xfe\x00",
+        "bytes": b"go \xff",
+        "utf16": "go".encode("utf-16"),
+        "utf32": "go".encode("utf-32"),
+    }.items():
         (zoo / name).write_bytes(data)
     (zoo / "heldout").mkdir()
     for style in "ab":
@@ -815,8 +983,10 @@ def test_bad_input_is_one_line_and_code_2(case, zoo, family, bad_files, capsys, 
     for option in own & {"--ref", "--base"} if case != "base twice" else ():  # the case's own replaces the good one
         at = argv.index(option)
         del argv[at : at + 2]
-    argv, (expected,) = ([x.format(zoo=zoo, family=family) if "{zoo}" in x or "{family}" in x else x for x in part]
-                         for part in (argv, [expected]))
+    argv, (expected,) = (
+        [x.format(zoo=zoo, family=family) if "{zoo}" in x or "{family}" in x else x for x in part]
+        for part in (argv, [expected])
+    )
     assert main(argv) == 2
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1, (out, err)
@@ -837,18 +1007,33 @@ def test_no_prompt(zoo, capsys, monkeypatch):
 
 # --- as a program --------------------------------------------------------------------------------------------------
 
+
 def program(*argv, **kwargs):
     """The command line in a process that hears Ctrl-C, also where the tests run in the background."""
     kwargs.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    return subprocess.Popen([sys.executable, "-m", "eft_kernels", *argv], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, **kwargs)
+    return subprocess.Popen(
+        [sys.executable, "-m", "eft_kernels", *argv],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **kwargs,
+    )
 
 
 def test_program(zoo, tmp_path):
     """From another folder, the prompt on standard input; the exit code is main's."""
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(eft.__file__))}
-    p = program("generate", *models(zoo), "--max-new-tokens", "4", "--seed", "1", stdin=subprocess.PIPE, cwd=tmp_path,
-                env=environment)
+    p = program(
+        "generate",
+        *models(zoo),
+        "--max-new-tokens",
+        "4",
+        "--seed",
+        "1",
+        stdin=subprocess.PIPE,
+        cwd=tmp_path,
+        env=environment,
+    )
     out, err = p.communicate("the people", timeout=120)
     assert p.returncode == 0 and out.strip() and err == "", err
     p = program("score", cwd=tmp_path, env=environment)
@@ -860,8 +1045,9 @@ def test_output_that_cannot_be_written(zoo, tmp_path):
     """A full disk, a closed stream: one line and a code other than 0; a line lost on a closed stderr is lost alone."""
     call = ["generate", *models(zoo), "--max-new-tokens", "4", "--seed", "1", "--prompt"]
     with open("/dev/full", "w") as full:
-        p = subprocess.run([sys.executable, "-m", "eft_kernels", *call, "go"], stdout=full, stderr=subprocess.PIPE,
-                           text=True)
+        p = subprocess.run(
+            [sys.executable, "-m", "eft_kernels", *call, "go"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
     assert p.returncode == 1 and len(p.stderr.splitlines()) == 1 and "No space left on device" in p.stderr
     p = program(*call, "go", preexec_fn=lambda: os.close(1))
     _, err = p.communicate(timeout=120)
@@ -897,16 +1083,28 @@ def test_a_models_own_code_runs_only_when_told(zoo, tmp_path, where):
     shutil.copytree(zoo / "tuned", folder)
     (folder / "code.py").write_text(FOREIGN.format(mark=str(mark)))
     name, own = {
-        "model": ("config.json", {"model_type": "foreign", "auto_map": {"AutoConfig": "code.Config",
-                                                                        "AutoModelForCausalLM": "code.Model"}}),
-        "tokenizer": ("tokenizer_config.json", {"tokenizer_class": "Words",
-                                                "auto_map": {"AutoTokenizer": [None, "code.Words"]}}),
+        "model": (
+            "config.json",
+            {"model_type": "foreign", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}},
+        ),
+        "tokenizer": (
+            "tokenizer_config.json",
+            {"tokenizer_class": "Words", "auto_map": {"AutoTokenizer": [None, "code.Words"]}},
+        ),
     }[where]
     (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | own))
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     for option in ([], ["--trust-remote-code"]):
-        p = program("generate", *models(zoo, tuned=folder), "--prompt", "go", "--json", *option, stdin=subprocess.PIPE,
-                    env=environment)
+        p = program(
+            "generate",
+            *models(zoo, tuned=folder),
+            "--prompt",
+            "go",
+            "--json",
+            *option,
+            stdin=subprocess.PIPE,
+            env=environment,
+        )
         out, err = p.communicate("y\n" * 9, timeout=120)
         assert mark.exists() == bool(option), err
         if option:
@@ -919,8 +1117,19 @@ def test_interrupt_keeps_what_is_done(zoo, tmp_path):
     """Rows are printed as they are done, in the file's order; at Ctrl-C also those that wait for an earlier one."""
     path = tmp_path / "batch"
     path.write_text("go\n" + "go see the people\n" * 5 + "go see\n" * 5000)
-    p = program("generate", *models(zoo), "--batch-file", str(path), "--batch-size", "1", "--json", "--max-new-tokens",
-                "4", "--threads", "1")
+    p = program(
+        "generate",
+        *models(zoo),
+        "--batch-file",
+        str(path),
+        "--batch-size",
+        "1",
+        "--json",
+        "--max-new-tokens",
+        "4",
+        "--threads",
+        "1",
+    )
     first = p.stdout.readline()  # it is at work: the shortest prompt is first
     time.sleep(1)
     p.send_signal(signal.SIGINT)

@@ -40,10 +40,13 @@ def test_a_copy_beside_the_package(copy):
     options = dict(top_p=0.9, seed=7, position=0)
     want = eft.sample(logits, weights, **options)
     assert torch.equal(copy.sample(logits, weights, **options).tokens, want.tokens)
-    assert {name: row["available"] for name, row in copy.backends().items()} == \
-        {name: row["available"] for name, row in eft.backends().items()}
-    assert all(name.startswith("another_copy.") for name in
-               (copy.dispatch.choose("auto", logits[0].device).__name__, copy.ops.__name__))
+    assert {name: row["available"] for name, row in copy.backends().items()} == {
+        name: row["available"] for name, row in eft.backends().items()
+    }
+    assert all(
+        name.startswith("another_copy.")
+        for name in (copy.dispatch.choose("auto", logits[0].device).__name__, copy.ops.__name__)
+    )
     assert copy.ops.NAMESPACE == "another_copy" and eft.ops.NAMESPACE == "eft_kernels"
     assert torch.ops.another_copy.sample.default is not torch.ops.eft_kernels.sample.default
 
@@ -78,8 +81,12 @@ def test_kernels_of_hugging_face_loads_it(tmp_path):
     if subprocess.run([*pip, "--target", packages, "kernels==0.17.*"], capture_output=True).returncode:
         pytest.skip("kernels cannot be installed here")
     hub.write(tmp_path / "repository")
-    run = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(packages)!r})\n" + CODE,
-                          tmp_path / "repository"], cwd=tmp_path, text=True, capture_output=True)
+    run = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(packages)!r})\n" + CODE, tmp_path / "repository"],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+    )
     assert run.returncode == 0 and run.stdout.startswith("loaded eft_kernels_cpu"), run.stdout + run.stderr
 
 

@@ -40,8 +40,9 @@ def shim():
         module, handle = build.load(Path(library) if library else build.build())
         patch.setitem(sys.modules, "eft_kernels._cuda", module)
         patch.delitem(sys.modules, "eft_kernels._backends.cuda", raising=False)
-        patch.setattr(dispatch, "TABLE", tuple(
-            b._replace(devices=("cpu",)) if b.name == "cuda" else b for b in dispatch.TABLE))
+        patch.setattr(
+            dispatch, "TABLE", tuple(b._replace(devices=("cpu",)) if b.name == "cuda" else b for b in dispatch.TABLE)
+        )
         for cache in caches:
             cache.cache_clear()
         assert dispatch.status("cuda") == (True, "SIMT shim")
@@ -69,6 +70,7 @@ def name_of(case):
 
 # --- the case table ------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_sample(case, device):
     """With all there is to return a row's kernel runs; with less, where nothing is filtered, the one launch."""
@@ -78,8 +80,9 @@ def test_sample(case, device):
 
 
 @pytest.mark.parametrize("extra", [dict(top_logprobs=3), dict(diagnostics=True)], ids=str)
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("plain", "top-k", "top-p", "min-p", "everything")],
-                         ids=name_of)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name in ("plain", "top-k", "top-p", "min-p", "everything")], ids=name_of
+)
 def test_sample_without_logprobs_but_more(case, extra, device):
     check_sample(case, "cuda", logprobs=False, **extra)
 
@@ -89,8 +92,15 @@ def test_logprobs(case, device):
     check_logprobs(case, "cuda")
 
 
-JUDGED = ("everything", "bad rows filtered", "a chunk and one", "parameters per row", "all masked", "unaligned",
-          "drafts drawn per row")
+JUDGED = (
+    "everything",
+    "bad rows filtered",
+    "a chunk and one",
+    "parameters per row",
+    "all masked",
+    "unaligned",
+    "drafts drawn per row",
+)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -104,8 +114,9 @@ def test_verify(case, method, shim):
 
 
 @pytest.mark.parametrize("method", METHODS[1:])
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("a chunk and one", "top-p ties", "greedy")],
-                         ids=name_of)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name in ("a chunk and one", "top-p ties", "greedy")], ids=name_of
+)
 def test_verify_of_a_deterministic_proposer(case, method, device):
     check_verify(case, "cuda", method, draft=None, seed=1)
 
@@ -119,12 +130,15 @@ def test_verify_of_many_drafts(method, device):
     check_verify(Case("cuda no drafts", rows=3, vocab=(300,), slots=1), "cuda", method)
     logits, none = [torch.randn(3, 1, 300)], torch.empty(3, 0, dtype=torch.int64)
     assert none.data_ptr() == 0
-    got, want = (eft.verify(logits, [1.0], none, method=method, draft=None, seed=4, position=0, backend=name)
-                 for name in ("cuda", "reference"))
+    got, want = (
+        eft.verify(logits, [1.0], none, method=method, draft=None, seed=4, position=0, backend=name)
+        for name in ("cuda", "reference")
+    )
     assert torch.equal(got.tokens, want.tokens) and got.valid.all()
 
 
 # --- calls that nobody has checked ---------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("part", range(4))
 def test_odd_values(part, shim):
@@ -151,6 +165,7 @@ def test_diagnostics_are_those_of_float64(offset, device):
 
 
 # --- paths of their own --------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("multiprocessors", (1, 2, 3, 8, 40, 132))
 def test_no_cut_changes_a_token(shim, multiprocessors):
@@ -179,8 +194,10 @@ def test_rows_begin_anywhere(device, dtype, offset):
     flat = [torch.randn(3 * 1311 + 16, generator=torch.Generator().manual_seed(j)).to(dtype) for j in range(3)]
     logits = [z[(offset + j) % 8 :][: 3 * 1311].view(3, 1311) for j, z in enumerate(flat)]
     for kwargs in ({}, dict(top_p=0.9)):
-        got, want = (eft.sample(logits, eft.upscale(), seed=5, position=0, backend=name, **kwargs)
-                     for name in ("cuda", "reference"))
+        got, want = (
+            eft.sample(logits, eft.upscale(), seed=5, position=0, backend=name, **kwargs)
+            for name in ("cuda", "reference")
+        )
         assert torch.equal(got.tokens, want.tokens)
         torch.testing.assert_close(got.raw_logprobs, want.raw_logprobs, rtol=0, atol=1e-5)
 
@@ -192,8 +209,9 @@ def test_a_row_is_checked_wherever_it_is_bad(device, kwargs):
     places = itertools.product((0, 2), (3, 1699), (float("nan"), float("inf"), float("-inf")))
     for row, (model, token, bad) in enumerate(places):
         logits[model][row, token] = bad
-    got, want = (eft.sample(logits, eft.upscale(), seed=5, position=0, backend=name, **kwargs)
-                 for name in ("cuda", "reference"))
+    got, want = (
+        eft.sample(logits, eft.upscale(), seed=5, position=0, backend=name, **kwargs) for name in ("cuda", "reference")
+    )
     assert got.valid.tolist() == want.valid.tolist() == [False, False, True] * 4
     assert torch.equal(got.tokens, want.tokens)
 
@@ -208,9 +226,12 @@ def test_a_doubtful_nucleus_is_summed_exactly(device):
     assert set(kept.tolist()) == {512, 1024}
     assert torch.equal((got > float("-inf")).sum(1), kept)
     for seed in range(3):  # without log-probs the threshold is not looked for
-        got, want = (eft.sample(logits, [1.0], top_p=top_p, seed=torch.arange(40) + seed, position=0, logprobs=False,
-                                 backend=name)
-                     for name in ("cuda", "reference"))
+        got, want = (
+            eft.sample(
+                logits, [1.0], top_p=top_p, seed=torch.arange(40) + seed, position=0, logprobs=False, backend=name
+            )
+            for name in ("cuda", "reference")
+        )
         assert torch.equal(got.tokens, want.tokens)
 
 
@@ -239,9 +260,17 @@ def test_thresholds_take_few_barriers(shim, kind):
     from eft_kernels.bench import inputs
 
     both = dict(top_k=50, top_p=0.95)
-    variants = dict(min_p=dict(min_p=0.05), top_p=dict(top_p=0.9), top_k=dict(top_k=50), many=dict(top_k=2000),
-                    both=both, token_of_top_p=dict(top_p=0.9, logprobs=False), token_of_both=dict(both, logprobs=False),
-                    upscaled=dict(upscale_top_p=0.9), top_20=dict(top_logprobs=20))
+    variants = dict(
+        min_p=dict(min_p=0.05),
+        top_p=dict(top_p=0.9),
+        top_k=dict(top_k=50),
+        many=dict(top_k=2000),
+        both=both,
+        token_of_top_p=dict(top_p=0.9, logprobs=False),
+        token_of_both=dict(both, logprobs=False),
+        upscaled=dict(upscale_top_p=0.9),
+        top_20=dict(top_logprobs=20),
+    )
     shim.simt_set_device(*DEVICES["latency"])
     logits = inputs.logits(kind, 1, 128256, 3, "bfloat16", 0)
     took = {}
@@ -258,14 +287,16 @@ def test_the_likeliest_tokens(kind, device):
     x = torch.randn(3, 9100, generator=torch.Generator().manual_seed(1))
     x = {"normal": x, "ties": x.round(), "one level": x * 0, "few": x.where(x > 2.9, float("-inf"))}[kind]
     for n in (1, 5, 30, 130):
-        got, want = (eft.sample([x], [1.0], seed=1, position=0, top_logprobs=n, backend=name)
-                     for name in ("cuda", "reference"))
+        got, want = (
+            eft.sample([x], [1.0], seed=1, position=0, top_logprobs=n, backend=name) for name in ("cuda", "reference")
+        )
         assert torch.equal(got.top_ids, want.top_ids)
         torch.testing.assert_close(got.top_logprobs, want.top_logprobs, rtol=0, atol=1e-5)
 
 
 def test_usual_arguments_are_read_by_the_extension(shim, monkeypatch):
     """As on the CPU: what is unusual is looked at more closely in Python."""
+
     def closer(*_):
         raise LookupError
 
@@ -304,9 +335,10 @@ def test_verify_looks_only_where_it_must(method, shim):
     def barriers(ask, lengths):
         with tuning.launch_config(early_exit_blocks_per_sm=ask, smem_budget=0):
             before, launched = shim.simt_barriers(0), shim.simt_launches()
-            got, want = (eft.verify(logits, eft.upscale(), drafts, lengths, method=method, seed=3, position=0,
-                                    backend=name)
-                         for name in ("cuda", "reference"))
+            got, want = (
+                eft.verify(logits, eft.upscale(), drafts, lengths, method=method, seed=3, position=0, backend=name)
+                for name in ("cuda", "reference")
+            )
             assert shim.simt_launches() - launched == dict(coupled=1, token=2, block=3)[method]
         assert torch.equal(got.tokens, want.tokens) and (got.num_emitted == 1).all()
         return shim.simt_barriers(0) - before
@@ -319,10 +351,15 @@ def test_verify_looks_only_where_it_must(method, shim):
 
 
 def test_no_mismatch_in_bulk(device):
-    mixed = dict(temperature=per_row(1.0, 0.0, 0.6, 1.7), top_k=per_row(0, 0, 5),
-                 top_p=per_row(1.0, 0.9, 1.0, 0.3, 0.999), upscale_top_p=per_row(1.0, 1.0, 0.8))
-    check_sample(Case("cuda bulk", rows=300, vocab=(523,), dtypes=(BF16, F32, F16), kwargs=mixed), "cuda",
-                 logprobs=False)
+    mixed = dict(
+        temperature=per_row(1.0, 0.0, 0.6, 1.7),
+        top_k=per_row(0, 0, 5),
+        top_p=per_row(1.0, 0.9, 1.0, 0.3, 0.999),
+        upscale_top_p=per_row(1.0, 1.0, 0.8),
+    )
+    check_sample(
+        Case("cuda bulk", rows=300, vocab=(523,), dtypes=(BF16, F32, F16), kwargs=mixed), "cuda", logprobs=False
+    )
     check_sample(Case("cuda bulk plain", rows=300, vocab=(523,), dtypes=(BF16,)), "cuda", logprobs=False)
 
 
@@ -363,17 +400,26 @@ def test_the_way_of_many_rows_on_small_cases(device):
 # file: a text that is replaced, by what
 FAULTS = {
     "a barrier before the winners are read": (
-        "race.cuh", "winners[warp_id()] = w;\n  __syncthreads();",
-        "winners[warp_id()] = w;"),
+        "race.cuh",
+        "winners[warp_id()] = w;\n  __syncthreads();",
+        "winners[warp_id()] = w;",
+    ),
     "a barrier of the cluster": ("cluster.cuh", "      cluster_sync();\n", "      __syncthreads();\n"),
     "a store beyond the block's scores": (
-        "row.cu", "(chunk - part.first) * kChunkSize + lane_id() * kPerLane, s);\n  };",
-        "(chunk - part.first + 1) * kChunkSize + lane_id() * kPerLane, s);\n  };"),
+        "row.cu",
+        "(chunk - part.first) * kChunkSize + lane_id() * kPerLane, s);\n  };",
+        "(chunk - part.first + 1) * kChunkSize + lane_id() * kPerLane, s);\n  };",
+    ),
     "the last block comes too early": (
-        "sample.cu", "static_cast<unsigned>(splits - 1)",
-        "static_cast<unsigned>(splits - 2)"),
-    "counters are not set back": ("sample.cu", "counters[b] = counters[call.rows + b] = 0;",
-                                  "counters[call.rows + b] = 0;"),
+        "sample.cu",
+        "static_cast<unsigned>(splits - 1)",
+        "static_cast<unsigned>(splits - 2)",
+    ),
+    "counters are not set back": (
+        "sample.cu",
+        "counters[b] = counters[call.rows + b] = 0;",
+        "counters[call.rows + b] = 0;",
+    ),
     "the lead is not set back": ("sample.cu", "counters[b] = counters[call.rows + b] = 0;", "counters[b] = 0;"),
     "another token's noise": ("race.cuh", "token & 1 ? w.r[1] : w.r[0]", "token & 1 ? w.r[0] : w.r[1]"),
     "a bound too low": ("race.cuh", "pack(high + q.temperature * g,", "pack(high + q.temperature * g - 3,"),
@@ -383,36 +429,52 @@ FAULTS = {
     "the first winner, kept or not": ("filter.cuh", "if (!q.use_k && !q.use_p) return true;", "return true;"),
     "a carry is lost": ("filter.cuh", "(before + low < before ? 1 : 0)", "(before > low ? 0 : 0)"),
     "bins are cleared before all have read them": (
-        "filter.cuh", "group.sync();  // bins have been read\n        if",
-        "if"),
+        "filter.cuh",
+        "group.sync();  // bins have been read\n        if",
+        "if",
+    ),
     "the last bin has an end": ("filter.cuh", "if (first + unit <= kFarthest) low", "low"),
     "neighbouring floats are one": (
-        "filter.cuh", "static_cast<uint32_t>(ordered(best)) - static_cast<uint32_t>(ordered(x));",
-        "(static_cast<uint32_t>(ordered(best)) - static_cast<uint32_t>(ordered(x))) & ~255u;"),
+        "filter.cuh",
+        "static_cast<uint32_t>(ordered(best)) - static_cast<uint32_t>(ordered(x));",
+        "(static_cast<uint32_t>(ordered(best)) - static_cast<uint32_t>(ordered(x))) & ~255u;",
+    ),
     "fewer of the best chunks": ("filter.cuh", "-kInf, 0, k, 1, {0, 0}", "-kInf, 0, (k + 1) / 2, 1, {0, 0}"),
     "more scores than there is room for": ("filter.cuh", "if (!direct || first->left <= kFew) break;", "break;"),
     "the nucleus of the k best": ("filter.cuh", "mass_limit(search.p, k.upto);", "mass_limit(search.p, k.above);"),
     "equal scores have one rank": (
-        "row.cu", "rank += search.keys[j] > key;",
-        "rank += search.keys[j] >> 32 > key >> 32;"),
+        "row.cu",
+        "rank += search.keys[j] > key;",
+        "rank += search.keys[j] >> 32 > key >> 32;",
+    ),
     "masses by another model's best": ("row.cu", "mass(z[k], own.best[j], kLog2e)", "mass(z[k], own.best[0], kLog2e)"),
     "the tuned model's nucleus": (
-        "row.cu", "{static_cast<double>(mass), 0}, row.vocab);",
-        "{static_cast<double>(mass / 2), 0}, row.vocab);"),
+        "row.cu",
+        "{static_cast<double>(mass), 0}, row.vocab);",
+        "{static_cast<double>(mass / 2), 0}, row.vocab);",
+    ),
     "a residual without the draft": (
-        "verify.cu", "const int64_t m = draft ? mass_at",
-        "const int64_t m = draft ? 0 * mass_at"),
+        "verify.cu",
+        "const int64_t m = draft ? mass_at",
+        "const int64_t m = draft ? 0 * mass_at",
+    ),
     "a residual's bound too low": (
-        "verify.cu", "log(static_cast<float>(most)) + kMargin",
-        "log(static_cast<float>(most)) - 2"),
+        "verify.cu",
+        "log(static_cast<float>(most)) + kMargin",
+        "log(static_cast<float>(most)) - 2",
+    ),
     "a pair is judged when one has come": (
-        "accept.cuh", "arrive_acq_rel(counters + slot) == 1",
-        "arrive_acq_rel(counters + slot) < 2"),
+        "accept.cuh",
+        "arrive_acq_rel(counters + slot) == 1",
+        "arrive_acq_rel(counters + slot) < 2",
+    ),
     "a row stops at another draft": ("accept.cuh", "(call.slots - slot));", "(call.slots - slot - 1));"),
     "rows are skipped that are needed": ("row.cu", "first_rejected(drafts, b, call.slots) < slot;", "true;"),
     "the last slot comes too early": (
-        "accept.cuh", "arrive_acq_rel(counters) + 1 == slots",
-        "arrive_acq_rel(counters) + 2 == slots"),
+        "accept.cuh",
+        "arrive_acq_rel(counters) + 1 == slots",
+        "arrive_acq_rel(counters) + 2 == slots",
+    ),
     "verify's counters are not set back": ("accept.cuh", "d.counters[r] = 0;", ";"),
     "a sum that matters": ("verify.cu", "return u <= ratio * 1.000001 &&", "return u <= ratio * 0.5 &&"),
 }
@@ -426,7 +488,8 @@ def test_faults_are_seen(fault):
     library = build.build(replace={name: (old, new)})
     here = Path(__file__)
     pytest_here = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", here, "-k", "not fault"]
-    run = subprocess.run(pytest_here,
-                         env=os.environ | {"EFT_KERNELS_SIMT": str(library)}, text=True, capture_output=True)
+    run = subprocess.run(
+        pytest_here, env=os.environ | {"EFT_KERNELS_SIMT": str(library)}, text=True, capture_output=True
+    )
     assert run.returncode == 1 and "FAILED" in run.stdout, run.stdout[-2000:] + run.stderr[-2000:]
     print("\n" + fault + ":", next(x for x in run.stdout.splitlines() if x.startswith("FAILED"))[:160])

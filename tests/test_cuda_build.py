@@ -45,20 +45,23 @@ NVCC, CXX = ["nvcc"], ["g++"]
 
 
 @needs_setuptools
-@pytest.mark.parametrize("wanted, nvcc, cxx, torch_cuda, driver, why", [
-    (None, NVCC, CXX, "13.0", True, None),
-    (None, NVCC, CXX, "13.0", False, None),  # a machine that builds for others
-    (None, NVCC, CXX, "", True, "torch is built without CUDA"),
-    (None, NVCC, CXX, None, True, None),  # pip's build isolation
-    (None, NVCC, CXX, None, False, "neither torch nor an NVIDIA driver"),
-    (None, None, CXX, "13.0", True, "nvcc was not found"),
-    (None, NVCC, None, "13.0", True, "no C++ compiler"),
-    ("", NVCC, CXX, "", False, "EFT_KERNELS_CUDA=1 builds it all the same"),
-    ("1", NVCC, CXX, "", False, None),
-    ("1", NVCC, CXX, None, False, None),
-    ("1", None, CXX, "13.0", True, "nvcc was not found"),
-    ("0", NVCC, CXX, "13.0", True, "EFT_KERNELS_CUDA=0"),
-])
+@pytest.mark.parametrize(
+    "wanted, nvcc, cxx, torch_cuda, driver, why",
+    [
+        (None, NVCC, CXX, "13.0", True, None),
+        (None, NVCC, CXX, "13.0", False, None),  # a machine that builds for others
+        (None, NVCC, CXX, "", True, "torch is built without CUDA"),
+        (None, NVCC, CXX, None, True, None),  # pip's build isolation
+        (None, NVCC, CXX, None, False, "neither torch nor an NVIDIA driver"),
+        (None, None, CXX, "13.0", True, "nvcc was not found"),
+        (None, NVCC, None, "13.0", True, "no C++ compiler"),
+        ("", NVCC, CXX, "", False, "EFT_KERNELS_CUDA=1 builds it all the same"),
+        ("1", NVCC, CXX, "", False, None),
+        ("1", NVCC, CXX, None, False, None),
+        ("1", None, CXX, "13.0", True, "nvcc was not found"),
+        ("0", NVCC, CXX, "13.0", True, "EFT_KERNELS_CUDA=0"),
+    ],
+)
 def test_when_it_is_built(build, wanted, nvcc, cxx, torch_cuda, driver, why):
     got = build.skip_cuda_reason(wanted, nvcc, cxx, torch_cuda, driver)
     assert got is None if why is None else why in got
@@ -142,8 +145,16 @@ def make(tmp_path):
     for name in ("nvcc", "c++"):
         (tmp_path / name).write_text(FAKE)
         (tmp_path / name).chmod(0o755)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/bindings", "csrc/semantics",
-                 "eft_kernels/__init__.py", "eft_kernels/version.py"):
+    for name in (
+        "setup.py",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "csrc/bindings",
+        "csrc/semantics",
+        "eft_kernels/__init__.py",
+        "eft_kernels/version.py",
+    ):
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tree / name)
     (tree / "csrc/cuda").mkdir()
@@ -152,15 +163,29 @@ def make(tmp_path):
 
     def run(ninja=True, **environment):
         log.write_text("")
-        environment = {**os.environ, "LOG": str(log), "EFT_KERNELS_CPU": "0", "EFT_KERNELS_CUDA": "1",
-                       "CXX": str(tmp_path / "c++"), "CUDACXX": str(tmp_path / "nvcc"), **environment}
+        environment = {
+            **os.environ,
+            "LOG": str(log),
+            "EFT_KERNELS_CPU": "0",
+            "EFT_KERNELS_CUDA": "1",
+            "CXX": str(tmp_path / "c++"),
+            "CUDACXX": str(tmp_path / "nvcc"),
+            **environment,
+        }
         command = ["setup.py"] if ninja else ["-c", WITHOUT_NINJA]
-        p = subprocess.run([sys.executable, *command, "-q", "build_ext", "--inplace"], cwd=tree, env=environment,
-                           capture_output=True, text=True, timeout=100)
+        p = subprocess.run(
+            [sys.executable, *command, "-q", "build_ext", "--inplace"],
+            cwd=tree,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
         assert p.returncode == 0, p.stdout + p.stderr
         commands = log.read_text().splitlines()
-        compiled = sorted(Path(word).name for c in commands if " -c " in c for word in c.split()
-                          if word.endswith((".cu", ".cpp")))
+        compiled = sorted(
+            Path(word).name for c in commands if " -c " in c for word in c.split() if word.endswith((".cu", ".cpp"))
+        )
         return compiled, commands, p.stdout + p.stderr
 
     run.tree = tree
@@ -198,8 +223,11 @@ def test_build(make, build):
     assert "-cudart=static" in commands[-1] and " -c " not in commands[-1]
     compiled, commands, _ = make(EFT_KERNELS_CUDA_ARCHS="")
     assert compiled == [] and not any("-shared" in command for command in commands), "nothing is linked again either"
-    for name, again in (("cuda/b.cu", ["b.cu"]), ("cuda/shared.cuh", ["a.cu"]),
-                        ("bindings/arguments.h", ["cuda_module.cpp"])):
+    for name, again in (
+        ("cuda/b.cu", ["b.cu"]),
+        ("cuda/shared.cuh", ["a.cu"]),
+        ("bindings/arguments.h", ["cuda_module.cpp"]),
+    ):
         edit(make.tree / "csrc" / name)
         assert make(EFT_KERNELS_CUDA_ARCHS="")[0] == again
         assert make(EFT_KERNELS_CUDA_ARCHS="")[0] == []
@@ -257,8 +285,9 @@ def test_a_folder_of_any_name(build, tmp_path):
     source, seen = folder / "x y.cpp", folder / "seen"
     source.write_text("int main() {}\n")
     cxx = folder / "c++"
-    cxx.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {shlex.quote(str(seen))}\n'
-                   'while [ "$1" != -o ]; do shift; done\n: > "$2"\n')
+    cxx.write_text(
+        f'#!/bin/sh\nprintf "%s\\n" "$@" > {shlex.quote(str(seen))}\nwhile [ "$1" != -o ]; do shift; done\n: > "$2"\n'
+    )
     cxx.chmod(0o755)
     ninja = build.find_ninja() or pytest.skip("needs ninja")
     step = build.compilation([str(cxx), "-DX='$HOME'"], str(source), str(folder / "x.o"))
@@ -343,9 +372,21 @@ def planted(build, tmp_path_factory):
         pytest.skip("needs a C++ compiler on Linux")
     (folder / "kernels.cpp").write_text(SOURCE)
     library = folder / "_cuda.abi3.so"
-    command = [*cxx, "-O0", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-shared", "-w", f"-I{ROOT}/csrc",
-               f"-I{sysconfig.get_path('include')}", ROOT / "csrc/bindings/cuda_module.cpp", folder / "kernels.cpp",
-               "-o", library]
+    command = [
+        *cxx,
+        "-O0",
+        "-std=c++17",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-shared",
+        "-w",
+        f"-I{ROOT}/csrc",
+        f"-I{sysconfig.get_path('include')}",
+        ROOT / "csrc/bindings/cuda_module.cpp",
+        folder / "kernels.cpp",
+        "-o",
+        library,
+    ]
     p = subprocess.run([str(x) for x in command], capture_output=True, text=True)
     assert p.returncode == 0, shlex.join(map(str, command)) + p.stderr
     module, raw = load("_cuda", library), ctypes.PyDLL(str(library))
@@ -371,8 +412,9 @@ def test_module(planted):
     z, zeros = [there(torch.zeros(3, 8)) for _ in range(2)], there(torch.zeros(24, dtype=torch.int32))
 
     def sample(counters=zeros, strict=True, z=z, weights=(1.0, 1.0), temperature=1.0):
-        return module.sample(counters, strict, z, weights, temperature, 0, 1.0, 0.0, 1.0, 5, 0, None, 8, 1, 0, 0, False,
-                             0, False)
+        return module.sample(
+            counters, strict, z, weights, temperature, 0, 1.0, 0.0, 1.0, 5, 0, None, 8, 1, 0, 0, False, 0, False
+        )
 
     tokens, valid, *rest = sample()
     assert tokens.tolist() == [0, 1, 2] and valid.shape == (3,) and rest == [None] * 6
@@ -415,13 +457,17 @@ def test_counters():
 
 # --- who takes over ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("built, here, warned", [
-    (True, {"cuda", "triton"}, []),
-    (True, {"triton"}, ["cuda"]),
-    (False, {"triton"}, []),
-    (False, {"reference"}, ["triton"]),
-    (True, {"reference"}, ["cuda", "triton"]),
-])
+
+@pytest.mark.parametrize(
+    "built, here, warned",
+    [
+        (True, {"cuda", "triton"}, []),
+        (True, {"triton"}, ["cuda"]),
+        (False, {"triton"}, []),
+        (False, {"reference"}, ["triton"]),
+        (True, {"reference"}, ["cuda", "triton"]),
+    ],
+)
 def test_auto_on_a_gpu(monkeypatch, built, here, warned):
     """CUDA, else Triton. It is said where the CUDA extension cannot run, not where it was never built."""
     extension = types.ModuleType("eft_kernels._cuda")

@@ -271,8 +271,14 @@ def test_processors_and_criteria_see_each_token_with_its_own_prefix(method):
         return (ids[:, 5:] == 4).sum(1) >= 2
 
     start = prompt(rows, 9, criteria=criteria, eos=[1])
-    target = Target(eft.upscale(), eft.row_seeds(3, rows), dict(temperature=1.1), process=process, keep_logits=True,
-                    keep_scores=True)
+    target = Target(
+        eft.upscale(),
+        eft.row_seeds(3, rows),
+        dict(temperature=1.1),
+        process=process,
+        keep_logits=True,
+        keep_scores=True,
+    )
     plain_out = run(models, target, start, "plain", 0)
     for k in (1, 3):
         out = plain_out if method == "plain" else run(models, target, start, method, k)

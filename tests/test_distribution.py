@@ -40,17 +40,35 @@ def counts_of(tokens, V):
 
 # --- one token -----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("V, kwargs", [
-    (2, {}), (7, {}), (11, dict(temperature=0.6)), (12, dict(temperature=1.4, top_p=0.85)), (9, dict(top_k=4)),
-    (10, dict(min_p=0.2)), (12, dict(upscale_top_p=0.6)), (12, dict(temperature=0.9, top_k=9, top_p=0.9, min_p=0.05)),
-], ids=str)
+
+@pytest.mark.parametrize(
+    "V, kwargs",
+    [
+        (2, {}),
+        (7, {}),
+        (11, dict(temperature=0.6)),
+        (12, dict(temperature=1.4, top_p=0.85)),
+        (9, dict(top_k=4)),
+        (10, dict(min_p=0.2)),
+        (12, dict(upscale_top_p=0.6)),
+        (12, dict(temperature=0.9, top_k=9, top_p=0.9, min_p=0.05)),
+    ],
+    ids=str,
+)
 def test_sampling_is_exact(V, kwargs, backend):
     """300,000 draws from a handful of tokens, every filter."""
     N = 300000
     z = models(1, V, seed=V)
     p = reference_probabilities(z, **kwargs)[0]
-    out = eft.sample([x.expand(N, V) for x in z], eft.upscale(), seed=torch.arange(N), position=3, logprobs=False,
-                     backend=backend, **kwargs)
+    out = eft.sample(
+        [x.expand(N, V) for x in z],
+        eft.upscale(),
+        seed=torch.arange(N),
+        position=3,
+        logprobs=False,
+        backend=backend,
+        **kwargs,
+    )
     assert p_value(counts_of(out.tokens, V), p * N) > REJECT
 
 
@@ -66,8 +84,14 @@ def test_sampling_is_exact_over_chunks(V, compiled):
     N = 400000
     z = models(1, V, seed=V, scale=1.5)
     p = reference_probabilities(z)[0]
-    out = eft.sample([x.expand(N, V) for x in z], eft.upscale(), seed=torch.arange(N) + (1 << 40), position=0,
-                     logprobs=False, backend=compiled)
+    out = eft.sample(
+        [x.expand(N, V) for x in z],
+        eft.upscale(),
+        seed=torch.arange(N) + (1 << 40),
+        position=0,
+        logprobs=False,
+        backend=compiled,
+    )
     counts = counts_of(out.tokens, V)
     assert p_value(counts, p * N) > REJECT
     bins = torch.arange(V) * 37 % 16
@@ -78,8 +102,9 @@ def test_sampling_is_exact_over_chunks(V, compiled):
 def test_flat_rows_are_uniform_over_places(compiled):
     """Every place of a chunk, and a last chunk that is not whole."""
     V, N = 600, 600000
-    out = eft.sample([torch.zeros(1, V).expand(N, V)], [1.0], seed=torch.arange(N), position=0, logprobs=False,
-                     backend=compiled)
+    out = eft.sample(
+        [torch.zeros(1, V).expand(N, V)], [1.0], seed=torch.arange(N), position=0, logprobs=False, backend=compiled
+    )
     assert p_value(counts_of(out.tokens, V), torch.full((V,), N / V)) > REJECT
 
 
@@ -88,8 +113,14 @@ def test_positions_are_as_good_as_seeds(compiled):
     V, N = 6, 400000
     z = models(1, V, seed=1)
     p = reference_probabilities(z)[0]
-    out = eft.sample([x.expand(N, V) for x in z], eft.upscale(), seed=torch.full((N,), 1234),
-                     position=torch.arange(N), logprobs=False, backend=compiled)
+    out = eft.sample(
+        [x.expand(N, V) for x in z],
+        eft.upscale(),
+        seed=torch.full((N,), 1234),
+        position=torch.arange(N),
+        logprobs=False,
+        backend=compiled,
+    )
     assert p_value(counts_of(out.tokens, V), p * N) > REJECT
     pairs = out.tokens[0::2] * V + out.tokens[1::2]
     assert p_value(counts_of(pairs, V * V), p[:, None] * p * (N // 2)) > REJECT
@@ -100,8 +131,12 @@ def test_rows_of_one_seed_are_as_good_as_seeds(compiled):
     V, N = 6, 400000
     z = models(1, V, seed=2)
     p = reference_probabilities(z)[0]
-    a, b = (eft.sample([x.expand(N, V) for x in z], eft.upscale(), seed=seed, position=3, logprobs=False,
-                       backend=compiled).tokens for seed in (1234, 1235))
+    a, b = (
+        eft.sample(
+            [x.expand(N, V) for x in z], eft.upscale(), seed=seed, position=3, logprobs=False, backend=compiled
+        ).tokens
+        for seed in (1234, 1235)
+    )
     assert p_value(counts_of(a, V), p * N) > REJECT
     for pairs in (a[0::2] * V + a[1::2], a[1::2] * V + b[::2]):
         assert p_value(counts_of(pairs, V * V), p[:, None] * p * (N // 2)) > REJECT
@@ -129,8 +164,9 @@ def test_rare_tokens(compiled):
         p[part] = value
     p[0] = 1 - p.sum()
     z = torch.where(p > 0, p.log(), float("-inf")).float()[None]
-    out = eft.sample([z.expand(N, V)], [1.0], seed=torch.arange(N) * 31 + 7, position=0, logprobs=False,
-                     backend=compiled)
+    out = eft.sample(
+        [z.expand(N, V)], [1.0], seed=torch.arange(N) * 31 + 7, position=0, logprobs=False, backend=compiled
+    )
     counts = counts_of(out.tokens, V)
     assert int(counts[p == 0].sum()) == 0
     for value, part in groups.items():
@@ -144,10 +180,12 @@ def test_rare_tokens(compiled):
 
 # --- the noise -----------------------------------------------------------------------------------------------------
 
+
 def noise(seeds=200, V=1000, stream="sample", slot=0, position=0, first=0):
     seed = torch.arange(first, first + seeds)[:, None]
-    return reference.gumbel(seed, torch.full_like(seed, position), reference.STREAM_CODES[stream],
-                            torch.full_like(seed, slot), V).double()
+    return reference.gumbel(
+        seed, torch.full_like(seed, position), reference.STREAM_CODES[stream], torch.full_like(seed, slot), V
+    ).double()
 
 
 def test_noise_is_exponential():
@@ -182,9 +220,21 @@ def test_noise_within_a_chunk_is_independent():
     assert abs(float(both) - want) < 3.9 * want**0.5
 
 
-@pytest.mark.parametrize("other", [dict(stream="draft"), dict(stream="residual"), dict(stream="accept"),
-                                   dict(slot=1), dict(slot=8), dict(position=1), dict(position=1 << 32),
-                                   dict(first=1), dict(first=1 << 32)], ids=str)
+@pytest.mark.parametrize(
+    "other",
+    [
+        dict(stream="draft"),
+        dict(stream="residual"),
+        dict(stream="accept"),
+        dict(slot=1),
+        dict(slot=8),
+        dict(position=1),
+        dict(position=1 << 32),
+        dict(first=1),
+        dict(first=1 << 32),
+    ],
+    ids=str,
+)
 def test_uses_of_the_noise_are_independent(other):
     """Another stream, slot, position or seed shares nothing: no equal value beyond chance, no correlation."""
     one, two = noise(), noise(**other)
@@ -205,8 +255,10 @@ def test_noise_of_tokens_a_chunk_apart_differs():
 
 # --- speculation ---------------------------------------------------------------------------------------------------
 
-def simulate(method, K, logits, weights, N, backend, draft=1, ragged=False, length=2, seed=11, wrong="", own=None,
-             **kwargs):
+
+def simulate(
+    method, K, logits, weights, N, backend, draft=1, ragged=False, length=2, seed=11, wrong="", own=None, **kwargs
+):
     """Decodes ``length`` tokens of N rows in rounds of K drafts, from order-1 models: tables [V + 1, V], the logits
     after each token (V: at the start). Returns the tokens [N, length] and the accepted drafts per round.
 
@@ -225,8 +277,15 @@ def simulate(method, K, logits, weights, N, backend, draft=1, ragged=False, leng
             if draft is None:
                 token = logits[0][current].argmax(1)
             else:
-                token = eft.draft(logits[draft][current], slot=0 if wrong == "slot" else j, method=method, seed=s,
-                                  position=position + j, backend=backend, **kwargs | (own or {})).tokens
+                token = eft.draft(
+                    logits[draft][current],
+                    slot=0 if wrong == "slot" else j,
+                    method=method,
+                    seed=s,
+                    position=position + j,
+                    backend=backend,
+                    **kwargs | (own or {}),
+                ).tokens
             drafts.append(token)
             current = token
             seen.append(current)
@@ -234,15 +293,33 @@ def simulate(method, K, logits, weights, N, backend, draft=1, ragged=False, leng
         lengths = (s // 7919 + position) % (K + 1) if ragged else None
         scored = [z[state] for z in logits]
         declared = {f"draft_{k}": v for k, v in (own or {}).items() if wrong != "undeclared"}
-        v = eft.verify(scored, weights, torch.stack(drafts, 1), lengths, method=method, draft=draft, seed=s,
-                       position=position, backend=backend, **kwargs, **declared)
+        v = eft.verify(
+            scored,
+            weights,
+            torch.stack(drafts, 1),
+            lengths,
+            method=method,
+            draft=draft,
+            seed=s,
+            position=position,
+            backend=backend,
+            **kwargs,
+            **declared,
+        )
         assert bool(v.valid.all())
         tokens, n = v.tokens.clone(), v.num_emitted
         if wrong == "residual":  # after a rejection, the target's own token instead of the residual's
             at = (n - 1).clamp(max=K - 1)
             rows = torch.arange(len(active))
-            plain = eft.sample([z[rows, at] for z in scored], weights, seed=s, position=position + at, backend=backend,
-                             logprobs=False, **kwargs).tokens
+            plain = eft.sample(
+                [z[rows, at] for z in scored],
+                weights,
+                seed=s,
+                position=position + at,
+                backend=backend,
+                logprobs=False,
+                **kwargs,
+            ).tokens
             tokens[rows, at] = torch.where(n - 1 < K, plain, tokens[rows, at])
         there = torch.arange(K + 1) < n[:, None]
         out[active[:, None].expand_as(there)[there], (position[:, None] + torch.arange(K + 1))[there]] = tokens[there]
@@ -275,15 +352,22 @@ def tables(name):
     z = models(V + 1, V, seed=5, scale=1.2)
     if name == "adversarial":  # the draft wants the opposite of the target
         return [z[0], -z[0]], [1.0, 0.0], {}
-    return z, eft.upscale(), {
-        "emulated": {}, "ragged": dict(ragged=True), "deterministic": dict(draft=None),
-        "deterministic, filtered": dict(draft=None, temperature=0.8, top_k=3),
-        "filtered": dict(temperature=0.7, top_p=0.8), "ragged, filtered": dict(ragged=True, top_k=3, min_p=0.1),
-        "up-scaling filter": dict(upscale_top_p=0.6),
-        "drafts tempered only": dict(temperature=0.7, top_p=0.8, own=dict(temperature=1.4, top_p=1.0)),
-        "drafts filtered": dict(own=dict(temperature=0.6, top_k=2, min_p=0.1)),
-        "greedy drafts": dict(temperature=1.2, own=dict(temperature=0.0)),
-    }[name]
+    return (
+        z,
+        eft.upscale(),
+        {
+            "emulated": {},
+            "ragged": dict(ragged=True),
+            "deterministic": dict(draft=None),
+            "deterministic, filtered": dict(draft=None, temperature=0.8, top_k=3),
+            "filtered": dict(temperature=0.7, top_p=0.8),
+            "ragged, filtered": dict(ragged=True, top_k=3, min_p=0.1),
+            "up-scaling filter": dict(upscale_top_p=0.6),
+            "drafts tempered only": dict(temperature=0.7, top_p=0.8, own=dict(temperature=1.4, top_p=1.0)),
+            "drafts filtered": dict(own=dict(temperature=0.6, top_k=2, min_p=0.1)),
+            "greedy drafts": dict(temperature=1.2, own=dict(temperature=0.0)),
+        }[name],
+    )
 
 
 def judge(method, K, name, N, backend, length=2, **more):
@@ -333,8 +417,16 @@ def test_joint_of_the_definition(method, name):
         seeds = torch.arange(N)
         d = eft.draft(draft_logits[state[:, 0]], slot=0, method=method, seed=seeds, position=0, backend="reference")
         state = torch.cat([state, d.tokens[:, None]], 1)
-        v = eft.verify([z[state] for z in logits], weights, d.tokens[:, None], method=method, seed=seeds, position=0,
-                       backend="reference", **kwargs)
+        v = eft.verify(
+            [z[state] for z in logits],
+            weights,
+            d.tokens[:, None],
+            method=method,
+            seed=seeds,
+            position=0,
+            backend="reference",
+            **kwargs,
+        )
         p = reference_probabilities(logits, weights, **kwargs)[V]
         assert p_value(torch.bincount(v.tokens[:, 0], minlength=V), p * N) > REJECT
         return
@@ -361,8 +453,14 @@ def test_coupled_is_plain_decoding(K, compiled):
         got, _ = simulate("coupled", K, logits, weights, N, compiled, ragged=ragged, length=6)
         last = torch.full((N,), V)
         for i in range(6):
-            last = eft.sample([z[last] for z in logits], weights, seed=torch.arange(N) * 7919 + 11, position=i,
-                              backend=compiled, logprobs=False).tokens
+            last = eft.sample(
+                [z[last] for z in logits],
+                weights,
+                seed=torch.arange(N) * 7919 + 11,
+                position=i,
+                backend=compiled,
+                logprobs=False,
+            ).tokens
             assert torch.equal(got[:, i], last)
 
 
@@ -391,9 +489,13 @@ def test_a_point_draft_equal_to_the_target_is_always_accepted(compiled):
 
 # --- invariance ----------------------------------------------------------------------------------------------------
 
-MIXED = dict(temperature=torch.tensor([1.0, 0.7, 0.0, 1.3]), top_p=torch.tensor([1.0, 0.9, 1.0, 0.5]),
-             top_k=torch.tensor([0, 40, 0, 7]), min_p=torch.tensor([0.0, 0.0, 0.1, 0.02]),
-             upscale_top_p=torch.tensor([1.0, 1.0, 0.9, 0.8]))
+MIXED = dict(
+    temperature=torch.tensor([1.0, 0.7, 0.0, 1.3]),
+    top_p=torch.tensor([1.0, 0.9, 1.0, 0.5]),
+    top_k=torch.tensor([0, 40, 0, 7]),
+    min_p=torch.tensor([0.0, 0.0, 0.1, 0.02]),
+    upscale_top_p=torch.tensor([1.0, 1.0, 0.9, 0.8]),
+)
 
 
 def batch(rows=24, V=900, slots=None):
@@ -423,34 +525,70 @@ def test_order_and_company_of_rows_do_not_matter(backend):
     moved = eft.sample([x[order] for x in z], W.rows(order), backend=backend, **pick(kwargs, order))
     same((x if x is None else x[order] for x in whole), moved)
     for i in range(24):
-        alone = eft.sample([x[i : i + 1] for x in z], W.rows(slice(i, i + 1)), backend=backend,
-                           **pick(kwargs, slice(i, i + 1)))
+        alone = eft.sample(
+            [x[i : i + 1] for x in z], W.rows(slice(i, i + 1)), backend=backend, **pick(kwargs, slice(i, i + 1))
+        )
         same((x if x is None else x[i : i + 1] for x in whole), alone)
 
 
 @pytest.mark.parametrize("method", ("coupled", "token", "block"))
 def test_order_and_company_of_rows_do_not_matter_to_verify(method, backend):
     z, kwargs = batch(V=70, slots=4)
-    drafts = torch.stack([eft.sample([z[1][:, j]], [1.0], backend=backend, logprobs=False, stream="draft", slot=j,
-                                     **{**kwargs, "position": kwargs["position"] + j, "upscale_top_p": 1.0}).tokens
-                          for j in range(3)], 1)
+    drafts = torch.stack(
+        [
+            eft.sample(
+                [z[1][:, j]],
+                [1.0],
+                backend=backend,
+                logprobs=False,
+                stream="draft",
+                slot=j,
+                **{**kwargs, "position": kwargs["position"] + j, "upscale_top_p": 1.0},
+            ).tokens
+            for j in range(3)
+        ],
+        1,
+    )
     lengths = torch.arange(24) % 4
     whole = eft.verify(z, eft.upscale(), drafts, lengths, method=method, backend=backend, logprobs=True, **kwargs)
     assert len(whole.num_emitted.unique()) > 2
     for i in range(24):
         one = slice(i, i + 1)
-        alone = eft.verify([x[one] for x in z], eft.upscale(), drafts[one], lengths[one], method=method,
-                           backend=backend, logprobs=True, **pick(kwargs, one))
+        alone = eft.verify(
+            [x[one] for x in z],
+            eft.upscale(),
+            drafts[one],
+            lengths[one],
+            method=method,
+            backend=backend,
+            logprobs=True,
+            **pick(kwargs, one),
+        )
         same((x[one] for x in whole), alone)
         # drafts beyond the length do not count, whatever they are
         junk = torch.where(torch.arange(3) < lengths[i], drafts[one], 1 << 40)
-        alone = eft.verify([x[one] for x in z], eft.upscale(), junk, lengths[one], method=method, backend=backend,
-                           logprobs=True, **pick(kwargs, one))
+        alone = eft.verify(
+            [x[one] for x in z],
+            eft.upscale(),
+            junk,
+            lengths[one],
+            method=method,
+            backend=backend,
+            logprobs=True,
+            **pick(kwargs, one),
+        )
         same((x[one] for x in whole), alone)
         # nor do slots beyond it
         K = int(lengths[i])
-        short = eft.verify([x[one, : K + 1] for x in z], eft.upscale(), drafts[one, :K], method=method,
-                           backend=backend, logprobs=True, **pick(kwargs, one))
+        short = eft.verify(
+            [x[one, : K + 1] for x in z],
+            eft.upscale(),
+            drafts[one, :K],
+            method=method,
+            backend=backend,
+            logprobs=True,
+            **pick(kwargs, one),
+        )
         same([whole.num_emitted[one], whole.valid[one]], [short.num_emitted, short.valid])
         assert torch.equal(whole.tokens[one, : K + 1], short.tokens)
 
@@ -463,8 +601,10 @@ def test_strides_do_not_matter(backend):
         w[::2, 5:905] = x
     same(want, eft.sample([w[::2, 5:905] for w in wide], eft.upscale(), backend=backend, **kwargs))
     one = [x[:1].expand(24, -1) for x in z]
-    same(eft.sample([x.contiguous() for x in one], eft.upscale(), backend=backend, **kwargs),
-         eft.sample(one, eft.upscale(), backend=backend, **kwargs))
+    same(
+        eft.sample([x.contiguous() for x in one], eft.upscale(), backend=backend, **kwargs),
+        eft.sample(one, eft.upscale(), backend=backend, **kwargs),
+    )
 
 
 @pytest.mark.parametrize("more", (1, 100, 1148))
@@ -501,22 +641,32 @@ def test_scalars_and_tensors_are_the_same(backend):
     z, _ = batch()
     scalars = dict(temperature=0.8, top_k=50, top_p=0.9, min_p=0.01, upscale_top_p=0.9, seed=-5, position=1 << 33)
     want = eft.sample(z, [1.5, 1.0, -1.5], backend=backend, **scalars)
-    rows = {k: torch.tensor([v] * 24, dtype=torch.int64 if isinstance(v, int) else torch.float32)
-            for k, v in scalars.items()} | dict(seed=eft.row_seeds(-5, 24))
+    rows = {
+        k: torch.tensor([v] * 24, dtype=torch.int64 if isinstance(v, int) else torch.float32)
+        for k, v in scalars.items()
+    } | dict(seed=eft.row_seeds(-5, 24))
     same(want, eft.sample(z, torch.tensor([[1.5, 1.0, -1.5]] * 24), backend=backend, **rows))
     zero_d = {k: v[0] for k, v in rows.items()}  # of the seeds the first one, which stands for all
     same(want, eft.sample(z, torch.tensor([1.5, 1.0, -1.5]), backend=backend, **zero_d))
-    assert torch.equal(want.tokens, eft.sample(z, eft.upscale(1.5), backend=backend,
-                                               **{**scalars, "seed": (1 << 64) - 5}).tokens)
+    assert torch.equal(
+        want.tokens, eft.sample(z, eft.upscale(1.5), backend=backend, **{**scalars, "seed": (1 << 64) - 5}).tokens
+    )
 
 
 # --- these tests can fail ------------------------------------------------------------------------------------------
 
+
 def sampling_p(N, V=300):
     z = models(1, V, seed=V, scale=1.5)
     p = reference_probabilities(z)[0]
-    out = eft.sample([x.expand(N, V) for x in z], eft.upscale(), seed=torch.arange(N), position=0, logprobs=False,
-                     backend="reference")
+    out = eft.sample(
+        [x.expand(N, V) for x in z],
+        eft.upscale(),
+        seed=torch.arange(N),
+        position=0,
+        logprobs=False,
+        backend="reference",
+    )
     return p_value(counts_of(out.tokens, V), p * N)
 
 
@@ -544,6 +694,7 @@ def test_reused_noise_is_rejected(method, share, monkeypatch):
     if share == "residual":
         monkeypatch.setitem(reference.STREAM_CODES, "residual", reference.STREAM_CODES["draft"])
     else:
+
         def shared(seed, position, slot):
             stream = reference.STREAM_CODES["draft"]
             word = reference.words(seed, position, stream, slot, reference.KIND_TOKEN, 0 * seed)[0]

@@ -21,9 +21,15 @@ import torch
 import eft_kernels as eft
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {p.relative_to(ROOT).as_posix(): p for p in (
-    ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "family" / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")))}
+PAGES = {
+    p.relative_to(ROOT).as_posix(): p
+    for p in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "examples" / "family" / "README.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    )
+}
 LINKED = {**PAGES, "CHANGELOG.md": ROOT / "CHANGELOG.md", "benchmarks/findings": ROOT / "benchmarks/findings/README.md"}
 RUN, SHOWN = {"python", "bash"}, {"math", "text", "json"}
 # blocks that cannot run here: how many of a page, and why
@@ -62,8 +68,15 @@ def blocks(text: str) -> list[Block]:
             while lines[i + 1].strip() != end:
                 i += 1
             marked = re.fullmatch(r"<!-- not run: (.+) -->", lines[begin - 2].strip()) if begin > 1 else None
-            found.append(Block("python" if hidden else fence[2], "\n".join(lines[begin : i + 1]) + "\n", begin + 1,
-                               marked and marked[1], hidden))
+            found.append(
+                Block(
+                    "python" if hidden else fence[2],
+                    "\n".join(lines[begin : i + 1]) + "\n",
+                    begin + 1,
+                    marked and marked[1],
+                    hidden,
+                )
+            )
             i += 1
         i += 1
     return found
@@ -78,11 +91,18 @@ def with_blocks(language: str) -> list[str]:
 
 # --- the blocks ----------------------------------------------------------------------------------------------------
 
+
 def test_blocks_are_found():
-    text = ("```python\na\n```\n\n<!-- not run: why -->\n```bash\nb\nc\n```\n<!-- run first\nd\n-->\n"
-            "- x\n  ~~~text\n  e\n  ~~~\n")
-    assert blocks(text) == [Block("python", "a\n", 2, None), Block("bash", "b\nc\n", 7, "why"),
-                            Block("python", "d\n", 11, None, True), Block("text", "  e\n", 15, None)]
+    text = (
+        "```python\na\n```\n\n<!-- not run: why -->\n```bash\nb\nc\n```\n<!-- run first\nd\n-->\n"
+        "- x\n  ~~~text\n  e\n  ~~~\n"
+    )
+    assert blocks(text) == [
+        Block("python", "a\n", 2, None),
+        Block("bash", "b\nc\n", 7, "why"),
+        Block("python", "d\n", 11, None, True),
+        Block("text", "  e\n", 15, None),
+    ]
     assert len(with_blocks("python")) > 8 and len(with_blocks("bash")) > 3
     for name, page in PAGES.items():
         fences = len(re.findall(r"(?m)^\s*(```|~~~)", page.read_text(encoding="utf-8")))
@@ -128,12 +148,19 @@ def test_bash_blocks_run(name, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     for block in BLOCKS[name]:
         if block.language == "bash" and not block.not_run:
-            p = subprocess.run(["bash", "-euo", "pipefail", "-c", block.code], cwd=ROOT, env=environment, text=True,
-                               capture_output=True, timeout=300)
+            p = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", block.code],
+                cwd=ROOT,
+                env=environment,
+                text=True,
+                capture_output=True,
+                timeout=300,
+            )
             assert p.returncode == 0, f"{name}:{block.line}\n{p.stdout}{p.stderr}"
 
 
 # --- links ---------------------------------------------------------------------------------------------------------
+
 
 def prose(page: Path) -> str:
     """A page without its blocks of code and its code spans."""
@@ -175,14 +202,16 @@ def test_the_citation_is_of_this_version():
 
 # --- the API reference ---------------------------------------------------------------------------------------------
 
+
 def test_api_reference_is_current():
     pytest.importorskip("transformers")
     spec = importlib.util.spec_from_file_location("docs_tools", ROOT / "tools" / "docs.py")
     tools = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tools)
     page = tools.api()
-    assert page == (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), \
+    assert page == (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), (
         "run `python tools/docs.py --write docs/api.md`"
+    )
     documented = set(re.findall(r"(?m)^### (?:class )?(\S+)$", page))
     assert set(eft.__all__) - {"hf", "__version__"} <= documented
 
@@ -200,8 +229,12 @@ def test_docstrings_become_lists():
     Returns: the sum. Raises: ValueError.
     """
     assert tools.prose(doc, "abc").split("\n\n") == [
-        "Adds.", "**Arguments**", "- `a`, `b` (default 1): numbers; `a` is\n  first. c: a third.",
-        "**Returns** the sum.", "**Raises** ValueError."]
+        "Adds.",
+        "**Arguments**",
+        "- `a`, `b` (default 1): numbers; `a` is\n  first. c: a third.",
+        "**Returns** the sum.",
+        "**Raises** ValueError.",
+    ]
 
 
 # --- numbers -------------------------------------------------------------------------------------------------------
@@ -221,9 +254,11 @@ def measured():
     from benchmarks import report
 
     wanted = dict(op="sample", vocab=128256, models=3, dtype="bfloat16", logits="peaked")
-    return {(s.threads, s.batch, s.variant): {name: row["median_us"] for name, row in group.items()}
-            for s, group in report.newest(report.read(ROOT / "benchmarks" / "results" / "amd-epyc")).items()
-            if wanted.items() <= s._asdict().items()}
+    return {
+        (s.threads, s.batch, s.variant): {name: row["median_us"] for name, row in group.items()}
+        for s, group in report.newest(report.read(ROOT / "benchmarks" / "results" / "amd-epyc")).items()
+        if wanted.items() <= s._asdict().items()
+    }
 
 
 def test_times_are_rows(measured):
@@ -233,12 +268,19 @@ def test_times_are_rows(measured):
     for threads, batch, variant, cells in table:
         times = measured[int(threads), int(batch), {"none": "plain"}.get(variant, "top_p")]
         ours = times["eft"]
-        want = [f"**{shown(ours)}**", shown(times["combine_max"]),
-                *(f"{shown(times[n])} ({times[n] / ours:.3g}x)" for n in IMPLEMENTATIONS[2:])]
+        want = [
+            f"**{shown(ours)}**",
+            shown(times["combine_max"]),
+            *(f"{shown(times[n])} ({times[n] / ours:.3g}x)" for n in IMPLEMENTATIONS[2:]),
+        ]
         assert cells.split(" | ") == want
     readme = (ROOT / "README.md").read_text("utf-8")
-    for name, label in {"eager": "eager PyTorch", "compiled": "torch.compile", "lean": "the leanest PyTorch",
-                        "eft": r"\*\*eft-kernels"}.items():
+    for name, label in {
+        "eager": "eager PyTorch",
+        "compiled": "torch.compile",
+        "lean": "the leanest PyTorch",
+        "eft": r"\*\*eft-kernels",
+    }.items():
         cells = re.search(rf"(?m)^\| {label}.*? \| (.+) \| (.+) \|$", readme).groups()
         assert [c.strip("*") for c in cells] == [shown(measured[1, 1, v][name]) for v in ("plain", "top_p")]
 
@@ -247,9 +289,13 @@ def test_shares_of_the_gap_are_the_familys():
     results = json.loads((ROOT / "examples/family/results.json").read_text())
     shares = {}
     for style in "ab":
-        gaps = [(x[style]["base"] - x[style][f"emulated {style}"]) / (x[style]["base"] - x[style][f"large-{style}"])
-                for x in results["seeds"]]
+        gaps = [
+            (x[style]["base"] - x[style][f"emulated {style}"]) / (x[style]["base"] - x[style][f"large-{style}"])
+            for x in results["seeds"]
+        ]
         shares[style] = f"{statistics.mean(gaps):.0%}"
-    for name, words in {"README.md": f"recovers {shares['a']} (King James Bible) and {shares['b']} (Jane Austen)",
-                        "docs/faq.md": f"{shares['a']} and {shares['b']} of the held-out loss"}.items():
+    for name, words in {
+        "README.md": f"recovers {shares['a']} (King James Bible) and {shares['b']} (Jane Austen)",
+        "docs/faq.md": f"{shares['a']} and {shares['b']} of the held-out loss",
+    }.items():
         assert words in " ".join(PAGES[name].read_text("utf-8").split())

@@ -27,8 +27,10 @@ def mask(lead=(B, K + 1)):
 
 
 def drafts(z, method, seed=SEEDS, position=POSITION, params=OWN, **kwargs):
-    return [eft.draft(z[1][:, i], slot=i, method=method, seed=seed, position=position + i, **params, **kwargs)
-            for i in range(K)]
+    return [
+        eft.draft(z[1][:, i], slot=i, method=method, seed=seed, position=position + i, **params, **kwargs)
+        for i in range(K)
+    ]
 
 
 def same(a, b):
@@ -61,8 +63,14 @@ def test_outputs_say_what_they_were_drawn_by(method, backend):
             ds = drafts(z, method, params=params)
             got = eft.verify(z, eft.upscale(), ds, given, **args)
             declared = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) | params if method != "coupled" else {}
-            want = eft.verify(z, eft.upscale(), torch.stack([d.tokens for d in ds], 1), given, **args,
-                              **{f"draft_{k}": v for k, v in declared.items()})
+            want = eft.verify(
+                z,
+                eft.upscale(),
+                torch.stack([d.tokens for d in ds], 1),
+                given,
+                **args,
+                **{f"draft_{k}": v for k, v in declared.items()},
+            )
             same(got, want)
             assert bool(got.valid.all())
 
@@ -70,15 +78,25 @@ def test_outputs_say_what_they_were_drawn_by(method, backend):
 def test_a_declaration_changes_the_judgement(backend):
     z = logits()
     ds = torch.stack([d.tokens for d in drafts(z, "token", params=dict(temperature=3.0))], 1)
-    outs = [eft.verify(z, eft.upscale(), ds, method=m, backend=backend, **TARGET, **NOISE, **own)
-            for m in ("token", "block") for own in ({}, dict(draft_temperature=3.0, draft_top_p=1.0, draft_top_k=0))]
+    outs = [
+        eft.verify(z, eft.upscale(), ds, method=m, backend=backend, **TARGET, **NOISE, **own)
+        for m in ("token", "block")
+        for own in ({}, dict(draft_temperature=3.0, draft_top_p=1.0, draft_top_k=0))
+    ]
     assert not torch.equal(outs[0].tokens, outs[1].tokens) and not torch.equal(outs[2].tokens, outs[3].tokens)
 
 
 def test_coupled_drafts_of_any_parameters_end_as_plain_decoding(backend):
     z = logits()
-    plain = torch.stack([eft.sample([x[:, i] for x in z], eft.upscale(), backend=backend, seed=SEEDS,
-                                    position=POSITION + i, **TARGET).tokens for i in range(K + 1)], 1)
+    plain = torch.stack(
+        [
+            eft.sample(
+                [x[:, i] for x in z], eft.upscale(), backend=backend, seed=SEEDS, position=POSITION + i, **TARGET
+            ).tokens
+            for i in range(K + 1)
+        ],
+        1,
+    )
     out = eft.verify(z, eft.upscale(), drafts(z, "coupled"), method="coupled", backend=backend, **TARGET, **NOISE)
     there = torch.arange(K + 1) < out.num_emitted[:, None]
     assert torch.equal(out.tokens[there], plain[there])
@@ -96,8 +114,9 @@ def test_a_row_s_drafts_end_at_its_first_invalid_one(backend):
         assert bool(got.valid.all()) and got.num_emitted[1] <= 2 and got.num_emitted[3] == 1
         tokens = torch.stack([d.tokens for d in ds], 1)
         declared = {} if method == "coupled" else dict(draft_temperature=1.2, draft_top_p=0.95, draft_top_k=0)
-        want = eft.verify(z, w, tokens, torch.tensor([3, 1, 3, 0, 3]), method=method, backend=backend, **TARGET,
-                          **NOISE, **declared)
+        want = eft.verify(
+            z, w, tokens, torch.tensor([3, 1, 3, 0, 3]), method=method, backend=backend, **TARGET, **NOISE, **declared
+        )
         same(got, want)
 
 
@@ -131,8 +150,10 @@ def test_tensors_that_move_on_between_drafts():
 
 def test_a_shared_mask():
     z, m = logits(), mask()
-    ds = [eft.draft(z[1][:, i], slot=i, method="token", seed=SEEDS, position=POSITION + i, token_mask=m[:, i])
-          for i in range(K)]
+    ds = [
+        eft.draft(z[1][:, i], slot=i, method="token", seed=SEEDS, position=POSITION + i, token_mask=m[:, i])
+        for i in range(K)
+    ]
     out = eft.verify(z, eft.upscale(), ds, method="token", token_mask=m, **NOISE)
     tokens = torch.stack([d.tokens for d in ds], 1)
     same(out, eft.verify(z, eft.upscale(), tokens, method="token", token_mask=m, **NOISE))
@@ -158,10 +179,16 @@ REFUSED = {
     "seed": (replaced(1, seed=SEEDS + 1), r"draft_tokens\[1\].*seed", {}),
     "one seed": (replaced(0, seed=4), r"draft_tokens\[0\].*seed 4", {}),
     "verify's seed": (list, r"draft_tokens\[0\].*seed", dict(seed=None)),
-    "temperature": (replaced(1, params=ops.DraftParams(1.1, 0, 0.95, 0.0)),
-                    r"draft_tokens\[1\].*temperature 1.1, allowed is that of draft_tokens\[0\], 1.2", {}),
-    "top_p of a row": (replaced(2, params=ops.DraftParams(1.2, 0, torch.tensor([0.95] * 4 + [0.9]), 0.0)),
-                       r"draft_tokens\[2\].*top_p \[0.9", {}),
+    "temperature": (
+        replaced(1, params=ops.DraftParams(1.1, 0, 0.95, 0.0)),
+        r"draft_tokens\[1\].*temperature 1.1, allowed is that of draft_tokens\[0\], 1.2",
+        {},
+    ),
+    "top_p of a row": (
+        replaced(2, params=ops.DraftParams(1.2, 0, torch.tensor([0.95] * 4 + [0.9]), 0.0)),
+        r"draft_tokens\[2\].*top_p \[0.9",
+        {},
+    ),
     "vocab_size": (list, r"draft_tokens\[0\].*vocab_size 300, allowed is verify's, 290", dict(vocab_size=290)),
     "mask": (list, r"draft_tokens\[0\].*token_mask None", dict(token_mask=mask())),
     "too few": (lambda ds: ds[:2], r"draft_tokens: expected a list of 3 outputs.*4 slots.*got 2", {}),
@@ -184,29 +211,41 @@ def test_what_cannot_be_judged_is_refused(name):
         eft.verify(z, eft.upscale(), change(ds), **dict(method="block", **TARGET, **NOISE) | kwargs)
 
 
-@pytest.mark.parametrize("kwargs, words", [
-    (dict(method="coupled", draft_temperature=1.0), "draft_temperature: .*allowed is None: coupled compares"),
-    (dict(method="token", draft=None, draft_top_k=torch.zeros(B, dtype=torch.int64)), "draft_top_k: .*draft=None"),
-    (dict(draft_temperature=-1.0), "draft_temperature: got -1.0, allowed is 0 to"),
-    (dict(draft_top_p=torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0])), "draft_top_p: got .*allowed is in"),
-    (dict(draft_min_p="x"), "draft_min_p: expected a number"),
-    (dict(draft_top_k=torch.zeros(B)), "draft_top_k: expected an integer"),
-    (dict(draft_top_k=torch.zeros(4, dtype=torch.int64)), r"draft_top_k: .*\[5\].*\[4\]"),
-], ids=str)
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        (dict(method="coupled", draft_temperature=1.0), "draft_temperature: .*allowed is None: coupled compares"),
+        (dict(method="token", draft=None, draft_top_k=torch.zeros(B, dtype=torch.int64)), "draft_top_k: .*draft=None"),
+        (dict(draft_temperature=-1.0), "draft_temperature: got -1.0, allowed is 0 to"),
+        (dict(draft_top_p=torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0])), "draft_top_p: got .*allowed is in"),
+        (dict(draft_min_p="x"), "draft_min_p: expected a number"),
+        (dict(draft_top_k=torch.zeros(B)), "draft_top_k: expected an integer"),
+        (dict(draft_top_k=torch.zeros(4, dtype=torch.int64)), r"draft_top_k: .*\[5\].*\[4\]"),
+    ],
+    ids=str,
+)
 def test_declarations_are_checked(kwargs, words):
     for noise in (NOISE, dict(seed=1, position=2)):
         with pytest.raises(ValueError, match=words):
             eft.verify(logits(), eft.upscale(), torch.zeros(B, K, dtype=torch.int64), **noise, **kwargs)
 
 
-@pytest.mark.parametrize("kwargs, words", [
-    (dict(logits=[torch.zeros(B, V)]), "logits: expected the drafting model's tensor"),
-    (dict(logits=torch.zeros(B, 2, V)), r"logits\[0\]: expected a tensor \[B, V\]"),
-    (dict(method="typical"), "method: got 'typical', allowed are coupled, token, block"),
-    (dict(slot=-1), "slot: got -1"), (dict(slot=True), "slot: got True"), (dict(slot=1 << 24), "slot: got"),
-    (dict(seed=None), "seed: got None"), (dict(position=None), "position: got None"),
-    (dict(temperature=-1.0), "temperature: got -1.0"), (dict(vocab_size=V + 1), "vocab_size: got 301"),
-], ids=str)
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        (dict(logits=[torch.zeros(B, V)]), "logits: expected the drafting model's tensor"),
+        (dict(logits=torch.zeros(B, 2, V)), r"logits\[0\]: expected a tensor \[B, V\]"),
+        (dict(method="typical"), "method: got 'typical', allowed are coupled, token, block"),
+        (dict(slot=-1), "slot: got -1"),
+        (dict(slot=True), "slot: got True"),
+        (dict(slot=1 << 24), "slot: got"),
+        (dict(seed=None), "seed: got None"),
+        (dict(position=None), "position: got None"),
+        (dict(temperature=-1.0), "temperature: got -1.0"),
+        (dict(vocab_size=V + 1), "vocab_size: got 301"),
+    ],
+    ids=str,
+)
 def test_bad_arguments_of_draft(kwargs, words):
     for method in ("coupled", "block"):
         args = dict(logits=torch.zeros(B, V), slot=0, method=method, **NOISE) | kwargs
@@ -219,8 +258,10 @@ def test_compiled_whole():
     torch._dynamo.reset()
 
     def step(z, seeds, position):
-        ds = [eft.draft(z[1][:, i], slot=i, method="block", seed=seeds, position=position + i, temperature=1.3)
-              for i in range(K)]
+        ds = [
+            eft.draft(z[1][:, i], slot=i, method="block", seed=seeds, position=position + i, temperature=1.3)
+            for i in range(K)
+        ]
         out = eft.verify(z, eft.upscale(), ds, method="block", seed=seeds, position=position, **TARGET)
         return out.tokens, out.num_emitted, out.valid
 
@@ -228,16 +269,29 @@ def test_compiled_whole():
     same(torch.compile(step, fullgraph=True, backend="aot_eager")(*args), step(*args))
 
 
-@pytest.mark.parametrize("mask", [
-    torch.full((1, 4), -1, dtype=torch.int32), torch.full((3, 4), -1, dtype=torch.int32).view(torch.uint32),
-], ids=("[1, W]", "uint32"))
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.full((1, 4), -1, dtype=torch.int32),
+        torch.full((3, 4), -1, dtype=torch.int32).view(torch.uint32),
+    ],
+    ids=("[1, W]", "uint32"),
+)
 def test_masks_of_drafts_are_those_of_verify_whatever_their_form(mask, backend):
     logits = [torch.randn(3, 2, 100, generator=torch.Generator().manual_seed(j)) for j in range(3)]
     seeds = torch.arange(3)
-    drafts = [eft.draft(logits[1][:, 0], slot=0, method="token", seed=seeds, position=0, token_mask=mask,
-                        backend=backend)]
-    out = eft.verify(logits, eft.upscale(), drafts, seed=seeds, position=0, backend=backend,
-                     token_mask=torch.full((3, 2, 4), -1, dtype=torch.int32))
+    drafts = [
+        eft.draft(logits[1][:, 0], slot=0, method="token", seed=seeds, position=0, token_mask=mask, backend=backend)
+    ]
+    out = eft.verify(
+        logits,
+        eft.upscale(),
+        drafts,
+        seed=seeds,
+        position=0,
+        backend=backend,
+        token_mask=torch.full((3, 2, 4), -1, dtype=torch.int32),
+    )
     assert out.valid.all()
 
 
@@ -245,8 +299,15 @@ def test_masks_of_drafts_are_those_of_verify_whatever_their_form(mask, backend):
 def test_the_operator_refuses_parameters_of_drafts_that_have_no_distribution(method, draft):
     z = torch.zeros(2, 2, 9)
     params = Params((1.0, 1.0), **OFF, seed=1, position=0, token_mask=None, vocab_size=9, tuned=1)
-    args = ops._flatten(params, torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, dtype=torch.int64), method, draft,
-                        DraftParams(temperature=0.5), False)
+    args = ops._flatten(
+        params,
+        torch.zeros(2, 1, dtype=torch.int64),
+        torch.ones(2, dtype=torch.int64),
+        method,
+        draft,
+        DraftParams(temperature=0.5),
+        False,
+    )
     with pytest.raises(ValueError, match="draft_temperature: got a value, allowed is None"):
         torch.ops.eft_kernels.verify([z, z], *args, "auto")
 

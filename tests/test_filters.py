@@ -34,10 +34,24 @@ def warp(scores, **values):
 
 
 GRID = [
-    dict(temperature=0.7), dict(temperature=2.0), dict(top_k=1), dict(top_k=50), dict(top_k=1999), dict(top_k=9999),
-    dict(top_p=0.9), dict(top_p=0.1), dict(top_p=0.999), dict(top_p=1e-4), dict(min_p=0.1), dict(min_p=0.9),
-    dict(min_p=1e-4), dict(temperature=0.6, top_p=0.8), dict(temperature=1.5, top_k=40), dict(top_k=30, top_p=0.7),
-    dict(temperature=0.8, min_p=0.05), dict(temperature=1.3, top_k=100, top_p=0.95, min_p=0.02),
+    dict(temperature=0.7),
+    dict(temperature=2.0),
+    dict(top_k=1),
+    dict(top_k=50),
+    dict(top_k=1999),
+    dict(top_k=9999),
+    dict(top_p=0.9),
+    dict(top_p=0.1),
+    dict(top_p=0.999),
+    dict(top_p=1e-4),
+    dict(min_p=0.1),
+    dict(min_p=0.9),
+    dict(min_p=1e-4),
+    dict(temperature=0.6, top_p=0.8),
+    dict(temperature=1.5, top_k=40),
+    dict(top_k=30, top_p=0.7),
+    dict(temperature=0.8, min_p=0.05),
+    dict(temperature=1.3, top_k=100, top_p=0.95, min_p=0.02),
     dict(temperature=0.5, top_k=500, top_p=0.5, min_p=0.001),
 ]
 
@@ -103,6 +117,7 @@ def test_greedy_is_a_point(backend):
 
 # --- the up-scaling filter -----------------------------------------------------------------------------------------
 
+
 def upscaled(z, weights, p, tuned=1, allowed=None):
     """The paper's filter, straightforwardly, float64: (scores [rows, V], tokens at the boundary)."""
     z = [x.double() for x in z]
@@ -120,8 +135,11 @@ def upscaled(z, weights, p, tuned=1, allowed=None):
 
 
 @pytest.mark.parametrize("p", (0.05, 0.5, 0.9, 0.97))
-@pytest.mark.parametrize("weights, tuned", [((1.0, 1.0, -1.0), 1), ((1.5, 1.0, -1.5), 1), ((0.7, -0.7, 1.0), 2),
-                                            ((1.0, 0.0, -0.5), 1)], ids=str)
+@pytest.mark.parametrize(
+    "weights, tuned",
+    [((1.0, 1.0, -1.0), 1), ((1.5, 1.0, -1.5), 1), ((0.7, -0.7, 1.0), 2), ((1.0, 0.0, -0.5), 1)],
+    ids=str,
+)
 def test_upscaling_filter(p, weights, tuned, backend):
     z = models(V=400, seed=7)
     scores, near = upscaled(z, weights, p, tuned)
@@ -141,8 +159,16 @@ def test_upscaling_filter_with_exclusions_and_filters(backend):
     allowed = torch.rand(8, 2000, generator=g) < 0.7
     scores, near = upscaled(z, (1.0, 1.0, -1.0), 0.8, 1, allowed)
     assert not bool(near.any())
-    got = eft.logprobs(z, eft.upscale(), upscale_top_p=0.8, temperature=0.9, top_k=200, top_p=0.95,
-                       token_mask=packed(allowed), backend=backend)
+    got = eft.logprobs(
+        z,
+        eft.upscale(),
+        upscale_top_p=0.8,
+        temperature=0.9,
+        top_k=200,
+        top_p=0.95,
+        token_mask=packed(allowed),
+        backend=backend,
+    )
     want = warp(scores, temperature=0.9, top_k=200, top_p=0.95).log_softmax(-1)
     assert torch.equal(got > NEG_INF, want > NEG_INF)
     torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5)
@@ -158,6 +184,7 @@ def test_upscaling_outside_is_the_tuned_model(backend):
 
 
 # --- exclusions ----------------------------------------------------------------------------------------------------
+
 
 def packed(allowed):
     """bool [..., V] as xgrammar's int32 [..., ceil(V / 32)]: bit v % 32 of word v // 32."""
@@ -234,6 +261,7 @@ def test_bad_rows_are_alone(backend):
 
 # --- log-probs and diagnostics -------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_error_budget(dtype, backend):
     """|kernel - float64| <= |naive in the input's type - float64| + 2e-6: never worse than what it replaces."""
@@ -258,8 +286,10 @@ def test_sample_reports_its_own_log_probs(backend):
     kwargs = dict(temperature=0.8, top_k=100, top_p=0.9, upscale_top_p=0.95)
     out = eft.sample(z, eft.upscale(), seed=2, position=0, backend=backend, **kwargs)
     ids = out.tokens[:, None]
-    for got, want in ((out.logprobs, eft.logprobs(z, eft.upscale(), backend=backend, **kwargs)),
-                      (out.raw_logprobs, eft.logprobs(z, eft.upscale(), upscale_top_p=0.95, backend=backend))):
+    for got, want in (
+        (out.logprobs, eft.logprobs(z, eft.upscale(), backend=backend, **kwargs)),
+        (out.raw_logprobs, eft.logprobs(z, eft.upscale(), upscale_top_p=0.95, backend=backend)),
+    ):
         torch.testing.assert_close(got, want.gather(1, ids)[:, 0], rtol=0, atol=1e-5)
 
 
@@ -287,8 +317,11 @@ def test_presets_are_their_formulas(backend):
         (a, eft.proxy(0.6), lp[0] + 0.6 * (lp[1] - lp[2])),
         (a, eft.downscale(), lp[0] + lp[1] - lp[2]),
         ([*a, b], eft.interpolate(0.3), lp[0] + 0.3 * (lp[1] - lp[3]) + 0.7 * (lp[2] - lp[3])),
-        ([*a, b], eft.interpolate(torch.tensor([0.0, 0.25, 0.5, 1.0])),
-         lp[0] + (w := torch.tensor([0.0, 0.25, 0.5, 1.0])[:, None].double()) * lp[1] + (1 - w) * lp[2] - lp[3]),
+        (
+            [*a, b],
+            eft.interpolate(torch.tensor([0.0, 0.25, 0.5, 1.0])),
+            lp[0] + (w := torch.tensor([0.0, 0.25, 0.5, 1.0])[:, None].double()) * lp[1] + (1 - w) * lp[2] - lp[3],
+        ),
         (a, eft.weights([0.1, -2.0, 0.5]), 0.1 * lp[0] - 2 * lp[1] + 0.5 * lp[2]),
     ]
     for z, weights, scores in cases:

@@ -31,6 +31,7 @@ N = 1 << 12  # values a function is tried on at once
 
 # --- what functions take -------------------------------------------------------------------------------------------
 
+
 class Kind(NamedTuple):
     dtype: torch.dtype
     low: float
@@ -71,12 +72,28 @@ class Kind(NamedTuple):
 F32, F64, I64 = torch.float32, torch.float64, torch.int64
 TINY, MAX = 2.0**-126, float(np.finfo(np.float32).max)
 ROOT_HALF = float(np.float32(0.5**0.5))
-NORMAL = Kind(F32, TINY, MAX, (TINY, 2 * TINY, 1.0, 1 - 2.0**-24, 1 + 2.0**-23, 0.5, 2.0, ROOT_HALF,
-                               float(np.nextafter(np.float32(ROOT_HALF), np.float32(1))), MAX))
+NORMAL = Kind(
+    F32,
+    TINY,
+    MAX,
+    (
+        TINY,
+        2 * TINY,
+        1.0,
+        1 - 2.0**-24,
+        1 + 2.0**-23,
+        0.5,
+        2.0,
+        ROOT_HALF,
+        float(np.nextafter(np.float32(ROOT_HALF), np.float32(1))),
+        MAX,
+    ),
+)
 FRACTION = Kind(F32, ROOT_HALF - 1, 0.4142135381698608, (0.0, ROOT_HALF - 1, 0.4142135381698608))
 EXPONENT = Kind(F32, -126.0, 127.0, (-126.0, -24.0, -1.0, 0.0, 1.0, 127.0))
-NOT_POSITIVE = Kind(F32, -1000.0, 0.0, (0.0, -0.0, -0.5, -1.5, -2.5, -39.5, -40.0, -41.0, -125.5, -126.0, -127.0,
-                                        -1000.0, -2.0**-24))
+NOT_POSITIVE = Kind(
+    F32, -1000.0, 0.0, (0.0, -0.0, -0.5, -1.5, -2.5, -39.5, -40.0, -41.0, -125.5, -126.0, -127.0, -1000.0, -(2.0**-24))
+)
 UNIT = Kind(F32, 2.0**-57, 1 - 2.0**-24, (2.0**-57, 2.0**-33, 2.0**-24, 0.25, 0.5, 1 - 2.0**-24))
 WORD = Kind(I64, 0, (1 << 32) - 1, (0, 1, 255, 256, (1 << 24) - 1, 1 << 24, 1 << 31, (1 << 32) - 129, (1 << 32) - 1))
 ANY = Kind(I64, -(1 << 63), (1 << 63) - 1, (0, 1, -1, (1 << 32) - 1, 1 << 32, -(1 << 63), (1 << 63) - 1))
@@ -96,6 +113,7 @@ FLAG = Kind(torch.bool, 0, 1, (False, True))
 
 
 # --- the definition, where the reference has it within a larger function -------------------------------------------
+
 
 def mass(s, best, c):
     return reference.mass(s[:, None], best, c)[:, 0]
@@ -154,12 +172,20 @@ FUNCTIONS = {
     "split": Function((NORMAL,), reference.split, lambda x: fields(cpp.split(x))),
     "log": Function((NORMAL,), reference.log, cpp.log),
     "row_seed": Function((ANY, ROW), reference.row_seed, cpp.row_seed),
-    "words": Function((ANY, ANY, SLOT, WORD), sample_words,
-                      lambda seed, position, slot, index: fields(cpp.words(seed, position, 0, slot, 1, index))),
+    "words": Function(
+        (ANY, ANY, SLOT, WORD),
+        sample_words,
+        lambda seed, position, slot, index: fields(cpp.words(seed, position, 0, slot, 1, index)),
+    ),
     "uniform": Function((WORD,), reference.uniform, cpp.uniform),
     "exponential": Function((UNIT,), reference.exponential, cpp.exponential),
-    "chunk_noise": Function((ANY, ANY, SLOT, CHUNK), chunk_noise, lambda seed, position, slot, chunk: tuple(
-        cpp.chunk_noise(seed, position, STREAM_CODES["residual"], slot, chunk)[name] for name in ("e", "place"))),
+    "chunk_noise": Function(
+        (ANY, ANY, SLOT, CHUNK),
+        chunk_noise,
+        lambda seed, position, slot, chunk: tuple(
+            cpp.chunk_noise(seed, position, STREAM_CODES["residual"], slot, chunk)[name] for name in ("e", "place")
+        ),
+    ),
     "token_gumbel": Function((MINIMUM, WORD), token_gumbel, lambda e, word: cpp.token_gumbel(e, log_of(e), word)),
     "accept_uniform": Function((ANY, ANY, SLOT), reference.accept_uniform, cpp.accept_uniform),
     "mass": Function((SCORE, Kind(F32, 0.0, 0.0, (0.0,)), SCALE), mass, cpp.mass),
@@ -183,7 +209,7 @@ def hold(name, other, inputs):
     for x, y in zip(want, got):
         if x.is_floating_point():
             assert x.dtype == y.dtype
-            same = (x.numpy().view(f"u{x.element_size()}") == y.numpy().view(f"u{x.element_size()}"))
+            same = x.numpy().view(f"u{x.element_size()}") == y.numpy().view(f"u{x.element_size()}")
             same = torch.from_numpy(same) | (x.isnan() & y.isnan()) | ((x == 0) & (y == 0))
         else:
             same = x.to(torch.int64) == y.to(torch.int64)
@@ -243,7 +269,8 @@ def test_vectors_are_scalars(isa):
         seed, position, slot = -5 << 40, 7 << 33, 12345
         noise = cpp.chunk_noise(seed, position, 2, slot, word)
         pairs = [
-            (lanes.log(x), cpp.log(x)), (lanes.exponential(u), cpp.exponential(u)),
+            (lanes.log(x), cpp.log(x)),
+            (lanes.exponential(u), cpp.exponential(u)),
             (lanes.uniform(word), cpp.uniform(word)),
             (lanes.token_gumbel(e, -cpp.log(e), word), cpp.token_gumbel(e, -cpp.log(e), word)),
             (cpp.mass_of(*lanes.mass_parts(s, np.zeros_like(s), c)), cpp.mass(s, np.float32(0), c)),
@@ -303,6 +330,7 @@ def test_all_float32(name):
 
 # --- parameters ----------------------------------------------------------------------------------------------------
 
+
 @cpp_process
 def test_filters():
     """What follows from a row's parameters, over all that tests sweep, their ranges' ends and values outside."""
@@ -311,13 +339,24 @@ def test_filters():
     values = {}
     for q in PARAMETERS:
         odd = (q.low, q.high) if q.type is int else (q.low, q.high, np.nan, -1.0, 2e30, np.inf)
-        choices = np.array([*[q.off] * 6, *q.tried, *odd] + ([vocab - 1, vocab, vocab + 1] if q.type is int else []),
-                           dtype=np.int64 if q.type is int else np.float32)
+        choices = np.array(
+            [*[q.off] * 6, *q.tried, *odd] + ([vocab - 1, vocab, vocab + 1] if q.type is int else []),
+            dtype=np.int64 if q.type is int else np.float32,
+        )
         values[q.name] = generator.choice(choices, rows)
     best = np.float32(3.5)
     got = cpp.filters(values, rows, vocab, best)
-    p = Params(**{**{name: torch.from_numpy(x) for name, x in values.items()}, "weights": [1.0], "seed": 0,
-                  "position": 0, "token_mask": None, "vocab_size": vocab, "tuned": 0})
+    p = Params(
+        **{
+            **{name: torch.from_numpy(x) for name, x in values.items()},
+            "weights": [1.0],
+            "seed": 0,
+            "position": 0,
+            "token_mask": None,
+            "vocab_size": vocab,
+            "tuned": 0,
+        }
+    )
     want = reference.Rows([torch.zeros(rows, vocab)], p)
     assert 100 < got["valid"].sum() < rows - 100 and 10 < got["filtered"].sum() < rows - 10
     for name in (*values, "inverse", "c", "greedy"):
@@ -347,8 +386,20 @@ def test_every_function_is_here():
     """All that csrc/semantics defines, but for what only puts these together."""
     text = "".join(path.read_text() for path in (ROOT / "csrc" / "semantics").glob("*.h"))
     defined = set(re.findall(r"^(?:EFT_HD|inline) [\w<>:]+ (\w+)\(", text, re.M))
-    parts = {"bits", "from_bits", "to_float", "to_int", "select", "minimum", "maximum", "mul_hi_lo", "in_range",
-             "source", "source_of", "mass_parts"}
+    parts = {
+        "bits",
+        "from_bits",
+        "to_float",
+        "to_int",
+        "select",
+        "minimum",
+        "maximum",
+        "mul_hi_lo",
+        "in_range",
+        "source",
+        "source_of",
+        "mass_parts",
+    }
     assert parts <= defined and len(defined) > 20
     missing = {name for name in defined - parts if not {name, name.removesuffix("_of")} & set(dir(cpp))}
     assert not missing
@@ -379,11 +430,20 @@ if INTERPRETED:
 
     @triton.jit
     def residual_here(factor, t, t_total, d, d_total):
-        return semantics.residual(t, d, factor * (semantics.RESIDUAL_ONE / t_total.to(tl.float64)),
-                                  semantics.RESIDUAL_ONE / d_total.to(tl.float64))
+        return semantics.residual(
+            t,
+            d,
+            factor * (semantics.RESIDUAL_ONE / t_total.to(tl.float64)),
+            semantics.RESIDUAL_ONE / d_total.to(tl.float64),
+        )
 
-    HERE = {"words": words_here, "chunk_noise": chunk_noise_here, "uniform": uniform_here,
-            "token_gumbel": token_gumbel_here, "residual": residual_here}
+    HERE = {
+        "words": words_here,
+        "chunk_noise": chunk_noise_here,
+        "uniform": uniform_here,
+        "token_gumbel": token_gumbel_here,
+        "residual": residual_here,
+    }
 
     @triton.jit
     def apply_1(function: tl.constexpr, x, out, N: tl.constexpr):
@@ -450,8 +510,22 @@ if INTERPRETED:
     def test_triton_order():
         """Integers that compare as the floats do, and back; a key with a token, the lower id first."""
         infinity = float("inf")
-        x = torch.tensor([-infinity, -MAX, -1.0, -TINY, -0.0, 0.0, TINY, 1.0, 1 + 2.0**-23, MAX, infinity,
-                          *torch.randn(N - 11, generator=torch.Generator().manual_seed(3)).tolist()])
+        x = torch.tensor(
+            [
+                -infinity,
+                -MAX,
+                -1.0,
+                -TINY,
+                -0.0,
+                0.0,
+                TINY,
+                1.0,
+                1 + 2.0**-23,
+                MAX,
+                infinity,
+                *torch.randn(N - 11, generator=torch.Generator().manual_seed(3)).tolist(),
+            ]
+        )
         keys, back, packed = torch.empty(N, dtype=torch.int32), torch.empty(N), torch.empty(N, dtype=torch.int64)
         token = torch.randint(0, 1 << 22, (N,), generator=torch.Generator().manual_seed(4), dtype=torch.int32)
         apply_1[(1,)](semantics.ordered, x, keys, N)
@@ -471,6 +545,7 @@ if INTERPRETED:
 def test_triton_in_its_interpreter():
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", __file__, "-k", "test_triton"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
-                          timeout=300)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0 and f" {len(FUNCTIONS) + 1} passed" in done.stdout, done.stdout + done.stderr

@@ -31,6 +31,7 @@ over_the_table = pytest.mark.parametrize("case", CASES, ids=lambda case: case.na
 
 # --- the case table ------------------------------------------------------------------------------------------------
 
+
 @on_every_backend
 @over_the_table
 def test_sample(case, name):
@@ -72,12 +73,18 @@ def test_verify_of_a_deterministic_proposer(method, name):
             check_verify(case, name, method, draft=None, seed=1, device=DEVICE)
 
 
-MIXED = dict(temperature=per_row(1.0, 0.0, 0.6, 1.7, 0.9), top_k=per_row(0, 0, 5, 100), top_p=per_row(1.0, 0.9),
-             min_p=per_row(0.0, 0.0, 0.02), upscale_top_p=per_row(1.0, 1.0, 1.0, 0.8))
+MIXED = dict(
+    temperature=per_row(1.0, 0.0, 0.6, 1.7, 0.9),
+    top_k=per_row(0, 0, 5, 100),
+    top_p=per_row(1.0, 0.9),
+    min_p=per_row(0.0, 0.0, 0.02),
+    upscale_top_p=per_row(1.0, 1.0, 1.0, 0.8),
+)
 
 
-@pytest.mark.parametrize("name, launch", [(name, launch) for name in BACKENDS if name != "reference"
-                                          for launch in sanitize.launches(name)])
+@pytest.mark.parametrize(
+    "name, launch", [(name, launch) for name in BACKENDS if name != "reference" for launch in sanitize.launches(name)]
+)
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in sanitize.NAMES], ids=lambda case: case.name)
 def test_cuts_of_launches(case, name, launch):
     """What the memory checkers look at: with several tiles a program, too, and programs that share a row."""
@@ -95,15 +102,22 @@ def test_what_cuda_tensors_take():
 @on_every_backend
 def test_no_mismatch_in_bulk(name):
     for kwargs in ({}, MIXED):
-        check_sample(Case("bulk", rows=4000, vocab=(523,), dtypes=(BF16, F32, F16), kwargs=kwargs), name, device=DEVICE,
-                     logprobs=True)
+        check_sample(
+            Case("bulk", rows=4000, vocab=(523,), dtypes=(BF16, F32, F16), kwargs=kwargs),
+            name,
+            device=DEVICE,
+            logprobs=True,
+        )
 
 
 def test_layouts_survive_the_device():
     """The cases about layout have it there too: a copy to a device would make them contiguous and aligned."""
     cases = {case.name: case for case in CASES}
-    for case, odd in (("strided", lambda z: z.stride(0) > z.shape[1]), ("transposed", lambda z: z.stride(-1) > 1),
-                      ("unaligned", lambda z: z.data_ptr() % 16)):
+    for case, odd in (
+        ("strided", lambda z: z.stride(0) > z.shape[1]),
+        ("transposed", lambda z: z.stride(-1) > 1),
+        ("unaligned", lambda z: z.data_ptr() % 16),
+    ):
         logits, *_ = make(cases[case], device=DEVICE)
         assert all(odd(z) and z.device.type == DEVICE.type for z in logits), case
 
@@ -133,8 +147,11 @@ def test_opcheck(op, name):
     for args in arguments:
         args = (*tree_map_only(torch.Tensor, lambda x: x.to(DEVICE), args[:-1]), name)
         padded = op == "verify" and args[-2]
-        torch.library.opcheck(getattr(torch.ops.eft_kernels, op).default, args, test_utils=(
-            "test_schema", "test_faketensor", *(() if padded else ("test_aot_dispatch_dynamic",))))
+        torch.library.opcheck(
+            getattr(torch.ops.eft_kernels, op).default,
+            args,
+            test_utils=("test_schema", "test_faketensor", *(() if padded else ("test_aot_dispatch_dynamic",))),
+        )
 
 
 @on_every_backend
@@ -156,6 +173,7 @@ def test_compiled_whole(name):
 
 # --- a million rows ------------------------------------------------------------------------------------------------
 
+
 class Bulk(NamedTuple):
     """A share of `ROWS` of logits over one vocabulary; with ``method``, 4 slots of drafts to verify."""
 
@@ -172,13 +190,21 @@ LONGEST = 1 << 30 if DEVICE.type == "cuda" else 1003
 AT_ONCE = 1 << 27  # logits of a model
 SHARP = dict(temperature=0.8, top_k=50, top_p=0.95, min_p=0.02)
 BULK = [
-    Bulk("plain", 0.2, 1003), Bulk("plain", 0.03, 32000), Bulk("plain", 0.005, 128256),
-    Bulk("hot", 0.1, 777, dict(temperature=1.7)), Bulk("mixed", 0.2, 523, MIXED, (BF16, F32, F16)),
-    Bulk("top-p", 0.1, 1003, dict(top_p=0.9)), Bulk("top-p", 0.02, 32000, dict(top_p=0.9)),
-    Bulk("top-p", 0.005, 128256, dict(top_p=0.9)), Bulk("all filters", 0.1, 1003, SHARP),
-    Bulk("all filters", 0.01, 50257, SHARP), Bulk("up-scaling", 0.05, 1003, dict(upscale_top_p=0.8)),
-    Bulk("coupled", 0.06, 523, method="coupled"), Bulk("token", 0.06, 523, method="token"),
-    Bulk("block", 0.06, 523, method="block"), Bulk("block, mixed", 0.06, 523, MIXED, method="block"),
+    Bulk("plain", 0.2, 1003),
+    Bulk("plain", 0.03, 32000),
+    Bulk("plain", 0.005, 128256),
+    Bulk("hot", 0.1, 777, dict(temperature=1.7)),
+    Bulk("mixed", 0.2, 523, MIXED, (BF16, F32, F16)),
+    Bulk("top-p", 0.1, 1003, dict(top_p=0.9)),
+    Bulk("top-p", 0.02, 32000, dict(top_p=0.9)),
+    Bulk("top-p", 0.005, 128256, dict(top_p=0.9)),
+    Bulk("all filters", 0.1, 1003, SHARP),
+    Bulk("all filters", 0.01, 50257, SHARP),
+    Bulk("up-scaling", 0.05, 1003, dict(upscale_top_p=0.8)),
+    Bulk("coupled", 0.06, 523, method="coupled"),
+    Bulk("token", 0.06, 523, method="token"),
+    Bulk("block", 0.06, 523, method="block"),
+    Bulk("block, mixed", 0.06, 523, MIXED, method="block"),
 ]
 COMPARED = [name for name in BACKENDS if name != "cpu" and (name != "reference" or DEVICE.type == "cpu")]
 
@@ -199,8 +225,10 @@ def bulk_arguments(shape: Bulk, batch: int, g: torch.Generator):
     if not shape.method:
         return (logits, eft.upscale()), kwargs
     own = {name: x for name, x in kwargs.items() if name not in ("position", "upscale_top_p")}
-    drafts = [eft.draft(logits[1][:, i], slot=i, method=shape.method, position=kwargs["position"] + i, **own).tokens
-              for i in range(3)]
+    drafts = [
+        eft.draft(logits[1][:, i], slot=i, method=shape.method, position=kwargs["position"] + i, **own).tokens
+        for i in range(3)
+    ]
     return (logits, eft.upscale(), torch.stack(drafts, 1).clamp(min=0), whole(0, 4, batch)), kwargs
 
 
@@ -250,18 +278,30 @@ def test_equality_with_the_cpu_backend(name):
 
 # --- arguments on another device -----------------------------------------------------------------------------------
 
+
 def elsewhere(*shape, dtype=torch.float32):
     return torch.ones(shape, dtype=dtype, device=OTHER)
 
 
-@pytest.mark.parametrize("argument, value", [
-    ("temperature", elsewhere(4)), ("top_k", elsewhere(4, dtype=torch.int64)), ("top_p", elsewhere(4)),
-    ("min_p", elsewhere(4)), ("upscale_top_p", elsewhere(4)), ("seed", elsewhere(4, dtype=torch.int64)),
-    ("position", elsewhere(4, dtype=torch.int64)), ("weights", elsewhere(3)), ("weights", elsewhere(4, 3)),
-    ("token_mask", elsewhere(4, 32, dtype=torch.int32)), ("logits[1]", elsewhere(4, 1000)),
-    ("draft_tokens", elsewhere(4, 3, dtype=torch.int64)), ("draft_lengths", elsewhere(4, dtype=torch.int64)),
-    ("ids", elsewhere(4, dtype=torch.int64)),
-])
+@pytest.mark.parametrize(
+    "argument, value",
+    [
+        ("temperature", elsewhere(4)),
+        ("top_k", elsewhere(4, dtype=torch.int64)),
+        ("top_p", elsewhere(4)),
+        ("min_p", elsewhere(4)),
+        ("upscale_top_p", elsewhere(4)),
+        ("seed", elsewhere(4, dtype=torch.int64)),
+        ("position", elsewhere(4, dtype=torch.int64)),
+        ("weights", elsewhere(3)),
+        ("weights", elsewhere(4, 3)),
+        ("token_mask", elsewhere(4, 32, dtype=torch.int32)),
+        ("logits[1]", elsewhere(4, 1000)),
+        ("draft_tokens", elsewhere(4, 3, dtype=torch.int64)),
+        ("draft_lengths", elsewhere(4, dtype=torch.int64)),
+        ("ids", elsewhere(4, dtype=torch.int64)),
+    ],
+)
 def test_an_argument_on_another_device_is_refused(argument, value):
     logits, weights, kwargs = make(Case("plain"), device=DEVICE)
     with pytest.raises(ValueError) as error:
@@ -289,6 +329,7 @@ def test_a_backend_of_another_device_is_refused():
 
 
 # --- generate ------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def hf():
@@ -347,6 +388,7 @@ def test_generate_bf16(hf, models, method, k):
 
 # --- CUDA graphs ---------------------------------------------------------------------------------------------------
 
+
 def recorded(call):
     """``call`` as a CUDA graph: a function that replays it and gives its outputs. Elsewhere ``call`` itself."""
     if DEVICE.type != "cuda":
@@ -385,18 +427,33 @@ def replays_what_eager_gives(name, call):
 
 @on_every_backend
 @pytest.mark.parametrize("extras", [{}, dict(logprobs=False), dict(top_logprobs=3, diagnostics=True)], ids=str)
-@pytest.mark.parametrize("case", [
-    Case("graph", vocab=(32000,), dtypes=(BF16,)),
-    Case("graph, filters", vocab=(32000,), kwargs=dict(temperature=1.3, top_k=400, top_p=0.95, min_p=1e-4)),
-    Case("graph, rows", vocab=(32000,), dtypes=(BF16,), special="mask", kwargs=dict(
-        temperature=per_row(1.0, 1.5), top_k=per_row(0, 500), top_p=per_row(1.0, 0.95), min_p=per_row(0.0, 1e-4),
-        upscale_top_p=per_row(1.0, 0.9))),
-], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("graph", vocab=(32000,), dtypes=(BF16,)),
+        Case("graph, filters", vocab=(32000,), kwargs=dict(temperature=1.3, top_k=400, top_p=0.95, min_p=1e-4)),
+        Case(
+            "graph, rows",
+            vocab=(32000,),
+            dtypes=(BF16,),
+            special="mask",
+            kwargs=dict(
+                temperature=per_row(1.0, 1.5),
+                top_k=per_row(0, 500),
+                top_p=per_row(1.0, 0.95),
+                min_p=per_row(0.0, 1e-4),
+                upscale_top_p=per_row(1.0, 0.9),
+            ),
+        ),
+    ],
+    ids=lambda case: case.name,
+)
 def test_graph_of_sample(case, extras, name):
     logits, weights, kwargs = make(case, device=DEVICE)
     kwargs.pop("position")
-    replays_what_eager_gives(name, lambda position: eft.sample(
-        logits, weights, position=position, backend=name, **kwargs, **extras))
+    replays_what_eager_gives(
+        name, lambda position: eft.sample(logits, weights, position=position, backend=name, **kwargs, **extras)
+    )
 
 
 @on_every_backend
@@ -426,8 +483,14 @@ def test_a_graph_of_very_many_calls(name):
         pytest.skip("the definition may synchronise, which a CUDA graph cannot hold")
     logits, weights, kwargs = make(Case("many", rows=1, vocab=(4000,), dtypes=(BF16,)), device=DEVICE)
     kwargs.pop("position")
-    replay = recorded(lambda: torch.cat([eft.sample(logits, weights, position=n, backend=name, **kwargs).tokens
-                                         for n in range(1100 if DEVICE.type == "cuda" else 3)]))
+    replay = recorded(
+        lambda: torch.cat(
+            [
+                eft.sample(logits, weights, position=n, backend=name, **kwargs).tokens
+                for n in range(1100 if DEVICE.type == "cuda" else 3)
+            ]
+        )
+    )
     first = replay().clone()
     assert torch.equal(first, replay()) and len(first.unique()) > 1
     for n in (0, 1, 2, len(first) - 1):
@@ -440,8 +503,12 @@ def test_graph_of_verify(method, name):
     logits, weights, kwargs = make(Case("graph of verify", dtypes=(BF16,), scale=1.0), slots=4, device=DEVICE)
     kwargs.pop("position")
     drafts = logits[1][:, :-1].argmax(-1)
-    replays_what_eager_gives(name, lambda position: eft.verify(
-        logits, weights, drafts, method=method, position=position, logprobs=True, backend=name, **kwargs))
+    replays_what_eager_gives(
+        name,
+        lambda position: eft.verify(
+            logits, weights, drafts, method=method, position=position, logprobs=True, backend=name, **kwargs
+        ),
+    )
 
 
 @on_every_backend

@@ -28,10 +28,18 @@ from eft_kernels.integrations.hf import arguments  # noqa: E402
 V = 24
 PAD, EOS = 0, 1
 METHODS = ("coupled", "token", "block")
-SMALL = dict(vocab_size=V, num_hidden_layers=2, initializer_range=0.3, pad_token_id=PAD, eos_token_id=EOS,
-             bos_token_id=2)
-GQA = dict(SMALL, hidden_size=16, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=4,
-           max_position_embeddings=64)
+SMALL = dict(
+    vocab_size=V, num_hidden_layers=2, initializer_range=0.3, pad_token_id=PAD, eos_token_id=EOS, bos_token_id=2
+)
+GQA = dict(
+    SMALL,
+    hidden_size=16,
+    intermediate_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+    max_position_embeddings=64,
+)
 FAMILIES = {
     "llama": dict(GQA),
     "gpt2": dict(SMALL, n_embd=16, n_layer=2, n_head=2, n_positions=64),
@@ -81,8 +89,15 @@ def padded(prompts=PROMPTS):
 
 def run(models, inputs=None, **options):
     base, *tuned, ref = models
-    options = {"custom_generate": eft.hf.generate, "tuned": tuned if len(tuned) > 1 else tuned[0], "ref": ref,
-               "max_new_tokens": 12, "pad_token_id": PAD, "seed": 3, **options}
+    options = {
+        "custom_generate": eft.hf.generate,
+        "tuned": tuned if len(tuned) > 1 else tuned[0],
+        "ref": ref,
+        "max_new_tokens": 12,
+        "pad_token_id": PAD,
+        "seed": 3,
+        **options,
+    }
     return base.generate(**(inputs or padded()), **options)
 
 
@@ -90,6 +105,7 @@ SAMPLED = dict(do_sample=True, temperature=0.9, top_k=0, top_p=0.95)
 
 
 # --- caches and families -------------------------------------------------------------------------------------------
+
 
 @torch.no_grad()
 def full_logits(model, ids):
@@ -170,6 +186,7 @@ def test_a_cache_without_rollback_is_refused_for_speculation_only():
 
 # --- what is computed ----------------------------------------------------------------------------------------------
 
+
 def combined(models, weights, ids):
     return sum(w * full_logits(m, ids)[-1] for w, m in zip(weights, models))
 
@@ -188,11 +205,17 @@ def oracle(models, prompt, steps, sampling, weights=(1, 1, -1), processors=None,
     return torch.tensor(ids[len(prompt) :])
 
 
-@pytest.mark.parametrize("mode, weights", [
-    (dict(), (1, 1, -1)), (dict(beta=1.7), (1.7, 1, -1.7)), (dict(mode="proxy", alpha=0.4), (1, 0.4, -0.4)),
-    (dict(mode="downscale"), (1, 1, -1)), (dict(lam=0.3), (1, 0.3, 0.7, -1)),
-    (dict(mode="interpolate"), (1, 0.5, 0.5, -1)),
-])
+@pytest.mark.parametrize(
+    "mode, weights",
+    [
+        (dict(), (1, 1, -1)),
+        (dict(beta=1.7), (1.7, 1, -1.7)),
+        (dict(mode="proxy", alpha=0.4), (1, 0.4, -0.4)),
+        (dict(mode="downscale"), (1, 1, -1)),
+        (dict(lam=0.3), (1, 0.3, 0.7, -1)),
+        (dict(mode="interpolate"), (1, 0.5, 0.5, -1)),
+    ],
+)
 def test_modes(llamas, mode, weights):
     models = llamas if len(weights) == 4 else [llamas[0], llamas[1], llamas[3]]
     seeds = torch.tensor([3, 4, 5, 6])
@@ -212,8 +235,13 @@ def test_the_small_model_drafts(llamas):
     for mode, drafter in (("upscale", 1), ("proxy", 1), ("downscale", 0)):
         forwards.clear()
         hooks = [count(i, m) for i, m in enumerate((llamas[0], llamas[1], llamas[3]))]
-        out = run([llamas[0], llamas[1], llamas[3]], padded(PROMPTS[:1]), mode=mode, draft_tokens=3,
-                  return_dict_in_generate=True)
+        out = run(
+            [llamas[0], llamas[1], llamas[3]],
+            padded(PROMPTS[:1]),
+            mode=mode,
+            draft_tokens=3,
+            return_dict_in_generate=True,
+        )
         for hook in hooks:
             hook.remove()
         rounds = int(out.speculation.rounds)
@@ -222,10 +250,15 @@ def test_the_small_model_drafts(llamas):
 
 
 def test_per_row_parameters(llamas):
-    rows = dict(temperature=torch.tensor([0.0, 0.5, 1.0, 1.5]), top_k=torch.tensor([0, 3, 0, 5]),
-                top_p=torch.tensor([1.0, 0.9, 0.7, 1.0]), min_p=torch.tensor([0.0, 0.1, 0.0, 0.02]),
-                beta=torch.tensor([0.5, 1.0, 1.5, 2.0]), upscale_top_p=torch.tensor([1.0, 0.5, 0.9, 1.0]),
-                seed=torch.tensor([5, 6, 7, 8]))
+    rows = dict(
+        temperature=torch.tensor([0.0, 0.5, 1.0, 1.5]),
+        top_k=torch.tensor([0, 3, 0, 5]),
+        top_p=torch.tensor([1.0, 0.9, 0.7, 1.0]),
+        min_p=torch.tensor([0.0, 0.1, 0.0, 0.02]),
+        beta=torch.tensor([0.5, 1.0, 1.5, 2.0]),
+        upscale_top_p=torch.tensor([1.0, 0.5, 0.9, 1.0]),
+        seed=torch.tensor([5, 6, 7, 8]),
+    )
     models = [llamas[0], llamas[1], llamas[3]]
     for k in (0, 3):
         out = run(models, do_sample=True, draft_tokens=k, **rows)
@@ -254,14 +287,24 @@ def test_distribution_of_the_first_token(llamas, method):
 
 # --- processors, endings, outputs ----------------------------------------------------------------------------------
 
+
 def test_without_tuning_it_is_transformers(llamas):
     """tuned = ref makes the emulated model the base model: every option must do what it does in transformers."""
     base, twin = llamas[0], copy.deepcopy(llamas[1])
-    for options in (dict(), dict(repetition_penalty=1.7), dict(no_repeat_ngram_size=2), dict(min_new_tokens=9),
-                    dict(bad_words_ids=[[9], [8, 3]]), dict(suppress_tokens=[4, 5, 6]), dict(forced_eos_token_id=EOS),
-                    dict(begin_suppress_tokens=[20, 11]), dict(sequence_bias=[[[7], 4.0]]),
-                    dict(exponential_decay_length_penalty=(3, 1.5)), dict(encoder_repetition_penalty=1.5),
-                    dict(prefix_allowed_tokens_fn=lambda b, ids: list(range(b, V, 2)))):
+    for options in (
+        dict(),
+        dict(repetition_penalty=1.7),
+        dict(no_repeat_ngram_size=2),
+        dict(min_new_tokens=9),
+        dict(bad_words_ids=[[9], [8, 3]]),
+        dict(suppress_tokens=[4, 5, 6]),
+        dict(forced_eos_token_id=EOS),
+        dict(begin_suppress_tokens=[20, 11]),
+        dict(sequence_bias=[[[7], 4.0]]),
+        dict(exponential_decay_length_penalty=(3, 1.5)),
+        dict(encoder_repetition_penalty=1.5),
+        dict(prefix_allowed_tokens_fn=lambda b, ids: list(range(b, V, 2))),
+    ):
         for eos in (None, [EOS, 3]):
             if eos is None and {"min_new_tokens", "exponential_decay_length_penalty"} & options.keys():
                 continue
@@ -280,10 +323,15 @@ def test_without_tuning_it_is_transformers(llamas):
 
 
 SAMPLING_LISTS = [
-    dict(temperature=0.7, top_k=6, top_p=0.8, min_p=0.05), dict(temperature=1.3, typical_p=0.7),
-    dict(top_k=5, epsilon_cutoff=0.02), dict(temperature=0.8, eta_cutoff=0.05, top_p=0.9), dict(top_h=0.5, top_k=4),
-    dict(temperature=0.9, repetition_penalty=1.4, top_p=0.9), dict(top_p=0.8, renormalize_logits=True),
-    dict(temperature=0.0), dict(),  # top_k 50 is transformers' default
+    dict(temperature=0.7, top_k=6, top_p=0.8, min_p=0.05),
+    dict(temperature=1.3, typical_p=0.7),
+    dict(top_k=5, epsilon_cutoff=0.02),
+    dict(temperature=0.8, eta_cutoff=0.05, top_p=0.9),
+    dict(top_h=0.5, top_k=4),
+    dict(temperature=0.9, repetition_penalty=1.4, top_p=0.9),
+    dict(top_p=0.8, renormalize_logits=True),
+    dict(temperature=0.0),
+    dict(),  # top_k 50 is transformers' default
 ]
 
 
@@ -301,16 +349,24 @@ def test_sampling_processors_against_transformers_order(llamas, options):
     for b, prompt in enumerate(PROMPTS):
         if "repetition_penalty" in options:  # pads are part of what transformers penalises unless told not to
             theirs[0].prompt_ignore_length = torch.tensor([6 - len(prompt)])
-        want = oracle(models, prompt, 12, dict(temperature=temperature), processors=theirs, seed=int(seeds[b]),
-                      pads=6 - len(prompt))
+        want = oracle(
+            models,
+            prompt,
+            12,
+            dict(temperature=temperature),
+            processors=theirs,
+            seed=int(seeds[b]),
+            pads=6 - len(prompt),
+        )
         assert torch.equal(got.sequences[b, 6:], want)
         if not zero:
             ids = torch.cat([padded()["input_ids"][b], want])[None]
             for n in (0, 5):
                 raw = combined(models, (1, 1, -1), prompt + want[:n].tolist())[None]
                 torch.testing.assert_close(got.scores[n][b : b + 1], theirs(ids[:, : 6 + n], raw), atol=1e-3, rtol=1e-3)
-    again = run(models, do_sample=True, seed=seeds, draft_tokens=3, return_dict_in_generate=True, output_scores=True,
-                **options)
+    again = run(
+        models, do_sample=True, seed=seeds, draft_tokens=3, return_dict_in_generate=True, output_scores=True, **options
+    )
     assert torch.equal(again.sequences, got.sequences)
     for a, b in zip(again.scores, got.scores):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
@@ -352,8 +408,15 @@ def test_callers_warper_keeps_its_place(llamas):
     user = LogitsProcessorList([lp.TopKLogitsWarper(7), lp.TemperatureLogitsWarper(0.5)])
     config = GenerationConfig(do_sample=True, temperature=3.0, top_k=9, top_p=0.5, pad_token_id=PAD, max_new_tokens=12)
     out = run(models, generation_config=config, logits_processor=user, seed=seeds, temperature=2.0, min_p=0.02)
-    want = LogitsProcessorList([*user, lp.TemperatureLogitsWarper(2.0), lp.TopKLogitsWarper(9),
-                                lp.TopPLogitsWarper(0.5), lp.MinPLogitsWarper(0.02)])
+    want = LogitsProcessorList(
+        [
+            *user,
+            lp.TemperatureLogitsWarper(2.0),
+            lp.TopKLogitsWarper(9),
+            lp.TopPLogitsWarper(0.5),
+            lp.MinPLogitsWarper(0.02),
+        ]
+    )
     for b, prompt in enumerate(PROMPTS):
         slow = oracle(models, prompt, 12, dict(temperature=1.0), processors=want, seed=int(seeds[b]))
         assert torch.equal(out[b, 6:], slow)
@@ -363,8 +426,13 @@ def test_filters_alone_never_materialise_scores(llamas, monkeypatch):
     monkeypatch.setattr(target_module.Target, "scores", lambda *_: pytest.fail("scores [rows, V] were made"))
     for k in (0, 2):
         run([llamas[0], llamas[1], llamas[3]], draft_tokens=k, do_sample=True, temperature=0.7, top_k=9, top_p=0.9)
-        run([llamas[0], llamas[1], llamas[3]], draft_tokens=k, generation_config=GenerationConfig(
-            do_sample=True, temperature=0.7, top_k=9, top_p=0.9, min_p=0.1, max_new_tokens=5, pad_token_id=PAD))
+        run(
+            [llamas[0], llamas[1], llamas[3]],
+            draft_tokens=k,
+            generation_config=GenerationConfig(
+                do_sample=True, temperature=0.7, top_k=9, top_p=0.9, min_p=0.1, max_new_tokens=5, pad_token_id=PAD
+            ),
+        )
 
 
 class TwoEven(StoppingCriteria):
@@ -488,6 +556,7 @@ def test_an_invalid_row_ends_and_the_others_go_on(llamas):
 
 # --- bad input -----------------------------------------------------------------------------------------------------
 
+
 class Tokenizer:
     def __init__(self, size, pad=None, **changes):
         self.vocabulary = {**{f"t{i}": i for i in range(size)}, **changes}
@@ -543,8 +612,10 @@ BAD = {
     "vocab_size": (dict(vocab_size=V + 1), f"vocab_size: got {V + 1}.*1 to {V}"),
     "too long": (dict(max_new_tokens=59), "input_ids: got 6 tokens and max_new_tokens=59.*64.*context of model"),
     "tokenizers": (dict(tokenizers=[Tokenizer(V)] * 2), "tokenizers.*list of 3"),
-    "other ids": (dict(tokenizers=[Tokenizer(V), Tokenizer(V, t3=4), Tokenizer(V)]),
-                  "tokenizers: 't3' is 4 for tuned and 3 for model"),
+    "other ids": (
+        dict(tokenizers=[Tokenizer(V), Tokenizer(V, t3=4), Tokenizer(V)]),
+        "tokenizers: 't3' is 4 for tuned and 3 for model",
+    ),
 }
 
 
@@ -583,8 +654,11 @@ def test_bad_prompts(llamas):
 
 def test_models_that_do_not_fit(llamas):
     base, tuned, ref = llamas[0], llamas[1], llamas[3]
-    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(
-        vocab_size=V, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0))
+    t5 = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=V, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
+        )
+    )
     with pytest.raises(ValueError, match="tuned.*T5.*encoder-decoder"):
         run([base, t5, ref])
     short = make("llama", 5, max_position_embeddings=16)
@@ -595,8 +669,12 @@ def test_models_that_do_not_fit(llamas):
     with pytest.raises(ValueError, match="ref: is on meta, where weights have no values"):
         run([base, tuned, make("llama", 1).to("meta")])
     with pytest.raises(ValueError, match="SynthID.*draft_tokens=0"):
-        run([base, tuned, ref], draft_tokens=2, watermarking_config=transformers.SynthIDTextWatermarkingConfig(
-            keys=[1, 2, 3], ngram_len=3), **SAMPLED)
+        run(
+            [base, tuned, ref],
+            draft_tokens=2,
+            watermarking_config=transformers.SynthIDTextWatermarkingConfig(keys=[1, 2, 3], ngram_len=3),
+            **SAMPLED,
+        )
     with pytest.raises(ValueError, match="stop_strings: needs a tokenizer.*StopStringCriteria"):
         run([base, tuned, ref], stop_strings="x")
 
@@ -608,8 +686,11 @@ def test_vocabularies_of_different_lengths(llamas):
     with pytest.raises(ValueError, match=f"vocab_size.*model {V}, tuned {V + 3}, ref {V}.*vocab_size={V}"):
         run(models)
     for k in (0, 2):
-        for vocab in (dict(vocab_size=V), dict(tokenizers=[Tokenizer(V), Tokenizer(V), Tokenizer(V)]),
-                      dict(tokenizers=[Tokenizer(V), Tokenizer(V + 1, pad=f"t{V}"), Tokenizer(V)])):
+        for vocab in (
+            dict(vocab_size=V),
+            dict(tokenizers=[Tokenizer(V), Tokenizer(V), Tokenizer(V)]),
+            dict(tokenizers=[Tokenizer(V), Tokenizer(V + 1, pad=f"t{V}"), Tokenizer(V)]),
+        ):
             out = run(models, draft_tokens=k, **vocab, **SAMPLED)
             assert int(out.max()) < V
     with pytest.raises(ValueError, match=f"tokenizers: tuned has tokens from id {V} on"):

@@ -35,13 +35,34 @@ def base_alone(model, inputs, **options):
 
 # --- rotary embeddings that change with the length -----------------------------------------------------------------
 
+
 def phi3(boundary=16):
-    rope = dict(rope_type="longrope", rope_theta=1e4, original_max_position_embeddings=boundary,
-                partial_rotary_factor=1.0, short_factor=[1.0] * 4, long_factor=[4.0, 8.0, 16.0, 32.0], factor=4.0)
-    return transformers.Phi3ForCausalLM(transformers.Phi3Config(
-        vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=64, original_max_position_embeddings=boundary,
-        rope_parameters=rope, initializer_range=0.3, pad_token_id=PAD, eos_token_id=None, bos_token_id=2))
+    rope = dict(
+        rope_type="longrope",
+        rope_theta=1e4,
+        original_max_position_embeddings=boundary,
+        partial_rotary_factor=1.0,
+        short_factor=[1.0] * 4,
+        long_factor=[4.0, 8.0, 16.0, 32.0],
+        factor=4.0,
+    )
+    return transformers.Phi3ForCausalLM(
+        transformers.Phi3Config(
+            vocab_size=V,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=64,
+            original_max_position_embeddings=boundary,
+            rope_parameters=rope,
+            initializer_range=0.3,
+            pad_token_id=PAD,
+            eos_token_id=None,
+            bos_token_id=2,
+        )
+    )
 
 
 def test_phi3_past_the_length_where_its_rotary_embedding_changes():
@@ -75,6 +96,7 @@ def test_rows_that_reach_another_rotary_embedding_in_different_rounds_are_refuse
 
 # --- masks, caches and positions -----------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("kind", ["Mamba", "FalconMamba", "Mamba2"])
 def test_state_space_models_with_left_padding(kind):
     config = dict(vocab_size=V, hidden_size=16, num_hidden_layers=2, state_size=4, initializer_range=0.3)
@@ -91,8 +113,9 @@ def test_state_space_models_with_left_padding(kind):
 
 
 def test_a_model_that_keeps_no_cache_reads_the_whole_text():
-    config = transformers.OpenAIGPTConfig(vocab_size=V, n_embd=16, n_layer=2, n_head=2, n_positions=64,
-                                          initializer_range=0.3)
+    config = transformers.OpenAIGPTConfig(
+        vocab_size=V, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3
+    )
     models = three(lambda: transformers.OpenAIGPTLMHeadModel(config))
     out = run(models, padded(PROMPTS[:1]), **GREEDY)
     kernel = dict(temperature=0.9, top_p=0.95)
@@ -105,8 +128,16 @@ def test_a_model_that_keeps_no_cache_reads_the_whole_text():
 class Forgetful(transformers.LlamaForCausalLM):
     """Ignores its cache and is given one token at a time."""
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, cache=None,
-                logits_to_keep=0, **kwargs):
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        cache=None,
+        logits_to_keep=0,
+        **kwargs,
+    ):
         return super().forward(input_ids=input_ids, position_ids=position_ids, use_cache=False)
 
 
@@ -118,19 +149,45 @@ def test_a_model_that_drops_what_it_read_is_refused():
         run(models, padded(PROMPTS[:1]))
 
 
-@pytest.mark.parametrize("kind, config", [
-    ("RoFormer", dict(hidden_size=16, num_attention_heads=2, intermediate_size=32, max_position_embeddings=64,
-                      is_decoder=True)),
-    ("Bart", dict(d_model=16, decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=32,
-                  max_position_embeddings=64, init_std=0.3, scale_embedding=True, forced_eos_token_id=None)),
-    ("Mpt", dict(d_model=16, n_heads=2, n_layers=2, max_seq_len=64, use_cache=True)),
-])
+@pytest.mark.parametrize(
+    "kind, config",
+    [
+        (
+            "RoFormer",
+            dict(
+                hidden_size=16, num_attention_heads=2, intermediate_size=32, max_position_embeddings=64, is_decoder=True
+            ),
+        ),
+        (
+            "Bart",
+            dict(
+                d_model=16,
+                decoder_layers=2,
+                decoder_attention_heads=2,
+                decoder_ffn_dim=32,
+                max_position_embeddings=64,
+                init_std=0.3,
+                scale_embedding=True,
+                forced_eos_token_id=None,
+            ),
+        ),
+        ("Mpt", dict(d_model=16, n_heads=2, n_layers=2, max_seq_len=64, use_cache=True)),
+    ],
+)
 def test_rows_stay_in_step_where_positions_are_counted_from_the_cache(kind, config):
     if kind == "RoFormer" and not NEW:
         pytest.skip("its cached forward is not its full forward there")
-    config = getattr(transformers, f"{kind}Config")(**dict(
-        vocab_size=V, num_hidden_layers=2, initializer_range=0.3, pad_token_id=PAD, eos_token_id=None, bos_token_id=2)
-        | config)
+    config = getattr(transformers, f"{kind}Config")(
+        **dict(
+            vocab_size=V,
+            num_hidden_layers=2,
+            initializer_range=0.3,
+            pad_token_id=PAD,
+            eos_token_id=None,
+            bos_token_id=2,
+        )
+        | config
+    )
     models = three(lambda: getattr(transformers, f"{kind}ForCausalLM")(config), away=0.1)
     inputs = dict(input_ids=torch.tensor([p[:2] for p in PROMPTS]))  # one length: their padding is not ours to mend
     accepted = []
@@ -145,6 +202,7 @@ def test_rows_stay_in_step_where_positions_are_counted_from_the_cache(kind, conf
 
 
 # --- end of text ---------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def chat():
@@ -203,6 +261,7 @@ def test_padding_of_every_row_is_not_read(chat):
 
 
 # --- processes and defaults ----------------------------------------------------------------------------------------
+
 
 def test_an_invalid_row_error_crosses_processes(chat):
     error = eft.hf.InvalidRowError({1: 3}, torch.arange(4))

@@ -111,8 +111,9 @@ def test_an_adapter_without_a_peft_model(llamas):  # noqa: F811
     model, plain = adapted()
     own = copy.deepcopy(plain)
     # as transformers' own from_pretrained loads an adapter
-    peft.inject_adapter_in_model(peft.LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"]),
-                                 own)
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"]), own
+    )
     state = {n.removeprefix("base_model.model."): p for n, p in model.state_dict().items()}
     own.load_state_dict(state)
     want = run([llamas[0], merged(model), plain], **SAMPLED)
@@ -148,8 +149,10 @@ def test_two_adapters_of_two_models(llamas):  # noqa: F811
 def test_adapters_that_cannot_be_switched_off_are_refused(llamas):  # noqa: F811
     peft = pytest.importorskip("peft")
     base, tuned = llamas[0], llamas[1]
-    for config in (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
-                   peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)):
+    for config in (
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    ):
         prompt = peft.get_peft_model(make("llama", 2), config)
         for models in ([base, prompt, None], [base, tuned, prompt]):
             name = "tuned" if models[1] is prompt else "ref"
@@ -171,6 +174,7 @@ def test_adapters_that_cannot_be_switched_off_are_refused(llamas):  # noqa: F811
 
 
 # --- processors that keep a state ----------------------------------------------------------------------------------
+
 
 class Counter(LogitsProcessor):
     """Another token is forbidden at each call."""
@@ -280,18 +284,30 @@ def generated(models, k, processor, **options):
     return run(models, draft_tokens=k, logits_processor=LogitsProcessorList([processor]), **{**SAMPLED, **options})
 
 
-@pytest.mark.parametrize("kind, why", [
-    (Counter, "`calls` changes"), (Hidden, "its result is another"), (Flag, "`is_first` changes"),
-    (Late, "`sums` changes"),
-])
+@pytest.mark.parametrize(
+    "kind, why",
+    [
+        (Counter, "`calls` changes"),
+        (Hidden, "its result is another"),
+        (Flag, "`is_first` changes"),
+        (Late, "`sums` changes"),
+    ],
+)
 def test_a_processor_that_keeps_a_state_is_refused_under_speculation(llamas, kind, why):  # noqa: F811
     models = [llamas[0], llamas[1], llamas[3]]
     with pytest.raises(ValueError, match=f"logits_processor: {kind.__name__} keeps a state.*{why}.*draft_tokens=0"):
         generated(models, 3, kind())
     out = generated(models, 0, kind())  # called once a step, in order, as transformers does
     for b, prompt in enumerate(PROMPTS if kind is Counter else ()):
-        want = oracle(models, prompt, 12, dict(temperature=0.9, top_p=0.95), processors=kind(), pads=6 - len(prompt),
-                      seed=int(eft.row_seeds(3, 4)[b]))
+        want = oracle(
+            models,
+            prompt,
+            12,
+            dict(temperature=0.9, top_p=0.95),
+            processors=kind(),
+            pads=6 - len(prompt),
+            seed=int(eft.row_seeds(3, 4)[b]),
+        )
         assert torch.equal(out[b, 6:], want)
 
 
@@ -322,6 +338,7 @@ def grammar():
     """(xgrammar's processor, the letters of the V tokens)."""
     xgrammar = pytest.importorskip("xgrammar")
     from xgrammar.contrib import hf
+
     letters = ["<pad>", "<eos>", "<bos>", *"abcdxyz.", "aa", "bc", "ad", "d.", "ab", "xy", *"efghi"][:V]
     info = xgrammar.TokenizerInfo(letters, vocab_size=V, stop_token_ids=[EOS])
     return hf.LogitsProcessor(xgrammar.GrammarCompiler(info).compile_grammar(GRAMMAR)), letters
@@ -405,8 +422,9 @@ def test_a_grammar_serves_several_calls_and_the_rows_it_was_made_for(llamas):  #
     options = dict(do_sample=True, top_k=0, temperature=2.0, eos_token_id=EOS)
     want = run(models, logits_processor=LogitsProcessorList([processor]), **options)
     for k in (0, 3, 0):
-        assert torch.equal(run(models, draft_tokens=k, logits_processor=LogitsProcessorList([processor]), **options),
-                           want)
+        assert torch.equal(
+            run(models, draft_tokens=k, logits_processor=LogitsProcessorList([processor]), **options), want
+        )
     processor.compiled_grammars = processor.compiled_grammars * 3
     for k in (0, 3):
         with pytest.raises(ValueError, match="logits_processor: .*3 grammars for 4 rows"):
@@ -436,12 +454,20 @@ def test_stop_strings_of_the_tuned_models_generation_config(llamas):  # noqa: F8
 
 def test_prompts_that_begin_with_padding_need_a_mask(llamas):  # noqa: F811
     ids = torch.tensor([[PAD, PAD, 5, 6]])
-    options = dict(custom_generate=eft.hf.generate, models=[llamas[1]], weights=[2.0, -1.0], max_new_tokens=4,
-                   pad_token_id=PAD, seed=1)
+    options = dict(
+        custom_generate=eft.hf.generate,
+        models=[llamas[1]],
+        weights=[2.0, -1.0],
+        max_new_tokens=4,
+        pad_token_id=PAD,
+        seed=1,
+    )
     with pytest.raises(ValueError, match=r"prompts\[0\]: begins with the padding id 0"):
         llamas[0].generate(**padded(), prompts=[ids], **options)
-    a, b = (llamas[0].generate(**padded(), prompts=[p], **options)
-            for p in (dict(input_ids=ids, attention_mask=(ids != PAD).long()), ids[:, 2:]))
+    a, b = (
+        llamas[0].generate(**padded(), prompts=[p], **options)
+        for p in (dict(input_ids=ids, attention_mask=(ids != PAD).long()), ids[:, 2:])
+    )
     assert torch.equal(a, b)
 
 
@@ -455,29 +481,65 @@ def test_seeds_of_more_than_64_bits_are_refused(llamas):  # noqa: F811
 
 # --- text prompts on models that can also see ------------------------------------------------------------------------
 
-TEXT = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=4, max_position_embeddings=64, pad_token_id=PAD, bos_token_id=2,
-            eos_token_id=EOS, initializer_range=0.3)
-SIGHT = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28,
-             patch_size=14)
+TEXT = dict(
+    vocab_size=64,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+    max_position_embeddings=64,
+    pad_token_id=PAD,
+    bos_token_id=2,
+    eos_token_id=EOS,
+    initializer_range=0.3,
+)
+SIGHT = dict(
+    hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+)
 SEEING = {
-    "gemma3": dict(text_config=dict(TEXT, sliding_window=4, query_pre_attn_scalar=4), vision_config=SIGHT,
-                   mm_tokens_per_image=4, image_token_index=60, boi_token_index=61, eoi_token_index=62),
+    "gemma3": dict(
+        text_config=dict(TEXT, sliding_window=4, query_pre_attn_scalar=4),
+        vision_config=SIGHT,
+        mm_tokens_per_image=4,
+        image_token_index=60,
+        boi_token_index=61,
+        eoi_token_index=62,
+    ),
     "qwen2_5_vl": dict(
         text_config=dict(TEXT, rope_parameters=dict(rope_type="default", mrope_section=[1, 1, 0], rope_theta=1e4)),
-        vision_config=dict(depth=1, hidden_size=16, intermediate_size=32, num_heads=2, patch_size=14,
-                           out_hidden_size=16, fullatt_block_indexes=[0]),
-        image_token_id=60, video_token_id=59, vision_start_token_id=61, vision_end_token_id=62),
-    "llava": dict(text_config=dict(TEXT, model_type="llama"), image_token_index=60,
-                  vision_config=dict(SIGHT, projection_dim=16, model_type="clip_vision_model")),
-    "mistral3": dict(text_config=dict(TEXT, model_type="mistral", sliding_window=None), image_token_index=60,
-                     vision_config=dict(SIGHT, model_type="pixtral")),
+        vision_config=dict(
+            depth=1,
+            hidden_size=16,
+            intermediate_size=32,
+            num_heads=2,
+            patch_size=14,
+            out_hidden_size=16,
+            fullatt_block_indexes=[0],
+        ),
+        image_token_id=60,
+        video_token_id=59,
+        vision_start_token_id=61,
+        vision_end_token_id=62,
+    ),
+    "llava": dict(
+        text_config=dict(TEXT, model_type="llama"),
+        image_token_index=60,
+        vision_config=dict(SIGHT, projection_dim=16, model_type="clip_vision_model"),
+    ),
+    "mistral3": dict(
+        text_config=dict(TEXT, model_type="mistral", sliding_window=None),
+        image_token_index=60,
+        vision_config=dict(SIGHT, model_type="pixtral"),
+    ),
 }
 
 
 @pytest.mark.parametrize("family", SEEING)
 def test_text_prompts_on_models_that_can_also_see(family):
     """tuned with ref's weights is base alone: transformers' own greedy text."""
+
     def seeing(seed):
         torch.manual_seed(seed)
         config = transformers.AutoConfig.for_model(family, **copy.deepcopy(SEEING[family]))
@@ -505,6 +567,7 @@ def test_text_prompts_on_models_that_can_also_see(family):
 
 # --- stop strings, devices, types and leftovers ----------------------------------------------------------------------
 
+
 def letters():
     """A tokenizer of the V ids: <pad>, <eos>, <bos> and letters."""
     tokenizers = pytest.importorskip("tokenizers")
@@ -530,8 +593,17 @@ def test_stop_strings(llamas):  # noqa: F811
 def test_leftovers_of_a_checkpoints_generation_config(llamas):  # noqa: F811
     models = [copy.deepcopy(llamas[0]), llamas[1], llamas[3]]
     want = run(models, do_sample=False)
-    left = dict(use_cache=False, cache_implementation="hybrid", temperature=0.6, top_p=0.9, top_k=20, num_beams=1,
-                length_penalty=0.8, early_stopping=True, num_assistant_tokens=5)
+    left = dict(
+        use_cache=False,
+        cache_implementation="hybrid",
+        temperature=0.6,
+        top_p=0.9,
+        top_k=20,
+        num_beams=1,
+        length_penalty=0.8,
+        early_stopping=True,
+        num_assistant_tokens=5,
+    )
     for name, value in left.items():
         setattr(models[0].generation_config, name, value)
     for k in (0, 3):
@@ -554,9 +626,15 @@ def test_ids_and_masks_of_other_types(llamas, dtype):  # noqa: F811
 
 def test_arrays_and_lists_of_parameters(llamas):  # noqa: F811
     models = [llamas[0], llamas[1], llamas[3]]
-    rows = dict(temperature=[0.0, 0.5, 1.0, 1.5], top_k=[0, 3, -1, 5], top_p=[1.0, 0.9, 0.7, 1.0],
-                min_p=[0.0, 0.1, 0.0, 0.02], beta=[0.5, 1.0, 1.5, 2.0], upscale_top_p=[1.0, 0.5, 0.9, 1.0],
-                seed=[5, 6, 7, 8])
+    rows = dict(
+        temperature=[0.0, 0.5, 1.0, 1.5],
+        top_k=[0, 3, -1, 5],
+        top_p=[1.0, 0.9, 0.7, 1.0],
+        min_p=[0.0, 0.1, 0.0, 0.02],
+        beta=[0.5, 1.0, 1.5, 2.0],
+        upscale_top_p=[1.0, 0.5, 0.9, 1.0],
+        seed=[5, 6, 7, 8],
+    )
     want = run(models, do_sample=True, **{k: torch.tensor(v).clamp(min=0) for k, v in rows.items()})
     for kind in (list, tuple, np.array):
         assert torch.equal(run(models, do_sample=True, draft_tokens=2, **{k: kind(v) for k, v in rows.items()}), want)
@@ -567,8 +645,7 @@ def test_arrays_and_lists_of_parameters(llamas):  # noqa: F811
     one = dict(seed=np.int64(3), temperature=np.float32(0.5))
     for top_k in (-1, np.int32(-1)):
         assert torch.equal(run(models, do_sample=True, top_k=top_k, **one), want)
-    assert torch.equal(run(models, do_sample=True, top_k=None, **one),
-                       run(models, do_sample=True, top_k=50, **one))
+    assert torch.equal(run(models, do_sample=True, top_k=None, **one), run(models, do_sample=True, top_k=50, **one))
     with pytest.raises(ValueError, match="seed: expected a number"):
         run(models, do_sample=True, seed=np.array(["a"] * 4))
 
@@ -585,8 +662,10 @@ def test_weights_that_hooks_bring(llamas):  # noqa: F811
     assert held[1].lm_head.weight.device.type == "meta"
     for k in (0, 3):
         assert torch.equal(run(held, draft_tokens=k, **SAMPLED), want)
-        assert torch.equal(run([held[1], held[0], held[2]], draft_tokens=k, **SAMPLED),
-                           run([models[1], models[0], models[2]], **SAMPLED))
+        assert torch.equal(
+            run([held[1], held[0], held[2]], draft_tokens=k, **SAMPLED),
+            run([models[1], models[0], models[2]], **SAMPLED),
+        )
 
 
 def test_quantised_models(llamas):  # noqa: F811
@@ -639,8 +718,13 @@ def test_any_number_of_models_and_weights(llamas):  # noqa: F811
     options = dict(custom_generate=eft.hf.generate, max_new_tokens=12, pad_token_id=PAD, seed=3, **SAMPLED)
     want = run([base, a, ref], beta=1.5, **SAMPLED)
     for k, draft in ((0, None), (3, None), (3, 1)):
-        for weights in ([1.5, 1.0, -1.5], eft.upscale(1.5), torch.tensor([1.5, 1.0, -1.5]),
-                        [torch.full((4,), 1.5), 1.0, [-1.5] * 4], np.array([1.5, 1.0, -1.5])):
+        for weights in (
+            [1.5, 1.0, -1.5],
+            eft.upscale(1.5),
+            torch.tensor([1.5, 1.0, -1.5]),
+            [torch.full((4,), 1.5), 1.0, [-1.5] * 4],
+            np.array([1.5, 1.0, -1.5]),
+        ):
             out = base.generate(**padded(), models=[a, ref], weights=weights, draft_tokens=k, draft=draft, **options)
             assert torch.equal(out, want)
     eight = [copy.deepcopy(m) for m in (*llamas, *llamas)][:7]
@@ -655,35 +739,65 @@ def test_any_number_of_models_and_weights(llamas):  # noqa: F811
 
 def test_a_negative_prompt_for_every_returned_sequence(llamas):  # noqa: F811
     base = llamas[0]
-    options = dict(custom_generate=eft.hf.generate, max_new_tokens=12, pad_token_id=PAD, seed=3, num_return_sequences=2,
-                   models=[base], weights=[2.0, -1.0], prompts=[padded(NEGATIVE)], **SAMPLED)
-    want = guided([base, base], [2.0, -1.0], [pair for pair in zip(PROMPTS, NEGATIVE) for _ in range(2)],
-                  temperature=0.9, top_p=0.95)
+    options = dict(
+        custom_generate=eft.hf.generate,
+        max_new_tokens=12,
+        pad_token_id=PAD,
+        seed=3,
+        num_return_sequences=2,
+        models=[base],
+        weights=[2.0, -1.0],
+        prompts=[padded(NEGATIVE)],
+        **SAMPLED,
+    )
+    want = guided(
+        [base, base],
+        [2.0, -1.0],
+        [pair for pair in zip(PROMPTS, NEGATIVE) for _ in range(2)],
+        temperature=0.9,
+        top_p=0.95,
+    )
     for k in (0, 3):
         assert torch.equal(base.generate(**padded(), draft_tokens=k, **options)[:, 6:], want)
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(weights=[2.0, -1.0]), "weights: got 2 for 1 models"),
-    (dict(weights=[1.0], tuned="x"), "tuned: goes with tuned and ref"),
-    (dict(models=["m"] * 8, weights=[1.0] * 8), "models: got 8 models"),
-    (dict(models=["llama"], weights=[2.0, -1.0]), "models.0.: got str"),
-    (dict(models=[0], weights=[2.0, -1.0]), "models.0.: is model .*same prompt"),
-    (dict(models=[0], weights=[2.0, -1.0], prompts=[]), "prompts: got 0, allowed is a list of 1"),
-    (dict(models=[0], weights=[2.0, -1.0], prompts=[torch.ones(3, 2).long()]), "prompts.0.: got torch.int64 .3, 2."),
-    (dict(models=[0], weights=[2.0, -1.0], prompts=[[1, 2]]), "prompts.0.: got list"),
-    (dict(models=[0], weights=[2.0, -1.0], prompts=[torch.full((1, 2), V)]), "prompts.0.: got an id outside"),
-    (dict(models=[0], weights=[2.0, -1.0], prompts=[dict(input_ids=torch.ones(1, 2).long(),
-                                                         attention_mask=torch.tensor([[1, 0]]))]),
-     "prompts.0.: attention_mask.*left padding"),
-    (dict(models=[0], weights=[2.0, -1.0], prompts=[torch.ones(1, 60).long()]),
-     "got 60 tokens.*64.*context of models.0."),
-    (dict(prompts=[None], tuned=1, ref=2), "prompts: go with models and weights"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(weights=[2.0, -1.0]), "weights: got 2 for 1 models"),
+        (dict(weights=[1.0], tuned="x"), "tuned: goes with tuned and ref"),
+        (dict(models=["m"] * 8, weights=[1.0] * 8), "models: got 8 models"),
+        (dict(models=["llama"], weights=[2.0, -1.0]), "models.0.: got str"),
+        (dict(models=[0], weights=[2.0, -1.0]), "models.0.: is model .*same prompt"),
+        (dict(models=[0], weights=[2.0, -1.0], prompts=[]), "prompts: got 0, allowed is a list of 1"),
+        (
+            dict(models=[0], weights=[2.0, -1.0], prompts=[torch.ones(3, 2).long()]),
+            "prompts.0.: got torch.int64 .3, 2.",
+        ),
+        (dict(models=[0], weights=[2.0, -1.0], prompts=[[1, 2]]), "prompts.0.: got list"),
+        (dict(models=[0], weights=[2.0, -1.0], prompts=[torch.full((1, 2), V)]), "prompts.0.: got an id outside"),
+        (
+            dict(
+                models=[0],
+                weights=[2.0, -1.0],
+                prompts=[dict(input_ids=torch.ones(1, 2).long(), attention_mask=torch.tensor([[1, 0]]))],
+            ),
+            "prompts.0.: attention_mask.*left padding",
+        ),
+        (
+            dict(models=[0], weights=[2.0, -1.0], prompts=[torch.ones(1, 60).long()]),
+            "got 60 tokens.*64.*context of models.0.",
+        ),
+        (dict(prompts=[None], tuned=1, ref=2), "prompts: go with models and weights"),
+    ],
+)
 def test_bad_combinations(llamas, options, message):  # noqa: F811
     def model(x):
         return llamas[x] if isinstance(x, int) else x
-    options = {k: [model(m) for m in v] if k == "models" else model(v) if k in ("tuned", "ref") else v
-               for k, v in options.items()}
+
+    options = {
+        k: [model(m) for m in v] if k == "models" else model(v) if k in ("tuned", "ref") else v
+        for k, v in options.items()
+    }
     with pytest.raises(ValueError, match=message):
         llamas[0].generate(**padded(), custom_generate=eft.hf.generate, max_new_tokens=12, pad_token_id=PAD, **options)

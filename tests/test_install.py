@@ -34,8 +34,9 @@ def tree(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tree")
     for name in SOURCES:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.o",
-                                                                                      "results"))
+            shutil.copytree(
+                ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.o", "results")
+            )
         else:
             shutil.copy(ROOT / name, folder / name)
     return folder
@@ -43,7 +44,7 @@ def tree(tmp_path_factory):
 
 def wheel(tree, into, **environment):
     """Builds a wheel without the network: (its path, what setup.py said)."""
-    code = ("import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])")
+    code = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
     environment = dict(PYTHONPATH="", EFT_KERNELS_CUDA="0") | environment
     said = run(sys.executable, "-c", code, into, cwd=tree, **environment)
     shutil.rmtree(tree / "build", ignore_errors=True)
@@ -66,7 +67,8 @@ def test_wheel_without_a_compiler(tree, tmp_path):
         entry.read_string(z.read(f"{info}/entry_points.txt").decode())
     assert not [n for n in names if n.endswith((".so", ".cpp", ".h", ".cu", ".cuh"))]
     assert {n for n in names if not n.startswith(info)} == {
-        p.relative_to(tree).as_posix() for p in (tree / "eft_kernels").rglob("*.py")}
+        p.relative_to(tree).as_posix() for p in (tree / "eft_kernels").rglob("*.py")
+    }
     assert any(n.startswith(info) and n.endswith("LICENSE") for n in names)
     assert metadata["Requires-Python"] == ">=3.10" and metadata["Name"] == "eft-kernels"
     requires = metadata.get_all("Requires-Dist")
@@ -117,8 +119,11 @@ def test_a_tree_that_cannot_be_written_to(tree, tmp_path, writer, hook):
         refused = subprocess.run([*map(str, command), "touch", "new"], capture_output=True).returncode
         assert refused, "the tree can be written to"
         code = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
-        build = [sys.executable, "-c", code, into] if hook == "wheel" else [
-            sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", into]
+        build = (
+            [sys.executable, "-c", code, into]
+            if hook == "wheel"
+            else [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", into]
+        )
         run(*command, *build, PYTHONPATH="", EFT_KERNELS_CUDA="0", CXX=str(writer), TMPDIR=str(temporary))
     finally:
         if os.geteuid():
@@ -126,8 +131,7 @@ def test_a_tree_that_cannot_be_written_to(tree, tmp_path, writer, hook):
     (path,) = into.glob("*.whl")
     assert "cp310-abi3" in path.name
     with zipfile.ZipFile(path) as z:
-        assert {"eft_kernels/_cpu.abi3.so", "eft_kernels/ops.py", "eft_kernels/bench/run.py"} <= {
-            *z.namelist()}
+        assert {"eft_kernels/_cpu.abi3.so", "eft_kernels/ops.py", "eft_kernels/bench/run.py"} <= {*z.namelist()}
     assert sorted(copy.rglob("*")) == before
     assert not [p for p in temporary.iterdir() if p.name.startswith("eft_kernels")]
 
@@ -171,16 +175,22 @@ def test_source_distribution_is_complete(tree, tmp_path):
     (path,) = tmp_path.glob("*.zip")
     with zipfile.ZipFile(path) as z:
         names = {n.split("/", 1)[1] for n in z.namelist()}
-    needed = {p.relative_to(tree).as_posix() for folder in ("csrc", "eft_kernels")
-              for p in (tree / folder).rglob("*") if p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")}
+    needed = {
+        p.relative_to(tree).as_posix()
+        for folder in ("csrc", "eft_kernels")
+        for p in (tree / folder).rglob("*")
+        if p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")
+    }
     assert needed and needed <= names, needed - names
     assert {"LICENSE", "README.md", "pyproject.toml", "setup.py"} <= names
 
 
 def test_import_is_light():
     """`import eft_kernels` brings torch alone."""
-    code = ("import sys, torch; before = set(sys.modules); import eft_kernels, eft_kernels.cli; "
-            "print({m.split('.')[0] for m in set(sys.modules) - before})")
+    code = (
+        "import sys, torch; before = set(sys.modules); import eft_kernels, eft_kernels.cli; "
+        "print({m.split('.')[0] for m in set(sys.modules) - before})"
+    )
     brought = eval(run(sys.executable, "-c", code))
     assert "eft_kernels" in brought
     assert not brought & {"transformers", "triton", "safetensors", "huggingface_hub", "scipy", "matplotlib"}, brought
@@ -190,7 +200,9 @@ WITHOUT_EXTENSION = "import sys; sys.modules['eft_kernels._cpu'] = None; "
 
 
 def test_without_the_extension_it_works_and_says_so_once(tmp_path):
-    code = WITHOUT_EXTENSION + """
+    code = (
+        WITHOUT_EXTENSION
+        + """
 import warnings, torch, eft_kernels as eft
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
@@ -198,10 +210,13 @@ with warnings.catch_warnings(record=True) as seen:
     tokens = [eft.sample(z, eft.upscale(), seed=5, position=0).tokens.tolist() for _ in range(3)]
 print(tokens, [str(w.message) for w in seen])
 """
+    )
     text = run(sys.executable, "-c", code, EFT_KERNELS_BACKEND="auto")
     assert text.count("the cpu backend is not available") == 1, text
-    code = "import torch, eft_kernels as eft; z = [torch.randn(2, 300, generator=torch.Generator().manual_seed(j)) " \
-           "for j in range(3)]; print([eft.sample(z, eft.upscale(), seed=5, position=0).tokens.tolist()] * 3)"
+    code = (
+        "import torch, eft_kernels as eft; z = [torch.randn(2, 300, generator=torch.Generator().manual_seed(j)) "
+        "for j in range(3)]; print([eft.sample(z, eft.upscale(), seed=5, position=0).tokens.tolist()] * 3)"
+    )
     assert text.startswith(run(sys.executable, "-c", code).strip()), "the same tokens with and without"
 
 
@@ -230,11 +245,13 @@ def test_make_test_leaves_a_given_interpreter_alone():
 
 # --- an extension that is there and does not load -------------------------------------------------------------------
 
+
 @pytest.fixture
 def installed(tmp_path):
     """A copy of the package without any extension."""
-    shutil.copytree(ROOT / "eft_kernels", tmp_path / "eft_kernels",
-                    ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(
+        ROOT / "eft_kernels", tmp_path / "eft_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
     return tmp_path
 
 
@@ -252,8 +269,15 @@ print("reason:", eft.backends()[NAME]["reason"])
 
 
 def loads(folder, name="cpu", **environment):
-    text = run(sys.executable, "-c", SAMPLE.replace("NAME", repr(name)), cwd=folder, PYTHONPATH=str(folder),
-               EFT_KERNELS_BACKEND="auto", **environment)
+    text = run(
+        sys.executable,
+        "-c",
+        SAMPLE.replace("NAME", repr(name)),
+        cwd=folder,
+        PYTHONPATH=str(folder),
+        EFT_KERNELS_BACKEND="auto",
+        **environment,
+    )
     return dict(line.split(": ", 1) for line in text.splitlines() if line.startswith(("warned: ", "reason: ")))
 
 

@@ -44,8 +44,6 @@ other:
 """
 
 
-
-
 def test_reads_sass():
     functions = mc.parse_sass(SASS)
     assert list(functions) == ["k", "other"] and len(functions["other"]) == 1
@@ -118,18 +116,43 @@ k:                                      ; @k
 
 def test_reads_amdgcn():
     code = mc.parse_amdgcn(AMDGCN)
-    assert [x.op for x in code] == ["s_cbranch_scc1", "buffer_load_dwordx4", "global_load_ushort", "v_fmac_f32_e32",
-                                    "s_cbranch_scc0", "s_endpgm"]
+    assert [x.op for x in code] == [
+        "s_cbranch_scc1",
+        "buffer_load_dwordx4",
+        "global_load_ushort",
+        "v_fmac_f32_e32",
+        "s_cbranch_scc0",
+        "s_endpgm",
+    ]
     assert mc.loops(code) == [({1, 2, 3, 4}, {1, 2, 3, 4})]
     assert [mc.load_bits(x.op) for x in code] == [0, 128, 16, 0, 0, 0]
 
 
-@pytest.mark.parametrize("op, bits", [
-    ("LDG.E.128", 128), ("LDG.E.EF.128.CONSTANT", 128), ("LDG.E.ENL2.256", 256), ("LDG.E.64", 64), ("LDG.E", 32),
-    ("LDG.E.U16", 16), ("LDG.E.S8", 8), ("LDGSTS.E.BYPASS.128", 128), ("LD.E.64", 64), ("LD.E", 32), ("LDS.128", 0),
-    ("LDC.64", 0), ("LDC", 0), ("LDL.64", 0), ("LDSM.16", 0), ("STG.E.128", 0), ("global_load_dwordx2", 64),
-    ("buffer_load_short_d16_hi", 16), ("global_load_lds_dword", 32), ("s_load_dwordx8", 0),
-])
+@pytest.mark.parametrize(
+    "op, bits",
+    [
+        ("LDG.E.128", 128),
+        ("LDG.E.EF.128.CONSTANT", 128),
+        ("LDG.E.ENL2.256", 256),
+        ("LDG.E.64", 64),
+        ("LDG.E", 32),
+        ("LDG.E.U16", 16),
+        ("LDG.E.S8", 8),
+        ("LDGSTS.E.BYPASS.128", 128),
+        ("LD.E.64", 64),
+        ("LD.E", 32),
+        ("LDS.128", 0),
+        ("LDC.64", 0),
+        ("LDC", 0),
+        ("LDL.64", 0),
+        ("LDSM.16", 0),
+        ("STG.E.128", 0),
+        ("global_load_dwordx2", 64),
+        ("buffer_load_short_d16_hi", 16),
+        ("global_load_lds_dword", 32),
+        ("s_load_dwordx8", 0),
+    ],
+)
 def test_load_widths(op, bits):
     assert mc.load_bits(op) == bits
 
@@ -162,8 +185,11 @@ def test_reads_ptx():
 	.file	2 "/a/b/../h.cuh"
 """)
     at = (("/a/h.cuh", 14), ("/a/k.cu", 24))
-    assert ptx["k"] == mc.PtxFunction(threads=128, divisions={(("/a/k.cu", 12),)}, fusible=[
-        (at, "fma.rn.f32"), (at, "fma.rn.bf16x2"), (at, "mul.f32"), (at, "sub.ftz.f32")])
+    assert ptx["k"] == mc.PtxFunction(
+        threads=128,
+        divisions={(("/a/k.cu", 12),)},
+        fusible=[(at, "fma.rn.f32"), (at, "fma.rn.bf16x2"), (at, "mul.f32"), (at, "sub.ftz.f32")],
+    )
     assert ptx["f"] == mc.PtxFunction(threads=None, divisions={()}, fusible=[])
 
 

@@ -33,13 +33,18 @@ def mask(*lead, V=V):
     return torch.randint(-(1 << 31), 1 << 31, (*lead, (V + 31) // 32), generator=g).to(torch.int32)
 
 
-TENSORS = dict(temperature=torch.tensor([1.0, 0.0, 0.5]), top_k=torch.tensor([0, 5, 9]),
-               top_p=torch.tensor([1.0, 0.9, 0.5]), min_p=torch.tensor([0.0, 0.1, 0.0]),
-               upscale_top_p=torch.tensor([1.0, 0.9, 0.8]))
+TENSORS = dict(
+    temperature=torch.tensor([1.0, 0.0, 0.5]),
+    top_k=torch.tensor([0, 5, 9]),
+    top_p=torch.tensor([1.0, 0.9, 0.5]),
+    min_p=torch.tensor([0.0, 0.1, 0.0]),
+    upscale_top_p=torch.tensor([1.0, 0.9, 0.8]),
+)
 NOISE = dict(seed=torch.tensor([1, 2, 3]), position=torch.tensor([0, 5, 1 << 40]))
 
 
 # --- registration --------------------------------------------------------------------------------------------------
+
 
 def op_arguments(name, backend):
     """Several sets of arguments of ``torch.ops.eft_kernels.<name>``."""
@@ -57,17 +62,36 @@ def op_arguments(name, backend):
                 kwargs = dict(kwargs, backend=backend)
                 if name == "sample":
                     eft.sample(z, eft.upscale(), **NOISE, **kwargs)
-                    eft.sample(z, torch.ones(B, 3), seed=1, position=0, stream="draft", slot=2, logprobs=False,
-                               top_logprobs=4, diagnostics=True, **kwargs)
+                    eft.sample(
+                        z,
+                        torch.ones(B, 3),
+                        seed=1,
+                        position=0,
+                        stream="draft",
+                        slot=2,
+                        logprobs=False,
+                        top_logprobs=4,
+                        diagnostics=True,
+                        **kwargs,
+                    )
                 elif name == "verify":
                     if "token_mask" in kwargs:
                         kwargs["token_mask"] = mask(B, K + 1)
                     drafts = torch.tensor([[1, 2], [3, 4], [5, 6]])
                     eft.verify(zz, eft.upscale(), drafts, method="block", logprobs=True, **NOISE, **kwargs)
-                    eft.verify(zz, eft.upscale(), drafts, torch.tensor([2, 1, 0]), draft=None, seed=3, position=0,
-                               **kwargs)
-                    eft.verify(zz, eft.upscale(), drafts, draft_temperature=0.5, draft_top_k=TENSORS["top_k"],
-                               draft_min_p=0.1, **NOISE, **kwargs)
+                    eft.verify(
+                        zz, eft.upscale(), drafts, torch.tensor([2, 1, 0]), draft=None, seed=3, position=0, **kwargs
+                    )
+                    eft.verify(
+                        zz,
+                        eft.upscale(),
+                        drafts,
+                        draft_temperature=0.5,
+                        draft_top_k=TENSORS["top_k"],
+                        draft_min_p=0.1,
+                        **NOISE,
+                        **kwargs,
+                    )
                 elif name == "logprobs":
                     eft.logprobs(z, eft.upscale(), **kwargs)
                 else:
@@ -97,14 +121,23 @@ def test_shortcut_takes_the_usual_and_agrees(monkeypatch):
                 torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
         seen.append(quick)
 
-    for kwargs in (dict(seed=1), dict(seed=-1, position=7, temperature=1, top_p=1), dict(TENSORS, **NOISE),
-                   dict(seed=2, top_logprobs=3, diagnostics=True), dict(seed=3, token_mask=mask(B), vocab_size=33 + 7),
-                   dict(seed=4, stream="draft", slot=2, logprobs=False)):
+    for kwargs in (
+        dict(seed=1),
+        dict(seed=-1, position=7, temperature=1, top_p=1),
+        dict(TENSORS, **NOISE),
+        dict(seed=2, top_logprobs=3, diagnostics=True),
+        dict(seed=3, token_mask=mask(B), vocab_size=33 + 7),
+        dict(seed=4, stream="draft", slot=2, logprobs=False),
+    ):
         kwargs = dict(position=0) | kwargs
         both(eft.sample, z, eft.upscale(), **kwargs)
         both(eft.sample, tuple(z), torch.ones(B, 3), **kwargs)
-    for kwargs in (dict(draft_lengths=torch.tensor([2, 0, 1])), dict(method="coupled", draft=None, logprobs=True),
-                   dict(draft_temperature=0.5, draft_top_k=9), dict(method="block", draft_top_p=TENSORS["top_p"])):
+    for kwargs in (
+        dict(draft_lengths=torch.tensor([2, 0, 1])),
+        dict(method="coupled", draft=None, logprobs=True),
+        dict(draft_temperature=0.5, draft_top_k=9),
+        dict(method="block", draft_top_p=TENSORS["top_p"]),
+    ):
         both(eft.verify, zz, eft.upscale(), drafts, seed=5, position=0, **kwargs)
     both(eft.sample, [torch.nn.Parameter(x) for x in z], eft.upscale(), seed=1, position=0)
     both(eft.sample, [x.requires_grad_() for x in z], eft.upscale(), seed=1, position=0)
@@ -117,8 +150,11 @@ def test_opcheck(name, backend):
     output is padded with NaN: opcheck compares without equal_nan)."""
     for args in op_arguments(name, backend):
         padded = name == "verify" and args[-2]
-        torch.library.opcheck(getattr(torch.ops.eft_kernels, name).default, args, test_utils=(
-            "test_schema", "test_faketensor", *(() if padded else ("test_aot_dispatch_dynamic",))))
+        torch.library.opcheck(
+            getattr(torch.ops.eft_kernels, name).default,
+            args,
+            test_utils=("test_schema", "test_faketensor", *(() if padded else ("test_aot_dispatch_dynamic",))),
+        )
 
 
 def test_every_operator_is_registered():
@@ -135,9 +171,18 @@ def test_gradients_are_refused_or_absent():
 
 # --- torch.compile -------------------------------------------------------------------------------------------------
 
+
 def sample_tensors(z, seed, position, temperature, top_p):
-    out = eft.sample([x * 1.0 for x in z], eft.upscale(), seed=seed, position=position, temperature=temperature,
-                     top_p=top_p, top_logprobs=3, diagnostics=True)
+    out = eft.sample(
+        [x * 1.0 for x in z],
+        eft.upscale(),
+        seed=seed,
+        position=position,
+        temperature=temperature,
+        top_p=top_p,
+        top_logprobs=3,
+        diagnostics=True,
+    )
     return out.tokens + 0, out.logprobs, out.raw_logprobs, out.top_ids, out.top_logprobs, out.entropy, out.tv
 
 
@@ -155,12 +200,16 @@ def score(z, ids):
     return eft.logprobs(z, eft.upscale()), eft.token_logprobs(z, eft.upscale(), ids, temperature=0.5)
 
 
-@pytest.mark.parametrize("function, args", [
-    (sample_tensors, lambda: (models(B, V), *NOISE.values(), TENSORS["temperature"], TENSORS["top_p"])),
-    (sample_scalars, lambda: (models(B, V, dtype=torch.bfloat16), NOISE["seed"])),
-    (verify_block, lambda: (models(B, K + 1, V), torch.tensor([[1, 2], [3, 4], [5, 6]]), NOISE["seed"])),
-    (score, lambda: (models(B, V), torch.tensor([1, 2, 3]))),
-], ids=("sample", "sample scalars", "verify", "logprobs"))
+@pytest.mark.parametrize(
+    "function, args",
+    [
+        (sample_tensors, lambda: (models(B, V), *NOISE.values(), TENSORS["temperature"], TENSORS["top_p"])),
+        (sample_scalars, lambda: (models(B, V, dtype=torch.bfloat16), NOISE["seed"])),
+        (verify_block, lambda: (models(B, K + 1, V), torch.tensor([[1, 2], [3, 4], [5, 6]]), NOISE["seed"])),
+        (score, lambda: (models(B, V), torch.tensor([1, 2, 3]))),
+    ],
+    ids=("sample", "sample scalars", "verify", "logprobs"),
+)
 def test_compile_fullgraph(function, args):
     """Traced whole by Dynamo and AOTAutograd, functionalised, equal to eager."""
     torch._dynamo.reset()
@@ -181,8 +230,12 @@ def test_compile_with_inductor():
 def test_compile_with_other_batches():
     """Dynamic shapes: one graph serves every batch."""
     torch._dynamo.reset()
-    compiled = torch.compile(lambda z, seed: eft.sample(z, eft.upscale(), seed=seed, position=0).tokens, fullgraph=True,
-                             backend="aot_eager", dynamic=True)
+    compiled = torch.compile(
+        lambda z, seed: eft.sample(z, eft.upscale(), seed=seed, position=0).tokens,
+        fullgraph=True,
+        backend="aot_eager",
+        dynamic=True,
+    )
     for rows in (2, 5, 9):
         z, seed = models(rows, V), torch.arange(rows)
         assert torch.equal(compiled(z, seed), eft.sample(z, eft.upscale(), seed=seed, position=0).tokens)
@@ -192,8 +245,12 @@ def test_compile_with_other_batches():
 
 NAN, INF = float("nan"), float("inf")
 RANGES = [
-    ("temperature", (-0.1, NAN, INF, 1e31)), ("top_k", (-2, 1.5, NAN, INF)), ("top_p", (0.0, -0.5, 1.01, NAN, INF)),
-    ("min_p", (-0.01, 1.01, NAN)), ("upscale_top_p", (0.0, 1.5, NAN)), ("seed", (0.5, 1 << 64, -(1 << 63) - 1, NAN)),
+    ("temperature", (-0.1, NAN, INF, 1e31)),
+    ("top_k", (-2, 1.5, NAN, INF)),
+    ("top_p", (0.0, -0.5, 1.01, NAN, INF)),
+    ("min_p", (-0.01, 1.01, NAN)),
+    ("upscale_top_p", (0.0, 1.5, NAN)),
+    ("seed", (0.5, 1 << 64, -(1 << 63) - 1, NAN)),
     ("position", (-1, 0.5, 1 << 64, INF)),
 ]
 
@@ -204,8 +261,9 @@ def sample(z=None, w=None, **kwargs):
 
 def verify(z=None, w=None, drafts=None, lengths=None, **kwargs):
     drafts = torch.zeros(B, K, dtype=torch.int64) if drafts is None else drafts
-    return eft.verify(models(B, K + 1, V) if z is None else z, eft.upscale() if w is None else w, drafts, lengths,
-                      **kwargs)
+    return eft.verify(
+        models(B, K + 1, V) if z is None else z, eft.upscale() if w is None else w, drafts, lengths, **kwargs
+    )
 
 
 def logprobs(z=None, w=None, **kwargs):
@@ -355,8 +413,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("call, name, words, kwargs", BAD, ids=[f"{c.__name__}-{n}-{i}" for i, (c, n, *_) in
-                                                                enumerate(BAD)])
+@pytest.mark.parametrize(
+    "call, name, words, kwargs", BAD, ids=[f"{c.__name__}-{n}-{i}" for i, (c, n, *_) in enumerate(BAD)]
+)
 def test_bad_arguments(call, name, words, kwargs):
     refused(call, name, *words, **kwargs)
 
@@ -372,10 +431,24 @@ def test_nothing_is_computed_before_the_check(monkeypatch):
 
 def test_good_arguments_at_the_edges(backend):
     """The ends of every range, empty batches, no drafts."""
-    for kwargs in (dict(temperature=0), dict(temperature=1e30), dict(temperature=1e-5), dict(top_k=0),
-                   dict(top_k=1 << 62), dict(top_p=1.2e-38), dict(top_p=1), dict(min_p=0), dict(min_p=1),
-                   dict(min_p=1e-45), dict(upscale_top_p=1.2e-38), dict(seed=(1 << 64) - 1), dict(seed=-(1 << 63)),
-                   dict(position=(1 << 63) - 1), dict(slot=(1 << 24) - 1), dict(top_logprobs=V + 5)):
+    for kwargs in (
+        dict(temperature=0),
+        dict(temperature=1e30),
+        dict(temperature=1e-5),
+        dict(top_k=0),
+        dict(top_k=1 << 62),
+        dict(top_p=1.2e-38),
+        dict(top_p=1),
+        dict(min_p=0),
+        dict(min_p=1),
+        dict(min_p=1e-45),
+        dict(upscale_top_p=1.2e-38),
+        dict(seed=(1 << 64) - 1),
+        dict(seed=-(1 << 63)),
+        dict(position=(1 << 63) - 1),
+        dict(slot=(1 << 24) - 1),
+        dict(top_logprobs=V + 5),
+    ):
         out = sample(**dict(seed=1, position=0) | kwargs, backend=backend)
         assert bool(out.valid.all()) and int(out.tokens.min()) >= 0 and int(out.tokens.max()) < V, kwargs
     empty = sample(z=models(0, V), backend=backend, top_logprobs=2, diagnostics=True)
@@ -410,6 +483,7 @@ def same(got, want):
 @pytest.mark.parametrize("dtype", SIGNED + UNSIGNED, ids=str)
 def test_integers_of_every_width(dtype, backend):
     """Narrow types wrap bounds they cannot hold; unsigned ones have no comparison at all."""
+
     def narrow(*values):
         return torch.tensor(values).to(dtype)
 
@@ -430,8 +504,13 @@ def test_seeds_of_64_bits(backend):
     """A seed is 64 bits: 2^64 - 3 and -3 are the same, as numbers, in lists, in arrays, in unsigned tensors."""
     big = (1 << 64) - 3
     want = sample(seed=torch.tensor([-3, -3, 1 << 62]), position=0, backend=backend)
-    for seed in ([big, -3, 1 << 62], (big, big, 1 << 62), numpy.array([big, big, 1 << 62], dtype=numpy.uint64),
-                 torch.tensor([-3, -3, 1 << 62]).view(torch.uint64), numpy.array([-3, -3, 1 << 62])):
+    for seed in (
+        [big, -3, 1 << 62],
+        (big, big, 1 << 62),
+        numpy.array([big, big, 1 << 62], dtype=numpy.uint64),
+        torch.tensor([-3, -3, 1 << 62]).view(torch.uint64),
+        numpy.array([-3, -3, 1 << 62]),
+    ):
         same(sample(seed=seed, position=0, backend=backend), want)
     same(sample(seed=big, position=0, backend=backend), sample(seed=-3, position=0, backend=backend))
     for wrong in ([1 << 64, 0, 0], [-(1 << 63) - 1, 0, 0], [0.5, 0, 0]):
@@ -446,8 +525,10 @@ def test_none_and_minus_one_are_off(backend):
     same(sample(seed=1, position=0, backend=backend, **off), want)
     same([logprobs(backend=backend, **off)], [logprobs(backend=backend)])
     drafts = torch.tensor([[1, 2], [3, 4], [5, 6]])
-    same(verify(drafts=drafts, seed=1, position=0, backend=backend, **off),
-         verify(drafts=drafts, seed=1, position=0, backend=backend))
+    same(
+        verify(drafts=drafts, seed=1, position=0, backend=backend, **off),
+        verify(drafts=drafts, seed=1, position=0, backend=backend),
+    )
     for top_k in (-1, torch.tensor([-1, 0, -1]), [-1, 0, -1], numpy.full(3, -1, dtype=numpy.int8)):
         same(sample(seed=1, position=0, top_k=top_k, backend=backend), want)
         same([logprobs(top_k=top_k, backend=backend)], [logprobs(backend=backend)])
@@ -470,14 +551,20 @@ def test_lists_and_arrays(backend):
     scored = token_logprobs(ids=ids, backend=backend, **TENSORS)
     for given in (lists, arrays, swapped, frozen):
         same(sample(token_mask=m.numpy(), backend=backend, **given), want)
-        same(verify(z=z, drafts=drafts.numpy(), lengths=lengths.numpy(), token_mask=mm.numpy(), backend=backend,
-                    **given), judged)
+        same(
+            verify(
+                z=z, drafts=drafts.numpy(), lengths=lengths.numpy(), token_mask=mm.numpy(), backend=backend, **given
+            ),
+            judged,
+        )
         few = {name: given[name] for name in TENSORS}
         same([token_logprobs(ids=ids.numpy().astype(">i4"), backend=backend, **few)], [scored])
     same(sample(token_mask=m.numpy().view(numpy.uint32), backend=backend, **lists), want)
     same(sample(token_mask=m.view(torch.uint32), backend=backend, **lists), want)
-    same(verify(z=z, drafts=drafts.tolist(), lengths=tuple(lengths.tolist()), token_mask=mm, backend=backend, **lists),
-         judged)
+    same(
+        verify(z=z, drafts=drafts.tolist(), lengths=tuple(lengths.tolist()), token_mask=mm, backend=backend, **lists),
+        judged,
+    )
     same([token_logprobs(ids=ids.tolist(), backend=backend, **TENSORS)], [scored])
     one = {name: x[0] for name, x in arrays.items()}  # NumPy's scalars
     same(sample(backend=backend, **one), sample(backend=backend, **{name: x[0] for name, x in lists.items()}))
@@ -496,8 +583,10 @@ def test_masks_repeat_sizes_of_one(backend):
     drafts = torch.tensor([[1, 2], [3, 4], [5, 6]])
     for shape in ((1, 1), (B, 1), (1, K + 1)):
         m = mask(*shape)
-        same(verify(drafts=drafts, token_mask=m, seed=1, position=0, backend=backend),
-             verify(drafts=drafts, token_mask=m.expand(B, K + 1, -1).contiguous(), seed=1, position=0, backend=backend))
+        same(
+            verify(drafts=drafts, token_mask=m, seed=1, position=0, backend=backend),
+            verify(drafts=drafts, token_mask=m.expand(B, K + 1, -1).contiguous(), seed=1, position=0, backend=backend),
+        )
     refused(sample, "token_mask", "[3, 2]", "[2, 2]", token_mask=mask(2))
     refused(sample, "token_mask", "[3, 2]", "[3, 1]", token_mask=mask(B)[:, :1])
 
@@ -506,21 +595,37 @@ def test_weights_as_lists_and_arrays(backend):
     betas = [0.5, 1.0, 2.0]
     rows = [[b, 1.0, -b] for b in betas]
     want = sample(w=torch.tensor(rows), seed=1, position=0, backend=backend)
-    for w in (rows, tuple(map(tuple, rows)), numpy.array(rows), numpy.array(rows, dtype=">f4"), eft.upscale(betas),
-              eft.upscale(numpy.array(betas)), eft.weights(rows), [betas, 1.0, [-b for b in betas]],
-              eft.upscale(torch.tensor(betas))):
+    for w in (
+        rows,
+        tuple(map(tuple, rows)),
+        numpy.array(rows),
+        numpy.array(rows, dtype=">f4"),
+        eft.upscale(betas),
+        eft.upscale(numpy.array(betas)),
+        eft.weights(rows),
+        [betas, 1.0, [-b for b in betas]],
+        eft.upscale(torch.tensor(betas)),
+    ):
         same(sample(w=w, seed=1, position=0, backend=backend), want)
     one = sample(w=[2.0, 1.0, -2.0], seed=1, position=0, backend=backend)
     for w in (numpy.array([2.0, 1.0, -2.0]), numpy.array([2, 1, -2]), eft.upscale(numpy.float32(2)), eft.upscale(2)):
         same(sample(w=w, seed=1, position=0, backend=backend), one)
     assert eft.weights(rows).rows(slice(0, 2)).tensor.shape == (2, 3)
-    for w, words in (([1e300, 1.0, 1.0], ("1e+300", "float32")), ([-3.5e38, 1.0, 1.0], ("float32",)),
-                     ([10**400, 1.0, 1.0], ()), ([True, 1.0, 1.0], ("bool",)), ([1.0, None, 1.0], ("NoneType",)),
-                     (torch.tensor([1e300, 1.0, 1.0], dtype=torch.float64), ("finite",)),
-                     (torch.ones(3, dtype=torch.bool), ("bool",)), (torch.ones(3, dtype=torch.complex64), ("complex",)),
-                     (numpy.array(["1", "2", "3"]), ("numbers",)), ([[1.0, 1.0], [1.0]], ("numbers",)),
-                     ([1j, 1.0, 1.0], ("complex",)), (numpy.ones((3, 3, 1)), ("[rows, J]",)),
-                     (torch.ones(()), ("[]",))):
+    for w, words in (
+        ([1e300, 1.0, 1.0], ("1e+300", "float32")),
+        ([-3.5e38, 1.0, 1.0], ("float32",)),
+        ([10**400, 1.0, 1.0], ()),
+        ([True, 1.0, 1.0], ("bool",)),
+        ([1.0, None, 1.0], ("NoneType",)),
+        (torch.tensor([1e300, 1.0, 1.0], dtype=torch.float64), ("finite",)),
+        (torch.ones(3, dtype=torch.bool), ("bool",)),
+        (torch.ones(3, dtype=torch.complex64), ("complex",)),
+        (numpy.array(["1", "2", "3"]), ("numbers",)),
+        ([[1.0, 1.0], [1.0]], ("numbers",)),
+        ([1j, 1.0, 1.0], ("complex",)),
+        (numpy.ones((3, 3, 1)), ("[rows, J]",)),
+        (torch.ones(()), ("[]",)),
+    ):
         refused(sample, "weights", *words, w=w)
     largest = torch.finfo(torch.float32).max
     assert bool(sample(z=[torch.zeros(B, V)], w=[largest], seed=1, position=0).valid.all())
@@ -538,11 +643,14 @@ def test_integers_are_not_truncated():
     refused(sample, "vocab_size", str(1 << 63), vocab_size=1 << 63)
     refused(sample, "vocab_size", "True", vocab_size=True)
     n = numpy.int64(1)
-    same(sample(seed=1, position=0, tuned=n, slot=n, top_logprobs=n, vocab_size=n * 30),
-         sample(seed=1, position=0, tuned=1, slot=1, top_logprobs=1, vocab_size=30))
+    same(
+        sample(seed=1, position=0, tuned=n, slot=n, top_logprobs=n, vocab_size=n * 30),
+        sample(seed=1, position=0, tuned=1, slot=1, top_logprobs=1, vocab_size=30),
+    )
 
 
 # --- tensors of other kinds ----------------------------------------------------------------------------------------
+
 
 class Named(torch.Tensor):
     """A subclass as libraries make them."""
@@ -580,10 +688,16 @@ RIGHT = [  # another kind of tensor, and the plain one it equals
     ("requires grad", lambda x: x.clone().requires_grad_(x.is_floating_point()) * 1, lambda x: x),
     ("inference", inference, lambda x: x),
     ("first row expanded", lambda x: x[:1].expand_as(x), lambda x: x[:1].repeat(len(x), *[1] * (x.dim() - 1))),
-    ("one value expanded", lambda x: x[..., :1].expand_as(x), lambda x: x[..., :1].repeat(*[1] * (x.dim() - 1),
-                                                                                         x.shape[-1])),
-    ("overlapping", lambda x: x.flatten().as_strided(x.shape, (1,) * x.dim()),
-     lambda x: x.flatten().as_strided(x.shape, (1,) * x.dim()).clone()),
+    (
+        "one value expanded",
+        lambda x: x[..., :1].expand_as(x),
+        lambda x: x[..., :1].repeat(*[1] * (x.dim() - 1), x.shape[-1]),
+    ),
+    (
+        "overlapping",
+        lambda x: x.flatten().as_strided(x.shape, (1,) * x.dim()),
+        lambda x: x.flatten().as_strided(x.shape, (1,) * x.dim()).clone(),
+    ),
     ("every second", lambda x: torch.stack([x, x + 1], -1)[..., 0], lambda x: x),
     ("reversed twice", lambda x: x.flip(-1).contiguous().flip(-1), lambda x: x),
 ]
@@ -592,9 +706,18 @@ RIGHT = [  # another kind of tensor, and the plain one it equals
 def everything():
     """Every tensor argument of `sample`, `verify` and `token_logprobs`."""
     z, zz = models(B, V), models(B, K + 1, V)
-    return dict(z=z, zz=zz, w=torch.tensor([[1.0, 1.0, -1.0], [0.5, 1.0, -0.5], [2.0, 1.0, -2.0]]), mask=mask(B),
-                mask3=mask(B, K + 1), drafts=torch.tensor([[1, 2], [3, 4], [5, 6]]), lengths=torch.tensor([2, 1, 2]),
-                ids=torch.tensor([[1, 2], [3, 4], [5, 6]]), **TENSORS, **NOISE)
+    return dict(
+        z=z,
+        zz=zz,
+        w=torch.tensor([[1.0, 1.0, -1.0], [0.5, 1.0, -0.5], [2.0, 1.0, -2.0]]),
+        mask=mask(B),
+        mask3=mask(B, K + 1),
+        drafts=torch.tensor([[1, 2], [3, 4], [5, 6]]),
+        lengths=torch.tensor([2, 1, 2]),
+        ids=torch.tensor([[1, 2], [3, 4], [5, 6]]),
+        **TENSORS,
+        **NOISE,
+    )
 
 
 def calls(t, backend="auto"):
@@ -609,8 +732,12 @@ def calls(t, backend="auto"):
 def test_tensors_of_every_kind(kind, change, plain, backend):
     """Each tensor argument in turn is of another kind; the call gives what it gives for the plain tensor."""
     for name, x in everything().items():
-        if kind == "one value expanded" and name in (*TENSORS, *NOISE, "lengths") or \
-                kind in ("overlapping",) and name in ("lengths",):
+        if (
+            kind == "one value expanded"
+            and name in (*TENSORS, *NOISE, "lengths")
+            or kind in ("overlapping",)
+            and name in ("lengths",)
+        ):
             continue
         if kind in ("negative bit", "part of a conjugate"):
             if name not in ("z", "zz", "w") and kind != "negative bit":
@@ -620,12 +747,21 @@ def test_tensors_of_every_kind(kind, change, plain, backend):
             continue
         changed = [change(y) for y in x] if isinstance(x, list) else change(x)
         wanted = [plain(y) for y in x] if isinstance(x, list) else plain(x)
-        same(calls(dict(everything(), **{name: changed}), backend),
-             calls(dict(everything(), **{name: wanted}), backend))
+        same(
+            calls(dict(everything(), **{name: changed}), backend), calls(dict(everything(), **{name: wanted}), backend)
+        )
 
 
-ARGUMENT = dict(z="logits[0]", zz="logits[0]", w="weights", mask="token_mask", mask3="token_mask",
-                drafts="draft_tokens", lengths="draft_lengths", ids="ids")
+ARGUMENT = dict(
+    z="logits[0]",
+    zz="logits[0]",
+    w="weights",
+    mask="token_mask",
+    mask3="token_mask",
+    drafts="draft_tokens",
+    lengths="draft_lengths",
+    ids="ids",
+)
 
 
 def resized(to):
@@ -633,14 +769,18 @@ def resized(to):
         x = x.clone()
         x.untyped_storage().resize_(to)
         return x
+
     return change
 
 
 WRONG = [
     ("sparse", lambda x: x.to_sparse(), "a sparse_coo one"),
     ("nested", lambda x: torch.nested.nested_tensor(list(x)) if x.dim() > 1 else x.to_sparse(), "dense"),
-    ("jagged", lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged) if x.dim() > 1 else x.to_sparse(),
-     "dense"),
+    (
+        "jagged",
+        lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged) if x.dim() > 1 else x.to_sparse(),
+        "dense",
+    ),
     ("quantized", lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8), "quantized"),
     ("mkldnn", lambda x: x.float().to_mkldnn(), "mkldnn"),
     ("freed", resized(0), "resized to 0"),
@@ -688,22 +828,29 @@ def test_function_transforms():
     """Values as ever inside torch.func; vmap has no rule, and says so."""
     z, want = models(B, V), sample(seed=1, position=0)
     got = []
+
     def draw(x):
         got.append(eft.sample([x, *z[1:]], eft.upscale(), seed=1, position=0))
         return x.sum()
 
     torch.func.grad(draw)(z[0])
     assert [torch.func.debug_unwrap(t, recurse=True) for t in got[0].tokens] == want.tokens.tolist()
-    assert [t for t in torch.func.functionalize(
-        lambda x: eft.sample([x, *z[1:]], eft.upscale(), seed=1, position=0).tokens)(z[0])] == want.tokens.tolist()
+    assert [
+        t
+        for t in torch.func.functionalize(lambda x: eft.sample([x, *z[1:]], eft.upscale(), seed=1, position=0).tokens)(
+            z[0]
+        )
+    ] == want.tokens.tolist()
     with pytest.raises(ValueError, match=r"logits\[0\]: is batched by torch.vmap"):
         torch.vmap(lambda x: eft.sample([x, *z[1:]], eft.upscale(), seed=1, position=0).tokens)(z[0][None])
     with pytest.raises(ValueError, match="temperature: is batched by torch.vmap"):
         torch.vmap(lambda x: eft.sample(z, eft.upscale(), temperature=x, seed=1, position=0).tokens)(torch.ones(2, B))
 
+
 @pytest.mark.parametrize("default", (torch.float64, torch.bfloat16, "meta"), ids=str)
 def test_torchs_defaults_change_nothing(default, backend):
     """torch.set_default_dtype and set_default_device are other code's business."""
+
     def run():
         out = []
         for kwargs in ({}, dict(TENSORS, token_mask=words), dict(temperature=0.7, top_k=9, top_p=0.9, min_p=0.01)):
@@ -729,11 +876,19 @@ def test_torchs_defaults_change_nothing(default, backend):
         torch.set_default_device(None)
     same(got, want)
 
+
 SHAPES = st.lists(st.integers(0, 5), min_size=0, max_size=4)
-ANY_DTYPE = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32,
-                             torch.bool, torch.complex64])
-VALUES = st.one_of(st.none(), st.booleans(), st.integers(-(1 << 70), 1 << 70), st.floats(), st.text(max_size=2),
-                   st.tuples(SHAPES, ANY_DTYPE, st.integers(-3, 3)))
+ANY_DTYPE = st.sampled_from(
+    [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.bool, torch.complex64]
+)
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(1 << 70), 1 << 70),
+    st.floats(),
+    st.text(max_size=2),
+    st.tuples(SHAPES, ANY_DTYPE, st.integers(-3, 3)),
+)
 ARGUMENTS = (*ROWS, "vocab_size", "token_mask", "tuned", "weights", "draft_tokens", "draft_lengths", "ids", "logits")
 
 
@@ -741,8 +896,9 @@ def tensor_of(value):
     return torch.full(value[0], value[2]).to(value[1]) if isinstance(value, tuple) else value
 
 
-@hypothesis.settings(max_examples=300, deadline=None, derandomize=True, database=None,
-                     suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.settings(
+    max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+)
 @hypothesis.given(st.sampled_from(sorted(ops.SCHEMAS)), st.sampled_from(ARGUMENTS), VALUES)
 def test_any_argument_works_or_is_named(name, argument, value):
     """Whatever one argument is, the call works with the right shapes or raises ValueError that names it."""
@@ -778,11 +934,15 @@ def test_any_good_call_gives_a_token_that_may_be(data):
     dtypes = data.draw(st.lists(types, min_size=J, max_size=J))
     z = [torch.randn(rows, v, generator=g).to(d) for v, d in zip(vocab, dtypes)]
     weights = data.draw(st.lists(st.floats(-2, 2, width=16), min_size=J, max_size=J))
-    kwargs = dict(temperature=data.draw(st.sampled_from([0.0, 0.3, 1.0, 2.0])), top_k=data.draw(st.integers(0, 700)),
-                  top_p=data.draw(st.floats(2.0**-7, 1, width=32)), min_p=data.draw(st.floats(0, 1, width=32)),
-                  upscale_top_p=data.draw(st.sampled_from([1.0, 0.5])), tuned=data.draw(st.integers(0, J - 1)))
-    outs = [eft.sample(z, weights, seed=torch.arange(rows), position=0, backend=b, **kwargs)
-            for b in conftest.BACKENDS]
+    kwargs = dict(
+        temperature=data.draw(st.sampled_from([0.0, 0.3, 1.0, 2.0])),
+        top_k=data.draw(st.integers(0, 700)),
+        top_p=data.draw(st.floats(2.0**-7, 1, width=32)),
+        min_p=data.draw(st.floats(0, 1, width=32)),
+        upscale_top_p=data.draw(st.sampled_from([1.0, 0.5])),
+        tuned=data.draw(st.integers(0, J - 1)),
+    )
+    outs = [eft.sample(z, weights, seed=torch.arange(rows), position=0, backend=b, **kwargs) for b in conftest.BACKENDS]
     lp = eft.logprobs(z, weights, **kwargs)
     for out in outs:
         assert torch.equal(out.tokens, outs[-1].tokens) and bool(out.valid.all())
@@ -793,15 +953,19 @@ def test_any_good_call_gives_a_token_that_may_be(data):
 
 # --- backends, seeds ------------------------------------------------------------------------------------------------
 
+
 def run(code, **env):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, **env})
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={**os.environ, **env}
+    )
 
 
 def test_backend_from_the_environment():
-    code = ("import torch, eft_kernels as eft\nfrom eft_kernels import dispatch\n"
-            "try:\n print(dispatch.choose('auto', torch.device('cpu')).__name__)\n"
-            " eft.sample([torch.zeros(1, 4)], [1.0])\nexcept ValueError as e: print(e)")
+    code = (
+        "import torch, eft_kernels as eft\nfrom eft_kernels import dispatch\n"
+        "try:\n print(dispatch.choose('auto', torch.device('cpu')).__name__)\n"
+        " eft.sample([torch.zeros(1, 4)], [1.0])\nexcept ValueError as e: print(e)"
+    )
     assert run(code, EFT_KERNELS_BACKEND="reference").stdout.split() == ["eft_kernels.reference"]
     out = run(code, EFT_KERNELS_BACKEND="fast").stdout
     assert "EFT_KERNELS_BACKEND: got 'fast', allowed are cpu, cuda, triton, reference" in out
@@ -854,8 +1018,19 @@ def splitmix64(seed, i):
     return signed(x ^ (x >> 31))
 
 
-@pytest.mark.parametrize("seed", (7, -3, (1 << 64) - 1, numpy.int64(12), numpy.uint64((1 << 64) - 2), torch.tensor(-9),
-                                  torch.tensor(5, dtype=torch.int32)), ids=repr)
+@pytest.mark.parametrize(
+    "seed",
+    (
+        7,
+        -3,
+        (1 << 64) - 1,
+        numpy.int64(12),
+        numpy.uint64((1 << 64) - 2),
+        torch.tensor(-9),
+        torch.tensor(5, dtype=torch.int32),
+    ),
+    ids=repr,
+)
 def test_one_seed_for_all_rows_is_row_seeds_of_it(seed, backend):
     """Row 0 keeps it; in `sample`, `verify` by every method, and `torch.ops`. Rows then draw noise of their own."""
     rows = eft.row_seeds(int(seed), B)
@@ -865,8 +1040,9 @@ def test_one_seed_for_all_rows_is_row_seeds_of_it(seed, backend):
     assert torch.equal(one, many) and len(set(one.tolist())) == B
     assert one[0] == eft.sample([z[0][:1]], [1.0], seed=seed, **args).tokens[0]
     for method in ops.METHODS:
-        one, many = (eft.verify(zz, eft.upscale(), drafts, method=method, seed=s, temperature=3.0, **args)
-                     for s in (seed, rows))
+        one, many = (
+            eft.verify(zz, eft.upscale(), drafts, method=method, seed=s, temperature=3.0, **args) for s in (seed, rows)
+        )
         assert torch.equal(one.tokens, many.tokens)
     flat = [None, [1.0], None, 1.0, None, 0, None, 1.0, None, 0.0, None, 1.0]
     tail = [None, 6, None, V, 0, "sample", 0, False, 0, False, backend]
@@ -899,6 +1075,7 @@ def test_inputs_are_not_changed(backend):
 
 # --- threads and processes -----------------------------------------------------------------------------------------
 
+
 def test_the_interpreter_is_free_during_a_call(compiled):
     """Another Python thread runs while a call of this one does; if the call held the lock it would do nothing."""
     ticks, stop = [], threading.Event()
@@ -927,8 +1104,9 @@ def test_calls_from_several_python_threads(compiled):
     torch.set_num_threads(2)
     try:
         z = models(3, 40000)
-        args = [dict(seed=i, position=0, top_p=0.9 if i % 2 else 1.0, backend=compiled, top_logprobs=2)
-                for i in range(12)]
+        args = [
+            dict(seed=i, position=0, top_p=0.9 if i % 2 else 1.0, backend=compiled, top_logprobs=2) for i in range(12)
+        ]
         want = [eft.sample(z, eft.upscale(), **a) for a in args]
         got = [None] * len(args)
 

@@ -117,8 +117,9 @@ def test_filtered_is_what_it_says():
     """A row is filtered where a filter is on by its value in range, and it is not greedy."""
     values = rows()
     valid, filtered = of_reference(values)
-    fine = torch.stack([(x >= p.low) & (x <= p.high) for p in PARAMETERS if p.type is float
-                        for x in [values[p.name]]]).all(0)
+    fine = torch.stack(
+        [(x >= p.low) & (x <= p.high) for p in PARAMETERS if p.type is float for x in [values[p.name]]]
+    ).all(0)
     on = torch.stack([values[p.name] != p.off for p in FILTERS if p.type is float]).any(0)
     on |= (values["top_k"] > 0) & (values["top_k"] < V)
     assert torch.equal(valid, fine)
@@ -157,8 +158,21 @@ def semantics(tmp_path_factory):
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("filters")
     (folder / "filters.cpp").write_text(SOURCE)
-    subprocess.run([CXX, "-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", f"-I{ROOT / 'csrc'}",
-                    folder / "filters.cpp", "-o", folder / "filters.so"], check=True)
+    subprocess.run(
+        [
+            CXX,
+            "-std=c++17",
+            "-O1",
+            "-shared",
+            "-fPIC",
+            "-ffp-contract=off",
+            f"-I{ROOT / 'csrc'}",
+            folder / "filters.cpp",
+            "-o",
+            folder / "filters.so",
+        ],
+        check=True,
+    )
     return ctypes.CDLL(str(folder / "filters.so"))
 
 
@@ -169,8 +183,13 @@ def pointers(values):
 def test_filtered_is_the_same_in_cpp(semantics):
     values = rows()
     valid, filtered = (torch.zeros(len(values["top_k"]), dtype=torch.bool) for _ in range(2))
-    semantics.filters(pointers(values), ctypes.c_int64(len(valid)), V, ctypes.c_void_p(valid.data_ptr()),
-                      ctypes.c_void_p(filtered.data_ptr()))
+    semantics.filters(
+        pointers(values),
+        ctypes.c_int64(len(valid)),
+        V,
+        ctypes.c_void_p(valid.data_ptr()),
+        ctypes.c_void_p(filtered.data_ptr()),
+    )
     for got, want in zip((valid, filtered), of_reference(values)):
         assert torch.equal(got, want)
 

@@ -17,14 +17,33 @@ from eft_kernels.bench import rows as bench_rows
 ROOT = Path(__file__).resolve().parents[1]
 
 # microseconds of a call: fixed, and for a million logits; top_p sorts
-COST = {"cpu": {"eft": (30, 400), "combine_max": (20, 300), "eager": (900, 34000), "lean": (300, 5000)},
-        "cuda": {"eft": (4.1, 1.5), "combine_max": (3.4, 1.5), "eager": (118, 31), "compiled": (21, 6),
-                 "lean": (64, 22), "flashinfer": (19, 4.6), "vllm": (33, 8)}}
+COST = {
+    "cpu": {"eft": (30, 400), "combine_max": (20, 300), "eager": (900, 34000), "lean": (300, 5000)},
+    "cuda": {
+        "eft": (4.1, 1.5),
+        "combine_max": (3.4, 1.5),
+        "eager": (118, 31),
+        "compiled": (21, 6),
+        "lean": (64, 22),
+        "flashinfer": (19, 4.6),
+        "vllm": (33, 8),
+    },
+}
 SORT = {"eft": 1.9, "combine_max": 1, "eager": 3, "lean": 16, "compiled": 12, "flashinfer": 1.6, "vllm": 3.5}
 
 
-def row(implementation="eft", op="sample", variant="plain", kind="cpu", batch=1, vocab=128256, us=None, slower=1.0,
-        spread=0.06, **more):
+def row(
+    implementation="eft",
+    op="sample",
+    variant="plain",
+    kind="cpu",
+    batch=1,
+    vocab=128256,
+    us=None,
+    slower=1.0,
+    spread=0.06,
+    **more,
+):
     """A row as `run` writes it, with times from a simple model."""
     sort = SORT[implementation] if variant == "top_p" and implementation in SORT else 1
     fixed, each = COST[kind].get(implementation, (10, 10))
@@ -32,18 +51,59 @@ def row(implementation="eft", op="sample", variant="plain", kind="cpu", batch=1,
     cpu = kind == "cpu"
     moved, bandwidth = batch * vocab * 6 + 8 * batch, 11.8 if cpu else 4300.0
     floor = moved / bandwidth / 1e3
-    return dict(dict(
-        schema=1, status="measured", why=None, op=op, variant=variant, implementation=implementation,
-        backend=("cpu" if cpu else "triton") if implementation in ("eft", "combine_max") else None, batch=batch,
-        vocab=vocab, models=3, draft_tokens=None, dtype="bfloat16", logits="peaked", launch="eager" if cpu else "graph",
-        threads=1 if cpu else None, median_us=us, p20_us=us * (1 - spread / 2), p80_us=us * (1 + spread),
-        repetitions=15, bytes=moved, bandwidth_gbs=bandwidth, copy_gbs=bandwidth, floor_us=floor, fraction=floor / us,
-        issue_slots=12, issue_us=None, launches=1, peak_memory=batch * 64, tokens_per_s=None, acceptance=None,
-        new_tokens=None, device="AMD EPYC" if cpu else "NVIDIA H200", device_kind=kind,
-        driver=None if cpu else "580.95", isa="avx2" if cpu else None, cores=2, os="Linux 6.8", python="3.11.7",
-        torch="2.13.0", triton=None if cpu else "3.6.0", transformers="5.3.0", eft_kernels="0.1.0",
-        commit="0123456789ab", dirty=False, source="f" * 64, command=f"python -m benchmarks run --suite {kind}",
-        date="2026-01-02T03:04:05", run="r1"), **more)
+    return dict(
+        dict(
+            schema=1,
+            status="measured",
+            why=None,
+            op=op,
+            variant=variant,
+            implementation=implementation,
+            backend=("cpu" if cpu else "triton") if implementation in ("eft", "combine_max") else None,
+            batch=batch,
+            vocab=vocab,
+            models=3,
+            draft_tokens=None,
+            dtype="bfloat16",
+            logits="peaked",
+            launch="eager" if cpu else "graph",
+            threads=1 if cpu else None,
+            median_us=us,
+            p20_us=us * (1 - spread / 2),
+            p80_us=us * (1 + spread),
+            repetitions=15,
+            bytes=moved,
+            bandwidth_gbs=bandwidth,
+            copy_gbs=bandwidth,
+            floor_us=floor,
+            fraction=floor / us,
+            issue_slots=12,
+            issue_us=None,
+            launches=1,
+            peak_memory=batch * 64,
+            tokens_per_s=None,
+            acceptance=None,
+            new_tokens=None,
+            device="AMD EPYC" if cpu else "NVIDIA H200",
+            device_kind=kind,
+            driver=None if cpu else "580.95",
+            isa="avx2" if cpu else None,
+            cores=2,
+            os="Linux 6.8",
+            python="3.11.7",
+            torch="2.13.0",
+            triton=None if cpu else "3.6.0",
+            transformers="5.3.0",
+            eft_kernels="0.1.0",
+            commit="0123456789ab",
+            dirty=False,
+            source="f" * 64,
+            command=f"python -m benchmarks run --suite {kind}",
+            date="2026-01-02T03:04:05",
+            run="r1",
+        ),
+        **more,
+    )
 
 
 def missing(status, why, **more):
@@ -55,22 +115,52 @@ def suite(kind="cpu"):
     names = list(COST[kind])
     batches = (1, 8, 64) if kind == "cpu" else (1, 8, 64, 256, 512)
     hows = [dict(threads=n) for n in (1, 2)] if kind == "cpu" else [dict(launch=h) for h in ("graph", "eager")]
-    rows = [row(n, variant=v, kind=kind, batch=b, slower=how.get("threads", 1) ** -0.7 if b > 1 else 1, **how)
-            for n, v, b, how in itertools.product(names, ("plain", "top_p"), batches, hows)]
-    rows += [row(n, kind=kind, batch=b, vocab=v) for n in ("eft", "eager", "lean") for b in batches
-             for v in (32000, 151936, 256000)]
+    rows = [
+        row(n, variant=v, kind=kind, batch=b, slower=how.get("threads", 1) ** -0.7 if b > 1 else 1, **how)
+        for n, v, b, how in itertools.product(names, ("plain", "top_p"), batches, hows)
+    ]
+    rows += [
+        row(n, kind=kind, batch=b, vocab=v)
+        for n in ("eft", "eager", "lean")
+        for b in batches
+        for v in (32000, 151936, 256000)
+    ]
     rows += [row(n, variant="min_p", kind=kind, batch=b) for n in ("eft", "eager") for b in (1, 8)]
-    rows += [row(n, "verify", m, kind, 8, draft_tokens=k, us=90 * k) for n in ("eft", "eager")
-             for m in ("coupled", "token", "block") for k in (1, 4, 8)]
+    rows += [
+        row(n, "verify", m, kind, 8, draft_tokens=k, us=90 * k)
+        for n in ("eft", "eager")
+        for m in ("coupled", "token", "block")
+        for k in (1, 4, 8)
+    ]
     rows += [row("eft", op, kind=kind, batch=8) for op in ("logprobs", "token_logprobs")]
-    text = dict(op="generate", kind=kind, vocab=4096, batch=4, launch="eager", bytes=None, floor_us=None, fraction=None,
-                launches=None, peak_memory=None, logits="family", new_tokens=64)
+    text = dict(
+        op="generate",
+        kind=kind,
+        vocab=4096,
+        batch=4,
+        launch="eager",
+        bytes=None,
+        floor_us=None,
+        fraction=None,
+        launches=None,
+        peak_memory=None,
+        logits="family",
+        new_tokens=64,
+    )
     rows.append(row(variant="plain", us=2e6, tokens_per_s=128.0, **text))
     for m, (share, gain) in {"coupled": (0.62, 1.25), "token": (0.80, 1.6), "block": (0.83, 1.7)}.items():
         for k in (1, 2, 4, 8):
             faster = 1 + (gain - 1) * (k / 4) ** 0.5 * (1 if k < 8 else 0.6)
-            rows.append(row(variant=m, us=2e6 / faster, draft_tokens=k, acceptance=share ** (k ** 0.4),
-                            tokens_per_s=128 * faster, **text))
+            rows.append(
+                row(
+                    variant=m,
+                    us=2e6 / faster,
+                    draft_tokens=k,
+                    acceptance=share ** (k**0.4),
+                    tokens_per_s=128 * faster,
+                    **text,
+                )
+            )
     rows += [row("assisted", variant="token", us=5e6, draft_tokens=k, tokens_per_s=51.2, **text) for k in (1, 2, 4, 8)]
     rows.append(row("stateless", variant="plain", us=4e6, tokens_per_s=64.0, **text))
     rows.append(missing("absent", "no module named sglang", implementation="sglang", kind=kind))
@@ -101,8 +191,11 @@ def rendered(tmp_path_factory):
 def section(page, title):
     """The cells of the table under a heading, as dicts."""
     text = page.split(f"## {title}\n")[1].split("\n## ")[0]
-    lines = [[c.strip() for c in line.strip("|").replace("\\|", "\0").split("|")]
-             for line in text.splitlines() if line.startswith("|")]
+    lines = [
+        [c.strip() for c in line.strip("|").replace("\\|", "\0").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
     return [dict(zip(lines[0], line)) for line in lines[2:]]
 
 
@@ -161,8 +254,12 @@ def test_goals_are_computed_from_the_rows(rendered, kind):
 
 
 def test_goals_take_the_worst_shape():
-    rows = [row(n, kind="cuda", batch=b, us=us) for b, us in ((1, 1), (64, 10)) for n in ("eft", "eager")
-            for us in [us * (1 if n == "eft" else 20 if b == 1 else 14)]]
+    rows = [
+        row(n, kind="cuda", batch=b, us=us)
+        for b, us in ((1, 1), (64, 10))
+        for n in ("eft", "eager")
+        for us in [us * (1 if n == "eft" else 20 if b == 1 else 14)]
+    ]
     got = {g[0]: g[2:] for g in report.goals(bench_rows.newest(rows), "cuda")}
     assert got["plain: faster than eager PyTorch, every B (launch graph)"] == ["14x", "missed"]
 
@@ -187,8 +284,10 @@ def test_a_line_that_is_no_row_is_named(tmp_path, capsys):
 def test_report_does_not_need_matplotlib(tmp_path):
     """One line says that there are no plots, and the Markdown is there."""
     write(tmp_path / "rows.jsonl", suite())
-    code = ("import sys; sys.modules['matplotlib'] = None; from benchmarks import compare, report; f = sys.argv[1]; "
-            "sys.exit(report.main([f]) or compare.main([f, f, '--check']))")
+    code = (
+        "import sys; sys.modules['matplotlib'] = None; from benchmarks import compare, report; f = sys.argv[1]; "
+        "sys.exit(report.main([f]) or compare.main([f, f, '--check']))"
+    )
     p = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert p.returncode == 0 and p.stderr == "", p.stderr
     assert "no plots: " in p.stdout.splitlines()[0] and "eft-kernels[bench]" in p.stdout.splitlines()[0]
@@ -218,16 +317,28 @@ def test_a_slower_machine_is_no_regression():
     after = [row(slower=1.4), row("eager", spread=0.3), row("lean", spread=0.01)]
     assert verdicts(before, after)["plain", "eft"] == ("slower", "lean")
     assert verdicts(before[:2], after[:2])["plain", "eft"] == ("same", "eager")
-    assert verdicts([row()] + after[2:], [row(), row("lean", spread=0.01, slower=0.5)])["plain", "eft"][0] == "same", \
+    assert verdicts([row()] + after[2:], [row(), row("lean", spread=0.01, slower=0.5)])["plain", "eft"][0] == "same", (
         "a baseline that was disturbed in the first run"
+    )
     once = [row("lean", repetitions=1)]
     assert verdicts([row(), *once], [row(slower=1.4), *once])["plain", "eft"] == ("slower", None)
     alone = [row("combine_max")]
     assert verdicts([row(), *alone], [row(slower=1.4), *alone])["plain", "eft"] == ("slower", None), "no yardstick"
 
 
-OTHER = dict(op="verify", variant="top_p", device="other", launch="graph", threads=2, models=4, dtype="float32",
-             logits="flat", draft_tokens=4, vocab=32000, batch=8)
+OTHER = dict(
+    op="verify",
+    variant="top_p",
+    device="other",
+    launch="graph",
+    threads=2,
+    models=4,
+    dtype="float32",
+    logits="flat",
+    draft_tokens=4,
+    vocab=32000,
+    batch=8,
+)
 
 
 @pytest.mark.parametrize("field", OTHER)
@@ -240,9 +351,18 @@ def test_compare_matches_only_the_same_measurement(field, tmp_path, capsys):
 
 
 def test_compare_exit_codes(tmp_path, capsys):
-    a, slow = write(tmp_path / "a.jsonl", suite()), write(tmp_path / "b.jsonl", [
-        r | dict(p20_us=2 * r["p20_us"], p80_us=2 * r["p80_us"], median_us=2 * r["median_us"])
-        if (r["implementation"], r["variant"], r["status"]) == ("eft", "top_p", "measured") else r for r in suite()])
+    a, slow = (
+        write(tmp_path / "a.jsonl", suite()),
+        write(
+            tmp_path / "b.jsonl",
+            [
+                r | dict(p20_us=2 * r["p20_us"], p80_us=2 * r["p80_us"], median_us=2 * r["median_us"])
+                if (r["implementation"], r["variant"], r["status"]) == ("eft", "top_p", "measured")
+                else r
+                for r in suite()
+            ],
+        ),
+    )
     assert command.main([str(a), str(a), "--check"]) == 0
     out = capsys.readouterr().out
     assert "slower" not in out and out.splitlines()[-1].endswith(" same")
@@ -250,8 +370,10 @@ def test_compare_exit_codes(tmp_path, capsys):
     assert command.main([str(slow), str(a), "--check"]) == 0, "faster is no regression"
     lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("sample") and x.endswith("slower")]
     assert lines and all("top_p" in x and "eft-kernels" in x and " 2.00 " in x for x in lines)
-    worse = [r | dict(median_us=9 * r["median_us"], p20_us=9 * r["p20_us"], p80_us=9 * r["p80_us"])
-             for r in (row("lean"), row("eager"))]
+    worse = [
+        r | dict(median_us=9 * r["median_us"], p20_us=9 * r["p20_us"], p80_us=9 * r["p80_us"])
+        for r in (row("lean"), row("eager"))
+    ]
     b = write(tmp_path / "c.jsonl", worse)
     assert command.main([str(a), str(b), "--check"]) == 0, "a baseline that is slower is no regression of ours"
     assert command.main([str(a), str(tmp_path / "none.jsonl")]) == 2

@@ -14,8 +14,10 @@ from tools import sass
 ROOT = Path(__file__).parents[1]
 PLANTED = ROOT / "tests" / "planted_cuda.cu"
 
+
 def test_marks():
-    marks = sass.parse_marks("""a
+    marks = sass.parse_marks(
+        """a
 // sass: group top 256 tokens, no budget
 b
   // sass: model bf16
@@ -27,21 +29,33 @@ e
 f;  // sass: fma
 // sass: group 64 tokens
 g
-// sass: end""", "x/k.cu")
+// sass: end""",
+        "x/k.cu",
+    )
     top, other = sass.Group("top", 256, False, "x/k.cu:2"), sass.Group("k", 64, True, "x/k.cu:11")
-    assert marks == {3: sass.Mark(top), 5: sass.Mark(top, frozenset({"model", "bf16", "rare"})),
-                     6: sass.Mark(top, frozenset({"model", "bf16"})), 8: sass.Mark(top),
-                     10: sass.Mark(None, frozenset({"fma"})), 12: sass.Mark(other)}
+    assert marks == {
+        3: sass.Mark(top),
+        5: sass.Mark(top, frozenset({"model", "bf16", "rare"})),
+        6: sass.Mark(top, frozenset({"model", "bf16"})),
+        8: sass.Mark(top),
+        10: sass.Mark(None, frozenset({"fma"})),
+        12: sass.Mark(other),
+    }
 
 
-@pytest.mark.parametrize("text, message", [
-    ("a\n// sass: group", "k.cu:2: `// sass: group`: allowed are bf16, f16, f32, fma, model, rare, "),
-    ("a  // sass: group 64 tokens", "k.cu:1: `// sass: group 64 tokens`: allowed"),
-    ("// sass: group 100 tokens", "k.cu:1: .*multiple of 32"),
-    ("// sass: group 64 tokens\n// sass: group 64 tokens", "k.cu:2: a group is not inside another"),
-    ("// sass: hot", "k.cu:1: `// sass: hot`: allowed"), ("// sass:", "k.cu:1: `// sass: `: allowed"),
-    ("// sass: end", "k.cu:1: .*ends nothing"), ("a\n// sass: rare", "k.cu:2: no `// sass: end` follows"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a\n// sass: group", "k.cu:2: `// sass: group`: allowed are bf16, f16, f32, fma, model, rare, "),
+        ("a  // sass: group 64 tokens", "k.cu:1: `// sass: group 64 tokens`: allowed"),
+        ("// sass: group 100 tokens", "k.cu:1: .*multiple of 32"),
+        ("// sass: group 64 tokens\n// sass: group 64 tokens", "k.cu:2: a group is not inside another"),
+        ("// sass: hot", "k.cu:1: `// sass: hot`: allowed"),
+        ("// sass:", "k.cu:1: `// sass: `: allowed"),
+        ("// sass: end", "k.cu:1: .*ends nothing"),
+        ("a\n// sass: rare", "k.cu:2: no `// sass: end` follows"),
+    ],
+)
 def test_bad_marks(text, message):
     with pytest.raises(ValueError, match=message):
         sass.parse_marks(text, "k.cu")
@@ -57,7 +71,9 @@ def test_occupancy():
 
 def test_names():
     assert sass.demangle("_ZN3eft4cuda12_GLOBAL__N_113sample_streamENS_10SampleCallEi") in (
-        "sample_stream", "_ZN3eft4cuda12_GLOBAL__N_113sample_streamENS_10SampleCallEi")  # without libstdc++
+        "sample_stream",
+        "_ZN3eft4cuda12_GLOBAL__N_113sample_streamENS_10SampleCallEi",
+    )  # without libstdc++
     assert sass.demangle("k") == "k"
 
 
@@ -65,10 +81,11 @@ def test_every_architecture_of_the_build():
     text = (ROOT / "setup.py").read_text()
     assert tuple(sass.ARCHS.split(",")) == eval(re.search(r"^ARCHS = (\(.*\))$", text, re.M)[1])
     flags = eval(re.search(r"^CUDA_FLAGS = (\[.*\])$", text, re.M)[1])
-    assert set(sass.FLAGS) - {"-lineinfo"} == set(flags[:flags.index("-Xcompiler")])
+    assert set(sass.FLAGS) - {"-lineinfo"} == set(flags[: flags.index("-Xcompiler")])
 
 
 # --- with a compiler -----------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def tools():
@@ -106,9 +123,12 @@ def test_nothing_is_found_in_good_ones(rows, kernel, arch):
 def test_planted_faults_are_found(rows):
     def found(kernel, arch="90a"):
         return "; ".join(rows[kernel + "_kernel", arch]["findings"])
+
     for arch in ("80", "90a"):
-        assert re.fullmatch(r"spills: [1-9]\d* bytes stored, \d+ loaded; stack of [1-9]\d* bytes: \d+ [LS][TD]L at .*",
-                            found("spills", arch))
+        assert re.fullmatch(
+            r"spills: [1-9]\d* bytes stored, \d+ loaded; stack of [1-9]\d* bytes: \d+ [LS][TD]L at .*",
+            found("spills", arch),
+        )
         assert re.match(r"stack of 256 bytes: \d+ (STL|LDL) at tests/planted_cuda.cu:\d+", found("local", arch))
         assert found("narrow", arch) == "planted_cuda: loads 0 of 1536 bytes in 128 bits"
         assert found("nested", arch) == "planted_cuda: holds a loop that is no model's: counted once"
@@ -121,7 +141,8 @@ def test_planted_faults_are_found(rows):
 
 def test_loops_by_hand(rows):
     (good,), (ahead,), (once,), (works,), (nested,) = (
-        rows[f"{name}_kernel", "90a"]["groups"] for name in ("good", "ahead", "once", "works", "nested"))
+        rows[f"{name}_kernel", "90a"]["groups"] for name in ("good", "ahead", "once", "works", "nested")
+    )
     assert [g["name"] for g in (good, ahead, once)] == ["planted_cuda", "ahead", "once"]
     assert [g["loads"] for g in (good, ahead, once, works)] == [{"128": n} for n in (2, 8, 3, 1)]
     assert [g["loop"] for g in (good, ahead, once)] == [True, True, False]
@@ -158,7 +179,9 @@ def test_compiled_once(tools, tmp_path, monkeypatch):
     assert sass.compile_and_examine([file], ["80"], flags=flags, cache=tmp_path / "cache") == [row] and ran == []
     header.write_text("#define N 1\n// sass: group lost 64 tokens\n#define M\n// sass: end\n")
     assert [r["findings"] for r in sass.compile_and_examine([file], ["80"], flags=flags, cache=tmp_path / "cache")] == [
-        [], ["group lost: no kernel has code of it"]]
+        [],
+        ["group lost: no kernel has code of it"],
+    ]
     assert len(ran) == 2 and len(list((tmp_path / "cache").iterdir())) == 1
 
 
@@ -180,10 +203,15 @@ def test_command(rows, cache, monkeypatch, capsys, tmp_path):
     assert re.search(r'bad.cu: does not compile: .*identifier "nothing" is undefined', capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--arch", "80,70", str(PLANTED)], "--arch 70: this nvcc knows 75, 80"), (["--arch", "80a"], "--arch 80a: "),
-    (["--arch", "x"], "--arch x: "), ([str(ROOT / "no.cu")], "no.cu: no such file"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--arch", "80,70", str(PLANTED)], "--arch 70: this nvcc knows 75, 80"),
+        (["--arch", "80a"], "--arch 80a: "),
+        (["--arch", "x"], "--arch x: "),
+        ([str(ROOT / "no.cu")], "no.cu: no such file"),
+    ],
+)
 def test_bad_input_is_one_line(tools, words, message, capsys):
     assert command.main(["sass", *words]) == 2
     out, err = capsys.readouterr()

@@ -13,8 +13,11 @@ MASK = 0xFFFFFFFF
 KNOWN = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((MASK,) * 4, (MASK,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
-     (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
 ]
 
 
@@ -51,8 +54,9 @@ def test_words_are_the_same_in_cpp():
     for _ in range(200):
         seed, position = (int(torch.randint(-(1 << 63), (1 << 63) - 1, (), generator=g)) for _ in range(2))
         stream, slot, kind, index = (int(torch.randint(0, n, (), generator=g)) for n in (4, 1 << 24, 2, 1 << 20))
-        got = reference.words(torch.tensor([seed]), torch.tensor([position]), stream, torch.tensor([slot]), kind,
-                              torch.tensor([index]))
+        got = reference.words(
+            torch.tensor([seed]), torch.tensor([position]), stream, torch.tensor([slot]), kind, torch.tensor([index])
+        )
         assert tuple(int(x) for x in got) == _cpu.philox(seed, position, stream, slot, kind, index)
 
 
@@ -60,12 +64,19 @@ def test_counters_are_disjoint(monkeypatch):
     """No two uses share a (key, counter): every stream, slot, kind, index, position and seed gives its own."""
     seen = {}
     monkeypatch.setattr(reference, "philox", lambda key, counter: (*key, *counter))
-    uses = itertools.product((0, 1, -1, 1 << 32), (0, 1, 1 << 32, (1 << 63) - 1), range(4), (0, 1, 7, (1 << 24) - 1),
-                             (reference.KIND_CHUNK, reference.KIND_TOKEN), (0, 1, 499, (1 << 20) - 1))
+    uses = itertools.product(
+        (0, 1, -1, 1 << 32),
+        (0, 1, 1 << 32, (1 << 63) - 1),
+        range(4),
+        (0, 1, 7, (1 << 24) - 1),
+        (reference.KIND_CHUNK, reference.KIND_TOKEN),
+        (0, 1, 499, (1 << 20) - 1),
+    )
     for use in uses:
         seed, position, stream, slot, kind, index = use
-        raw = reference.words(torch.tensor([seed]), torch.tensor([position]), stream, torch.tensor([slot]), kind,
-                              torch.tensor([index]))
+        raw = reference.words(
+            torch.tensor([seed]), torch.tensor([position]), stream, torch.tensor([slot]), kind, torch.tensor([index])
+        )
         counter = tuple(int(torch.as_tensor(x)) for x in raw)
         assert all(0 <= word <= MASK for word in counter)
         assert seen.setdefault(counter, use) == use
@@ -76,8 +87,9 @@ def test_log_is_accurate_everywhere():
     """Relative error below 2^-22 over all positive normal float32 (sampled in every binade), absolute near 1."""
     exponent = torch.arange(1, 255)[:, None]
     g = torch.Generator().manual_seed(0)
-    mantissa = torch.cat([torch.arange(0, 64), (1 << 23) - 1 - torch.arange(0, 64), torch.randint(0, 1 << 23, (4000,),
-                                                                                               generator=g)])
+    mantissa = torch.cat(
+        [torch.arange(0, 64), (1 << 23) - 1 - torch.arange(0, 64), torch.randint(0, 1 << 23, (4000,), generator=g)]
+    )
     x = ((exponent << 23) | mantissa[None]).to(torch.int32).view(torch.float32)
     got, want = reference.log(x).double(), x.double().log()
     error = (got - want).abs()
@@ -105,9 +117,13 @@ def test_uniform_never_reaches_its_ends():
 
 def test_chunk_noise_is_fine_in_its_tail(monkeypatch):
     """Where the first word is small a second one refines it: the smallest E is Exp(1) / 256 down to 2^-57."""
+
     def words(first, second):
-        monkeypatch.setattr(reference, "words", lambda *a: (torch.tensor([first]), torch.tensor([second]),
-                                                            torch.tensor([0x1234]), torch.tensor([0])))
+        monkeypatch.setattr(
+            reference,
+            "words",
+            lambda *a: (torch.tensor([first]), torch.tensor([second]), torch.tensor([0x1234]), torch.tensor([0])),
+        )
         zero = torch.zeros(1, dtype=torch.int64)
         e, place = reference.chunk_noise(zero, zero, 0, zero, zero)
         assert int(place) == 0x34

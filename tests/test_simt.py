@@ -275,8 +275,7 @@ def test_misaligned_loads(simt, streaming):
 
 def test_other_faults_are_not_ours(path):
     code = (
-        "import ctypes, faulthandler, sys; faulthandler.enable(); "
-        "ctypes.CDLL(sys.argv[1]).run_load_at(None, 0, None)"
+        "import ctypes, faulthandler, sys; faulthandler.enable(); ctypes.CDLL(sys.argv[1]).run_load_at(None, 0, None)"
     )
     process = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
     assert process.returncode == -signal.SIGSEGV and "Segmentation fault" in process.stderr

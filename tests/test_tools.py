@@ -24,10 +24,16 @@ def test_cuts_are_measured_on_a_gpu(capsys):
     assert "the cuda backend is not available" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words, says", [
-    ([], "command"), (["polish"], "'sass', 'aot', 'tune', 'launch_config', 'sanitize', 'hub', 'coupled'"),
-    (["launch_config", "--field", "colour"], "'colour'"), (["tune", "--table", "kitchen"], "'kitchen'"),
-], ids=" ".join)
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ([], "command"),
+        (["polish"], "'sass', 'aot', 'tune', 'launch_config', 'sanitize', 'hub', 'coupled'"),
+        (["launch_config", "--field", "colour"], "'colour'"),
+        (["tune", "--table", "kitchen"], "'kitchen'"),
+    ],
+    ids=" ".join,
+)
 def test_bad_input_is_one_line(words, says, capsys):
     assert command.main(words) == 2
     out, err = capsys.readouterr()
@@ -43,8 +49,17 @@ def test_help(name, capsys):
 
 def test_the_gpu_tests_run_on_a_cpu():
     """They are skipped without a GPU: a name that has changed would show only there."""
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py", "-k",
-             "launches and bf16"]
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_gpu.py",
+        "-k",
+        "launches and bf16",
+    ]
     env = os.environ | {"EFT_KERNELS_TEST_DEVICE": "cpu"}
     run = subprocess.run(words, cwd=ROOT, env=env, text=True, capture_output=True)
     assert run.returncode == 0, run.stdout[-2000:]

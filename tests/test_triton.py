@@ -24,9 +24,22 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 WHOLE = bool(os.environ.get("EFT_KERNELS_TRITON_WHOLE", "1" if INTERPRETED else ""))
 METHODS = ops.METHODS
 # a case for every path: types, exclusions, filters and their bounds, ties, invalid rows, strides, per-row parameters
-FAST = ("mixed types", "a chunk and one", "zero weight", "weights per row", "greedy ties", "top-k ties", "top-p ties",
-        "everything", "parameters per row", "all masked", "bad rows filtered", "unaligned", "no rows",
-        "one seed for all rows")
+FAST = (
+    "mixed types",
+    "a chunk and one",
+    "zero weight",
+    "weights per row",
+    "greedy ties",
+    "top-k ties",
+    "top-p ties",
+    "everything",
+    "parameters per row",
+    "all masked",
+    "bad rows filtered",
+    "unaligned",
+    "no rows",
+    "one seed for all rows",
+)
 JUDGED = ("a chunk and one", "everything", "all masked", "top-p ties", "one seed for all rows", "drafts drawn per row")
 CUTS = ("latency", "stream")
 
@@ -52,8 +65,11 @@ def test_torchs_default_dtype_changes_nothing():
     def run():
         several = {name: x for name, x in kwargs.items() if name not in ("seed", "position")}
         out = ops.sample(logits, weights, backend="triton", top_logprobs=3, diagnostics=True, **kwargs)
-        return [*out, ops.logprobs(logits, weights, backend="triton", **several),
-                ops.token_logprobs(logits, weights, ids, backend="triton", **several)]
+        return [
+            *out,
+            ops.logprobs(logits, weights, backend="triton", **several),
+            ops.token_logprobs(logits, weights, ids, backend="triton", **several),
+        ]
 
     want = run()
     try:
@@ -77,6 +93,7 @@ def cut(request, monkeypatch):
 
 
 # --- the case table ------------------------------------------------------------------------------------------------
+
 
 @interpreted
 @pytest.mark.parametrize("cut", CUTS, indirect=True)
@@ -111,6 +128,7 @@ def test_verify_of_a_deterministic_proposer(case, method):
 
 # --- calls that nobody has checked ---------------------------------------------------------------------------------
 
+
 @interpreted
 @pytest.mark.parametrize("part", range(8))
 def test_odd_values(part):
@@ -136,8 +154,10 @@ def test_models_of_weight_0_are_not_read(weights, cut):
     dead = torch.full((3, 700), float("nan"))
     dead[1], dead[2] = float("-inf"), float("inf")
     for kwargs in ({}, dict(top_p=0.5), dict(logprobs=False)):
-        got, want = (eft.sample([dead, dead], weights, seed=torch.arange(3), position=0, backend=name, **kwargs)
-                     for name in ("triton", "reference"))
+        got, want = (
+            eft.sample([dead, dead], weights, seed=torch.arange(3), position=0, backend=name, **kwargs)
+            for name in ("triton", "reference")
+        )
         assert got.valid.all() and torch.equal(got.tokens, want.tokens)
 
 
@@ -152,6 +172,7 @@ def test_diagnostics_are_those_of_float64(offset):
 
 
 # --- paths of their own --------------------------------------------------------------------------------------------
+
 
 @interpreted
 @pytest.mark.parametrize("tiles, tc, direct", [(1, 2, True), (1, 8, True), (1, 2, False), (2, 4, False), (8, 1, False)])
@@ -173,8 +194,10 @@ def test_a_row_is_checked_wherever_it_is_bad(cut, kwargs):
     places = itertools.product((0, 2), (3, 1699), (float("nan"), float("inf"), float("-inf")))
     for row, (model, token, bad) in enumerate(places):
         logits[model][row, token] = bad
-    got, want = (eft.sample(logits, eft.upscale(), seed=5, position=0, backend=name, **kwargs)
-                 for name in ("triton", "reference"))
+    got, want = (
+        eft.sample(logits, eft.upscale(), seed=5, position=0, backend=name, **kwargs)
+        for name in ("triton", "reference")
+    )
     assert got.valid.tolist() == want.valid.tolist() == [False, False, True] * 4
     assert torch.equal(got.tokens, want.tokens)
 
@@ -201,11 +224,16 @@ def test_counters_are_left_zero():
 
 @interpreted
 def test_no_mismatch_in_bulk():
-    mixed = dict(temperature=per_row(1.0, 0.0, 0.6, 1.7), top_k=per_row(0, 0, 5),
-                 top_p=per_row(1.0, 0.9, 1.0, 0.3, 0.999), upscale_top_p=per_row(1.0, 1.0, 0.8))
+    mixed = dict(
+        temperature=per_row(1.0, 0.0, 0.6, 1.7),
+        top_k=per_row(0, 0, 5),
+        top_p=per_row(1.0, 0.9, 1.0, 0.3, 0.999),
+        upscale_top_p=per_row(1.0, 1.0, 0.8),
+    )
     rows = 200 if WHOLE else 40
-    check_sample(Case("triton bulk", rows=rows, vocab=(523,), dtypes=(BF16, F32, F16), kwargs=mixed), "triton",
-                 logprobs=False)
+    check_sample(
+        Case("triton bulk", rows=rows, vocab=(523,), dtypes=(BF16, F32, F16), kwargs=mixed), "triton", logprobs=False
+    )
     check_sample(Case("triton bulk plain", rows=rows, vocab=(523,), dtypes=(BF16,)), "triton", logprobs=False)
 
 
@@ -246,12 +274,17 @@ def test_the_arithmetic_is_the_definitions():
 
 # --- outside the interpreter ---------------------------------------------------------------------------------------
 
+
 @pytest.mark.skipif(INTERPRETED, reason="started by this very test")
 def test_in_the_interpreter():
     workers = ["-n", "2"] if importlib.util.find_spec("xdist") else []
     env = os.environ | {"TRITON_INTERPRET": "1", "EFT_KERNELS_TRITON_WHOLE": ""}
-    run = subprocess.run([sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", *workers], text=True,
-                         env=env, capture_output=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", *workers],
+        text=True,
+        env=env,
+        capture_output=True,
+    )
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert " passed" in run.stdout and "xfailed" not in run.stdout
     print(run.stdout.strip().splitlines()[-1])
@@ -266,7 +299,9 @@ def test_asking_for_triton_on_a_cpu_explains_itself():
 
 
 def test_without_triton_the_package_says_what_is_missing():
-    code = ("import sys; sys.modules['triton'] = None; import eft_kernels as eft; b = eft.backends()['triton'];"
-            "print(b['available'], b['reason'])")
+    code = (
+        "import sys; sys.modules['triton'] = None; import eft_kernels as eft; b = eft.backends()['triton'];"
+        "print(b['available'], b['reason'])"
+    )
     out = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True).stdout
     assert out.startswith("False triton is not installed"), out

@@ -27,6 +27,7 @@ def times(**medians):
 
 class Machine:
     """A GPU with a law in place of a clock: a cut costs more the further its share of a row is from the best."""
+
     processors = 132
 
     def __init__(self):
@@ -48,6 +49,7 @@ class Machine:
 
 
 # --- candidates ----------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("p", tune.POINTS, ids=str)
 @pytest.mark.parametrize("direct", [True, False])
@@ -84,11 +86,20 @@ def test_contenders():
 
 # --- the choice ----------------------------------------------------------------------------------------------------
 
+
 def test_choose():
-    results = {Point(1): times(A=5, B=8, C=20), Point(2): times(A=6, B=8, C=20), Point(8): times(A=12, B=9, C=15),
-               Point(64): times(B=30, C=30.1), Point(512): times(B=300, C=200)}
-    assert tune.choose(results) == [((2 * 501 + 8 * 501) // 2, A), ((64 + 8) * 501 // 2, B), (1 << 62, C)] or \
-        tune.choose(results) == [((2 * 501 + 8 * 501) // 2, A), ((64 + 512) * 501 // 2, B), (1 << 62, C)]
+    results = {
+        Point(1): times(A=5, B=8, C=20),
+        Point(2): times(A=6, B=8, C=20),
+        Point(8): times(A=12, B=9, C=15),
+        Point(64): times(B=30, C=30.1),
+        Point(512): times(B=300, C=200),
+    }
+    assert tune.choose(results) == [
+        ((2 * 501 + 8 * 501) // 2, A),
+        ((64 + 8) * 501 // 2, B),
+        (1 << 62, C),
+    ] or tune.choose(results) == [((2 * 501 + 8 * 501) // 2, A), ((64 + 512) * 501 // 2, B), (1 << 62, C)]
 
 
 def test_a_difference_inside_the_noise_makes_no_row():
@@ -113,10 +124,12 @@ def test_equal_work_of_two_vocabularies_is_one_choice():
 
 # --- printing ------------------------------------------------------------------------------------------------------
 
+
 def test_an_entry_is_what_config_holds():
     text = tune.entry("NVIDIA H200", [(512, A), (8192, B), (1 << 62, Cut(2, 16, 8, True))])
     assert eval("{" + text + "}", {"Cut": Cut}) == {
-        "NVIDIA H200": ((512, A), (8192, B), (1 << 62, Cut(2, 16, 8, True)))}
+        "NVIDIA H200": ((512, A), (8192, B), (1 << 62, Cut(2, 16, 8, True)))
+    }
     assert text.splitlines()[1] == "        (512, Cut(1, 4, direct=True))," and "(1 << 62, Cut(2, 16, 8," in text
     for table in (config.SAMPLE, config.STREAM):
         assert eval("{" + tune.entry("default", table["default"]) + "}", {"Cut": Cut})["default"] == table["default"]
@@ -129,7 +142,8 @@ def test_tune(capsys, tmp_path):
     out = capsys.readouterr().out
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert {(r["table"], r["batch"], r["vocab"]) for r in rows} == {
-        (n, p.rows, p.vocab) for n in tune.TABLES for p in tune.POINTS}
+        (n, p.rows, p.vocab) for n in tune.TABLES for p in tune.POINTS
+    }
     for name, text in zip(tune.TABLES, out.split("\nconfig.")[1:]):
         part = [r for r in rows if r["table"] == name]
         block = "\n".join(line for line in text.splitlines() if line.startswith("    "))
@@ -162,6 +176,7 @@ def test_nothing_measured_fails(capsys):
 
 
 # --- measuring -----------------------------------------------------------------------------------------------------
+
 
 def test_forced():
     was = dict(config.SAMPLE), dict(config.STREAM)
@@ -202,8 +217,9 @@ def test_every_cut_is_timed_behind_the_gate(monkeypatch):
     p, seen, gated = Point(2, 3000), [], []
     gate, ours = run.gate, shapes.ours
     monkeypatch.setattr(run, "gate", lambda s, *args: gated.append((s.op, s.variant)) or gate(s, *args))
-    monkeypatch.setattr(shapes, "ours", lambda *args, **kwargs: seen.append(
-        config.STREAM["default"]) or ours(*args, **kwargs))
+    monkeypatch.setattr(
+        shapes, "ours", lambda *args, **kwargs: seen.append(config.STREAM["default"]) or ours(*args, **kwargs)
+    )
     with Here() as machine:
         got = machine.time("stream", p, [A, B, C], 0)
         machine.time("stream", Point(1, 3000), [A, B], 0)
@@ -222,7 +238,9 @@ def test_a_cut_that_fails_is_absent_and_one_with_other_tokens_stops_all(monkeypa
             if cut == B:
                 raise MemoryError("out of registers")
             return call(z) + (cut == C)
+
         return other
+
     monkeypatch.setattr(shapes, "ours", make)
     machine = Here()
     assert list(machine.time("sample", p, [A, B], 0)) == [A]
@@ -273,13 +291,15 @@ def test_compiled_ahead_is_what_is_launched(tmp_path):
     """For any number of rows."""
     pytest.importorskip("triton")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | dict(
-        TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(ROOT))
+        TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(ROOT)
+    )
     out = subprocess.run([sys.executable, "-c", AHEAD], capture_output=True, text=True, env=env)
     assert out.stdout == "['logprobs_kernel', 'row_kernel', 'sample_kernel', 'stats_kernel']\n", out.stderr
     assert list(tmp_path.rglob("*.cubin"))
 
 
 # --- the command ---------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_without_a_gpu(capsys):

@@ -28,13 +28,20 @@ needs_cpu = pytest.mark.skipif(not CPU, reason="the C++ extension is not built")
 def alone(code: str, timeout=120, **env):
     """``code`` in a process of its own, which must end well."""
     start = "import torch, eft_kernels as eft\nfrom eft_kernels.testing import unchecked\ntorch.manual_seed(0)\n"
-    run = subprocess.run([sys.executable, "-c", start + textwrap.dedent(code)], cwd=ROOT, text=True, timeout=timeout,
-                         capture_output=True, env=os.environ | env)
+    run = subprocess.run(
+        [sys.executable, "-c", start + textwrap.dedent(code)],
+        cwd=ROOT,
+        text=True,
+        timeout=timeout,
+        capture_output=True,
+        env=os.environ | env,
+    )
     assert run.returncode == 0, f"{run.returncode}\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
     return run.stdout
 
 
 # --- values --------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("call", ODD, ids=lambda call: call.name)
 def test_odd_values(call, compiled):
@@ -104,8 +111,9 @@ def test_keys_that_overflow_leave_the_first_token_that_is_kept(backend):
     assert out["tokens"].tolist() == [int((row == INF).nonzero()[0]) for row in key]
 
 
-@pytest.mark.parametrize("weights", [(0.0, 0.0), torch.zeros(2), torch.zeros(3, 2)],
-                         ids=("numbers", "tensor", "per row"))
+@pytest.mark.parametrize(
+    "weights", [(0.0, 0.0), torch.zeros(2), torch.zeros(3, 2)], ids=("numbers", "tensor", "per row")
+)
 def test_models_of_weight_0_are_not_read(weights, backend):
     dead = torch.full((3, 40), NAN)
     dead[1], dead[2] = -INF, INF
@@ -167,8 +175,9 @@ def test_weights_in_any_layout(layout, slots, backend):
 
     def tokens(weights):
         if slots:
-            return eft.verify(z, weights, torch.zeros(1024, 1, dtype=torch.int64), seed=seed, position=0,
-                              backend=backend).tokens
+            return eft.verify(
+                z, weights, torch.zeros(1024, 1, dtype=torch.int64), seed=seed, position=0, backend=backend
+            ).tokens
         return eft.sample(z, weights, seed=seed, position=0, backend=backend).tokens
 
     assert torch.equal(tokens(weights), tokens(weights.float().contiguous()))
@@ -184,8 +193,9 @@ def test_weights_of_another_shape_are_refused(shape, backend):
     with pytest.raises(ValueError, match="^weights"):
         eft.sample(z, torch.ones(shape), seed=1, position=0, backend=backend)
     with pytest.raises(ValueError, match="^weights"):
-        eft.verify(slots, torch.ones(shape), torch.zeros(1024, 1, dtype=torch.int64), seed=1, position=0,
-                   backend=backend)
+        eft.verify(
+            slots, torch.ones(shape), torch.zeros(1024, 1, dtype=torch.int64), seed=1, position=0, backend=backend
+        )
 
 
 Z = [torch.zeros(2, 40)] * 3
@@ -229,8 +239,9 @@ WRONG = [  # what the error says, operation, logits, arguments, parameters
 ]
 
 
-@pytest.mark.parametrize("words, operation, logits, args, params", WRONG,
-                         ids=[f"{row[0]}-{row[1]}-{i}" for i, row in enumerate(WRONG)])
+@pytest.mark.parametrize(
+    "words, operation, logits, args, params", WRONG, ids=[f"{row[0]}-{row[1]}-{i}" for i, row in enumerate(WRONG)]
+)
 def test_an_operator_refuses_what_a_function_would(words, operation, logits, args, params, backend):
     params = dict(params)
     call = unchecked(operation, logits, params.pop("weights", (1.0, 1.0, -1.0)), *args, **dict(vocab_size=40) | params)
@@ -239,6 +250,7 @@ def test_an_operator_refuses_what_a_function_would(words, operation, logits, arg
 
 
 # --- other threads -------------------------------------------------------------------------------------------------
+
 
 @needs_cpu
 def test_a_list_whose_items_are_replaced():
@@ -272,7 +284,8 @@ def test_values_that_change_while_a_kernel_runs(isa):
         except ValueError:
             pytest.skip("this machine has no AVX2")
         eft.dispatch.load("cpu").set_isa(os.environ.get("EFT_KERNELS_CPU_ISA") or None)
-    out = alone("""
+    out = alone(
+        """
         import itertools, random, threading, time
         from eft_kernels.testing import Call
         torch.set_num_threads(2)
@@ -332,7 +345,9 @@ def test_values_that_change_while_a_kernel_runs(isa):
         over.set()
         other.join()
         print(calls)
-    """, EFT_KERNELS_CPU_ISA=isa)
+    """,
+        EFT_KERNELS_CPU_ISA=isa,
+    )
     assert int(out) > 20
 
 
@@ -389,7 +404,9 @@ DENIED = """
 @needs_cpu
 def test_threads_that_the_system_refuses(deny):
     """Rows are done by the threads that are there, and later by more."""
-    alone(DENIED + """
+    alone(
+        DENIED
+        + """
     few, many = logits(1, 70000), logits(40, 3000)
     want = [eft.sample(z, eft.upscale(), backend="reference", **{**args, "seed": args["seed"][: z[0].shape[0]]}).tokens
             for z in (few, many)]
@@ -402,13 +419,18 @@ def test_threads_that_the_system_refuses(deny):
     for z in (few, many):
         same(z)
     assert len(os.listdir("/proc/self/task")) > 2
-    """, LD_PRELOAD=str(deny), DENY=str(deny))
+    """,
+        LD_PRELOAD=str(deny),
+        DENY=str(deny),
+    )
 
 
 @needs_cpu
 def test_memory_that_the_system_refuses(deny):
     """MemoryError, on whichever thread it was; the next call is right."""
-    alone(DENIED + """
+    alone(
+        DENIED
+        + """
     drafts, refused = torch.zeros(3, 2, dtype=torch.int64), set()
     for rows, V in ((1, 70000), (40, 3000), (2, 90000), (40, 5000)):  # ever more than there is
         z = logits(rows, V)
@@ -428,7 +450,10 @@ def test_memory_that_the_system_refuses(deny):
         same(z)
         same(z, top_logprobs=3)
     assert {(70000, 1), (70000, 4), (3000, 4), (90000, 1)} <= refused, refused
-    """, LD_PRELOAD=str(deny), DENY=str(deny))
+    """,
+        LD_PRELOAD=str(deny),
+        DENY=str(deny),
+    )
 
 
 def test_outputs_that_there_is_no_memory_for():
@@ -443,9 +468,14 @@ def test_masks_by_the_least_number_of_a_type_exclude(backend):
     case = next(c for c in testing.CASES if c.name == "masks by the least number")
     for dtype in (torch.float32, torch.bfloat16):
         logits, _, _ = testing.make(case._replace(dtypes=(dtype,)))
-        for weights, cancel in ((eft.upscale(1.5), False), (eft.upscale(torch.linspace(1.1, 3, case.rows)), False),
-                                ([2.0, -1.5, -1.25], False), (eft.upscale(1.0), True), (eft.upscale(0.25), True),
-                                (eft.proxy(1e-3), False)):
+        for weights, cancel in (
+            (eft.upscale(1.5), False),
+            (eft.upscale(torch.linspace(1.1, 3, case.rows)), False),
+            ([2.0, -1.5, -1.25], False),
+            (eft.upscale(1.0), True),
+            (eft.upscale(0.25), True),
+            (eft.proxy(1e-3), False),
+        ):
             z = [x.clone() for x in logits]
             if cancel:  # masks of base and ref alone
                 for x in z:
@@ -457,5 +487,7 @@ def test_masks_by_the_least_number_of_a_type_exclude(backend):
                 want = eft.sample(there, weights, seed=7, position=0, backend=backend, **options)
                 assert got.valid.all() and torch.equal(got.tokens, want.tokens)
                 torch.testing.assert_close(got.logprobs, want.logprobs)
-                torch.testing.assert_close(eft.logprobs(z, weights, backend=backend, **options),
-                                           eft.logprobs(there, weights, backend=backend, **options))
+                torch.testing.assert_close(
+                    eft.logprobs(z, weights, backend=backend, **options),
+                    eft.logprobs(there, weights, backend=backend, **options),
+                )

@@ -48,10 +48,25 @@ from .machine_code import (
 
 CHUNK = 256
 DEFAULT = "B=64 V=128256 J=3 bfloat16"
-SHOWN = [f"{words} {DEFAULT}" for words in (  # the cases a person looks at first
-    "sample plain", "sample with_logprobs", "sample top_p", "sample all_with_logprobs", "sample masked", "sample rows",
-    "sample upscale_filter", "sample diagnostics", "sample top_logprobs", "verify coupled plain", "verify token plain",
-    "verify block plain", "logprobs plain", "token_logprobs plain")]
+SHOWN = [
+    f"{words} {DEFAULT}"
+    for words in (  # the cases a person looks at first
+        "sample plain",
+        "sample with_logprobs",
+        "sample top_p",
+        "sample all_with_logprobs",
+        "sample masked",
+        "sample rows",
+        "sample upscale_filter",
+        "sample diagnostics",
+        "sample top_logprobs",
+        "verify coupled plain",
+        "verify token plain",
+        "verify block plain",
+        "logprobs plain",
+        "token_logprobs plain",
+    )
+]
 BACKEND = "eft_kernels._backends.triton"
 
 
@@ -74,6 +89,7 @@ def issue_slots(a: dict) -> float | None:
 
 class Kernel(NamedTuple):
     """What a kernel's code does not say: each a function of the launch's arguments."""
+
     bytes: Callable[[dict], int] = all_models  # that it loads for a token, at least
     budget: Callable[[dict], float | None] = issue_slots  # for a token where it should be bound by memory
     tokens: Callable[[dict], int] = lambda a: CHUNK * a["TC"]  # of one time round the loop, or of a program without one
@@ -112,17 +128,26 @@ KERNELS = {  # None: reads no row from end to end
 FILTERS = dict(top_k=dict(top_k=50), top_p=dict(top_p=0.9), min_p=dict(min_p=0.05))
 FILTERS["all"] = dict(temperature=0.8) | FILTERS["top_k"] | FILTERS["top_p"] | FILTERS["min_p"]
 VARIANTS = {
-    "plain": {}, "temperature": dict(temperature=0.8), **FILTERS, "upscale_filter": dict(upscale_top_p=0.9),
-    "masked": dict(masked=True), "with_logprobs": dict(logprobs=True),
-    "all_with_logprobs": FILTERS["all"] | dict(logprobs=True), "masked_all": FILTERS["all"] | dict(masked=True),
-    "rows": dict(rows=True), "rows_with_logprobs": dict(rows=True, logprobs=True), "draft": dict(stream="draft"),
-    "diagnostics": dict(diagnostics=True), "top_logprobs": dict(top_logprobs=5),
+    "plain": {},
+    "temperature": dict(temperature=0.8),
+    **FILTERS,
+    "upscale_filter": dict(upscale_top_p=0.9),
+    "masked": dict(masked=True),
+    "with_logprobs": dict(logprobs=True),
+    "all_with_logprobs": FILTERS["all"] | dict(logprobs=True),
+    "masked_all": FILTERS["all"] | dict(masked=True),
+    "rows": dict(rows=True),
+    "rows_with_logprobs": dict(rows=True, logprobs=True),
+    "draft": dict(stream="draft"),
+    "diagnostics": dict(diagnostics=True),
+    "top_logprobs": dict(top_logprobs=5),
     "drafts_declared": dict(temperature=0.8, drawn_by=dict(temperature=1.0, top_p=0.9)),
 }
 
 
 class Case(NamedTuple):
     """A call. ``dtype`` "mixed" takes turns; ``stride`` is the length of a row where it is not V."""
+
     op: str = "sample"
     variant: str = "plain"
     batch: int = 64
@@ -134,8 +159,16 @@ class Case(NamedTuple):
     draft: int = 1
 
     def label(self) -> str:
-        words = [self.op, self.method * (self.op == "verify"), "no-draft-logits" * (self.draft < 0), self.variant,
-                 f"B={self.batch}", f"V={self.vocab}", f"J={self.models}", self.dtype]
+        words = [
+            self.op,
+            self.method * (self.op == "verify"),
+            "no-draft-logits" * (self.draft < 0),
+            self.variant,
+            f"B={self.batch}",
+            f"V={self.vocab}",
+            f"J={self.models}",
+            self.dtype,
+        ]
         return " ".join([w for w in words if w] + [f"stride={self.stride}"] * (self.stride is not None))
 
 
@@ -148,9 +181,13 @@ def cases() -> list[Case]:
     out += [Case("sample", v, b, 50257, stride=s) for s in (None, 50304) for b in (64, 1) for v in ("plain", "top_p")]
     out += [Case("verify", v, 64, method=m) for m in METHODS for v in ("plain", "all")]
     out += [Case("verify", "with_logprobs", method=m) for m in METHODS]
-    out += [Case("verify", "rows", method="block"), Case("verify", "masked", method="token"),
-            Case("verify", "upscale_filter", method="token"), Case("verify", "all", 2, 1, method="block"),
-            Case("verify", "plain", 1, method="block")]
+    out += [
+        Case("verify", "rows", method="block"),
+        Case("verify", "masked", method="token"),
+        Case("verify", "upscale_filter", method="token"),
+        Case("verify", "all", 2, 1, method="block"),
+        Case("verify", "plain", 1, method="block"),
+    ]
     out += [Case("verify", "drafts_declared", method=m) for m in METHODS[1:]]
     out += [Case("verify", method=m, draft=-1) for m in METHODS]
     out += [Case(op, v, b) for op in ("logprobs", "token_logprobs") for v in ("plain", "all") for b in (64, 1)]
@@ -166,8 +203,10 @@ def call(module, c: Case) -> None:
 
     names = ("bfloat16", "float32", "float16") if c.dtype == "mixed" else (c.dtype,)
     slots = (5,) if c.op == "verify" else ()
-    z = [torch.empty(c.batch, *slots, c.stride or c.vocab, dtype=getattr(torch, names[j % len(names)]))[..., :c.vocab]
-         for j in range(c.models)]
+    z = [
+        torch.empty(c.batch, *slots, c.stride or c.vocab, dtype=getattr(torch, names[j % len(names)]))[..., : c.vocab]
+        for j in range(c.models)
+    ]
     settings = dict(VARIANTS[c.variant])
     logprobs, top = settings.pop("logprobs", False), settings.pop("top_logprobs", 0)
     diagnostics, stream = settings.pop("diagnostics", False), settings.pop("stream", "sample")
@@ -185,8 +224,7 @@ def call(module, c: Case) -> None:
         module.sample(z, p, stream, 0, logprobs, top, diagnostics)
     elif c.op == "verify":
         drafts = torch.zeros(c.batch, slots[0] - 1, dtype=torch.int64)
-        module.verify(z, p, drafts, torch.full((c.batch,), slots[0] - 1), c.method, c.draft, drawn_by,
-                      logprobs)
+        module.verify(z, p, drafts, torch.full((c.batch,), slots[0] - 1), c.method, c.draft, drawn_by, logprobs)
     elif c.op == "logprobs":
         module.logprobs(z, p)
     else:
@@ -195,11 +233,13 @@ def call(module, c: Case) -> None:
 
 # --- compilation ---------------------------------------------------------------------------------------------------
 
+
 class Driver:
     """What Triton asks of a driver to compile."""
 
     def __init__(self, target: Target):
         from triton.backends.compiler import GPUTarget
+
         self.target = GPUTarget(*target[:3])
 
     def get_current_target(self):
@@ -242,8 +282,9 @@ def compile_all(target: str, calls: dict[str, Callable[[], None]], only: str | N
         except Exception as error:  # whatever the compiler raises
             last = traceback.extract_tb(error.__traceback__)[-1]
             text = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}: "
-            rows[label] = dict(target=target, kernel=None, cases=[label],
-                               findings=[text + " ".join(str(error).split())[-240:]])
+            rows[label] = dict(
+                target=target, kernel=None, cases=[label], findings=[text + " ".join(str(error).split())[-240:]]
+            )
         for name, arguments, constants, kernel in seen:
             if only in (None, name):
                 key = name, kernel.hash
@@ -255,9 +296,11 @@ def compile_all(target: str, calls: dict[str, Callable[[], None]], only: str | N
 
 # --- machine code --------------------------------------------------------------------------------------------------
 
+
 def main_loop(code: list[Instruction], nbytes: int) -> set[int] | None:
     """The loop whose threads load ``nbytes`` each time round, beside what loops inside it load: with the widest loads,
     then the shortest. Without what an iteration may skip, unless the loads are there."""
+
     def loaded(part, bits=8):
         return sum(n // 8 for i in part if (n := load_bits(code[i].op)) >= bits)
 
@@ -315,6 +358,7 @@ def read_amd(kernel) -> tuple[list[Instruction], dict]:
 
     def said(name):
         return int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
+
     return parse_amdgcn(text), dict(registers=said("vgpr_count"), stack=said("private_segment_fixed_size"))
 
 
@@ -322,8 +366,15 @@ def examine(name: str, kernel_name: str, a: dict, kernel) -> dict:
     """The row of one specialisation."""
     target, about, meta = TARGETS[name], KERNELS.get(kernel_name), kernel.metadata
     code, use = (read_nvidia if target.backend == "cuda" else read_amd)(kernel)
-    row = dict(target=name, kernel=kernel_name, **use, warps=meta.num_warps, shared=meta.shared, hash=kernel.hash,
-               ctas=resident_blocks(target, use["registers"], meta.num_warps, meta.shared))
+    row = dict(
+        target=name,
+        kernel=kernel_name,
+        **use,
+        warps=meta.num_warps,
+        shared=meta.shared,
+        hash=kernel.hash,
+        ctas=resident_blocks(target, use["registers"], meta.num_warps, meta.shared),
+    )
     findings = [f"spills {use['stack']} bytes"] * any(re.match("LDL|STL|scratch_", x.op) for x in code)
     findings += ["fp fusion is on"] * meta.enable_fp_fusion
     threads = meta.num_warps * target.lanes
@@ -332,8 +383,15 @@ def examine(name: str, kernel_name: str, a: dict, kernel) -> dict:
     findings += contractions(kernel.asm, [x.op for x in code], [code[i].op for i in loop or ()])
     part = [code[i].op for i in sorted(loop or range(len(code))) if code[i].op not in ("NOP", "s_nop")]
     loads = Counter(bits for op in part if (bits := load_bits(op)))
-    row |= dict(loop=bool(loop), instructions=len(part), opcodes=count(part), tokens=None, per_token=None, budget=None,
-                loads={str(bits): n for bits, n in sorted(loads.items(), reverse=True)})
+    row |= dict(
+        loop=bool(loop),
+        instructions=len(part),
+        opcodes=count(part),
+        tokens=None,
+        per_token=None,
+        budget=None,
+        loads={str(bits): n for bits, n in sorted(loads.items(), reverse=True)},
+    )
     if not about:
         return row | dict(findings=findings + ["is not in KERNELS"] * (kernel_name not in KERNELS))
     wide = sum(bits // 8 * n for bits, n in loads.items() if bits >= 128) * threads
@@ -354,6 +412,7 @@ def aligned(a: dict) -> bool:
 
 # --- the tables ----------------------------------------------------------------------------------------------------
 
+
 def widths(row: dict) -> str:
     return ", ".join(f"{n} x {bits}" for bits, n in row["loads"].items()) or "none"
 
@@ -368,9 +427,20 @@ def name_of(row: dict) -> str:
 
 def detail(rows: list[dict]) -> list[str]:
     head = ["kernel", "case", "registers", "stack", "shared", "CTAs/SM", "loads (bits)", "instructions/token", "budget"]
-    lines = [[name_of(r), next(c for c in SHOWN if c in r["cases"]).removesuffix(DEFAULT).strip(), r["registers"],
-              r["stack"], r["shared"], r["ctas"], widths(r), per_token(r),
-              "-" if r["budget"] is None else f"{r['budget']:.0f}"] for r in rows]
+    lines = [
+        [
+            name_of(r),
+            next(c for c in SHOWN if c in r["cases"]).removesuffix(DEFAULT).strip(),
+            r["registers"],
+            r["stack"],
+            r["shared"],
+            r["ctas"],
+            widths(r),
+            per_token(r),
+            "-" if r["budget"] is None else f"{r['budget']:.0f}",
+        ]
+        for r in rows
+    ]
     return report.table(head, [[str(cell) for cell in line] for line in lines], left=2)
 
 
@@ -391,14 +461,22 @@ def summary(rows: list[dict]) -> list[str]:
 
 def render(rows: list[dict], command: str) -> str:
     import triton
+
     good = [r for r in rows if r["kernel"]]
     shown = [r for r in good if r["target"] == BUDGETED and set(SHOWN) & set(r["cases"])]
-    bad = [f"- {r['target']}, {name_of(r) + ', ' if r['kernel'] else ''}{r['cases'][0]}: {f}"
-           for r in rows for f in r["findings"]]
+    bad = [
+        f"- {r['target']}, {name_of(r) + ', ' if r['kernel'] else ''}{r['cases'][0]}: {f}"
+        for r in rows
+        for f in r["findings"]
+    ]
     lines = ["# What the Triton kernels compile to", "", f"`{command}`, triton {triton.__version__}, no GPU.", ""]
     if shown:
-        lines += [f"{BUDGETED}, {DEFAULT}. Loads and instructions are those of the loop over the logits, or of the "
-                  "whole kernel where it has none.", "", *detail(shown)]
+        lines += [
+            f"{BUDGETED}, {DEFAULT}. Loads and instructions are those of the loop over the logits, or of the "
+            "whole kernel where it has none.",
+            "",
+            *detail(shown),
+        ]
     if good:
         lines += ["Every specialisation: how many, registers, instructions per token.", "", *summary(good)]
     return "\n".join([*lines, f"{len(bad) or 'No'} findings{':' if bad else '.'}", "", *bad]).rstrip() + "\n"
@@ -406,11 +484,13 @@ def render(rows: list[dict], command: str) -> str:
 
 # --- the command ---------------------------------------------------------------------------------------------------
 
+
 def child(target: str, kernel: str, words: str) -> None:
     """Rows of one target as JSON on the standard output."""
     import importlib
 
     import torch
+
     if TARGETS[target].backend == "hip":
         torch.version.hip = "ahead of time"  # the backend looks there
     module = importlib.import_module(BACKEND)

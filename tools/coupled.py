@@ -35,8 +35,10 @@ def load(dtype: torch.dtype, float32_head: bool = False) -> list:
     """[base, tuned, ref] of the family."""
     from transformers import AutoModelForCausalLM
 
-    models = [AutoModelForCausalLM.from_pretrained(FAMILY / "weights" / name, dtype=dtype).eval()
-              for name in ("base", "tuned-a", "ref")]
+    models = [
+        AutoModelForCausalLM.from_pretrained(FAMILY / "weights" / name, dtype=dtype).eval()
+        for name in ("base", "tuned-a", "ref")
+    ]
     if float32_head:
         for model in models:
             model.set_output_embeddings(Float32Head(model.get_output_embeddings()))
@@ -49,10 +51,22 @@ def write(models, prompts, tokens: int, k: int) -> tuple[torch.Tensor, float]:
     start, texts = time.perf_counter(), []
     for i, part in enumerate(prompts.split(BATCH)):
         seeds = torch.arange(i * BATCH, i * BATCH + len(part))
-        texts.append(base.generate(
-            part, attention_mask=torch.ones_like(part), custom_generate=eft.hf.generate, tuned=tuned, ref=ref,
-            do_sample=True, top_k=0, seed=seeds, draft_tokens=k, max_new_tokens=tokens, eos_token_id=None,
-            pad_token_id=0))
+        texts.append(
+            base.generate(
+                part,
+                attention_mask=torch.ones_like(part),
+                custom_generate=eft.hf.generate,
+                tuned=tuned,
+                ref=ref,
+                do_sample=True,
+                top_k=0,
+                seed=seeds,
+                draft_tokens=k,
+                max_new_tokens=tokens,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        )
     return torch.cat(texts), time.perf_counter() - start
 
 
@@ -72,8 +86,11 @@ def main(argv: list[str]) -> int:
     prompts = torch.tensor(ids[: args.texts * 97]).view(args.texts, 97)[:, :PROMPT]
     print(f"{args.texts} texts of {args.tokens} tokens, K = {args.drafts}, temperature 1, one thread")
     print("| models | texts that differ from plain decoding's | seconds plain | seconds coupled |\n|---|--:|--:|--:|")
-    for name, dtype, head in (("float32", torch.float32, False), ("bfloat16", torch.bfloat16, False),
-                              ("bfloat16, float32 head", torch.bfloat16, True)):
+    for name, dtype, head in (
+        ("float32", torch.float32, False),
+        ("bfloat16", torch.bfloat16, False),
+        ("bfloat16, float32 head", torch.bfloat16, True),
+    ):
         models = load(dtype, head)
         plain, t0 = write(models, prompts, args.tokens, 0)
         coupled, t1 = write(models, prompts, args.tokens, args.drafts)

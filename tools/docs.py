@@ -129,8 +129,14 @@ def entry(name: str, value) -> list[str]:
             decorator = "@property\n" if isinstance(member, property) else ""
             lines += ["```python", decorator + signature(attribute, function), "```", "", prose(member.__doc__), ""]
     else:
-        lines += ["```python", signature(name.rpartition(".")[2], value), "```", "",
-                  prose(value.__doc__, inspect.signature(value).parameters), ""]
+        lines += [
+            "```python",
+            signature(name.rpartition(".")[2], value),
+            "```",
+            "",
+            prose(value.__doc__, inspect.signature(value).parameters),
+            "",
+        ]
     return lines
 
 
@@ -157,12 +163,16 @@ def api() -> str:
 
 # --- the site ------------------------------------------------------------------------------------------------------
 
+
 def on_files(files, config):
     from mkdocs.structure.files import File
 
     docs = Path(config.docs_dir)
-    pictures = {found for page in docs.glob("*.md")
-                for found in re.findall(r"!\[[^]]*\]\(\.\./([^)]+)\)", page.read_text(encoding="utf-8"))}
+    pictures = {
+        found
+        for page in docs.glob("*.md")
+        for found in re.findall(r"!\[[^]]*\]\(\.\./([^)]+)\)", page.read_text(encoding="utf-8"))
+    }
     for path in sorted(pictures):
         files.append(File.generated(config, path, abs_src_path=str(docs.parent / path)))
     return files

@@ -34,8 +34,14 @@ backends = [{", ".join(f'"{b}"' for b in BACKENDS)}]
 
 def metadata(backend: str) -> dict:
     """What `kernels` reads beside the package."""
-    return {"id": f"eft_kernels_{backend}_{__version__.replace('.', '_')}", "name": NAME, "version": 1,
-            "license": "Apache-2.0", "python-depends": [], "backend": {"type": backend}}
+    return {
+        "id": f"eft_kernels_{backend}_{__version__.replace('.', '_')}",
+        "name": NAME,
+        "version": 1,
+        "license": "Apache-2.0",
+        "python-depends": [],
+        "backend": {"type": backend},
+    }
 
 
 def write(out: Path) -> list[Path]:

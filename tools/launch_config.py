@@ -29,6 +29,7 @@ ROUNDS = 7
 
 class TunedField(NamedTuple):
     """A field of `LaunchConfig`: candidates, the variant of an operation that it matters to, and the batches."""
+
     values: tuple[int, ...]
     variant: str
     batches: tuple[int, ...]
@@ -60,8 +61,16 @@ def launch_config(**values: int):
 def measure(name: str, batch: int, kind: str = "cuda", launch: str = "graph", vocab: int = 128256) -> dict[int, float]:
     """Median microseconds of every candidate of a field, in turns."""
     field = FIELDS[name]
-    s = Shape(field.op, field.variant, batch, vocab, device=kind, launch=launch, threads=None,
-              draft_tokens=4 if field.op == "verify" else None)
+    s = Shape(
+        field.op,
+        field.variant,
+        batch,
+        vocab,
+        device=kind,
+        launch=launch,
+        threads=None,
+        draft_tokens=4 if field.op == "verify" else None,
+    )
     sets, call = run.inputs_for(s), ours(field.op, field.variant, problem(s), "cuda")
     timers, want = {}, None
     for value in field.values:
@@ -100,8 +109,18 @@ def main(argv: list[str]) -> int:
                 print(f"no time for {name} at B = {batch}", file=sys.stderr)
                 continue
             times = measure(name, batch)
-            rows += [dict(field=name, value=v, op=field.op, variant=field.variant, batch=batch, median_us=t,
-                          device=torch.cuda.get_device_name()) for v, t in times.items()]
+            rows += [
+                dict(
+                    field=name,
+                    value=v,
+                    op=field.op,
+                    variant=field.variant,
+                    batch=batch,
+                    median_us=t,
+                    device=torch.cuda.get_device_name(),
+                )
+                for v, t in times.items()
+            ]
             best = min(times.values())
             lines.append([str(batch), *(f"**{t:.1f}**" if t == best else f"{t:.1f}" for t in times.values())])
         if lines:

@@ -76,11 +76,14 @@ def _jump(guard: str | None, op: str, operands: str) -> tuple[str, str, list[str
 def _resolved(code: list, labels: dict[str, int]) -> list[Instruction]:
     """Labels as indices; those of other functions, and of the end, are left out."""
     known = {label: i for label, i in labels.items() if i < len(code)}
-    return [Instruction(op, operands, tuple(known[t] for t in to if t in known), falls, frames, part)
-            for (op, operands, to, falls), frames, part in code]
+    return [
+        Instruction(op, operands, tuple(known[t] for t in to if t in known), falls, frames, part)
+        for (op, operands, to, falls), frames, part in code
+    ]
 
 
 # --- AMD -----------------------------------------------------------------------------------------------------------
+
 
 def parse_amdgcn(text: str) -> list[Instruction]:
     """Instructions of LLVM's assembly for AMD."""
@@ -92,8 +95,15 @@ def parse_amdgcn(text: str) -> list[Instruction]:
         elif re.match(r"\t[a-z]", line):
             op, *operands = line.split(None, 1)
             lines.append((op, operands[0].strip() if operands else ""))
-    return [Instruction(op, operands, (labels[operands],) if "branch" in op and operands in labels else (),
-                        op not in ("s_branch", "s_endpgm")) for op, operands in lines]
+    return [
+        Instruction(
+            op,
+            operands,
+            (labels[operands],) if "branch" in op and operands in labels else (),
+            op not in ("s_branch", "s_endpgm"),
+        )
+        for op, operands in lines
+    ]
 
 
 # --- the control-flow graph ----------------------------------------------------------------------------------------
@@ -107,9 +117,15 @@ def graph_of(code: list[Instruction]) -> Graph:
     starts |= {i + 1 for i, x in enumerate(code) if x.targets or not x.falls or x.op.startswith("EXIT")}
     edges = [*sorted(s for s in starts if s < len(code)), len(code)]
     number = {start: n for n, start in enumerate(edges[:-1])}
-    return [(range(start, end), list(dict.fromkeys(
-        [number[t] for t in jumps[end - 1]] + [n + 1] * (code[end - 1].falls and end < len(code)))))
-        for n, (start, end) in enumerate(zip(edges, edges[1:]))]
+    return [
+        (
+            range(start, end),
+            list(
+                dict.fromkeys([number[t] for t in jumps[end - 1]] + [n + 1] * (code[end - 1].falls and end < len(code)))
+            ),
+        )
+        for n, (start, end) in enumerate(zip(edges, edges[1:]))
+    ]
 
 
 def natural_loops(graph: Graph) -> dict[int, tuple[set[int], set[int]]]:
@@ -150,6 +166,7 @@ def loops(code: list[Instruction]) -> list[tuple[set[int], set[int]]]:
 
 # --- loads and opcodes ---------------------------------------------------------------------------------------------
 
+
 def load_bits(op: str) -> int:
     """Width of a load from global memory, or from an address that may be one; 0 if it is none."""
     if op.startswith(("LDG", "LD.")):
@@ -166,6 +183,7 @@ def count(ops) -> dict[str, int]:
 
 
 # --- PTX -----------------------------------------------------------------------------------------------------------
+
 
 class PtxFunction(NamedTuple):
     """A kernel, or a function that it calls."""
@@ -205,6 +223,7 @@ def parse_ptx(text: str) -> dict[str, PtxFunction]:
 
 # --- occupancy -----------------------------------------------------------------------------------------------------
 
+
 class Target(NamedTuple):
     backend: str  # "cuda" or "hip"
     arch: int | str
@@ -216,8 +235,17 @@ class Target(NamedTuple):
 
 # by compute capability: KiB of shared memory, warps and blocks of an SM
 _SMS = {
-    75: (64, 32, 16), 80: (164, 64, 32), 86: (100, 48, 16), 87: (164, 48, 16), 88: (164, 48, 16), 89: (100, 48, 24),
-    90: (228, 64, 32), 100: (228, 64, 32), 103: (228, 64, 32), 110: (228, 48, 24), 120: (100, 48, 24),
+    75: (64, 32, 16),
+    80: (164, 64, 32),
+    86: (100, 48, 16),
+    87: (164, 48, 16),
+    88: (164, 48, 16),
+    89: (100, 48, 24),
+    90: (228, 64, 32),
+    100: (228, 64, 32),
+    103: (228, 64, 32),
+    110: (228, 48, 24),
+    120: (100, 48, 24),
     121: (100, 48, 24),
 }
 

@@ -25,8 +25,15 @@ PARAMETERS, DRAFTED = parameters.PARAMETERS, parameters.DRAFTED
 
 WIDTH = 120  # of a line
 HEADER = ROOT / "csrc/semantics/parameters.h"
-FILES = [ROOT / name for name in ("eft_kernels/parameters.py", "eft_kernels/ops.py",
-                                  "eft_kernels/integrations/hf/generate.py", "docs/semantics.md")]
+FILES = [
+    ROOT / name
+    for name in (
+        "eft_kernels/parameters.py",
+        "eft_kernels/ops.py",
+        "eft_kernels/integrations/hf/generate.py",
+        "docs/semantics.md",
+    )
+]
 
 
 def spread(before: str, items: list[str], after: str) -> str:
@@ -36,6 +43,7 @@ def spread(before: str, items: list[str], after: str) -> str:
 
 
 # --- Python --------------------------------------------------------------------------------------------------------
+
 
 def fields(rows, optional: bool) -> str:
     kind = " | None = None" if optional else ""
@@ -78,8 +86,9 @@ BLOCKS = {
     "dict": lambda: named(PARAMETERS),
     "table": table,
 }
-BLOCK = re.compile(r"^( *)((?:#|<!--) parameters: (.+?)(?: -->)?)\n(?:.*\n)*?( *(?:#|<!--) parameters: end.*\n)",
-                   re.MULTILINE)
+BLOCK = re.compile(
+    r"^( *)((?:#|<!--) parameters: (.+?)(?: -->)?)\n(?:.*\n)*?( *(?:#|<!--) parameters: end.*\n)", re.MULTILINE
+)
 
 
 # in a docstring: the lines under one that ends so
@@ -94,6 +103,7 @@ def described(indent: str) -> str:
 
 def written(text: str) -> str:
     """``text`` with its blocks anew."""
+
     def block(m: re.Match) -> str:
         lines = BLOCKS[m[3]]().split("\n")
         return f"{m[1]}{m[2]}\n" + "".join(m[1] + line + "\n" for line in lines) + m[4]
@@ -115,8 +125,11 @@ def literal(x, kind: type) -> str:
 
 
 def rows_of(name: str, rows) -> str:
-    ends = [f"  X({'int64_t' if p.type is int else 'float'}, {p.name}, "
-            f"{', '.join(literal(x, p.type) for x in (p.off, p.low, p.high))})" for p in rows]
+    ends = [
+        f"  X({'int64_t' if p.type is int else 'float'}, {p.name}, "
+        f"{', '.join(literal(x, p.type) for x in (p.off, p.low, p.high))})"
+        for p in rows
+    ]
     return f"#define {name}(X) \\\n" + " \\\n".join(ends) + "\n"
 
 
@@ -125,23 +138,36 @@ def enum(name: str, kind: str, codes: dict) -> str:
 
 
 def header() -> str:
-    constants = dict(kMaxModels=("int", parameters.MAX_MODELS), kMaxVocab=("int64_t", parameters.MAX_VOCAB),
-                     kMaxSlot=("int64_t", parameters.MAX_SLOT), kGreedy=("float", parameters.GREEDY),
-                     kMasked=("float", parameters.MASKED), kLarge=("float", parameters.LARGE))
+    constants = dict(
+        kMaxModels=("int", parameters.MAX_MODELS),
+        kMaxVocab=("int64_t", parameters.MAX_VOCAB),
+        kMaxSlot=("int64_t", parameters.MAX_SLOT),
+        kGreedy=("float", parameters.GREEDY),
+        kMasked=("float", parameters.MASKED),
+        kLarge=("float", parameters.LARGE),
+    )
     of = {stage: [p for p in PARAMETERS if p.stage == stage] for stage in ("filter", "combine")}
     return (
         "// Written by tools/parameters.py from eft_kernels/parameters.py, which says what these are.\n"
         "// clang-format off\n#pragma once\n#include <cstdint>\n\n"
         "// X(type, name, off, low, high) of every sampling parameter, in the order of the operators' arguments\n"
-        + rows_of("EFT_PARAMETERS", PARAMETERS) + "// of those that leave tokens out\n"
-        + rows_of("EFT_FILTERS", of["filter"]) + "// of those that drafts have, too\n"
-        + rows_of("EFT_DRAFTED", DRAFTED) + "// and of those that they have not\n"
-        + rows_of("EFT_COMBINING", of["combine"]) + "\nnamespace eft {\n\n"
-        + "".join(f"constexpr {kind} {name} = {literal(x, float if kind == 'float' else int)};\n"
-                  for name, (kind, x) in constants.items())
-        + "\n" + enum("Method", "", {METHOD_NAMES[m]: code for m, code in parameters.METHOD_CODES.items()})
+        + rows_of("EFT_PARAMETERS", PARAMETERS)
+        + "// of those that leave tokens out\n"
+        + rows_of("EFT_FILTERS", of["filter"])
+        + "// of those that drafts have, too\n"
+        + rows_of("EFT_DRAFTED", DRAFTED)
+        + "// and of those that they have not\n"
+        + rows_of("EFT_COMBINING", of["combine"])
+        + "\nnamespace eft {\n\n"
+        + "".join(
+            f"constexpr {kind} {name} = {literal(x, float if kind == 'float' else int)};\n"
+            for name, (kind, x) in constants.items()
+        )
+        + "\n"
+        + enum("Method", "", {METHOD_NAMES[m]: code for m, code in parameters.METHOD_CODES.items()})
         + enum("Stream", " : uint32_t", {f"k{s.title()}": code for s, code in parameters.STREAM_CODES.items()})
-        + "\n}  // namespace eft\n")
+        + "\n}  // namespace eft\n"
+    )
 
 
 def current() -> dict[Path, str]:

@@ -1,6 +1,6 @@
 """Small cases through every compiled backend of a device, for a tool that watches memory; tools/gpu.sh calls it.
 
-    compute-sanitizer --tool memcheck python -m tools sanitize          # or: python -m tools sanitize cpu
+compute-sanitizer --tool memcheck python -m tools sanitize          # or: python -m tools sanitize cpu
 """
 
 from __future__ import annotations
@@ -15,8 +15,18 @@ from eft_kernels.testing import BF16, CASES, Case, check_logprobs, check_sample,
 from .launch_config import launch_config
 from .tune import tile_config
 
-NAMES = ("one token", "a chunk and one", "two chunks and some", "bf16", "greedy ties", "top-p ties", "everything",
-         "bad rows filtered", "strided", "unaligned")
+NAMES = (
+    "one token",
+    "a chunk and one",
+    "two chunks and some",
+    "bf16",
+    "greedy ties",
+    "top-p ties",
+    "everything",
+    "bad rows filtered",
+    "strided",
+    "unaligned",
+)
 # more chunks than multiprocessors take one each: the CUDA kernel of many rows
 MANY = Case("many chunks", rows=80, vocab=(16000,), dtypes=(BF16,))
 # tiles of the Triton kernels, by table: None is what the work asks for; with many rows several small ones. CUDA
@@ -59,8 +69,13 @@ def calls(case, name: str, launch: str, device) -> int:
 
 def sanitize(device: str) -> int:
     """Runs the cases; how many calls they were."""
-    number = sum(calls(case, name, launch, device) for name in backends(device) for launch in launches(name)
-                 for case in CASES if case.name in NAMES)
+    number = sum(
+        calls(case, name, launch, device)
+        for name in backends(device)
+        for launch in launches(name)
+        for case in CASES
+        if case.name in NAMES
+    )
     if device != "cpu":
         for name in backends(device):
             check_sample(MANY, name, device=device, logprobs=True)

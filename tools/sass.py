@@ -80,6 +80,7 @@ class Failed(Exception):
 
 # --- tools ---------------------------------------------------------------------------------------------------------
 
+
 def tool(name: str) -> str:
     """nvcc, or a disassembler: in $CUDA_HOME, on PATH, beside nvcc, or triton's."""
     home, nvcc = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
@@ -89,10 +90,12 @@ def tool(name: str) -> str:
             return found
     try:
         from triton import knobs
+
         return getattr(knobs.nvidia, name).path
     except (ImportError, AttributeError, RuntimeError):
-        raise ValueError(f"no {name}: set CUDA_HOME, or put it on PATH"
-                         + (", or install triton" if name != "nvcc" else "")) from None
+        raise ValueError(
+            f"no {name}: set CUDA_HOME, or put it on PATH" + (", or install triton" if name != "nvcc" else "")
+        ) from None
 
 
 def output(*words: str) -> str:
@@ -114,11 +117,13 @@ def architectures(text: str) -> list[str]:
 
 # --- compilation ---------------------------------------------------------------------------------------------------
 
+
 class Unit(NamedTuple):
     """One file for one architecture."""
+
     file: Path
     arch: str
-    log: str   # what ptxas says
+    log: str  # what ptxas says
     ptx: str
     sass: str  # of nvdisasm, with lines
 
@@ -149,9 +154,27 @@ def build(file: Path, arch: str, flags: list[str], cache: Path) -> Unit:
             folder, new = Path(name), Path(name) / "new"
             new.mkdir()
             began = time.time()
-            done = subprocess.run([nvcc, *flags, "-Xptxas", "-v", f"-arch=sm_{arch}", "-cubin", "--keep", "--keep-dir",
-                                   name, "-MMD", "-MF", f"{name}/includes", str(file), "-o", f"{name}/cubin"],
-                                  capture_output=True, text=True)
+            done = subprocess.run(
+                [
+                    nvcc,
+                    *flags,
+                    "-Xptxas",
+                    "-v",
+                    f"-arch=sm_{arch}",
+                    "-cubin",
+                    "--keep",
+                    "--keep-dir",
+                    name,
+                    "-MMD",
+                    "-MF",
+                    f"{name}/includes",
+                    str(file),
+                    "-o",
+                    f"{name}/cubin",
+                ],
+                capture_output=True,
+                text=True,
+            )
             if done.returncode:
                 lines = (done.stderr + done.stdout).splitlines()
                 raise Failed(next((x for x in lines if "error" in x), " ".join(lines[-1:])).strip())
@@ -162,8 +185,13 @@ def build(file: Path, arch: str, flags: list[str], cache: Path) -> Unit:
                 (new / part).write_bytes(gzip.compress(text.encode(), 1))
             _, _, words = (folder / "includes").read_text().partition(" : ")
             paths = {str(Path(w).resolve()) for w in shlex.split(words.replace("\\\n", " "))} | {str(file)}
-            (new / "sources").write_text(json.dumps({  # one that was written meanwhile is compiled again next time
-                p: digest(Path(p).read_bytes()) if os.path.getmtime(p) < began else None for p in sorted(paths)}))
+            (new / "sources").write_text(
+                json.dumps(
+                    {  # one that was written meanwhile is compiled again next time
+                        p: digest(Path(p).read_bytes()) if os.path.getmtime(p) < began else None for p in sorted(paths)
+                    }
+                )
+            )
             shutil.rmtree(kept, ignore_errors=True)
             new.rename(kept)
     return Unit(file, arch, *(gzip.decompress((kept / part).read_bytes()).decode() for part in parts))
@@ -175,6 +203,7 @@ def versions(path: str) -> str:
 
 
 # --- marks ---------------------------------------------------------------------------------------------------------
+
 
 class Group(NamedTuple):
     name: str
@@ -213,8 +242,10 @@ def parse_marks(text: str, name: str) -> dict[int, Mark]:
             elif said and set(said.split()) <= WORDS:
                 now = now._replace(words=now.words | set(said.split()))
             else:
-                raise ValueError(f"{where}: `// sass: {said}`: allowed are {', '.join(sorted(WORDS))}, and on a line "
-                                 "of their own end and group [NAME] N tokens[, no budget]")
+                raise ValueError(
+                    f"{where}: `// sass: {said}`: allowed are {', '.join(sorted(WORDS))}, and on a line "
+                    "of their own end and group [NAME] N tokens[, no budget]"
+                )
             if alone:
                 stack.append((number, now))
                 continue
@@ -256,8 +287,10 @@ def mark(frames: Frames) -> Mark:
 
 # --- loops and the longest ways through them -----------------------------------------------------------------------
 
+
 class Level(NamedTuple):
     """A loop, or all of a kernel: its blocks, but each loop inside is one node, its head."""
+
     first: int
     nodes: set[int]
     after: dict[int, set[int]]
@@ -266,6 +299,7 @@ class Level(NamedTuple):
 
 class Way(NamedTuple):
     """The longest one through a level."""
+
     own: list[int]  # blocks
     loops: dict[int, list[int]]  # on it, by head: the blocks of their own longest ways
 
@@ -349,8 +383,11 @@ class Function:
                 size, rest = max(found, key=lambda x: x[0])
                 best[n] = size + len(self.issued(self.inner(n, head))), [n, *rest]
         _, nodes = best.get(level.first, (0, ()))
-        self.ways[head] = Way([n for n in nodes if n not in loops],
-                              {n: self.whole(n) for n in nodes if n in loops}) if nodes else None
+        self.ways[head] = (
+            Way([n for n in nodes if n not in loops], {n: self.whole(n) for n in nodes if n in loops})
+            if nodes
+            else None
+        )
         return self.ways[head]
 
     def whole(self, head: int) -> list[int]:
@@ -379,9 +416,19 @@ class Function:
         """One time round a loop (or once through the group's lines, where there is no loop), for three models."""
         level, banned, way = self.level(head), self.banned(head), self.way(head)
         if way is None:
-            return dict(name=group.name, tokens=group.tokens, loop=head is not None, models=0, instructions=0,
-                        per_token=0, budget=None, loads={}, opcodes={}, lines={},
-                        findings=["every way round its loop has rare lines or other types"])
+            return dict(
+                name=group.name,
+                tokens=group.tokens,
+                loop=head is not None,
+                models=0,
+                instructions=0,
+                per_token=0,
+                budget=None,
+                loads={},
+                opcodes={},
+                lines={},
+                findings=["every way round its loop has rare lines or other types"],
+            )
 
         def ours(part):
             return [i for i in self.issued(part) if head is not None or self.marks[i].group == group]
@@ -393,8 +440,11 @@ class Function:
         inner = [part for blocks in way.loops.values() if (part := ours(blocks))]
         models = [part for part in inner if any(self.marks[i].words & (TYPES | {"model"}) for i in part)]
         others = [part for part in inner if part not in models]
-        optional = ours(n for n in way.own if self.most([n], lambda m: bool(m.words & {"model", "bf16"}))
-                        and self.avoidable(level, n, banned))
+        optional = ours(
+            n
+            for n in way.own
+            if self.most([n], lambda m: bool(m.words & {"model", "bf16"})) and self.avoidable(level, n, banned)
+        )
         each = group.tokens * ITEM // LANES * 8  # bits of a model that a lane loads
 
         def copies(part):  # models that it loads
@@ -421,19 +471,35 @@ class Function:
             findings += [f"loads {wide // 8 * LANES} of {need // 8 * LANES} bytes in 128 bits"]
         elif wide and abs(loaded - round(loaded)) > 0.01 and group.budgeted:
             findings += [f"loads {loaded:.2f} models in 128 bits: is a group {group.tokens} tokens?"]
-        narrow = Counter(f"{b}-bit load at {self.at(i)}" for b, i in bits(path)
-                         if b < 128 and (self.marks[i].words & (TYPES | {"model"})))
+        narrow = Counter(
+            f"{b}-bit load at {self.at(i)}"
+            for b, i in bits(path)
+            if b < 128 and (self.marks[i].words & (TYPES | {"model"}))
+        )
         findings += [f"{n} {what}" for what, n in narrow.items() if wide >= need]
         findings += ["holds a loop that is no model's: counted once"] * bool(others)
-        findings += [f"calls {self.code[i].operands}" for i in path if self.code[i].op.startswith("CALL")
-                     and not self.code[i].targets and "$__internal" not in self.code[i].operands]
+        findings += [
+            f"calls {self.code[i].operands}"
+            for i in path
+            if self.code[i].op.startswith("CALL")
+            and not self.code[i].targets
+            and "$__internal" not in self.code[i].operands
+        ]
         if budget and per_token > budget:
             findings += [f"{per_token:.1f} instructions a token, the budget is {budget:.0f}"]
-        return dict(name=group.name, tokens=group.tokens, loop=head is not None, models=round(used, 2),
-                    instructions=round(total, 2), per_token=per_token, budget=budget,
-                    loads={str(b): n for b, n in sorted(loads.items(), reverse=True)},
-                    opcodes=count(self.code[i].op for i in path), findings=findings,
-                    lines=dict(Counter(self.at(i) for i in path).most_common()))
+        return dict(
+            name=group.name,
+            tokens=group.tokens,
+            loop=head is not None,
+            models=round(used, 2),
+            instructions=round(total, 2),
+            per_token=per_token,
+            budget=budget,
+            loads={str(b): n for b, n in sorted(loads.items(), reverse=True)},
+            opcodes=count(self.code[i].op for i in path),
+            findings=findings,
+            lines=dict(Counter(self.at(i) for i in path).most_common()),
+        )
 
     def at(self, i: int) -> str:
         """The innermost line of ours, or of anybody."""
@@ -460,13 +526,18 @@ def contractions(f: Function, symbol: str, ptx: dict[str, PtxFunction]) -> list[
             found.setdefault(place(lines), Counter())[op] += 1
     for x, m in [*zip(f.code, f.marks), *((x, mark(x.frames)) for x in parts)]:
         constant = x.op.startswith("HFMA2") and re.match(r"\w+, -RZ, RZ, ", x.operands)
-        if re.match(FUSED, x.op) and not constant and "fma" not in m.words and (
-                x.frames[:1] not in divisions or x.op.startswith("FFMA2")):
+        if (
+            re.match(FUSED, x.op)
+            and not constant
+            and "fma" not in m.words
+            and (x.frames[:1] not in divisions or x.op.startswith("FFMA2"))
+        ):
             found.setdefault(place(x.frames), Counter())[x.op.split(".")[0]] += 1
     return [f"contracts at {where}: " + ", ".join(f"{n} {op}" for op, n in ops.items()) for where, ops in found.items()]
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------
+
 
 @functools.cache
 def demangle(name: str) -> str:
@@ -524,14 +595,22 @@ def examine(unit: Unit, kernel: str | None = None, seen: set[Group] | None = Non
             continue
         f = Function(functions[symbol])
         threads = ptx[symbol].threads
-        row = dict(kernel=name, arch=unit.arch, file=short(str(unit.file)), symbol=symbol, **about, threads=threads,
-                   resident=threads and resident(unit.arch, about["registers"], threads, about["shared"]),
-                   instructions=len(f.issued(range(len(f.graph)))))
+        row = dict(
+            kernel=name,
+            arch=unit.arch,
+            file=short(str(unit.file)),
+            symbol=symbol,
+            **about,
+            threads=threads,
+            resident=threads and resident(unit.arch, about["registers"], threads, about["shared"]),
+            instructions=len(f.issued(range(len(f.graph)))),
+        )
         findings = []
         if about["spill_stores"] or about["spill_loads"]:
             findings += [f"spills: {about['spill_stores']} bytes stored, {about['spill_loads']} loaded"]
-        local = Counter(f"{x.op.split('.')[0]} at {place(x.frames)}" for x in f.code + f.parts
-                        if re.match("LDL|STL", x.op))
+        local = Counter(
+            f"{x.op.split('.')[0]} at {place(x.frames)}" for x in f.code + f.parts if re.match("LDL|STL", x.op)
+        )
         if about["stack"] or local:
             some = ", ".join(f"{n} {what}" for what, n in local.most_common(3)) or "not used"
             findings += [f"stack of {about['stack']} bytes: {some}" + ", ..." * (len(local) > 3)]
@@ -555,8 +634,14 @@ def marked(files: list[Path]) -> dict[str, Group]:
     return {g.where: g for g in groups}
 
 
-def compile_and_examine(files: list[Path], archs: list[str], kernel: str | None = None, flags: list[str] = FLAGS,
-                        cache: Path | None = None, tell=None) -> list[dict]:
+def compile_and_examine(
+    files: list[Path],
+    archs: list[str],
+    kernel: str | None = None,
+    flags: list[str] = FLAGS,
+    cache: Path | None = None,
+    tell=None,
+) -> list[dict]:
     """Rows of every file for every architecture, compiled as many at once as there are cores."""
     files = [f.resolve() for f in files]
     groups = marked(files)  # marks that are wrong are told before anything is compiled
@@ -580,28 +665,59 @@ def compile_and_examine(files: list[Path], archs: list[str], kernel: str | None 
         rows += [unit] if isinstance(unit, dict) else examine(unit, kernel, seen)
     if kernel is None and all(row["kernel"] for row in rows):
         everything = all(set(f.parent.glob("*.cu")) <= set(files) for f in files)
-        rows += [dict(kernel=None, arch="any", file=where, findings=[f"group {g.name}: no kernel has code of it"])
-                 for where, g in groups.items() if everything and g not in seen]
+        rows += [
+            dict(kernel=None, arch="any", file=where, findings=[f"group {g.name}: no kernel has code of it"])
+            for where, g in groups.items()
+            if everything and g not in seen
+        ]
     return rows
 
 
 # --- the tables ----------------------------------------------------------------------------------------------------
 
-HEAD = ["kernel", "sm", "registers", "stack", "spilled", "shared", "threads", "threads/SM", "loop", "loads (bits)",
-        "instructions/token", "budget"]
+HEAD = [
+    "kernel",
+    "sm",
+    "registers",
+    "stack",
+    "spilled",
+    "shared",
+    "threads",
+    "threads/SM",
+    "loop",
+    "loads (bits)",
+    "instructions/token",
+    "budget",
+]
 
 
 def lines_of(row: dict) -> list[list[str]]:
     def cell(x):
         return "-" if x is None else str(x)
-    first = [row["kernel"], row["arch"], cell(row["registers"]), cell(row["stack"]),
-             f"{row['spill_stores']}/{row['spill_loads']}", cell(row["shared"]), cell(row["threads"]),
-             cell(row["resident"])]
+
+    first = [
+        row["kernel"],
+        row["arch"],
+        cell(row["registers"]),
+        cell(row["stack"]),
+        f"{row['spill_stores']}/{row['spill_loads']}",
+        cell(row["shared"]),
+        cell(row["threads"]),
+        cell(row["resident"]),
+    ]
     out = []
     for g in row["groups"] or [None]:
         loads = g and (", ".join(f"{n} x {bits}" for bits, n in g["loads"].items()) or "none")
-        tail = ["-"] * 4 if g is None else [g["name"] + " (no loop)" * (not g["loop"]), loads, f"{g['per_token']:.1f}",
-                                            "-" if g["budget"] is None else f"{g['budget']:.0f}"]
+        tail = (
+            ["-"] * 4
+            if g is None
+            else [
+                g["name"] + " (no loop)" * (not g["loop"]),
+                loads,
+                f"{g['per_token']:.1f}",
+                "-" if g["budget"] is None else f"{g['budget']:.0f}",
+            ]
+        )
         out.append([*first, *tail])
         first = [""] * len(first)
     return out
@@ -612,26 +728,36 @@ def render(rows: list[dict], command: str) -> str:
     order = {name: i for i, name in enumerate(dict.fromkeys(r["kernel"] for r in good))}
     good.sort(key=lambda r: order[r["kernel"]])
     release = re.search(r"release ([\d.]+)", versions(tool("nvcc")))
-    bad = [f"- {'sm_' * (r['arch'] != 'any') + r['arch']}, {r['kernel'] or r['file']}: {f}"
-           for r in rows for f in r["findings"]]
-    lines = ["# What the CUDA kernels compile to", "",
-             f"`{command}`, CUDA {release[1] if release else '?'}, no GPU.", "",
-             "Bytes of stack, spills (stored/loaded) and static shared memory; threads that an SM holds, by registers "
-             "and launch bounds; of each marked loop, the loads that are counted, and the instructions a lane issues "
-             f"for a token of {MODELS} bf16 models. The budget is an H200's.", ""]
+    bad = [
+        f"- {'sm_' * (r['arch'] != 'any') + r['arch']}, {r['kernel'] or r['file']}: {f}"
+        for r in rows
+        for f in r["findings"]
+    ]
+    lines = [
+        "# What the CUDA kernels compile to",
+        "",
+        f"`{command}`, CUDA {release[1] if release else '?'}, no GPU.",
+        "",
+        "Bytes of stack, spills (stored/loaded) and static shared memory; threads that an SM holds, by registers "
+        "and launch bounds; of each marked loop, the loads that are counted, and the instructions a lane issues "
+        f"for a token of {MODELS} bf16 models. The budget is an H200's.",
+        "",
+    ]
     lines += report.table(HEAD, [line for r in good for line in lines_of(r)], left=2) if good else []
     return "\n".join([*lines, f"{len(bad) or 'No'} findings{':' if bad else '.'}", "", *bad]).rstrip() + "\n"
 
 
 # --- the command ---------------------------------------------------------------------------------------------------
 
+
 def main(argv: list[str]) -> int:
     p = Parser(prog="python -m tools sass", description=__doc__.split("\n\n")[0])
     p.add_argument("files", nargs="*", type=Path, metavar="FILE", help="default: csrc/cuda/*.cu")
     p.add_argument("--arch", default=ARCHS, metavar="NAME,...", help=f"default: {ARCHS}")
     p.add_argument("--kernel", metavar="NAME", help="only this one")
-    p.add_argument("--json", type=Path, metavar="FILE",
-                   help="save the rows, with opcodes and source lines of each marked loop")
+    p.add_argument(
+        "--json", type=Path, metavar="FILE", help="save the rows, with opcodes and source lines of each marked loop"
+    )
     p.add_argument("--markdown", type=Path, metavar="FILE", help="save the tables")
     args = p.parse_args(argv)
     files = args.files or sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -640,8 +766,9 @@ def main(argv: list[str]) -> int:
     if missing := [str(f) for f in files if not f.is_file()]:
         raise Refused(f"{missing[0]}: no such file")
     tool("nvdisasm")
-    rows = compile_and_examine(files, architectures(args.arch), args.kernel,
-                               tell=lambda text: print(text, file=sys.stderr))
+    rows = compile_and_examine(
+        files, architectures(args.arch), args.kernel, tell=lambda text: print(text, file=sys.stderr)
+    )
     if not rows:
         raise Refused(f"no kernel {args.kernel or ''} in {', '.join(map(str, files))}")
     return finish(rows, render(rows, shlex.join(["python", "-m", "tools", "sass", *argv])), args)

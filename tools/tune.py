@@ -66,6 +66,7 @@ def chunks(vocab: int) -> int:
 
 class Point(NamedTuple):
     """Rows of logits (bfloat16, three models) over a vocabulary."""
+
     rows: int
     vocab: int = 128256
 
@@ -81,6 +82,7 @@ POINTS += [Point(rows, vocab) for vocab in (32000, 262144) for rows in (1, 256, 
 
 class Times(NamedTuple):
     """Microseconds of a call."""
+
     median: float
     p20: float
     p80: float
@@ -88,6 +90,7 @@ class Times(NamedTuple):
 
 
 # --- candidates ----------------------------------------------------------------------------------------------------
+
 
 def power(n: int) -> int:
     """The power of two from n on."""
@@ -123,12 +126,14 @@ def contenders(cuts: list[Cut], p: Point, results: dict) -> list[Cut]:
     def behind(cut, q):
         here, best = results[q].get(clamp(cut, q.vocab)), min(t.median for t in results[q].values())
         return here is not None and here.median > FAR * best
+
     if not (below and above):
         return cuts
     return [c for c in cuts if c == cuts[0] or not (behind(c, below[0]) and behind(c, above[0]))]
 
 
 # --- the choice ----------------------------------------------------------------------------------------------------
+
 
 def losses(times: dict[Cut, Times]) -> dict[Cut, float]:
     """How much slower than the best each cut is: a share of its time, almost nothing inside the noise."""
@@ -146,6 +151,7 @@ def choose(results: dict[Point, dict[Cut, Times]]) -> list[tuple[int, Cut]]:
 
     def loss(cut, i):  # over the points of works[i]; infinite where it was not measured
         return sum(lost.get(clamp(cut, p.vocab), math.inf) for p, lost in points[i])
+
     best = [(0.0, [])]  # of the first i works: loss, rows as (number of works, cut)
     for i in range(1, len(works) + 1):
         sums, options = dict.fromkeys(cuts, 0.0), []
@@ -163,6 +169,7 @@ def pick(rows: list[tuple[int, Cut]], p: Point) -> Cut:
 
 # --- what is printed -----------------------------------------------------------------------------------------------
 
+
 def source(cut: Cut) -> str:
     """As config.py writes it."""
     return f"Cut({cut.tiles}, {cut.tc}" + f", {cut.warps}" * (cut.warps != 4) + ", direct=True" * cut.direct + ")"
@@ -179,33 +186,49 @@ def medians(results: dict) -> list[str]:
     """A line for each cut, a column for each point."""
     points = sorted(results, key=lambda p: (p.vocab != Point(1).vocab, p.vocab, p.rows))
     head = ["µs", *(f"{p.rows} x {p.vocab}" for p in points)]
-    lines = [[source(cut), *(f"{results[p][cut].median:.2f}" if cut in results[p] else "-" for p in points)]
-             for cut in sorted({cut for times in results.values() for cut in times}, key=lambda c: (not c.direct, c))]
+    lines = [
+        [source(cut), *(f"{results[p][cut].median:.2f}" if cut in results[p] else "-" for p in points)]
+        for cut in sorted({cut for times in results.values() for cut in times}, key=lambda c: (not c.direct, c))
+    ]
     return report.table(head, lines, left=1)
 
 
 def choices(results: dict, rows: list, now: Callable[[Point], Cut]) -> list[str]:
     """A line for each point: the best, what the new table takes, what config.py takes now."""
+
     def cell(times, cut, best):
         return f"{source(cut)} {times[cut].median / best:.2f}x" if cut in times else f"{source(cut)} ?"
+
     lines = []
     for p in sorted(results, key=lambda p: p.work):
         times = results[p]
         best = min(times, key=lambda c: times[c].median)
         least = times[best].median
-        lines.append([str(p.work), f"{p.rows} x {p.vocab}", f"{source(best)} {least:.2f} µs",
-                      cell(times, pick(rows, p), least), cell(times, now(p), least)])
+        lines.append(
+            [
+                str(p.work),
+                f"{p.rows} x {p.vocab}",
+                f"{source(best)} {least:.2f} µs",
+                cell(times, pick(rows, p), least),
+                cell(times, now(p), least),
+            ]
+        )
     return report.table(["rows * chunks", "rows x V", "best", "this table", "config.py now"], lines, left=5)
 
 
 def render(name: str, gpu: str, results: dict, skipped: list[Point], absent: dict, now: Callable[[Point], Cut]) -> str:
     rows = choose(results)
-    lines = [f"{name.upper()}: medians of " + " + ".join(" ".join(c) for c in TABLES[name].calls), "",
-             *medians(results), *choices(results, rows, now)]
+    lines = [
+        f"{name.upper()}: medians of " + " + ".join(" ".join(c) for c in TABLES[name].calls),
+        "",
+        *medians(results),
+        *choices(results, rows, now),
+    ]
     lines += [f"not measured, no time left: {', '.join(f'{p.rows} x {p.vocab}' for p in skipped)}"] * bool(skipped)
     lines += [f"{source(cut)} at {p.rows} x {p.vocab}: {why}" for (p, cut), why in absent.items()]
-    return "\n".join([*lines, f"config.{name.upper()} in eft_kernels/_backends/triton/config.py:", "",
-                      entry(gpu, rows), ""])
+    return "\n".join(
+        [*lines, f"config.{name.upper()} in eft_kernels/_backends/triton/config.py:", "", entry(gpu, rows), ""]
+    )
 
 
 def rows_of(name: str, results: dict, absent: dict, about: dict) -> list[dict]:
@@ -213,16 +236,46 @@ def rows_of(name: str, results: dict, absent: dict, about: dict) -> list[dict]:
     table, out = choose(results), []
     for p, times in results.items():
         for cut, t in times.items():
-            out.append(dict(table=name, batch=p.rows, vocab=p.vocab, work=p.work, **cut._asdict(), status="measured",
-                            why=None, median_us=t.median, p20_us=t.p20, p80_us=t.p80, repetitions=t.repetitions,
-                            chosen=cut == pick(table, p), **about))
+            out.append(
+                dict(
+                    table=name,
+                    batch=p.rows,
+                    vocab=p.vocab,
+                    work=p.work,
+                    **cut._asdict(),
+                    status="measured",
+                    why=None,
+                    median_us=t.median,
+                    p20_us=t.p20,
+                    p80_us=t.p80,
+                    repetitions=t.repetitions,
+                    chosen=cut == pick(table, p),
+                    **about,
+                )
+            )
     for (p, cut), why in absent.items():
-        out.append(dict(table=name, batch=p.rows, vocab=p.vocab, work=p.work, **cut._asdict(), status="absent", why=why,
-                        median_us=None, p20_us=None, p80_us=None, repetitions=None, chosen=False, **about))
+        out.append(
+            dict(
+                table=name,
+                batch=p.rows,
+                vocab=p.vocab,
+                work=p.work,
+                **cut._asdict(),
+                status="absent",
+                why=why,
+                median_us=None,
+                p20_us=None,
+                p80_us=None,
+                repetitions=None,
+                chosen=False,
+                **about,
+            )
+        )
     return out
 
 
 # --- measuring -----------------------------------------------------------------------------------------------------
+
 
 @contextlib.contextmanager
 def tile_config(name: str, cut: Cut):
@@ -247,8 +300,11 @@ def now(name: str) -> Callable[[Point], Cut]:
 def wanted(name: str, vocab: int, machine) -> dict[Point, list[Cut]]:
     """The cuts for each point over a vocabulary: what config.py takes now, then the candidates."""
     current = now(name)
-    return {p: list(dict.fromkeys([current(p), *candidates(TABLES[name].direct, p, machine.processors)]))
-            for p in POINTS if p.vocab == vocab}
+    return {
+        p: list(dict.fromkeys([current(p), *candidates(TABLES[name].direct, p, machine.processors)]))
+        for p in POINTS
+        if p.vocab == vocab
+    }
 
 
 def union(cuts: dict[Point, list[Cut]]) -> list[Cut]:
@@ -287,7 +343,8 @@ class Gpu:
     def __enter__(self):
         if self.target in aot.TARGETS:  # else each candidate is compiled when its turn comes
             self.pool = concurrent.futures.ProcessPoolExecutor(
-                max(1, min(14, len(device.cores()) - 2)), multiprocessing.get_context("spawn"), start, (self.target,))
+                max(1, min(14, len(device.cores()) - 2)), multiprocessing.get_context("spawn"), start, (self.target,)
+            )
         return self
 
     def __exit__(self, *_):
@@ -335,8 +392,10 @@ class Gpu:
             times = run.interleave(timers, ROUNDS)
         finally:
             gc.enable()
-        return {cut: added([times[cut, call] for call in TABLES[name].calls])
-                for cut in dict.fromkeys(cut for cut, _ in timers)}
+        return {
+            cut: added([times[cut, call] for call in TABLES[name].calls])
+            for cut in dict.fromkeys(cut for cut, _ in timers)
+        }
 
     def timers(self, name: str, p: Point, cut: Cut, sets: list, want: dict) -> dict:
         """A warm timer for each call of the table. ``want``: outputs of the point's first cut, filled by it."""
@@ -358,8 +417,11 @@ class Gpu:
 def check(who: str, s: Shape, got, want) -> None:
     """Raises `WrongTokens` unless tokens are equal and log-probs close."""
     for a, b in zip(run.as_tuple(got), run.as_tuple(want)):
-        same = torch.allclose(a, b, rtol=0, atol=run.CLOSE / 10, equal_nan=True) if a.is_floating_point() \
+        same = (
+            torch.allclose(a, b, rtol=0, atol=run.CLOSE / 10, equal_nan=True)
+            if a.is_floating_point()
             else torch.equal(a, b)
+        )
         if not same:
             raise WrongTokens(f"{who} is not what the first candidate gives at {s.label()}: nothing is timed")
 
@@ -367,11 +429,16 @@ def check(who: str, s: Shape, got, want) -> None:
 def added(times: list[list[float]]) -> Times:
     """Seconds of several calls, a list a call, as one."""
     parts = [statistics.quantiles(t, n=5, method="inclusive") if len(t) > 1 else t * 4 for t in times]
-    return Times(sum(statistics.median(t) for t in times) * 1e6, sum(q[0] for q in parts) * 1e6,
-                 sum(q[3] for q in parts) * 1e6, min(map(len, times)))
+    return Times(
+        sum(statistics.median(t) for t in times) * 1e6,
+        sum(q[0] for q in parts) * 1e6,
+        sum(q[3] for q in parts) * 1e6,
+        min(map(len, times)),
+    )
 
 
 # --- compiling ahead, in processes of their own --------------------------------------------------------------------
+
 
 def start(target: str) -> list:
     """From here on this process compiles what it would launch, for a GPU it does not touch, from CPU tensors; what it
@@ -392,6 +459,7 @@ def build(name: str, vocab: int, cut: Cut) -> None:
 
 
 # --- the command ---------------------------------------------------------------------------------------------------
+
 
 def refusal() -> str | None:
     """Why nothing can be measured here, in a line."""
@@ -416,8 +484,9 @@ def main(argv: list[str]) -> int:
         return tune(names, machine, args.seconds, args.json, " ".join(["python -m tools tune", *argv]))
 
 
-def tune(names: list[str], machine, seconds: float, path: str | None = None, command: str = "",
-         about: dict | None = None) -> int:
+def tune(
+    names: list[str], machine, seconds: float, path: str | None = None, command: str = "", about: dict | None = None
+) -> int:
     """Measures, prints and saves the tables ``names``; they share the time."""
     start = time.monotonic()
     about = device.environment(command, "cuda") | provenance.of_a_row() if about is None else about
@@ -425,8 +494,9 @@ def tune(names: list[str], machine, seconds: float, path: str | None = None, com
         machine.compile(name, POINTS[0].vocab, union(wanted(name, POINTS[0].vocab, machine)))
     for i, name in enumerate(names, 1):
         machine.absent.clear()
-        results, skipped = measure_points(name, machine, start + seconds * i / len(names),
-                                  lambda text: print(text, file=sys.stderr, flush=True))
+        results, skipped = measure_points(
+            name, machine, start + seconds * i / len(names), lambda text: print(text, file=sys.stderr, flush=True)
+        )
         if not results:
             for (p, cut), why in machine.absent.items():
                 print(f"{source(cut)} at {p.rows} x {p.vocab}: {why}", file=sys.stderr)

@@ -12,8 +12,9 @@ import torch
 from ..parameters import METHOD_CODES, STREAM_CODES, DraftParams, Params
 from . import extension
 
-_cpu = extension.load("_cpu", "C++", "no C++ compiler was found at install time, or EFT_KERNELS_CPU=0 was "
-                      "set; install g++ and reinstall")
+_cpu = extension.load(
+    "_cpu", "C++", "no C++ compiler was found at install time, or EFT_KERNELS_CPU=0 was set; install g++ and reinstall"
+)
 
 
 def _chosen_isa() -> str:
@@ -60,14 +61,25 @@ def _run(function, logits, p: Params, *args):
 
 
 def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logprobs: int, diagnostics: bool):
-    return _run(_cpu.sample, logits, p, STREAM_CODES[stream], int(slot), bool(logprobs), int(top_logprobs),
-                bool(diagnostics))
+    return _run(
+        _cpu.sample, logits, p, STREAM_CODES[stream], int(slot), bool(logprobs), int(top_logprobs), bool(diagnostics)
+    )
 
 
-def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, drawn_by: DraftParams,
-           logprobs: bool):
-    return _run(_cpu.verify, logits, p, draft_tokens, draft_lengths, METHOD_CODES[method],
-                None if draft < 0 else int(draft), *drawn_by, bool(logprobs))
+def verify(
+    logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, drawn_by: DraftParams, logprobs: bool
+):
+    return _run(
+        _cpu.verify,
+        logits,
+        p,
+        draft_tokens,
+        draft_lengths,
+        METHOD_CODES[method],
+        None if draft < 0 else int(draft),
+        *drawn_by,
+        bool(logprobs),
+    )
 
 
 def logprobs(logits, p: Params):

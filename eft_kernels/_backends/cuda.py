@@ -13,14 +13,20 @@ import torch
 from ..parameters import METHOD_CODES, STREAM_CODES, DraftParams, Params
 from . import extension, workspace
 
-_cuda = extension.load("_cuda", "CUDA", "no nvcc, or a torch without CUDA, was found at install time, or "
-                       "EFT_KERNELS_CUDA=0 was set; put nvcc on the PATH and reinstall with EFT_KERNELS_CUDA=1")
+_cuda = extension.load(
+    "_cuda",
+    "CUDA",
+    "no nvcc, or a torch without CUDA, was found at install time, or "
+    "EFT_KERNELS_CUDA=0 was set; put nvcc on the PATH and reinstall with EFT_KERNELS_CUDA=1",
+)
 
 try:
     from torch._C import _cuda_getCurrentRawStream as _stream
 except ImportError:
+
     def _stream(index: int) -> int:
         return torch.cuda.current_stream(index).cuda_stream
+
 
 _SIMT = _cuda.simt
 
@@ -77,14 +83,25 @@ def _run(function, logits, *args):
 
 
 def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logprobs: int, diagnostics: bool):
-    return _run(_cuda.sample, logits, p, STREAM_CODES[stream], int(slot), bool(logprobs), int(top_logprobs),
-                bool(diagnostics))
+    return _run(
+        _cuda.sample, logits, p, STREAM_CODES[stream], int(slot), bool(logprobs), int(top_logprobs), bool(diagnostics)
+    )
 
 
-def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, drawn_by: DraftParams,
-           logprobs: bool):
-    return _run(_cuda.verify, logits, p, draft_tokens, draft_lengths, METHOD_CODES[method],
-                None if draft < 0 else int(draft), *drawn_by, bool(logprobs))
+def verify(
+    logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, drawn_by: DraftParams, logprobs: bool
+):
+    return _run(
+        _cuda.verify,
+        logits,
+        p,
+        draft_tokens,
+        draft_lengths,
+        METHOD_CODES[method],
+        None if draft < 0 else int(draft),
+        *drawn_by,
+        bool(logprobs),
+    )
 
 
 # The same on arguments that nobody has checked, as in backends/cpu.py. Values of tensors are not looked at.

@@ -18,8 +18,9 @@ def built(name: str) -> bool:
 
 def _files(name: str) -> list[Path]:
     folders = importlib.import_module(PACKAGE).__path__
-    return sorted(p for folder in folders for p in Path(folder).glob(f"{name}.*")
-                  if p.suffix in (".so", ".pyd", ".dylib"))
+    return sorted(
+        p for folder in folders for p in Path(folder).glob(f"{name}.*") if p.suffix in (".so", ".pyd", ".dylib")
+    )
 
 
 def load(name: str, what: str, why_not: str) -> ModuleType:
@@ -32,9 +33,10 @@ def load(name: str, what: str, why_not: str) -> ModuleType:
         if importlib.util.find_spec(full_name) is not None:
             raise ImportError(f"the {what} extension is there, but cannot be loaded: {error}") from error
         if files := _files(name):
-            raise ImportError(f"the {what} extension is there for another Python ({', '.join(p.name for p in files)}; "
-                              f"this one loads *{', *'.join(importlib.machinery.EXTENSION_SUFFIXES)}); reinstall"
-                              ) from error
+            raise ImportError(
+                f"the {what} extension is there for another Python ({', '.join(p.name for p in files)}; "
+                f"this one loads *{', *'.join(importlib.machinery.EXTENSION_SUFFIXES)}); reinstall"
+            ) from error
         raise ModuleNotFoundError(f"the {what} extension is not built: {why_not}", name=full_name) from error
     import torch
 

@@ -18,6 +18,7 @@ from eft_kernels.parameters import OFF, PARAMETERS
 
 class Problem(NamedTuple):
     """What a call is about, beside its inputs."""
+
     weights: tuple[float, ...]
     params: dict  # sampling parameters that are not off, by our names
     seeds: torch.Tensor  # int64 [rows], of our noise
@@ -46,12 +47,14 @@ EVERYTHING = dict(sample=SAMPLE, verify=VERIFY, logprobs=("plain",), token_logpr
 
 # --- eager: what a user of transformers writes ---------------------------------------------------------------------
 
+
 def warpers(q: Problem) -> list:
     """transformers' own, in its order."""
     wanted = [(p.warper, x) for p in PARAMETERS if p.warper and (x := q.get(p.name)) != p.off]
     if not wanted:
         return []
     from transformers.generation import logits_process
+
     return [getattr(logits_process, name)(x) for name, x in wanted]
 
 
@@ -62,6 +65,7 @@ def eager_scores(logits, q: Problem):
         scores = scores + lp if w == 1 else scores - lp if w == -1 else scores + w * lp
     if q.get("upscale_top_p") < 1:
         from transformers.generation.logits_process import TopPLogitsWarper
+
         outside = TopPLogitsWarper(q.get("upscale_top_p"))(None, logps[1]).isinf()
         scores = torch.where(outside, logps[1], scores)
     return scores if q.allowed is None else scores.masked_fill(~q.allowed, -float("inf"))
@@ -77,12 +81,16 @@ def eager(op: str, variant: str, q: Problem):
         token = torch.multinomial(scores.softmax(-1), 1)
         if not q.logprobs:
             return token.squeeze(1)
-        return tuple(x.squeeze(1) for x in (token, scores.log_softmax(-1).gather(1, token),
-                                            raw.log_softmax(-1).gather(1, token)))
+        return tuple(
+            x.squeeze(1) for x in (token, scores.log_softmax(-1).gather(1, token), raw.log_softmax(-1).gather(1, token))
+        )
 
-    return dict(sample=sample, verify=lambda logits, drafts: rejection(logits, drafts, eager_scores(logits, q)),
-                logprobs=lambda logits: eager_scores(logits, q).log_softmax(-1),
-                token_logprobs=lambda logits, ids: eager_scores(logits, q).log_softmax(-1).gather(1, ids))[op]
+    return dict(
+        sample=sample,
+        verify=lambda logits, drafts: rejection(logits, drafts, eager_scores(logits, q)),
+        logprobs=lambda logits: eager_scores(logits, q).log_softmax(-1),
+        token_logprobs=lambda logits, ids: eager_scores(logits, q).log_softmax(-1).gather(1, ids),
+    )[op]
 
 
 def rejection(logits, drafts, scores):
@@ -101,6 +109,7 @@ def rejection(logits, drafts, scores):
 
 
 # --- lean: as little PyTorch as it takes ---------------------------------------------------------------------------
+
 
 def combine(logits, q: Problem):
     """Scores without any log-softmax, one pass a model."""
@@ -154,13 +163,16 @@ def lean_token_logprobs(logits, ids, q: Problem):
 
 
 def lean(op: str, variant: str, q: Problem, sample=lean_sample):
-    return dict(sample=lambda logits: sample(logits, q),
-                verify=lambda logits, drafts: rejection(logits, drafts, combine(logits, q)),
-                logprobs=lambda logits: combine(logits, q).log_softmax(-1),
-                token_logprobs=lambda logits, ids: lean_token_logprobs(logits, ids, q))[op]
+    return dict(
+        sample=lambda logits: sample(logits, q),
+        verify=lambda logits, drafts: rejection(logits, drafts, combine(logits, q)),
+        logprobs=lambda logits: combine(logits, q).log_softmax(-1),
+        token_logprobs=lambda logits, ids: lean_token_logprobs(logits, ids, q),
+    )[op]
 
 
 # --- compiled: one graph -------------------------------------------------------------------------------------------
+
 
 def race_sample(logits, q: Problem):
     """argmax of score - log Exp(1), filters as thresholds: no cumsum, no multinomial."""
@@ -197,12 +209,14 @@ def no_compiler() -> str | None:
 
 # --- serving stacks' samplers, on scores that torch.compile combines -----------------------------------------------
 
+
 def importable(name: str) -> Callable[[], str | None]:
     def absent():
         try:
             __import__(name)
         except Exception as error:  # a library built for another torch raises all sorts
             return f"import {name}: {type(error).__name__}: {error}"
+
     return absent
 
 
@@ -216,29 +230,36 @@ def probabilities(q: Problem):
 
 def flashinfer(op: str, variant: str, q: Problem):
     import flashinfer.sampling as f
+
     if op == "verify":
-        both = compile_(lambda logits, drafts: (logits[1][:, : drafts.shape[1]].float().softmax(-1),
-                                                combine(logits, q).softmax(-1)))
+        both = compile_(
+            lambda logits, drafts: (logits[1][:, : drafts.shape[1]].float().softmax(-1), combine(logits, q).softmax(-1))
+        )
 
         def verify(logits, drafts):
             draft, target = both(logits, drafts)
             tokens = f.chain_speculative_sampling(draft, drafts.int(), target)[0]
             return tokens, (tokens >= 0).sum(1)
+
         return verify
     k, p = q.get("top_k"), q.get("top_p")
     if variant in ("plain", "masked"):
         scores = scaled(q)
         return lambda logits: f.sampling_from_logits(scores(logits))
     probs = probabilities(q)
-    return dict(top_k=lambda logits: f.top_k_sampling_from_probs(probs(logits), k),
-                top_p=lambda logits: f.top_p_sampling_from_probs(probs(logits), p),
-                min_p=lambda logits: f.min_p_sampling_from_probs(probs(logits), q.get("min_p")),
-                all=lambda logits: f.min_p_sampling_from_probs(
-                    f.top_p_renorm_probs(f.top_k_renorm_probs(probs(logits), k), p), q.get("min_p")))[variant]
+    return dict(
+        top_k=lambda logits: f.top_k_sampling_from_probs(probs(logits), k),
+        top_p=lambda logits: f.top_p_sampling_from_probs(probs(logits), p),
+        min_p=lambda logits: f.min_p_sampling_from_probs(probs(logits), q.get("min_p")),
+        all=lambda logits: f.min_p_sampling_from_probs(
+            f.top_p_renorm_probs(f.top_k_renorm_probs(probs(logits), k), p), q.get("min_p")
+        ),
+    )[variant]
 
 
 def vllm(op: str, variant: str, q: Problem):
     from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p, random_sample
+
     scores, device = scaled(q), "cuda"
     k = torch.full((len(q.seeds),), q.get("top_k"), dtype=torch.int32, device=device) if q.get("top_k") else None
     p = torch.full((len(q.seeds),), q.get("top_p"), device=device) if q.get("top_p") < 1 else None
@@ -247,29 +268,67 @@ def vllm(op: str, variant: str, q: Problem):
 
 def sglang(op: str, variant: str, q: Problem):
     import sgl_kernel as f
+
     probs, k, p = probabilities(q), q.get("top_k"), q.get("top_p")
-    return dict(top_k=lambda logits: f.top_k_top_p_sampling_from_probs(probs(logits), k, 1.0),
-                top_p=lambda logits: f.top_p_sampling_from_probs(probs(logits), p),
-                min_p=lambda logits: f.min_p_sampling_from_probs(probs(logits), q.get("min_p")),
-                all=lambda logits: f.min_p_sampling_from_probs(
-                    f.top_p_renorm_prob(f.top_k_renorm_prob(probs(logits), k), p), q.get("min_p")))[variant]
+    return dict(
+        top_k=lambda logits: f.top_k_top_p_sampling_from_probs(probs(logits), k, 1.0),
+        top_p=lambda logits: f.top_p_sampling_from_probs(probs(logits), p),
+        min_p=lambda logits: f.min_p_sampling_from_probs(probs(logits), q.get("min_p")),
+        all=lambda logits: f.min_p_sampling_from_probs(
+            f.top_p_renorm_prob(f.top_k_renorm_prob(probs(logits), k), p), q.get("min_p")
+        ),
+    )[variant]
 
 
 BASELINES = [
-    Baseline("eager", "log-softmax of each model, combine, transformers' warpers, softmax, multinomial; verify: "
-             "rejection sampling, whichever method ours uses", "transformers, GenerationMixin._sample and "
-             "_speculative_sampling", EVERYTHING, eager),
-    Baseline("lean", "combine without log-softmax, softmax, (sort or top-k,) cumsum, searchsorted",
-             "the leanest PyTorch", EVERYTHING, lean),
-    Baseline("compiled", "torch.compile of combine, thresholds and an exponential race in one graph",
-             "torch.compile", {**EVERYTHING, "verify": ("token",)}, compiled, no_compiler),
-    Baseline("flashinfer", "torch.compile's combine, then flashinfer's sampling kernels", "flashinfer.sampling",
-             dict(sample=("plain", "top_k", "top_p", "min_p", "all", "masked"), verify=("token",)), flashinfer,
-             importable("flashinfer"), ("cuda",)),
-    Baseline("vllm", "torch.compile's combine, then vLLM's top-k and top-p and its exponential race",
-             "vllm.v1.sample.ops.topk_topp_sampler", dict(sample=("plain", "top_k", "top_p", "masked")), vllm,
-             importable("vllm"), ("cuda",)),
-    Baseline("sglang", "torch.compile's combine, then SGLang's sampling kernels",
-             "sgl_kernel, sglang.srt.layers.sampler", dict(sample=("top_k", "top_p", "min_p", "all")), sglang,
-             importable("sgl_kernel"), ("cuda",)),
+    Baseline(
+        "eager",
+        "log-softmax of each model, combine, transformers' warpers, softmax, multinomial; verify: "
+        "rejection sampling, whichever method ours uses",
+        "transformers, GenerationMixin._sample and _speculative_sampling",
+        EVERYTHING,
+        eager,
+    ),
+    Baseline(
+        "lean",
+        "combine without log-softmax, softmax, (sort or top-k,) cumsum, searchsorted",
+        "the leanest PyTorch",
+        EVERYTHING,
+        lean,
+    ),
+    Baseline(
+        "compiled",
+        "torch.compile of combine, thresholds and an exponential race in one graph",
+        "torch.compile",
+        {**EVERYTHING, "verify": ("token",)},
+        compiled,
+        no_compiler,
+    ),
+    Baseline(
+        "flashinfer",
+        "torch.compile's combine, then flashinfer's sampling kernels",
+        "flashinfer.sampling",
+        dict(sample=("plain", "top_k", "top_p", "min_p", "all", "masked"), verify=("token",)),
+        flashinfer,
+        importable("flashinfer"),
+        ("cuda",),
+    ),
+    Baseline(
+        "vllm",
+        "torch.compile's combine, then vLLM's top-k and top-p and its exponential race",
+        "vllm.v1.sample.ops.topk_topp_sampler",
+        dict(sample=("plain", "top_k", "top_p", "masked")),
+        vllm,
+        importable("vllm"),
+        ("cuda",),
+    ),
+    Baseline(
+        "sglang",
+        "torch.compile's combine, then SGLang's sampling kernels",
+        "sgl_kernel, sglang.srt.layers.sampler",
+        dict(sample=("top_k", "top_p", "min_p", "all")),
+        sglang,
+        importable("sgl_kernel"),
+        ("cuda",),
+    ),
 ]

@@ -39,6 +39,7 @@ ONE = dict(median_us=1.0, p20_us=1.0, p80_us=1.0)
 
 def ratio(a: dict, b: dict, base_a: dict | None = None, base_b: dict | None = None) -> tuple[float, float, float]:
     """b's time / a's, the least and the greatest that it may be; in units of the baselines' times if there are any."""
+
     def divide(x, y):
         return x[0] / y[0], x[1] / y[2], x[2] / y[1]
 
@@ -55,10 +56,19 @@ def line(shape: Shape, name: str, before: Group, after: Group) -> Line:
 
     others = [n for n in before if n not in OUR_NAMES and known(n)] if name in OUR_NAMES else []
     baseline = min(others, key=noise, default=None)
-    alone, relative = ratio(before[name], after[name]), ratio(before[name], after[name], before.get(baseline),
-                                                              after.get(baseline))
-    verdict = "unclear" if not known(name) else "faster" if max(alone[2], relative[2]) < 1 else \
-        "slower" if min(alone[1], relative[1]) > 1 else "same"
+    alone, relative = (
+        ratio(before[name], after[name]),
+        ratio(before[name], after[name], before.get(baseline), after.get(baseline)),
+    )
+    verdict = (
+        "unclear"
+        if not known(name)
+        else "faster"
+        if max(alone[2], relative[2]) < 1
+        else "slower"
+        if min(alone[1], relative[1]) > 1
+        else "same"
+    )
     return Line(shape, name, before[name]["median_us"], after[name]["median_us"], baseline, *relative, verdict)
 
 
@@ -75,12 +85,26 @@ def cells(lines: list[Line]) -> tuple[list[str], list[list[str]]]:
     signs = dict(models="J=", draft_tokens="K=", vocab="V=", batch="B=", threads="threads=")
 
     def words(s):
-        return " ".join([s.op, s.variant, *(f"{signs.get(f, '')}{v}" for f in fields
-                                            if (v := getattr(s, f)) is not None)])
+        return " ".join(
+            [s.op, s.variant, *(f"{signs.get(f, '')}{v}" for f in fields if (v := getattr(s, f)) is not None)]
+        )
 
-    return (["shape", "implementation", "A", "B", "B / A", "noise", "relative to", "verdict"],
-            [[words(x.shape), name_of(x.implementation), us(x.before), us(x.after), f"{x.ratio:.2f}",
-              f"{x.low:.2f}..{x.high:.2f}", name_of(x.baseline) if x.baseline else "-", x.verdict] for x in lines])
+    return (
+        ["shape", "implementation", "A", "B", "B / A", "noise", "relative to", "verdict"],
+        [
+            [
+                words(x.shape),
+                name_of(x.implementation),
+                us(x.before),
+                us(x.after),
+                f"{x.ratio:.2f}",
+                f"{x.low:.2f}..{x.high:.2f}",
+                name_of(x.baseline) if x.baseline else "-",
+                x.verdict,
+            ]
+            for x in lines
+        ],
+    )
 
 
 def slower(lines: list[Line]) -> list[Line]:

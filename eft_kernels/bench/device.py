@@ -30,6 +30,7 @@ class Unavailable(Exception):
 
 # --- what a row says of where it was measured ----------------------------------------------------------------------
 
+
 def cores() -> list[int]:
     """The cores this process may use."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
@@ -55,8 +56,12 @@ def _read(path: str, key: str) -> str | None:
 @functools.cache
 def _nvidia(query: str) -> str | None:
     try:
-        out = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"],
-                             capture_output=True, text=True, check=True).stdout
+        out = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
         return out.splitlines()[0].strip()
     except (OSError, subprocess.CalledProcessError, IndexError):
         return None
@@ -80,14 +85,30 @@ def environment(command: str, kind: str | None = None) -> dict:
         about = eft.backends()["cpu"]
         isa = about["reason"].split(",")[0] if about["available"] else None
     driver = _nvidia("driver_version") if kind == "cuda" else None
-    return dict(schema=SCHEMA, device=name, device_kind=kind, driver=driver, isa=isa,
-                cores=len(cores()), os=platform.platform(), python=platform.python_version(),
-                torch=torch.__version__, triton=_version("triton"), transformers=_version("transformers"),
-                eft_kernels=eft.__version__, commit=None, dirty=None, source=None, command=command,
-                date=time.strftime("%Y-%m-%d %H:%M:%S%z"), run=uuid.uuid4().hex[:12])
+    return dict(
+        schema=SCHEMA,
+        device=name,
+        device_kind=kind,
+        driver=driver,
+        isa=isa,
+        cores=len(cores()),
+        os=platform.platform(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        triton=_version("triton"),
+        transformers=_version("transformers"),
+        eft_kernels=eft.__version__,
+        commit=None,
+        dirty=None,
+        source=None,
+        command=command,
+        date=time.strftime("%Y-%m-%d %H:%M:%S%z"),
+        run=uuid.uuid4().hex[:12],
+    )
 
 
 # --- the CPU: cores and caches -------------------------------------------------------------------------------------
+
 
 @contextlib.contextmanager
 def pinned(threads: int | None):
@@ -133,6 +154,7 @@ def rotation_bytes(kind: str) -> int:
 
 # --- bandwidth -----------------------------------------------------------------------------------------------------
 
+
 def bandwidth(kind: str, threads: int | None) -> tuple[float, float]:
     """(GB/s that the device can deliver to a kernel that only reads, or a GPU's copy; GB/s of a copy, read + written):
     the best of some passes over buffers far beyond every cache. Call it within `pinned(threads)`."""
@@ -149,12 +171,16 @@ def bandwidth(kind: str, threads: int | None) -> tuple[float, float]:
     find.argtypes, find.restype = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t), ctypes.c_void_p
     part = size // threads
     with ThreadPoolExecutor(threads) as pool:
+
         def read():
             jobs = [pool.submit(find, a.data_ptr() + i * part, 0, part) for i in range(threads)]
             if any(job.result() for job in jobs):
                 raise RuntimeError("memchr found a zero in a buffer of ones")
-        return (best_rate(timer(read, [()], kind, "eager"), part * threads),
-                best_rate(timer(b.copy_, [(a,)], kind, "eager"), 2 * size))
+
+        return (
+            best_rate(timer(read, [()], kind, "eager"), part * threads),
+            best_rate(timer(b.copy_, [(a,)], kind, "eager"), 2 * size),
+        )
 
 
 def best_rate(measure, nbytes: int, passes: int = 7) -> float:
@@ -163,6 +189,7 @@ def best_rate(measure, nbytes: int, passes: int = 7) -> float:
 
 
 # --- one call: its time, its operators, its memory -----------------------------------------------------------------
+
 
 def timer(call, sets: list[tuple], kind: str, launch: str):
     """A function of n: seconds of one ``call(*set)``, over at least n calls whose inputs rotate over ``sets``."""
@@ -175,10 +202,12 @@ def timer(call, sets: list[tuple], kind: str, launch: str):
             turn += 1
 
     if kind == "cpu":
+
         def measure(n):
             start = time.perf_counter()
             calls(n)
             return (time.perf_counter() - start) / n
+
         return measure
 
     def events(work, n):
@@ -203,6 +232,7 @@ def timer(call, sets: list[tuple], kind: str, launch: str):
     def replay(n):
         times = math.ceil(n / len(sets))
         return events(lambda: [graph.replay() for _ in range(times)], times * len(sets))
+
     return replay
 
 
@@ -238,14 +268,18 @@ def profile(call, args: tuple, kind: str) -> tuple[int, int]:
             torch.cuda.synchronize()
     if kind == "cuda":
         return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in seen.events()), peak
-    raw = sorted((e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"),
-                 key=lambda e: e.start_ns())
+    raw = sorted(
+        (e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    )
     now = peak = 0
     for event in raw:
         now += event.nbytes()
         peak = max(peak, now)
-    leaf = [e for e in seen.events() if e.name.startswith("aten::")
-            and not any(c.name.startswith("aten::") for c in e.cpu_children)]
+    leaf = [
+        e
+        for e in seen.events()
+        if e.name.startswith("aten::") and not any(c.name.startswith("aten::") for c in e.cpu_children)
+    ]
     return len(leaf) + sum("CompiledFxGraph" in e.name for e in seen.events()), peak
 
 

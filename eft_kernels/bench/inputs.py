@@ -15,8 +15,9 @@ FAMILY = Path(__file__).resolve().parents[2] / "examples" / "family"  # in a che
 FAMILY_VOCAB = 2048
 
 
-def logits(kind: str, batch: int, vocab: int, models: int, dtype: str, seed: int, device="cpu",
-           positions: int | None = None) -> list[torch.Tensor]:
+def logits(
+    kind: str, batch: int, vocab: int, models: int, dtype: str, seed: int, device="cpu", positions: int | None = None
+) -> list[torch.Tensor]:
     """[base, tuned, (tuned,) ref] or [base], each [batch, vocab], or [batch, positions, vocab]."""
     rows = batch * (positions or 1)
     if kind == "family":

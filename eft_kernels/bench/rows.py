@@ -28,8 +28,19 @@ STYLE = {  # implementation: name, colour (Okabe and Ito's, and two of Tol's: co
 
 Group = dict[str, dict]  # implementation: its row
 # a shape's fields in the order of tables
-ORDER = ("op", "variant", "device_name", "launch", "threads", "models", "dtype", "logits", "draft_tokens", "vocab",
-         "batch")
+ORDER = (
+    "op",
+    "variant",
+    "device_name",
+    "launch",
+    "threads",
+    "models",
+    "dtype",
+    "logits",
+    "draft_tokens",
+    "vocab",
+    "batch",
+)
 
 
 def shape_of(row: dict) -> Shape:
@@ -117,14 +128,24 @@ def over_combine_max(group: Group) -> float | None:
 
 # --- tables --------------------------------------------------------------------------------------------------------
 
+
 def dense(header: list[str], lines: list[list]) -> tuple[list[str], list[list[str]]]:
     """Without the columns in which every cell is "-"."""
     keep = [i for i in range(len(header)) if any(line[i] != "-" for line in lines)]
     return [header[i] for i in keep], [[str(line[i]) for i in keep] for line in lines]
 
 
-WORDS = dict(op="{}", variant="{}", launch="launch {}", threads="threads {}", models="J = {}", dtype="{}",
-             logits="{} logits", draft_tokens="K = {}", vocab="V = {}")
+WORDS = dict(
+    op="{}",
+    variant="{}",
+    launch="launch {}",
+    threads="threads {}",
+    models="J = {}",
+    dtype="{}",
+    logits="{} logits",
+    draft_tokens="K = {}",
+    vocab="V = {}",
+)
 HEADS = dict(models="J", draft_tokens="K", vocab="V", batch="B")
 
 
@@ -142,8 +163,11 @@ def hoist(shapes: list[Shape], skip: tuple[str, ...]) -> tuple[str, list[str]]:
 
 def cells(shapes: dict[Shape, Group], skip: tuple[str, ...] = ()) -> tuple[str, list[str], list[list[str]]]:
     """Our times beside every other implementation's: what all shapes share, header, lines."""
-    others = [n for n in dict.fromkeys([*STYLE, *(n for g in shapes.values() for n in g)])
-              if n not in OUR_NAMES and any(timed(g, n) for g in shapes.values())]
+    others = [
+        n
+        for n in dict.fromkeys([*STYLE, *(n for g in shapes.values() for n in g)])
+        if n not in OUR_NAMES and any(timed(g, n) for g in shapes.values())
+    ]
     shared, columns = hoist(list(shapes), skip)
     lines = []
     for s, g in shapes.items():
@@ -158,12 +182,30 @@ def cells(shapes: dict[Shape, Group], skip: tuple[str, ...] = ()) -> tuple[str, 
             return us(row["median_us"]) + (f" ({times(r)})" if r else "")
 
         share = own.get("fraction")
-        lines.append([*("-" if (v := getattr(s, c)) is None else v for c in columns), us(own.get("median_us")),
-                      f"{us(own['p20_us'])}..{us(own['p80_us'])}" if own else "-", us(own.get("floor_us")),
-                      "-" if share is None else percent(share), "-" if over is None else f"{over:.2f}",
-                      *map(cell, others), own.get("launches") or "-", size(own.get("peak_memory"))])
-    header = [*(HEADS.get(c, c) for c in columns), "ours", "p20..p80", "floor", "of floor", "/ combine + max",
-              *map(name_of, others), "launches", "peak memory"]
+        lines.append(
+            [
+                *("-" if (v := getattr(s, c)) is None else v for c in columns),
+                us(own.get("median_us")),
+                f"{us(own['p20_us'])}..{us(own['p80_us'])}" if own else "-",
+                us(own.get("floor_us")),
+                "-" if share is None else percent(share),
+                "-" if over is None else f"{over:.2f}",
+                *map(cell, others),
+                own.get("launches") or "-",
+                size(own.get("peak_memory")),
+            ]
+        )
+    header = [
+        *(HEADS.get(c, c) for c in columns),
+        "ours",
+        "p20..p80",
+        "floor",
+        "of floor",
+        "/ combine + max",
+        *map(name_of, others),
+        "launches",
+        "peak memory",
+    ]
     return shared, *dense(header, lines)
 
 
@@ -174,5 +216,7 @@ def untimed(shapes: dict[Shape, Group]) -> list[str]:
         for name, row in g.items():
             if row["status"] != "measured":
                 missing.setdefault((name_of(name), row["status"], row["why"]), []).append(f"{s.op} {s.variant}")
-    return [f"{name}, {status} ({', '.join(dict.fromkeys(where))}): {why}"
-            for (name, status, why), where in sorted(missing.items(), key=str)]
+    return [
+        f"{name}, {status} ({', '.join(dict.fromkeys(where))}): {why}"
+        for (name, status, why), where in sorted(missing.items(), key=str)
+    ]

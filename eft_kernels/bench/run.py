@@ -33,6 +33,7 @@ class WrongTokens(Exception):
 
 # --- the gates -----------------------------------------------------------------------------------------------------
 
+
 def as_tuple(out) -> tuple:
     return out if isinstance(out, tuple) else (out,)
 
@@ -81,8 +82,10 @@ def agrees(s: Shape, other: Baseline, draws: int = 20000) -> str | None:
     s = s._replace(batch=draws, vocab=80, draft_tokens=s.draft_tokens and 2)
     q, g = problem(s), torch.Generator().manual_seed(1)
     shared = torch.randn(s.positions, s.vocab, generator=g) * 1.5
-    one = [(shared + torch.randn(s.positions, s.vocab, generator=g) * 0.5).to(s.device, getattr(torch, s.dtype))
-           for _ in range(s.models)]
+    one = [
+        (shared + torch.randn(s.positions, s.vocab, generator=g) * 0.5).to(s.device, getattr(torch, s.dtype))
+        for _ in range(s.models)
+    ]
     mask = None if q.token_mask is None else q.token_mask[:1].expand(s.positions, -1).contiguous()
     want = eft.logprobs(one, q.weights, token_mask=mask, backend="reference", **q.params)  # [positions, V]
     many = [z.expand(draws, *z.shape).contiguous() for z in one]  # [draws, positions, V]
@@ -123,6 +126,7 @@ def far(what: str, got: torch.Tensor, want: torch.Tensor) -> str | None:
 
 # --- time ----------------------------------------------------------------------------------------------------------
 
+
 def error_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
 
@@ -134,8 +138,10 @@ def inputs_for(s: Shape) -> list[tuple]:
     each = sum(z.nbytes for z in first[0])
     n = min(max(2, math.ceil(device.rotation_bytes(s.device) / each)), 1024 if s.device == "cuda" else 64)
     sets = [first, *(arguments(s, seed) for seed in range(1, min(n, 4 if s.batch < 64 else 2)))]
-    return sets + [([z.clone() for z in z_], *(a.clone() for a in rest))
-                   for z_, *rest in (sets[i % len(sets)] for i in range(n - len(sets)))]
+    return sets + [
+        ([z.clone() for z in z_], *(a.clone() for a in rest))
+        for z_, *rest in (sets[i % len(sets)] for i in range(n - len(sets)))
+    ]
 
 
 def interleave(timers: dict, rounds: int) -> dict[str, list[float]]:
@@ -157,9 +163,26 @@ def interleave(timers: dict, rounds: int) -> dict[str, list[float]]:
 
 
 # fields of a row that only a measurement fills
-MEASURED = ("median_us", "p20_us", "p80_us", "repetitions", "bytes", "bandwidth_gbs", "copy_gbs", "floor_us",
-            "fraction", "issue_slots", "issue_us", "launches", "peak_memory", "tokens_per_s", "acceptance",
-            "new_tokens", "backend", "why")
+MEASURED = (
+    "median_us",
+    "p20_us",
+    "p80_us",
+    "repetitions",
+    "bytes",
+    "bandwidth_gbs",
+    "copy_gbs",
+    "floor_us",
+    "fraction",
+    "issue_slots",
+    "issue_us",
+    "launches",
+    "peak_memory",
+    "tokens_per_s",
+    "acceptance",
+    "new_tokens",
+    "backend",
+    "why",
+)
 
 
 def statistics_of(times: list[float]) -> dict:
@@ -210,8 +233,18 @@ def backend_of(b: Baseline, kind: str) -> str | None:
 
 def measure(s: Shape, beside: list[Baseline], checked: dict, rates: dict, about: dict) -> list[dict]:
     """The rows of a shape. ``checked`` remembers gates, ``rates`` bandwidths."""
-    base = dict(op=s.op, variant=s.variant, batch=s.batch, vocab=s.vocab, models=s.models, draft_tokens=s.draft_tokens,
-                dtype=s.dtype, logits=s.logits, launch=s.launch, threads=s.threads)
+    base = dict(
+        op=s.op,
+        variant=s.variant,
+        batch=s.batch,
+        vocab=s.vocab,
+        models=s.models,
+        draft_tokens=s.draft_tokens,
+        dtype=s.dtype,
+        logits=s.logits,
+        launch=s.launch,
+        threads=s.threads,
+    )
     candidates = [b for b in [*(b for b in OURS if s.device in b.devices), *beside] if s.variant in b.ops.get(s.op, ())]
     rows = {b.name: {**dict.fromkeys(MEASURED), **base, **about, "implementation": b.name} for b in candidates}
     torch._dynamo.reset()  # what was compiled for other shapes counts against dynamo's limit
@@ -247,13 +280,28 @@ def costs(s: Shape, row: dict, call, args: tuple, rates: tuple[float, float]) ->
     floor = nbytes(s) / bandwidth * 1e-3
     slots = issue_slots(s)
     issue_us = device.issue_us(s.batch * s.positions * s.vocab * slots) if s.device == "cuda" else None
-    return dict(bytes=nbytes(s), bandwidth_gbs=bandwidth, copy_gbs=copy, floor_us=floor,
-                fraction=floor / row["median_us"], issue_slots=slots, issue_us=issue_us, launches=launches,
-                peak_memory=peak)
+    return dict(
+        bytes=nbytes(s),
+        bandwidth_gbs=bandwidth,
+        copy_gbs=copy,
+        floor_us=floor,
+        fraction=floor / row["median_us"],
+        issue_slots=slots,
+        issue_us=issue_us,
+        launches=launches,
+        peak_memory=peak,
+    )
 
 
-def run(shapes: list[Shape], against: list[str] | None = None, command: str = "", tell=None, keep=None,
-        seconds: float | None = None, more: dict | None = None) -> list[dict]:
+def run(
+    shapes: list[Shape],
+    against: list[str] | None = None,
+    command: str = "",
+    tell=None,
+    keep=None,
+    seconds: float | None = None,
+    more: dict | None = None,
+) -> list[dict]:
     """The rows of all shapes, beside ``against`` (default: what each shape says); ``tell(done, total, label)`` hears
     of progress, ``keep(rows)`` gets each shape's as soon as they are there. After ``seconds`` no further shape is
     begun. ``more``: fields that every row has, too. Raises `WrongTokens` on a red gate."""
@@ -278,6 +326,7 @@ def run(shapes: list[Shape], against: list[str] | None = None, command: str = ""
 
 
 # --- progress and saving -----------------------------------------------------------------------------------
+
 
 def on_stderr(done: int, total: int, label: str) -> None:
     print(f"[{done}/{total}] {label}", file=sys.stderr, flush=True)

@@ -22,9 +22,14 @@ MIN_VOCAB = 1000
 # op: variant: sampling parameters; "masked" allows half of the tokens, "logprobs" asks for the token's log-probs
 OPS = {
     "sample": {
-        "plain": {}, "top_k": dict(top_k=50), "top_p": dict(top_p=0.9), "min_p": dict(min_p=0.05),
-        "all": dict(temperature=0.8, top_k=50, top_p=0.95, min_p=0.02), "upscale_filter": dict(upscale_top_p=0.9),
-        "masked": dict(masked=True), "with_logprobs": dict(logprobs=True),
+        "plain": {},
+        "top_k": dict(top_k=50),
+        "top_p": dict(top_p=0.9),
+        "min_p": dict(min_p=0.05),
+        "all": dict(temperature=0.8, top_k=50, top_p=0.95, min_p=0.02),
+        "upscale_filter": dict(upscale_top_p=0.9),
+        "masked": dict(masked=True),
+        "with_logprobs": dict(logprobs=True),
         "top_p_with_logprobs": dict(top_p=0.9, logprobs=True),
     },
     "verify": {"coupled": {}, "token": {}, "block": {}},
@@ -35,6 +40,7 @@ OPS = {
 
 class Shape(NamedTuple):
     """One measurement of every implementation: what identifies it, then how to make it."""
+
     op: str = "sample"
     variant: str = "plain"
     batch: int = 1
@@ -102,6 +108,7 @@ def issue_slots(s: Shape) -> float:
 
 # --- a shape as a problem, and our own implementations -------------------------------------------------------------
 
+
 def problem(s: Shape) -> Problem:
     settings = OPS[s.op][s.variant]
     mask = allowed = None
@@ -111,18 +118,26 @@ def problem(s: Shape) -> Problem:
         token = torch.arange(s.vocab, device=s.device)
         allowed = (mask[:, token // 32] >> (token % 32).to(torch.int32)) & 1 != 0
     params = {k: v for k, v in settings.items() if k not in ("masked", "logprobs")}
-    return Problem(inputs.WEIGHTS[s.models], params, eft.row_seeds(1, s.batch, s.device),
-                   settings.get("logprobs", False), mask, allowed)
+    return Problem(
+        inputs.WEIGHTS[s.models],
+        params,
+        eft.row_seeds(1, s.batch, s.device),
+        settings.get("logprobs", False),
+        mask,
+        allowed,
+    )
 
 
 def arguments(s: Shape, seed: int) -> tuple:
     """What a call takes: (logits,), with the drafts of `verify` (sampled from model 1) or `token_logprobs`' ids."""
-    z = inputs.logits(s.logits, s.batch, s.vocab, s.models, s.dtype, seed, s.device,
-                      s.positions if s.op == "verify" else None)
+    z = inputs.logits(
+        s.logits, s.batch, s.vocab, s.models, s.dtype, seed, s.device, s.positions if s.op == "verify" else None
+    )
     if s.op == "verify":
         rows = eft.row_seeds(1, s.batch, s.device)
-        drafts = [eft.draft(z[1][:, i], slot=i, method=s.variant, seed=rows, position=i).tokens
-                  for i in range(s.draft_tokens)]
+        drafts = [
+            eft.draft(z[1][:, i], slot=i, method=s.variant, seed=rows, position=i).tokens for i in range(s.draft_tokens)
+        ]
         return z, torch.stack(drafts, 1)
     if s.op == "token_logprobs":
         return z, torch.randint(s.vocab, (s.batch, 1), generator=torch.Generator().manual_seed(seed)).to(s.device)
@@ -142,8 +157,13 @@ def ours(op: str, variant: str, q: Problem, backend: str = "auto", **override):
 
     def verify(logits, drafts):
         return eft.verify(logits, weights, drafts, method=variant, **kwargs)[:2]
-    return dict(sample=sample, verify=verify, logprobs=lambda logits: eft.logprobs(logits, weights, **kwargs),
-                token_logprobs=lambda logits, ids: eft.token_logprobs(logits, weights, ids, **kwargs))[op]
+
+    return dict(
+        sample=sample,
+        verify=verify,
+        logprobs=lambda logits: eft.logprobs(logits, weights, **kwargs),
+        token_logprobs=lambda logits, ids: eft.token_logprobs(logits, weights, ids, **kwargs),
+    )[op]
 
 
 def combine_max(op: str, variant: str, q: Problem, backend: str = "auto"):
@@ -162,10 +182,22 @@ def no_triton() -> str | None:
 
 OURS = [
     Baseline("eft", "ours", "eft_kernels", EVERYTHING, ours),
-    Baseline("eft_triton", "our Triton kernels, where the CUDA ones are built", "eft_kernels", EVERYTHING, triton,
-             no_triton, ("cuda",)),
-    Baseline("combine_max", "our kernel at temperature 0: combine and maximum, no noise and no filter: the practical "
-             "floor", "eft_kernels", dict(sample=SAMPLE), combine_max),
+    Baseline(
+        "eft_triton",
+        "our Triton kernels, where the CUDA ones are built",
+        "eft_kernels",
+        EVERYTHING,
+        triton,
+        no_triton,
+        ("cuda",),
+    ),
+    Baseline(
+        "combine_max",
+        "our kernel at temperature 0: combine and maximum, no noise and no filter: the practical floor",
+        "eft_kernels",
+        dict(sample=SAMPLE),
+        combine_max,
+    ),
 ]
 
 
@@ -176,13 +208,19 @@ PEERS = ("eager", "lean")  # where compiling for each shape would cost more than
 
 def on(device: str) -> dict:
     """The fields of a shape that is measured on a device."""
-    return dict(device=device, launch="graph", threads=None) if device == "cuda" else \
-        dict(device=device, launch="eager", threads=1)
+    return (
+        dict(device=device, launch="graph", threads=None)
+        if device == "cuda"
+        else dict(device=device, launch="eager", threads=1)
+    )
 
 
 def quick(device: str = "cpu") -> list[Shape]:
-    return [Shape("sample", v, b, against=PEERS, rounds=7, **on(device)) for b in (1, 8)
-            for v in ("plain", "top_p", "with_logprobs")]
+    return [
+        Shape("sample", v, b, against=PEERS, rounds=7, **on(device))
+        for b in (1, 8)
+        for v in ("plain", "top_p", "with_logprobs")
+    ]
 
 
 def variants(batches, **fixed) -> list[Shape]:
@@ -216,8 +254,15 @@ def replaced(shapes: list[Shape], **values: list) -> list[Shape]:
     return unique([s for s in out if s.logits != "family" or s.vocab == inputs.FAMILY_VOCAB])
 
 
-def select(shapes: list[Shape], ops=None, variants=None, device: str | None = None, threads=None,
-           rounds: int | None = None, **factors) -> list[Shape]:
+def select(
+    shapes: list[Shape],
+    ops=None,
+    variants=None,
+    device: str | None = None,
+    threads=None,
+    rounds: int | None = None,
+    **factors,
+) -> list[Shape]:
     """Those of ``shapes`` that are wanted, with every combination of the values given in place of their own."""
     shapes = [s for s in shapes if s.op in (ops or OPS) and s.variant in (variants or OPS[s.op])]
     if device:

@@ -108,7 +108,9 @@ def print_rows(rows: list[dict]) -> None:
     about = [r["device"], f"backend {r['backend']}", *rates, f"eft-kernels {r['eft_kernels']}", f"torch {r['torch']}"]
     print("  " + paint(", ".join(about), DIM))
     if rates:
-        print("  of floor: what reading the logits once takes at that bandwidth, over our time; combine + max: the\n"
-              "  same kernel without noise and filters; in brackets how many times our time an implementation takes")
+        print(
+            "  of floor: what reading the logits once takes at that bandwidth, over our time; combine + max: the\n"
+            "  same kernel without noise and filters; in brackets how many times our time an implementation takes"
+        )
     for line in results.untimed(measured):
         print(f"  {line}")

@@ -33,8 +33,10 @@ def find_family(given: str | None, heldout: str | None) -> tuple[Path, dict[str,
         places = [p / "examples/family/weights" for p in (Path(__file__).resolve().parents[2], Path.cwd())]
         folder = next((p for p in places if p.is_dir()), None)
         if folder is None:
-            raise Refused("the example family is not here: run it in a checkout (examples/family/weights) or name its "
-                          "folder with --family")
+            raise Refused(
+                "the example family is not here: run it in a checkout (examples/family/weights) or name its "
+                "folder with --family"
+            )
     for name in NAMES:
         if not (folder / name).is_dir():
             raise Refused(f"--family {folder}: no folder {name} in it; expected are {', '.join(NAMES)}")
@@ -63,8 +65,9 @@ def alone(model, ids, seed: int, new_tokens: int, temperature: float, end: int) 
     for position in range(new_tokens):
         o = model(input_ids=step, use_cache=True, **{name: cache})
         cache = getattr(o, name)
-        token = eft.sample([o.logits[:, -1]], [1.0], temperature=temperature, seed=seed, position=position,
-                           logprobs=False).tokens
+        token = eft.sample(
+            [o.logits[:, -1]], [1.0], temperature=temperature, seed=seed, position=position, logprobs=False
+        ).tokens
         out.append(token.item())
         if out[-1] == end:
             break
@@ -81,9 +84,19 @@ def emulate(family: Family, ids, seed: int, new_tokens: int, **settings):
     tuned = family.tuned if len(family.tuned) > 1 else family.tuned[0]
     start = time.perf_counter()
     out = family.base.generate(
-        input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-        custom_generate=eft.hf.generate, tuned=tuned, ref=family.ref, seed=seed, do_sample=True, top_k=0,
-        max_new_tokens=new_tokens, pad_token_id=family.tokenizer.pad_token_id, return_dict_in_generate=True, **settings)
+        input_ids=torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        custom_generate=eft.hf.generate,
+        tuned=tuned,
+        ref=family.ref,
+        seed=seed,
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=new_tokens,
+        pad_token_id=family.tokenizer.pad_token_id,
+        return_dict_in_generate=True,
+        **settings,
+    )
     return out.sequences[0, len(ids) :].tolist(), out.speculation, time.perf_counter() - start
 
 
@@ -101,13 +114,15 @@ def show_texts(models, tokenizer, args) -> None:
         with Progress("writing", 4) as progress:
             texts = []
             for name in ("base", f"tuned-{style}", None, f"large-{style}"):
-                new = alone(models[name], ids, args.seed, args.new_tokens, temperature, end) if name else \
-                    emulate(family, ids, args.seed, args.new_tokens, temperature=temperature)[0]
+                new = (
+                    alone(models[name], ids, args.seed, args.new_tokens, temperature, end)
+                    if name
+                    else emulate(family, ids, args.seed, args.new_tokens, temperature=temperature)[0]
+                )
                 texts.append(told(new))
                 progress.step()
         print(f"\n  style {style} ({STYLES[style]}), temperature {temperature}: {paint(prompt + ' ...', CYAN)}")
-        print(beside(["base (large)", f"tuned-{style} (small)", "emulated", "really fine-tuned"], texts),
-              flush=True)
+        print(beside(["base (large)", f"tuned-{style} (small)", "emulated", "really fine-tuned"], texts), flush=True)
 
     ids = tokenizer(BOTH).input_ids
     family = Family(models["base"], [models["tuned-a"], models["tuned-b"]], models["ref"], tokenizer)
@@ -140,8 +155,12 @@ def scores_of(models, tokenizer, texts: dict[str, str], args) -> dict[str, dict]
         rows = heldout_windows(texts[style], tokenizer, args.heldout_tokens)
         small = f"tuned-{style}"
         emulated = (["base", small, "ref"], eft.upscale(), {})
-        scores[style] = score({n: models[n] for n in ("base", small, "ref", f"large-{style}")}, rows,
-                              {"emulated": emulated}, label=f"scoring style {style}")
+        scores[style] = score(
+            {n: models[n] for n in ("base", small, "ref", f"large-{style}")},
+            rows,
+            {"emulated": emulated},
+            label=f"scoring style {style}",
+        )
     return scores
 
 
@@ -161,8 +180,10 @@ def time_of_a_step(threads: int) -> tuple[float, float, str]:
         with Progress("timing a sampling step", 1), device.pinned(threads):
             sets, problem = runs.inputs_for(shape), shapes.problem(shape)
             runs.gate(shape, sets[:1], both[0])
-            timers = {b.name: device.timer(b.make(shape.op, shape.variant, problem), sets, shape.device, shape.launch)
-                      for b in both}
+            timers = {
+                b.name: device.timer(b.make(shape.op, shape.variant, problem), sets, shape.device, shape.launch)
+                for b in both
+            }
             for timer in timers.values():
                 timer(1)
             times = runs.interleave(timers, shape.rounds)
@@ -170,8 +191,14 @@ def time_of_a_step(threads: int) -> tuple[float, float, str]:
         print(f"eft-kernels demo: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     ours, eager = (statistics.median(times[b.name]) * 1e6 for b in both)
-    return ours, eager, (f"{shape.models} models, {shape.vocab} tokens, {shape.dtype}, one row, "
-                         f"{threads} thread{'s' if threads > 1 else ''}")
+    return (
+        ours,
+        eager,
+        (
+            f"{shape.models} models, {shape.vocab} tokens, {shape.dtype}, one row, "
+            f"{threads} thread{'s' if threads > 1 else ''}"
+        ),
+    )
 
 
 def times_as_fast(ours: float, other: float) -> str:
@@ -186,23 +213,50 @@ def shown(us: float) -> str:
 def show_result(scores: dict[str, dict], step: tuple[float, float, str]) -> None:
     heading("1  The result")
     shares = {style: share_of(style, s) for style, s in scores.items()}
-    told = " and ".join(f"{share:.0%} ({STYLES[style]})" if share is not None else f"nothing ({STYLES[style]})"
-                        for style, share in shares.items())
+    told = " and ".join(
+        f"{share:.0%} ({STYLES[style]})" if share is not None else f"nothing ({STYLES[style]})"
+        for style, share in shares.items()
+    )
     good = all(share is not None and share > 0 for share in shares.values())
     print("  " + paint(f"Fine-tuning only the small model recovers {told}", BOLD, GREEN if good else YELLOW))
     print("  of what really fine-tuning the large one gains on held-out text.")
     ours, eager, shape = step
-    print("  " + paint(f"A sampling step takes {shown(ours)}: {times_as_fast(ours, eager)} eager PyTorch "
-                       f"({shown(eager)})", BOLD, GREEN if eager > ours else YELLOW))
+    print(
+        "  "
+        + paint(
+            f"A sampling step takes {shown(ours)}: {times_as_fast(ours, eager)} eager PyTorch ({shown(eager)})",
+            BOLD,
+            GREEN if eager > ours else YELLOW,
+        )
+    )
     print(f"  on this machine ({shape}).\n")
     lines = []
     for style, s in scores.items():
         names = ("ref", "base", f"tuned-{style}", "emulated", f"large-{style}")
         share = shares[style]
-        lines.append([f"{style} ({STYLES[style]})", f"{s['base'].tokens}", *(f"{s[n].perplexity:.2f}" for n in names),
-                      "-" if share is None else f"{share:.0%}"])
-    print(table(["perplexity on held-out text", "tokens", "ref", "base", "tuned", "emulated", "large, fine-tuned",
-                 "gap recovered"], lines))
+        lines.append(
+            [
+                f"{style} ({STYLES[style]})",
+                f"{s['base'].tokens}",
+                *(f"{s[n].perplexity:.2f}" for n in names),
+                "-" if share is None else f"{share:.0%}",
+            ]
+        )
+    print(
+        table(
+            [
+                "perplexity on held-out text",
+                "tokens",
+                "ref",
+                "base",
+                "tuned",
+                "emulated",
+                "large, fine-tuned",
+                "gap recovered",
+            ],
+            lines,
+        )
+    )
     print(paint("  lower is better; gap recovered: (base - emulated) / (base - fine-tuned) in nats per token", DIM))
     for style, s in scores.items():
         for other in ("base", f"tuned-{style}"):
@@ -233,18 +287,27 @@ def show_speed(models, tokenizer, texts: dict[str, str], args) -> None:
         spec = stats[method, k]
         told = ["", "", "1"]
         if k:
-            rounds, drafted, accepted, emitted = (sum(int(getattr(s, name).sum()) for s in spec)
-                                                  for name in ("rounds", "drafted", "accepted", "emitted"))
+            rounds, drafted, accepted, emitted = (
+                sum(int(getattr(s, name).sum()) for s in spec) for name in ("rounds", "drafted", "accepted", "emitted")
+            )
             told = [f"{k}", f"{accepted / max(1, drafted):.0%}", f"{emitted / max(1, rounds):.2f}"]
         lines.append([method, *told, f"{speeds[method, k]:.0f}", f"{speeds[method, k] / speeds['plain', 0]:.2f}x"])
     best = max(range(len(runs)), key=lambda i: speeds[runs[i]])
     print(table(["method", "K", "accepted", "tokens a round", "tokens/s", "against plain"], lines, best=best))
     same = all(written["coupled", k] == written["plain", 0] for k in KS)
-    print("  " + paint(f"coupled wrote {'exactly the tokens' if same else 'NOT the tokens'} of plain decoding for K = "
-                       f"{', '.join(map(str, KS))}", GREEN if same else YELLOW))
+    print(
+        "  "
+        + paint(
+            f"coupled wrote {'exactly the tokens' if same else 'NOT the tokens'} of plain decoding for K = "
+            f"{', '.join(map(str, KS))}",
+            GREEN if same else YELLOW,
+        )
+    )
     if best == 0:
-        print("  " + paint("speculation does NOT pay here: with models this small a draft costs nearly what it saves",
-                           YELLOW))
+        print(
+            "  "
+            + paint("speculation does NOT pay here: with models this small a draft costs nearly what it saves", YELLOW)
+        )
     print(paint(f"  {len(prompts)} held-out openings of style a, {args.new_tokens} tokens each, temperature 1", DIM))
 
 
@@ -266,9 +329,11 @@ def run(args) -> int:
     if tokenizer is None:
         raise Refused(f"--family {folder}: no tokenizer in {folder / 'base'}")
     here = ", ".join(n for n, b in backends().items() if b["available"])
-    print(f"  small: ref, tuned-a, tuned-b ({size(models['ref'])} parameters each); large: base, large-a, large-b "
-          f"({size(models['base'])})\n  loaded in {time.perf_counter() - start:.1f} s; backends here: {here}; "
-          f"{torch.get_num_threads()} thread(s); seed {args.seed}")
+    print(
+        f"  small: ref, tuned-a, tuned-b ({size(models['ref'])} parameters each); large: base, large-a, large-b "
+        f"({size(models['base'])})\n  loaded in {time.perf_counter() - start:.1f} s; backends here: {here}; "
+        f"{torch.get_num_threads()} thread(s); seed {args.seed}"
+    )
     with torch.inference_mode():
         show_result(scores_of(models, tokenizer, texts, args), time_of_a_step(args.threads))
         show_texts(models, tokenizer, args)
@@ -280,12 +345,18 @@ def run(args) -> int:
 
 def next_command(family: Path) -> str:
     """How to go on, as one types it here."""
+
     def here(path) -> str:
         return shlex.quote(os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else str(path))
 
     script = Path(sys.executable).with_name("eft-kernels")
-    program = "eft-kernels" if shutil.which("eft-kernels") else here(script) if script.is_file() else \
-        f"{here(sys.executable)} -m eft_kernels"
+    program = (
+        "eft-kernels"
+        if shutil.which("eft-kernels")
+        else here(script)
+        if script.is_file()
+        else f"{here(sys.executable)} -m eft_kernels"
+    )
     names = {"base": "base", "tuned": "tuned-a", "ref": "ref"}
     models = " ".join(f"--{option} {here(family / name)}" for option, name in names.items())
     return f"  {program} generate {models} \\\n    --temperature 0.7 --draft-tokens 4 --prompt 'In the beginning'"

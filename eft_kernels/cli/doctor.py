@@ -12,8 +12,11 @@ import warnings
 from .models import cores
 from .term import BOLD, DIM, GREEN, YELLOW, paint
 
-NEEDED_FOR = {"torch": "everything", "triton": "GPU kernels; comes with torch on GPU machines",
-              "transformers": "eft.hf.generate and the commands: pip install 'eft-kernels[hf]'"}
+NEEDED_FOR = {
+    "torch": "everything",
+    "triton": "GPU kernels; comes with torch on GPU machines",
+    "transformers": "eft.hf.generate and the commands: pip install 'eft-kernels[hf]'",
+}
 
 
 def version(package: str) -> str | None:
@@ -28,8 +31,10 @@ def extension() -> tuple[bool, str]:
     spec = importlib.util.find_spec("eft_kernels._cpu")
     if spec is not None:
         return True, spec.origin
-    return False, ("not built. With a C++17 compiler on the PATH (Debian: apt-get install g++) run "
-                   "`pip install --force-reinstall --no-deps .` in the checkout, or `make build`")
+    return False, (
+        "not built. With a C++17 compiler on the PATH (Debian: apt-get install g++) run "
+        "`pip install --force-reinstall --no-deps .` in the checkout, or `make build`"
+    )
 
 
 def check() -> tuple[bool, str]:
@@ -64,11 +69,18 @@ def collect() -> dict:
     works, what = check()
     forced = os.environ.get("EFT_KERNELS_BACKEND")
     return dict(
-        eft_kernels=eft.__version__, python=platform.python_version(), machine=platform.machine(),
-        packages={name: version(name) for name in NEEDED_FOR}, folder=os.path.dirname(eft.__file__),
+        eft_kernels=eft.__version__,
+        python=platform.python_version(),
+        machine=platform.machine(),
+        packages={name: version(name) for name in NEEDED_FOR},
+        folder=os.path.dirname(eft.__file__),
         extension=dict(built=built, detail=where),
         threads=dict(torch=torch.get_num_threads(), cores=cores()),
-        backends=backends(), forced_backend=forced, works=works, check=what)
+        backends=backends(),
+        forced_backend=forced,
+        works=works,
+        check=what,
+    )
 
 
 def run(args) -> int:
@@ -84,8 +96,10 @@ def run(args) -> int:
     row("python", f"{found['python']} on {found['machine']}")
     for name, its_version in found["packages"].items():
         row(name, its_version or paint("not installed", YELLOW), "" if its_version else f"for {NEEDED_FOR[name]}")
-    row("extension", found["extension"]["detail"] if found["extension"]["built"] else
-        paint(found["extension"]["detail"], YELLOW))
+    row(
+        "extension",
+        found["extension"]["detail"] if found["extension"]["built"] else paint(found["extension"]["detail"], YELLOW),
+    )
     row("threads", f"{found['threads']['torch']} of {found['threads']['cores']} cores")
     forced = found["forced_backend"]
     print(paint("backends", BOLD) + (f"  EFT_KERNELS_BACKEND={forced}" if forced else ""))

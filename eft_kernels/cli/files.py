@@ -9,8 +9,12 @@ from pathlib import Path
 
 from .term import Refused
 
-OTHER_ENCODINGS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
-                   codecs.BOM_UTF16_BE: "UTF-16"}  # UTF-32's little-endian mark begins with UTF-16's
+OTHER_ENCODINGS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}  # UTF-32's little-endian mark begins with UTF-16's
 
 
 def expand(path: str) -> Path:
@@ -26,8 +30,9 @@ def decode_text(data: bytes, where: str) -> str:
                 raise Refused(f"{where}: cannot read it: not UTF-8 text but {name}; save it as UTF-8")
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Refused(f"{where}: cannot read it: not UTF-8 text (byte {data[error.start]:#04x} at offset "
-                      f"{error.start})") from None
+        raise Refused(
+            f"{where}: cannot read it: not UTF-8 text (byte {data[error.start]:#04x} at offset {error.start})"
+        ) from None
     if "\0" in text:
         raise Refused(f"{where}: cannot read it: not text (a zero byte at offset {data.index(0)})")
     return text.replace("\r\n", "\n")
@@ -53,8 +58,10 @@ def check_text(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise Refused(f"{where}: not valid Unicode text ({text[error.start]!r} at character {error.start}: a byte that "
-                      "is not UTF-8, or half of a surrogate pair)") from None
+        raise Refused(
+            f"{where}: not valid Unicode text ({text[error.start]!r} at character {error.start}: a byte that "
+            "is not UTF-8, or half of a surrogate pair)"
+        ) from None
     return text
 
 

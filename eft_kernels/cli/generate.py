@@ -97,8 +97,9 @@ def encode(requests: list[Request], tokenizer, chat: bool) -> None:
     for r in requests:
         if chat:
             try:
-                text = tokenizer.apply_chat_template([{"role": "user", "content": r.prompt}], tokenize=False,
-                                                     add_generation_prompt=True)
+                text = tokenizer.apply_chat_template(
+                    [{"role": "user", "content": r.prompt}], tokenize=False, add_generation_prompt=True
+                )
             except Exception as error:  # a template may refuse what it likes, and needs jinja2
                 raise Refused(f"--chat: the chat template fails: {first_line(error)}") from None
             r.inputs = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
@@ -175,8 +176,10 @@ def check_lengths(requests: list[Request], family) -> None:
     for r in requests:
         new = r.settings["max_new_tokens"]
         if family.context and len(r.inputs) + new > family.context:
-            raise Refused(f"{r.where}: the prompt has {len(r.inputs)} tokens and --max-new-tokens is {new}; allowed "
-                          f"are {family.context} together, the shortest context of the models")
+            raise Refused(
+                f"{r.where}: the prompt has {len(r.inputs)} tokens and --max-new-tokens is {new}; allowed "
+                f"are {family.context} together, the shortest context of the models"
+            )
 
 
 def until_end(family):
@@ -211,12 +214,22 @@ def decode(batch: list[Request], family, args, streamer=None) -> None:
         settings = {k: v for k, v in settings.items() if k not in SAMPLING}
     try:
         out = family.base.generate(
-            input_ids=ids, attention_mask=mask, custom_generate=eft.hf.generate,
-            tuned=family.tuned if len(family.tuned) > 1 else family.tuned[0], ref=family.ref,
-            draft_tokens=min(args.draft_tokens, new), verify=args.verify or "coupled", vocab_size=family.vocab_size,
-            do_sample=not greedy, seed=torch.tensor([r.seed for r in batch], dtype=torch.int64, device=device),
-            pad_token_id=pad, eos_token_id=family.ends or None, streamer=streamer,
-            return_dict_in_generate=True, **settings)
+            input_ids=ids,
+            attention_mask=mask,
+            custom_generate=eft.hf.generate,
+            tuned=family.tuned if len(family.tuned) > 1 else family.tuned[0],
+            ref=family.ref,
+            draft_tokens=min(args.draft_tokens, new),
+            verify=args.verify or "coupled",
+            vocab_size=family.vocab_size,
+            do_sample=not greedy,
+            seed=torch.tensor([r.seed for r in batch], dtype=torch.int64, device=device),
+            pad_token_id=pad,
+            eos_token_id=family.ends or None,
+            streamer=streamer,
+            return_dict_in_generate=True,
+            **settings,
+        )
     except eft.hf.InvalidRowError as error:
         out, failed = error.output, error.failed
         for row, step in failed.items():

@@ -12,8 +12,17 @@ from .files import argument_text, expand
 from .term import Refused
 
 ADAPTER = "adapter_config.json"  # what makes a folder a PEFT adapter
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
-                   "spiece.model", "sentencepiece.bpe.model", "*.tiktoken", "tekken.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "*.tiktoken",
+    "tekken.json",
+)
 
 
 @dataclass
@@ -103,22 +112,27 @@ def load_model(name: str, option: str, dtype: str = "auto", device: str = "cpu",
     try:
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust, **given)
         if getattr(config, "is_encoder_decoder", False):
-            raise Refused(f"{option} {name}: {config.model_type} is an encoder-decoder model; decoder-only models "
-                          "are supported")
+            raise Refused(
+                f"{option} {name}: {config.model_type} is an encoder-decoder model; decoder-only models are supported"
+            )
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, trust_remote_code=trust, output_loading_info=True, **given)
+            source, config=config, dtype=dtype, trust_remote_code=trust, output_loading_info=True, **given
+        )
         if info["missing_keys"]:  # transformers would go on with random numbers
             missing = sorted(info["missing_keys"])
-            raise Refused(f"{option} {name}: cannot load it: weights are missing: {', '.join(missing[:3])}"
-                          f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}")
+            raise Refused(
+                f"{option} {name}: cannot load it: weights are missing: {', '.join(missing[:3])}"
+                f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}"
+            )
         model = model.to(device).eval()
     except Refused:
         raise
     except Exception as error:  # whatever a broken folder makes transformers raise
         refuse_foreign_code(error, f"{option} {name}")
         if given:
-            raise Refused(f"{option} {name}: no such folder, and the hub cannot be reached (or HF_HUB_OFFLINE is "
-                          "set)") from None
+            raise Refused(
+                f"{option} {name}: no such folder, and the hub cannot be reached (or HF_HUB_OFFLINE is set)"
+            ) from None
         raise Refused(f"{option} {name}: cannot load it: {first_line(error)}") from None
     # Only the command line says how to sample; of the checkpoint's own settings the special tokens stay.
     kept = {k: getattr(model.generation_config, k, None) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -133,8 +147,9 @@ def load_adapter(name: str, option: str, dtype: str, device: str, trust: bool):
     try:
         import peft
     except ImportError:
-        raise Refused(f"{option} {name}: is a PEFT adapter; pip install peft, or merge it into {base} and save the "
-                      "result") from None
+        raise Refused(
+            f"{option} {name}: is a PEFT adapter; pip install peft, or merge it into {base} and save the result"
+        ) from None
     model = load_model(base, f"{option} {name}, adapter of", dtype, device, trust)
     kept = model.generation_config
     try:
@@ -227,8 +242,9 @@ def load_family(args) -> Family:
     else:  # the fine-tuned model knows the tokens that fine-tuning added
         tokenizer = next((t for t in (*tokenizers[1:-1], tokenizers[0], tokenizers[-1]) if t), None)
     if tokenizer is None:
-        raise Refused(f"no tokenizer in {args.tokenizer or 'the model folders'}; name a folder that has one with "
-                      "--tokenizer")
+        raise Refused(
+            f"no tokenizer in {args.tokenizer or 'the model folders'}; name a folder that has one with --tokenizer"
+        )
     family = Family(models[0], list(models[1:-1]), models[-1], tokenizer, list(tokenizers))
     names = [f"{option} {name}" for option, name in options]
     family.vocab_size = shared_vocabulary(names, models, tokenizers, args.vocab_size)
@@ -278,8 +294,10 @@ def shared_vocabulary(names: list[str], models, tokenizers, vocab_size: int | No
         raise Refused(f"--vocab-size: got {vocab_size}, allowed is up to {shortest}, the shortest model's vocabulary")
     if vocab_size is None and len(set(widths)) > 1 and None in tokenizers:
         lengths = ", ".join(f"{n} {w}" for n, w in zip(names, widths))
-        raise Refused(f"the models' vocabularies differ in length ({lengths}) and a tokenizer is missing; pass "
-                      f"--vocab-size {shortest} if ids below it mean the same")
+        raise Refused(
+            f"the models' vocabularies differ in length ({lengths}) and a tokenizer is missing; pass "
+            f"--vocab-size {shortest} if ids below it mean the same"
+        )
     known = [(n, t) for n, t in zip(names, tokenizers) if t is not None]
     try:
         hf.check_tokenizers([t for _, t in known], [n for n, _ in known], vocab_size or shortest, vocab_size is None)

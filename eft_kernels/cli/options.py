@@ -70,29 +70,55 @@ REQUEST_OPTIONS = {
 
 def add_models(parser) -> None:
     group = parser.add_argument_group("models (folders or hub ids)")
-    group.add_argument("--base", required=True, action="once", metavar="MODEL",
-                       help="the large model that was not fine-tuned")
-    group.add_argument("--tuned", required=True, metavar="MODEL", action="append",
-                       help="the small fine-tuned model; give it twice to mix two behaviours (see --lam)")
-    group.add_argument("--ref", required=True, action="once", metavar="MODEL",
-                       help="the small model before fine-tuning")
-    group.add_argument("--tokenizer", action="once", metavar="MODEL",
-                       help="whose tokenizer and chat template to use (default: the tuned model's)")
-    group.add_argument("--trust-remote-code", action="store_true",
-                       help="run Python code that comes with a model (default: refuse such a model)")
-    group.add_argument("--vocab-size", type=positive, metavar="N",
-                       help="the first N ids that the models share, where their vocabularies differ in length")
-    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
-                       help="load the weights as this (default: as they were saved)")
+    group.add_argument(
+        "--base", required=True, action="once", metavar="MODEL", help="the large model that was not fine-tuned"
+    )
+    group.add_argument(
+        "--tuned",
+        required=True,
+        metavar="MODEL",
+        action="append",
+        help="the small fine-tuned model; give it twice to mix two behaviours (see --lam)",
+    )
+    group.add_argument(
+        "--ref", required=True, action="once", metavar="MODEL", help="the small model before fine-tuning"
+    )
+    group.add_argument(
+        "--tokenizer",
+        action="once",
+        metavar="MODEL",
+        help="whose tokenizer and chat template to use (default: the tuned model's)",
+    )
+    group.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with a model (default: refuse such a model)",
+    )
+    group.add_argument(
+        "--vocab-size",
+        type=positive,
+        metavar="N",
+        help="the first N ids that the models share, where their vocabularies differ in length",
+    )
+    group.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="load the weights as this (default: as they were saved)",
+    )
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     group.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
 
 
 def add_combination(parser) -> None:
     group = parser.add_argument_group("how the models are combined")
-    group.add_argument("--mode", choices=["upscale", "proxy", "downscale"], default=None,
-                       help="upscale (default): beta (base - ref) + tuned; proxy: base + alpha (tuned - ref); "
-                            "downscale: small base + large tuned - large ref")
+    group.add_argument(
+        "--mode",
+        choices=["upscale", "proxy", "downscale"],
+        default=None,
+        help="upscale (default): beta (base - ref) + tuned; proxy: base + alpha (tuned - ref); "
+        "downscale: small base + large tuned - large ref",
+    )
     group.add_argument("--beta", type=finite, help="strength of the large model's knowledge (upscale; default 1)")
     group.add_argument("--alpha", type=finite, help="strength of the fine-tuning (proxy; default 1)")
     group.add_argument("--lam", type=finite, help="share of the first of two --tuned models (default 0.5)")
@@ -101,8 +127,12 @@ def add_combination(parser) -> None:
 
 def add_parameters(group, parameters) -> None:
     for p in parameters:
-        group.add_argument(option(p.name), type=REQUEST_OPTIONS[p.name], metavar="X",
-                           help=f"{p.doc} (default {p.off:g})".replace("%", "%%"))
+        group.add_argument(
+            option(p.name),
+            type=REQUEST_OPTIONS[p.name],
+            metavar="X",
+            help=f"{p.doc} (default {p.off:g})".replace("%", "%%"),
+        )
 
 
 def option(name: str) -> str:
@@ -123,5 +153,11 @@ def mode_settings(args) -> dict:
             needs = "two --tuned models" if name == "lam" else f"--mode {its_mode} and one --tuned model"
             raise Refused(f"--{name}: goes with {needs}")
     default = dict(beta=1.0, alpha=1.0, lam=0.5)
-    return {"mode": mode, **{name: default[name] if getattr(args, name) is None else getattr(args, name)
-                             for name, its_mode in owner.items() if its_mode == mode}}
+    return {
+        "mode": mode,
+        **{
+            name: default[name] if getattr(args, name) is None else getattr(args, name)
+            for name, its_mode in owner.items()
+            if its_mode == mode
+        },
+    }

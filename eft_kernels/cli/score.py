@@ -46,12 +46,21 @@ def combination(mode: dict):
     import eft_kernels as eft
 
     name = mode["mode"]
-    return {"upscale": lambda: eft.upscale(mode["beta"]), "proxy": lambda: eft.proxy(mode["alpha"]),
-            "downscale": eft.downscale, "interpolate": lambda: eft.interpolate(mode["lam"])}[name]()
+    return {
+        "upscale": lambda: eft.upscale(mode["beta"]),
+        "proxy": lambda: eft.proxy(mode["alpha"]),
+        "downscale": eft.downscale,
+        "interpolate": lambda: eft.interpolate(mode["lam"]),
+    }[name]()
 
 
-def score(models: dict, rows: list[tuple[list[int], int]], emulations: dict, vocab_size: int | None = None,
-          label: str = "scoring") -> dict[str, Score]:
+def score(
+    models: dict,
+    rows: list[tuple[list[int], int]],
+    emulations: dict,
+    vocab_size: int | None = None,
+    label: str = "scoring",
+) -> dict[str, Score]:
     """Scores on windows, of each model and of each emulation ``name: (its models' names, weights, parameters)``."""
     import torch
 
@@ -120,14 +129,16 @@ def run(args) -> int:
         rows[path] = windows(ids, bos, context, stride)
     names = ["base", *(["tuned"] if len(family.tuned) == 1 else ["tuned 1", "tuned 2"]), "ref"]
     models = dict(zip(names, family.models))
-    combining = {p.name: p.off if (x := getattr(args, p.name)) is None else x
-                 for p in PARAMETERS if p.stage == "combine"}
+    combining = {
+        p.name: p.off if (x := getattr(args, p.name)) is None else x for p in PARAMETERS if p.stage == "combine"
+    }
     emulations = {"emulated": (names, combination(mode), combining)}
     if args.truth:
         models["truth"] = load_model(args.truth, "--truth", args.dtype, family.base.device, args.trust_remote_code)
         known = [tokenizer, load_tokenizer(args.truth, "--truth", args.trust_remote_code)]
-        shared_vocabulary(["the tokenizer", "--truth " + args.truth], [family.base, models["truth"]], known,
-                          family.vocab_size)
+        shared_vocabulary(
+            ["the tokenizer", "--truth " + args.truth], [family.base, models["truth"]], known, family.vocab_size
+        )
 
     settings = {k: v for k, v in mode.items() if k != "mode"} | combining
     told = ", ".join(f"{k} {v:g}" for k, v in settings.items() if OFF.get(k) != v)
@@ -140,25 +151,57 @@ def run(args) -> int:
         invalid += [(path, n) for n, s in scores.items() if math.isnan(s.nats)]
         share = recovered(*(scores[n].nats for n in ("base", "emulated", "truth"))) if args.truth else None
         if args.json:
-            numbers = {n: {k: v if v is None or math.isfinite(v) else None for k, v in
-                           dict(tokens=s.tokens, nats_per_token=s.nats, perplexity=s.perplexity).items()}
-                       for n, s in scores.items()}
-            print(json_line(dict(text=path, context=context, stride=stride, bos=bos is not None, mode=mode["mode"],
-                                 **settings, scores=numbers, **({"recovered": share} if args.truth else {}))),
-                  flush=True)
+            numbers = {
+                n: {
+                    k: v if v is None or math.isfinite(v) else None
+                    for k, v in dict(tokens=s.tokens, nats_per_token=s.nats, perplexity=s.perplexity).items()
+                }
+                for n, s in scores.items()
+            }
+            print(
+                json_line(
+                    dict(
+                        text=path,
+                        context=context,
+                        stride=stride,
+                        bos=bos is not None,
+                        mode=mode["mode"],
+                        **settings,
+                        scores=numbers,
+                        **({"recovered": share} if args.truth else {}),
+                    )
+                ),
+                flush=True,
+            )
             continue
         best = min((n for n in scores if n != "truth"), key=lambda n: scores[n].nats)
         if len(texts) > 1:
             print(("\n" if path != args.text[0] else "") + paint(path, BOLD))
-        print(table(["model", "tokens", "nats/token", "perplexity"],
-                    [["base, fine-tuned" if n == "truth" else n, f"{s.tokens}", f"{s.nats:.4f}", f"{s.perplexity:.3f}"]
-                     for n, s in scores.items()],
-                    best=list(scores).index(best)))
-        print(f"  {mode['mode']}{' ' + told if told else ''}; windows of {context} tokens, stride {stride}"
-              f"{', each behind the start token' if bos is not None else ', the first token not counted'}", flush=True)
+        print(
+            table(
+                ["model", "tokens", "nats/token", "perplexity"],
+                [
+                    ["base, fine-tuned" if n == "truth" else n, f"{s.tokens}", f"{s.nats:.4f}", f"{s.perplexity:.3f}"]
+                    for n, s in scores.items()
+                ],
+                best=list(scores).index(best),
+            )
+        )
+        print(
+            f"  {mode['mode']}{' ' + told if told else ''}; windows of {context} tokens, stride {stride}"
+            f"{', each behind the start token' if bos is not None else ', the first token not counted'}",
+            flush=True,
+        )
         if args.truth:
-            print("  gap recovered: " + (f"{share:.0%} of (base -> fine-tuned base)" if share is not None else
-                  "none (the fine-tuned base model is no better than the base model here)"), flush=True)
+            print(
+                "  gap recovered: "
+                + (
+                    f"{share:.0%} of (base -> fine-tuned base)"
+                    if share is not None
+                    else "none (the fine-tuned base model is no better than the base model here)"
+                ),
+                flush=True,
+            )
     for path, name in invalid:
         print(f"eft-kernels score: --text {path}: {name}: invalid scores (NaN, +inf or no token left)", file=sys.stderr)
     return 1 if invalid else 0

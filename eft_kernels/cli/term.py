@@ -69,8 +69,9 @@ def table(header: list[str], rows: list[list[str]], best: int | None = None) -> 
     def line(cells):
         return "  " + "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths))).rstrip()
 
-    return "\n".join([paint(line(header), DIM)] + [paint(line(r), GREEN) if i == best else line(r)
-                                                     for i, r in enumerate(rows)])
+    return "\n".join(
+        [paint(line(header), DIM)] + [paint(line(r), GREEN) if i == best else line(r) for i, r in enumerate(rows)]
+    )
 
 
 def beside(titles: list[str], texts: list[str], total: int | None = None) -> str:
@@ -78,8 +79,9 @@ def beside(titles: list[str], texts: list[str], total: int | None = None) -> str
     total = total or width()
     each = (total - 2 - 3 * (len(texts) - 1)) // len(texts)
     if each < 18:
-        return "\n".join(f"  {paint(t, BOLD)}\n{textwrap.indent(textwrap.fill(x, total - 4), '    ')}"
-                         for t, x in zip(titles, texts))
+        return "\n".join(
+            f"  {paint(t, BOLD)}\n{textwrap.indent(textwrap.fill(x, total - 4), '    ')}" for t, x in zip(titles, texts)
+        )
     columns = [[line for part in x.splitlines() for line in textwrap.wrap(part, each) or [""]] for x in texts]
     out = ["  " + paint(" │ ", DIM).join(paint(t[:each].ljust(each), BOLD) for t in titles)]
     for i in range(max(map(len, columns))):
@@ -111,5 +113,9 @@ class Progress:
     def _show(self) -> None:
         if self.on:
             full = min(24, 24 * self.done // self.total)
-            print(f"\r\x1b[K  [{'#' * full}{'.' * (24 - full)}] {self.label}"[: width() + 4], end="", file=sys.stderr,
-                  flush=True)
+            print(
+                f"\r\x1b[K  [{'#' * full}{'.' * (24 - full)}] {self.label}"[: width() + 4],
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -9,5 +9,16 @@ from .loops import Decoded, Speculation, plain, speculative
 from .target import Target
 from .text import Prompt, Text
 
-__all__ = ["Columns", "Decoded", "Model", "OwnPrompt", "Prompt", "Speculation", "Target", "Text", "plain",
-           "speculative", "take_columns"]
+__all__ = [
+    "Columns",
+    "Decoded",
+    "Model",
+    "OwnPrompt",
+    "Prompt",
+    "Speculation",
+    "Target",
+    "Text",
+    "plain",
+    "speculative",
+    "take_columns",
+]

@@ -18,8 +18,9 @@ class Model(Protocol):
     boundary: a pass that begins with at most so many columns may not end with more (default None).
     """
 
-    def __call__(self, ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor,
-                 keep: int) -> torch.Tensor:
+    def __call__(
+        self, ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor, keep: int
+    ) -> torch.Tensor:
         """Appends ids [B, n] to the cache; logits [B, keep, V] of the last ``keep`` columns.
 
         attention_mask: int64 [B, cached + n], 0 on left padding (None: no padding); position_ids: int64 [B, n].

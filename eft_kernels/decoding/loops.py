@@ -102,8 +102,10 @@ class Writer:
     def decoded(self, speculation: Speculation | None = None) -> Decoded:
         steps = max(self.length)
         failed = {b: n for b, n in enumerate(self.text.failed.tolist()) if n >= 0}
-        records = [None if r is None else r.close(self.length, pad)
-                   for r, pad in ((self.logits, None), (self.scores, self.text.prompt.pad))]
+        records = [
+            None if r is None else r.close(self.length, pad)
+            for r, pad in ((self.logits, None), (self.scores, self.text.prompt.pad))
+        ]
         return Decoded(self.text.prefix(steps), self.text.length, failed, *records, speculation)
 
 
@@ -134,8 +136,16 @@ def plain(models: list[Model], target: Target, prompt: Prompt, *, on_tokens: Cal
 
 
 @torch.no_grad()
-def speculative(models: list[Model], target: Target, prompt: Prompt, *, draft: int, draft_tokens: int,
-                method: str, on_tokens: Callable | None = None) -> Decoded:
+def speculative(
+    models: list[Model],
+    target: Target,
+    prompt: Prompt,
+    *,
+    draft: int,
+    draft_tokens: int,
+    method: str,
+    on_tokens: Callable | None = None,
+) -> Decoded:
     """Rounds of drafting by models[draft] and verification by all (Leviathan et al., arXiv 2211.17192).
 
     At the start of a round every cache holds each row's text but its newest token. The drafting model reads that
@@ -173,8 +183,9 @@ def speculative(models: list[Model], target: Target, prompt: Prompt, *, draft: i
         columns.width = start
         ids = torch.cat([feed, drafts], 1)
         inputs = columns.inputs(ids.shape[1])
-        logits = [torch.cat(steps, 1) if i == draft else model(ids, *inputs, k + 1)
-                  for i, model in enumerate(models)]  # J x [B, K+1, V_j]
+        logits = [
+            torch.cat(steps, 1) if i == draft else model(ids, *inputs, k + 1) for i, model in enumerate(models)
+        ]  # J x [B, K+1, V_j]
         columns.width += ids.shape[1]
 
         ver, raw, scores = target.verify(logits, text, drafts, lengths, reach, method, draft)

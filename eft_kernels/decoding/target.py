@@ -72,8 +72,16 @@ class Target:
         out = draft(logits, slot=slot, method=method, position=position, vocab_size=self.vocab_size, **self.noise)
         return out.tokens, out.valid
 
-    def verify(self, logits: list[torch.Tensor], text: Text, drafts: torch.Tensor, lengths: torch.Tensor,
-               reach: list[int], method: str, draft: int):
+    def verify(
+        self,
+        logits: list[torch.Tensor],
+        text: Text,
+        drafts: torch.Tensor,
+        lengths: torch.Tensor,
+        reach: list[int],
+        method: str,
+        draft: int,
+    ):
         """`verify` of drafts [B, K] under logits [B, K+1, V_j]: (its output, raw scores, processed scores).
 
         reach[b]: how many slots of row b (from slot 0) can be emitted, 0 for a row that ended.
@@ -99,8 +107,7 @@ class Target:
                 own = scores[every, slot]
                 done = of_rows(text.prefix(n), own.clone(), here).float()
                 scores[every, slot] = torch.where(here[:, None], done, own)
-        out = verify([scores, logits[draft]], [1.0, 0.0], drafts, lengths, draft=1, vocab_size=scores.shape[2],
-                     **noise)
+        out = verify([scores, logits[draft]], [1.0, 0.0], drafts, lengths, draft=1, vocab_size=scores.shape[2], **noise)
         final = None
         if self.keep_scores:
             final = torch.stack([self.filtered(scores[:, i]) for i in range(slots)], 1)

@@ -40,18 +40,86 @@ def use(library: str):
 
 # --- hostile arguments ---------------------------------------------------------------------------------------------
 
+
 class Named(torch.Tensor):
     pass
 
 
-NUMBERS = [0, 1, -1, 2, 7, 300, -300, 1 << 31, (1 << 31) - 1, -(1 << 31), (1 << 32) + 1, MAX - 1, MAX, -MAX, -MAX - 1,
-           2 * MAX - 1, 2 * MAX, 10**400, 0.0, -0.0, 0.5, 1.0, 1e-45, 1e-38, 3.4e38, 1e39, 1e300, -1e300, float("nan"),
-           float("inf"), float("-inf"), True, False, 1j, fractions.Fraction(1, 3)]
-OBJECTS = [None, "", "sample", "draft", "token", "block", b"x", [], (), {}, object(), [1], [[1.0]], [None], range(3),
-           torch.Tensor, ValueError, print, "\ud800"]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16,
-          torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool, torch.complex64,
-          torch.float8_e4m3fn]
+NUMBERS = [
+    0,
+    1,
+    -1,
+    2,
+    7,
+    300,
+    -300,
+    1 << 31,
+    (1 << 31) - 1,
+    -(1 << 31),
+    (1 << 32) + 1,
+    MAX - 1,
+    MAX,
+    -MAX,
+    -MAX - 1,
+    2 * MAX - 1,
+    2 * MAX,
+    10**400,
+    0.0,
+    -0.0,
+    0.5,
+    1.0,
+    1e-45,
+    1e-38,
+    3.4e38,
+    1e39,
+    1e300,
+    -1e300,
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+    True,
+    False,
+    1j,
+    fractions.Fraction(1, 3),
+]
+OBJECTS = [
+    None,
+    "",
+    "sample",
+    "draft",
+    "token",
+    "block",
+    b"x",
+    [],
+    (),
+    {},
+    object(),
+    [1],
+    [[1.0]],
+    [None],
+    range(3),
+    torch.Tensor,
+    ValueError,
+    print,
+    "\ud800",
+]
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+    torch.bool,
+    torch.complex64,
+    torch.float8_e4m3fn,
+]
 FLOATS = [0.0, 1.0, -1.0, 0.5, float("nan"), float("inf"), float("-inf"), 3.4e38, -3.4e38, 1e-45, 65504.0]
 INTEGERS = [0, 1, -1, 5, 100, MAX - 1, -MAX, 1 << 32]
 
@@ -148,6 +216,7 @@ def hostile(pick: random.Random, like, rows: int = 3):
 
 # --- targets -------------------------------------------------------------------------------------------------------
 
+
 def outputs(out) -> list:
     return [out] if isinstance(out, torch.Tensor) else list(out)
 
@@ -174,8 +243,11 @@ def tame(call):
     for name, row in ROWS.items():
         x = getattr(p, name)
         if isinstance(x, torch.Tensor):
-            changed[name] = x.clamp(row.low, min(row.high, MAX - 1)) if row.type is int else \
-                x.nan_to_num(row.tried[1]).clamp(row.low, row.high)
+            changed[name] = (
+                x.clamp(row.low, min(row.high, MAX - 1))
+                if row.type is int
+                else x.nan_to_num(row.tried[1]).clamp(row.low, row.high)
+            )
     if not isinstance(p.position, torch.Tensor):
         changed["position"] = max(0, p.position)
     if isinstance(p.weights, torch.Tensor):
@@ -298,8 +370,13 @@ class Fuzz:
         pick = random.Random(seed)
         B, K, V = pick.choice([1, 3, 17]), 2, pick.choice([40, 3000, 40000])
         z, zz = ([torch.randn(*lead, V) for _ in range(3)] for lead in ((B,), (B, K + 1)))
-        numbers = dict(temperature=torch.ones(B), top_p=torch.full((B,), 0.9), top_k=torch.zeros(B, dtype=torch.int64),
-                       seed=torch.arange(B), position=torch.zeros(B, dtype=torch.int64))
+        numbers = dict(
+            temperature=torch.ones(B),
+            top_p=torch.full((B,), 0.9),
+            top_k=torch.zeros(B, dtype=torch.int64),
+            seed=torch.arange(B),
+            position=torch.zeros(B, dtype=torch.int64),
+        )
         drafts = torch.zeros(B, K, dtype=torch.int64)
         over, failures = threading.Event(), []
 
@@ -311,21 +388,41 @@ class Fuzz:
                 except BaseException as error:
                     failures.append(error)
                     over.set()
+
             return threading.Thread(target=run)
 
         def caller(threads, kind):
             mine = random.Random(kind)
+
             def run():
                 torch.set_num_threads(threads)
                 kwargs = {name: x for name, x in numbers.items() if name in ("seed", "position") or mine.random() < 0.7}
                 if kind % 2:
-                    out, _ = attempt(lambda: self.eft.sample(z, self.eft.upscale(), top_logprobs=mine.choice([0, 3]),
-                                                             diagnostics=mine.random() < 0.3, **kwargs), RAISED)
+                    out, _ = attempt(
+                        lambda: self.eft.sample(
+                            z,
+                            self.eft.upscale(),
+                            top_logprobs=mine.choice([0, 3]),
+                            diagnostics=mine.random() < 0.3,
+                            **kwargs,
+                        ),
+                        RAISED,
+                    )
                 else:
-                    out, _ = attempt(lambda: self.eft.verify(zz, self.eft.upscale(), drafts, logprobs=True,
-                                                             method=mine.choice(self.ops.METHODS), **kwargs), RAISED)
+                    out, _ = attempt(
+                        lambda: self.eft.verify(
+                            zz,
+                            self.eft.upscale(),
+                            drafts,
+                            logprobs=True,
+                            method=mine.choice(self.ops.METHODS),
+                            **kwargs,
+                        ),
+                        RAISED,
+                    )
                 if out is not None:
                     assert ((out.tokens >= -1) & (out.tokens < V)).all(), out.tokens
+
             return run
 
         def replace():

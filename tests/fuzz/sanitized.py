@@ -1,6 +1,6 @@
 """The C++ extension with AddressSanitizer and UndefinedBehaviorSanitizer, beside the usual one.
 
-    python tests/fuzz/sanitized.py --seconds 60    builds it and runs fuzz.py on it, with fuzz.py's arguments
+python tests/fuzz/sanitized.py --seconds 60    builds it and runs fuzz.py on it, with fuzz.py's arguments
 """
 
 import fcntl
@@ -16,12 +16,25 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CXX = shlex.split(os.environ.get("CXX", "g++"))
-FLAGS = ["-O1", "-g1", "-std=c++17", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi",
-         "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+FLAGS = [
+    "-O1",
+    "-g1",
+    "-std=c++17",
+    "-fPIC",
+    "-pthread",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-Wno-psabi",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer",
+]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISAS = {"baseline": [], **({"avx2": ["-mavx2", "-mfma", "-mf16c"]} if X86 else {})}
-OPTIONS = dict(ASAN_OPTIONS="detect_leaks=0:abort_on_error=1:allocator_may_return_null=1:detect_odr_violation=0",
-               UBSAN_OPTIONS="print_stacktrace=1")
+OPTIONS = dict(
+    ASAN_OPTIONS="detect_leaks=0:abort_on_error=1:allocator_may_return_null=1:detect_odr_violation=0",
+    UBSAN_OPTIONS="print_stacktrace=1",
+)
 
 
 def runtime() -> str | None:

@@ -15,15 +15,29 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CXX = shlex.split(os.environ.get("CXX", "g++"))
-FLAGS = ["-O2", "-g1", "-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall",
-         "-Wno-unknown-pragmas", "-Wno-unused-function", "-Werror", "-DEFT_SIMT", f"-I{ROOT / 'tests' / 'simt'}",
-         f"-I{sysconfig.get_path('include')}"]
+FLAGS = [
+    "-O2",
+    "-g1",
+    "-std=c++17",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-Wno-unused-function",
+    "-Werror",
+    "-DEFT_SIMT",
+    f"-I{ROOT / 'tests' / 'simt'}",
+    f"-I{sysconfig.get_path('include')}",
+]
 
 
 def build(folder: Path = ROOT / "build" / "simt", replace: dict[str, tuple[str, str]] | None = None) -> Path:
     """The library, made anew where a source or a flag is another; ``replace``: {file of csrc/cuda: (text, by what)}."""
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) + [ROOT / "tests/simt/simt.cpp",
-                                                              ROOT / "csrc/bindings/cuda_module.cpp"]
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) + [
+        ROOT / "tests/simt/simt.cpp",
+        ROOT / "csrc/bindings/cuda_module.cpp",
+    ]
     headers = [*ROOT.glob("csrc/*/*.h"), *ROOT.glob("csrc/*/*.cuh"), *ROOT.glob("tests/simt/*.h")]
     content = b"".join(p.read_bytes() for p in sorted([*sources, *headers]))
     key = hashlib.sha256(content + repr((FLAGS, CXX, sorted((replace or {}).items()))).encode()).hexdigest()[:16]

@@ -69,10 +69,12 @@ def counters(rows: int, device: torch.device) -> torch.Tensor:
 
 def on_device(function):
     """Triton launches on the current device."""
+
     @wraps(function)
     def run(logits, *args):
         with torch.accelerator.device_index(logits[0].device.index):
             return function(logits, *args)
+
     return run
 
 
@@ -108,11 +110,17 @@ class Call:
             tuned = live.index(tuned) if tuned in live else -1
         tensor = isinstance(weights, torch.Tensor)
         self.models = Models(
-            tuple(logits), tuple(z.stride(0) for z in logits),
+            tuple(logits),
+            tuple(z.stride(0) for z in logits),
             tuple(z.stride(1) if z.dim() == 3 else 0 for z in logits),
-            weights if tensor else None, weights.stride(0) if tensor and weights.dim() == 2 else 0,
-            () if tensor else weights, p.token_mask, 0 if p.token_mask is None else p.token_mask.shape[-1], self.V,
-            self.slots)
+            weights if tensor else None,
+            weights.stride(0) if tensor and weights.dim() == 2 else 0,
+            () if tensor else weights,
+            p.token_mask,
+            0 if p.token_mask is None else p.token_mask.shape[-1],
+            self.V,
+            self.slots,
+        )
         (seed, seed_value), (position, at) = _pair(p.seed, 0), _pair(p.position, 0)
         pointers, numbers = zip(*(_pair(getattr(p, name), off) for name, off in OFF.items()))
         self.sampling = (Sampling(pointers, tuple(map(float, numbers)), seed, position), seed_value, at)
@@ -153,8 +161,9 @@ class Call:
         totals = torch.zeros(J, self.rows, dtype=torch.int64, device=self.device)
         self.launch_stream(filter.own_stats_kernel, top, self.rows, self.chunks)
         self.launch_stream(filter.own_mass_kernel, top, totals, self.rows, self.chunks, CP=self.cp)
-        self.launch(filter.own_row_kernel, top, totals, *self.scratch(), self.rows, self.chunks, CP=self.cp,
-                    **self.search)
+        self.launch(
+            filter.own_row_kernel, top, totals, *self.scratch(), self.rows, self.chunks, CP=self.cp, **self.search
+        )
 
     def scratch(self):
         """For chunks that matter, int32 [rows, chunks], and their scores [rows, V]; only what is found is touched."""
@@ -165,14 +174,37 @@ class Call:
         self.top = self.empty(self.chunks)
         self.sum = self.empty(self.chunks) if sum else None
         self.sum_c = (self.empty(self.chunks) if self.processed or sum is False else self.sum) if sum_c else None
-        self.launch_stream(filter.stats_kernel, *self.sampling, self.top, self.sum,
-                           None if self.sum_c is self.sum else self.sum_c, self.chunks)
+        self.launch_stream(
+            filter.stats_kernel,
+            *self.sampling,
+            self.top,
+            self.sum,
+            None if self.sum_c is self.sum else self.sum_c,
+            self.chunks,
+        )
 
     def row(self, domain=0, state=None, tokens=None, valid=None, logprobs=None, raw=None):
         """Thresholds into ``state``; samples into ``tokens``."""
         scratch = self.scratch() if self.filtered else (None, None)
-        self.launch(filter.row_kernel, *self.sampling, domain, self.top, self.sum, self.sum_c, *scratch, SLACK, state,
-                    tokens, valid, logprobs, raw, self.chunks, CP=self.cp, FILTERED=self.filtered, **self.search)
+        self.launch(
+            filter.row_kernel,
+            *self.sampling,
+            domain,
+            self.top,
+            self.sum,
+            self.sum_c,
+            *scratch,
+            SLACK,
+            state,
+            tokens,
+            valid,
+            logprobs,
+            raw,
+            self.chunks,
+            CP=self.cp,
+            FILTERED=self.filtered,
+            **self.search,
+        )
 
     def masses(self, state):
         """Exact masses of the rows without filters."""
@@ -185,8 +217,12 @@ class Call:
         return Side(self.models, self.up, state, pointers[at], numbers[at])
 
     def state(self):
-        return filter.State(*(self.empty() for _ in range(4)), self.empty(dtype=torch.int64),
-                            self.empty(dtype=torch.int64), self.empty(dtype=torch.bool))
+        return filter.State(
+            *(self.empty() for _ in range(4)),
+            self.empty(dtype=torch.int64),
+            self.empty(dtype=torch.int64),
+            self.empty(dtype=torch.bool),
+        )
 
 
 @on_device
@@ -207,14 +243,39 @@ def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logpro
         splits = split["SPLITS"]
         part_key = call.empty(splits, dtype=torch.int64)
         part = call.empty(splits, 4) if logprobs else None
-        call.launch(race.sample_kernel, *call.sampling, domain, tokens, valid, lp, raw, counters(B, device), part_key,
-                    part, PARTS=power_of_2(splits), DIRECT=cut.direct, PROCESSED=call.processed, **split)
+        call.launch(
+            race.sample_kernel,
+            *call.sampling,
+            domain,
+            tokens,
+            valid,
+            lp,
+            raw,
+            counters(B, device),
+            part_key,
+            part,
+            PARTS=power_of_2(splits),
+            DIRECT=cut.direct,
+            PROCESSED=call.processed,
+            **split,
+        )
     top_ids = top_lp = entropy = tv = None
     if top_logprobs:
         top_ids, top_lp = call.empty(top_logprobs, dtype=torch.int64), call.empty(top_logprobs)
         found, buffer = call.empty(call.chunks, dtype=torch.int32), call.empty(call.V, dtype=torch.int64)
-        call.launch(outputs.top_kernel, call.top, found, buffer, state, top_ids, top_lp, top_logprobs, call.chunks,
-                    CP=call.cp, **call.search)
+        call.launch(
+            outputs.top_kernel,
+            call.top,
+            found,
+            buffer,
+            state,
+            top_ids,
+            top_lp,
+            top_logprobs,
+            call.chunks,
+            CP=call.cp,
+            **call.search,
+        )
     if diagnostics:
         entropy, tv = call.empty(), call.empty()
         z = logits[p.tuned]
@@ -248,8 +309,9 @@ def token_logprobs(logits, p: Params, ids):
 
 
 @on_device
-def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, drawn_by: DraftParams,
-           logprobs: bool):
+def verify(
+    logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, drawn_by: DraftParams, logprobs: bool
+):
     B, S = logits[0].shape[:2]
     device, judges, blocks = logits[0].device, method != "coupled", method == "block"
     call = Call(logits, p)
@@ -275,16 +337,46 @@ def verify(logits, p: Params, draft_tokens, draft_lengths, method: str, draft: i
     if not B:
         return tokens, emitted, valid, lp, raw
     options = dict(METHOD=METHOD_CODES[method], **OPTIONS)
-    acceptance.accept_kernel[(B,)](target, other, *call.sampling, draft_tokens, draft_lengths, own, accepted, factor,
-                                   ratios, S, call.V, num_warps=1, **options)
+    acceptance.accept_kernel[(B,)](
+        target,
+        other,
+        *call.sampling,
+        draft_tokens,
+        draft_lengths,
+        own,
+        accepted,
+        factor,
+        ratios,
+        S,
+        call.V,
+        num_warps=1,
+        **options,
+    )
     if blocks:
         rest = torch.zeros(B, S, dtype=torch.int64, device=device)
-        acceptance.rest_kernel[(B * S * call.stream["SPLITS"],)](target, other, draft_tokens, accepted, ratios, rest, S,
-                                                                 **call.stream, **OPTIONS)
+        acceptance.rest_kernel[(B * S * call.stream["SPLITS"],)](
+            target, other, draft_tokens, accepted, ratios, rest, S, **call.stream, **OPTIONS
+        )
         acceptance.block_kernel[(B,)](*call.sampling, accepted, factor, ratios, rest, S, num_warps=1, **OPTIONS)
-    acceptance.last_kernel[(B,)](target, other, *call.sampling, call.top, draft_tokens, draft_lengths, own, accepted,
-                                 factor, tokens, emitted, valid, S, call.chunks, CP=call.cp, SP=power_of_2(S),
-                                 **options)
+    acceptance.last_kernel[(B,)](
+        target,
+        other,
+        *call.sampling,
+        call.top,
+        draft_tokens,
+        draft_lengths,
+        own,
+        accepted,
+        factor,
+        tokens,
+        emitted,
+        valid,
+        S,
+        call.chunks,
+        CP=call.cp,
+        SP=power_of_2(S),
+        **options,
+    )
     if logprobs:
         call.launch(outputs.ids_kernel, *call.sampling, state, tokens, 1, emitted, lp, raw, N=1, num_warps=1)
     return tokens, emitted, valid, lp, raw

@@ -76,8 +76,20 @@ def put_stats(s, bad, row, chunk, chunks, top, sum, sum_c, c):
 
 
 @triton.jit(do_not_specialize=["seed", "position"])
-def stats_kernel(m, up, sampling, seed, position, top, sum, sum_c, chunks, SPLITS: tl.constexpr,
-                 TILES: tl.constexpr, TC: tl.constexpr):
+def stats_kernel(
+    m,
+    up,
+    sampling,
+    seed,
+    position,
+    top,
+    sum,
+    sum_c,
+    chunks,
+    SPLITS: tl.constexpr,
+    TILES: tl.constexpr,
+    TC: tl.constexpr,
+):
     """Grid (rows * SPLITS): maxima (+inf: a bad row) and sums of every chunk, [rows, chunks]."""
     r = (tl.program_id(0) // SPLITS).to(tl.int64)
     row = row_of(m, up, r)
@@ -100,9 +112,11 @@ def stats_kernel(m, up, sampling, seed, position, top, sum, sum_c, chunks, SPLIT
 
 # --- searching -----------------------------------------------------------------------------------------------------
 
+
 @triton.jit
-def gather(scores: tl.constexpr, context, top, chunk, low, found, buffer, TC: tl.constexpr,
-           PACKED: tl.constexpr = False):
+def gather(
+    scores: tl.constexpr, context, top, chunk, low, found, buffer, TC: tl.constexpr, PACKED: tl.constexpr = False
+):
     """All ``scores`` >= low of chunks [N] with maxima ``top`` into ``buffer``; their number. found: [N] scratch.
 
     PACKED: with their tokens, as int64.
@@ -204,8 +218,9 @@ def cutoff(best, p, share, temperature, V):
 
 
 @triton.jit
-def threshold(m, up, row, q, best, top, tops, approximate, chunk, chunks, found, buffer, slack, TC: tl.constexpr,
-              N: tl.constexpr):
+def threshold(
+    m, up, row, q, best, top, tops, approximate, chunk, chunks, found, buffer, slack, TC: tl.constexpr, N: tl.constexpr
+):
     """The smallest score kept by top-k, top-p and min-p, and the exact mass kept (0: nothing is filtered)."""
     floor = tl.cast(NEG_INF, tl.float32)
     mass_kept = tl.cast(0, tl.int64)
@@ -244,9 +259,30 @@ def threshold(m, up, row, q, best, top, tops, approximate, chunk, chunks, found,
 
 
 @triton.jit(do_not_specialize=["seed", "position", "domain"])
-def row_kernel(m, up, sampling, seed, position, domain, top, sum, sum_c, found, buffer, slack, state, tokens,
-               valid, logprobs, raw, chunks, CP: tl.constexpr, TC: tl.constexpr, N: tl.constexpr,
-               FILTERED: tl.constexpr):
+def row_kernel(
+    m,
+    up,
+    sampling,
+    seed,
+    position,
+    domain,
+    top,
+    sum,
+    sum_c,
+    found,
+    buffer,
+    slack,
+    state,
+    tokens,
+    valid,
+    logprobs,
+    raw,
+    chunks,
+    CP: tl.constexpr,
+    TC: tl.constexpr,
+    N: tl.constexpr,
+    FILTERED: tl.constexpr,
+):
     """Grid (rows): thresholds from `stats_kernel`'s maxima and sums [rows, chunks]; CP is the power of two >= chunks.
 
     Writes ``state`` where it is asked for, and samples where ``tokens`` is. Scratch: found int32 [rows, chunks],
@@ -274,8 +310,23 @@ def row_kernel(m, up, sampling, seed, position, domain, top, sum, sum_c, found, 
     log_kept = log(tl.cast(approximate, tl.float32))
     if FILTERED:
         if ok & q.filtered:
-            floor, mass_kept = threshold(m, up, row, q, best, high, tops, approximate, chunk, chunks,
-                                         found + r * chunks, buffer + r * row.V, slack, TC, N)
+            floor, mass_kept = threshold(
+                m,
+                up,
+                row,
+                q,
+                best,
+                high,
+                tops,
+                approximate,
+                chunk,
+                chunks,
+                found + r * chunks,
+                buffer + r * row.V,
+                slack,
+                TC,
+                N,
+            )
             if mass_kept > 0:
                 log_kept = log_total(mass_kept)
     if q.greedy:
@@ -302,6 +353,7 @@ def row_kernel(m, up, sampling, seed, position, domain, top, sum, sum_c, found, 
 
 
 # --- up-scaling filter ---------------------------------------------------------------------------------------------
+
 
 @triton.jit
 def own_logits(m, row, token, s, j: tl.constexpr):
@@ -337,8 +389,11 @@ def own_stats_kernel(m, up, top, rows, chunks, SPLITS: tl.constexpr, TILES: tl.c
             token = tokens_of(chunk)
             s, bad, own = raw_scores(m, up, row, token)
             for j in tl.static_range(len(m.z)):
-                tl.store(top + (j * rows + r) * chunks + chunk, tl.max(own_logits(m, row, token, s, j), 1),
-                         mask=chunk < chunks)
+                tl.store(
+                    top + (j * rows + r) * chunks + chunk,
+                    tl.max(own_logits(m, row, token, s, j), 1),
+                    mask=chunk < chunks,
+                )
 
 
 @triton.jit
@@ -351,8 +406,9 @@ def own_best(top, at, chunks, CP: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def own_mass_kernel(m, up, top, totals, rows, chunks, SPLITS: tl.constexpr, TILES: tl.constexpr, TC: tl.constexpr,
-                    CP: tl.constexpr):
+def own_mass_kernel(
+    m, up, top, totals, rows, chunks, SPLITS: tl.constexpr, TILES: tl.constexpr, TC: tl.constexpr, CP: tl.constexpr
+):
     """Grid (rows * SPLITS): adds every model's exact mass to totals int64 [J, rows], which starts at 0."""
     r = (tl.program_id(0) // SPLITS).to(tl.int64)
     row = row_of(m, up, r)
@@ -371,8 +427,9 @@ def own_mass_kernel(m, up, top, totals, rows, chunks, SPLITS: tl.constexpr, TILE
 
 
 @triton.jit(do_not_specialize=["rows"])
-def own_row_kernel(m, up, top, totals, found, buffer, rows, chunks, CP: tl.constexpr, TC: tl.constexpr,
-                   N: tl.constexpr):
+def own_row_kernel(
+    m, up, top, totals, found, buffer, rows, chunks, CP: tl.constexpr, TC: tl.constexpr, N: tl.constexpr
+):
     """Grid (rows): `Up` from the masses: what to take off inside and outside, and the tuned model's own nucleus."""
     r = tl.program_id(0).to(tl.int64)
     row = row_of(m, up, r)
@@ -387,8 +444,9 @@ def own_row_kernel(m, up, top, totals, found, buffer, rows, chunks, CP: tl.const
         p = value(up.on, up.on_value, r // m.slots, tl.float32)
         share = all_mass.to(tl.float32) * 9.0949e-13  # a little below 2^-40
         low = cutoff(best, p, share, 1.0, row.V.to(tl.float32))
-        count = gather(own_scores, Kept(m, up, row, 0.0), high, tl.arange(0, CP), low, found + r * chunks,
-                       buffer + r * row.V, TC)
+        count = gather(
+            own_scores, Kept(m, up, row, 0.0), high, tl.arange(0, CP), low, found + r * chunks, buffer + r * row.V, TC
+        )
         tau, above, below = nucleus(buffer + r * row.V, count, low, best, LOG2E, mass_limit(p, all_mass), N)
         tl.store(up.tau + r, tau)
         tl.store(up.inside + r, inside)

@@ -33,8 +33,9 @@ def changes(q):
 
 
 @triton.jit(do_not_specialize=["seed", "position"])
-def logprobs_kernel(m, up, sampling, seed, position, state, out, SPLITS: tl.constexpr, TILES: tl.constexpr,
-                    TC: tl.constexpr):
+def logprobs_kernel(
+    m, up, sampling, seed, position, state, out, SPLITS: tl.constexpr, TILES: tl.constexpr, TC: tl.constexpr
+):
     """Grid (rows * SPLITS): out float32 [rows, V]."""
     r = (tl.program_id(0) // SPLITS).to(tl.int64)
     row = row_of(m, up, r)
@@ -81,8 +82,9 @@ def ids_kernel(m, up, sampling, seed, position, state, ids, number, emitted, log
 
 
 @triton.jit(do_not_specialize=["n"])
-def top_kernel(m, up, top, found, buffer, state, ids, logprobs, n, chunks, CP: tl.constexpr, TC: tl.constexpr,
-               N: tl.constexpr):
+def top_kernel(
+    m, up, top, found, buffer, state, ids, logprobs, n, chunks, CP: tl.constexpr, TC: tl.constexpr, N: tl.constexpr
+):
     """Grid (rows): the n most likely tokens, ids and logprobs [rows, n]; -1 and -inf where there are fewer.
 
     Scratch: found int32 [rows, chunks], buffer int64 [rows, V].

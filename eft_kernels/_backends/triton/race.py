@@ -50,8 +50,16 @@ def race(scores: tl.constexpr, context, bound, e, place, chunk, temperature, see
     while (high > NEG_INF) & ((high > packed_key(best)) | (c <= packed_token(best) // CHUNK)):
         s = scores(context, c * CHUNK + tl.arange(0, CHUNK))
         here = chunk == c
-        key = noisy(s, temperature, seed, position, domain, c, tl.sum(tl.where(here, e, 0.0), 0),
-                    tl.sum(tl.where(here, place, 0), 0))
+        key = noisy(
+            s,
+            temperature,
+            seed,
+            position,
+            domain,
+            c,
+            tl.sum(tl.where(here, e, 0.0), 0),
+            tl.sum(tl.where(here, place, 0), 0),
+        )
         found = tl.max(key, 0)
         score = tl.where(found > best, tl.max(tl.where(key == found, s, NEG_INF), 0), score)
         best = tl.maximum(best, found)
@@ -99,9 +107,27 @@ def finish(r, tokens, valid, logprobs, raw, best, score, top, sum, sum_c, q, PRO
 
 
 @triton.jit(do_not_specialize=["seed", "position", "domain"])
-def sample_kernel(m, up, sampling, seed, position, domain, tokens, valid, logprobs, raw, arrived, part_key,
-                  part, SPLITS: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, TC: tl.constexpr,
-                  DIRECT: tl.constexpr, PROCESSED: tl.constexpr):
+def sample_kernel(
+    m,
+    up,
+    sampling,
+    seed,
+    position,
+    domain,
+    tokens,
+    valid,
+    logprobs,
+    raw,
+    arrived,
+    part_key,
+    part,
+    SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    TILES: tl.constexpr,
+    TC: tl.constexpr,
+    DIRECT: tl.constexpr,
+    PROCESSED: tl.constexpr,
+):
     """Grid (rows * SPLITS). part_key [rows, SPLITS], part [rows, SPLITS, 4]: score, maximum, sum, sum at temperature.
 
     PARTS is the power of two >= SPLITS; PROCESSED: a temperature may not be 1.
@@ -158,8 +184,16 @@ def sample_kernel(m, up, sampling, seed, position, domain, tokens, valid, logpro
         sum = tl.reshape(all_sum, [TILES * TC])
         sum_c = tl.reshape(all_sum_c, [TILES * TC])
         poisoned = out_of_range | (tl.max(top, 0) == INF)
-        best, score = race_kept(m, up, row, tl.where(poisoned, NEG_INF, top), first + tl.arange(0, TILES * TC),
-                                tl.cast(NEG_INF, tl.float32), q, domain)
+        best, score = race_kept(
+            m,
+            up,
+            row,
+            tl.where(poisoned, NEG_INF, top),
+            first + tl.arange(0, TILES * TC),
+            tl.cast(NEG_INF, tl.float32),
+            q,
+            domain,
+        )
     best = tl.where(poisoned, BAD, best)
     if SPLITS == 1:
         finish(r, tokens, valid, logprobs, raw, best, score, top, sum, sum_c, q, PROCESSED)

@@ -16,8 +16,9 @@ from .semantics import CHUNK, GREEDY, INF, LARGE, LOG2E, MASKED, NEG_INF, TINY, 
 COUNT = tl.constexpr(len(PARAMETERS))
 INTEGER = tl.constexpr(tuple(p.type is int for p in PARAMETERS))
 FILTER = tl.constexpr(tuple(p.stage == "filter" for p in PARAMETERS))
-OFF, LOW, HIGH = (tl.constexpr(tuple(float(x) for x in column))
-                  for column in zip(*((p.off, p.low, p.high) for p in PARAMETERS)))
+OFF, LOW, HIGH = (
+    tl.constexpr(tuple(float(x) for x in column)) for column in zip(*((p.off, p.low, p.high) for p in PARAMETERS))
+)
 TEMPERATURE, TOP_K = tl.constexpr(NAMES.index("temperature")), tl.constexpr(NAMES.index("top_k"))
 
 

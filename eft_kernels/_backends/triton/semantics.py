@@ -31,8 +31,9 @@ def times(a, b):
     """a * b, rounded before anything is added to it: for sm_100 ptxas makes FFMA2 of packed products and sums in spite
     of ``-fmad=false``, and products that LLVM cannot see into it cannot pack."""
     if not INTERPRETED and tl.target_info.cuda_capability_geq(10, 0):
-        return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True,
-                                         pack=1)
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
         return a * b
 
@@ -44,6 +45,7 @@ def in_range(x, low, high):
 
 
 # --- math ----------------------------------------------------------------------------------------------------------
+
 
 @triton.jit
 def log_poly(f, k):
@@ -90,6 +92,7 @@ def exp2_parts(x):
 
 
 # --- noise ---------------------------------------------------------------------------------------------------------
+
 
 @triton.jit
 def row_seed(seed, row):
@@ -149,6 +152,7 @@ def accept_uniform(seed, position, slot):
 
 # --- mass ----------------------------------------------------------------------------------------------------------
 
+
 @triton.jit
 def mass(s, best, c):
     """exp2((s - best) c) as int64 fixed point, 2^40 at the best score, truncated."""
@@ -168,6 +172,7 @@ def mass_limit(p, total):
 
 
 # --- accept --------------------------------------------------------------------------------------------------------
+
 
 @triton.jit
 def accept_token(u, t, t_total, d, d_total):
@@ -196,6 +201,7 @@ def block_passes(u, ratio, rest, last):
 
 
 # --- order ---------------------------------------------------------------------------------------------------------
+
 
 @triton.jit
 def ordered(x):

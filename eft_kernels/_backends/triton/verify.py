@@ -62,8 +62,15 @@ def view(side, r):
     row = row_of(side.m, side.up, r)
     total = tl.load(side.state.total + r)
     greedy, _, inverse = scales_of(value(side.temperature, side.temperature_value, r // side.m.slots, tl.float32))
-    return View(row, tl.load(side.state.best + r), tl.load(side.state.floor + r), tl.maximum(total, 1),
-                tl.load(side.state.greedy + r), greedy, inverse * LOG2E)
+    return View(
+        row,
+        tl.load(side.state.best + r),
+        tl.load(side.state.floor + r),
+        tl.maximum(total, 1),
+        tl.load(side.state.greedy + r),
+        greedy,
+        inverse * LOG2E,
+    )
 
 
 @triton.jit
@@ -75,8 +82,7 @@ def mass_of(side, v, token):
 
 
 @triton.jit(do_not_specialize=["seed", "position"])
-def mass_kernel(m, up, sampling, seed, position, state, SPLITS: tl.constexpr, TILES: tl.constexpr,
-                TC: tl.constexpr):
+def mass_kernel(m, up, sampling, seed, position, state, SPLITS: tl.constexpr, TILES: tl.constexpr, TC: tl.constexpr):
     """Grid (rows * SPLITS): adds up the exact mass of the rows that no filter touched (state.total is 0 there)."""
     r = (tl.program_id(0) // SPLITS).to(tl.int64)
     q = params_of(sampling, seed, position, m.V, r // m.slots, r % m.slots)
@@ -85,13 +91,15 @@ def mass_kernel(m, up, sampling, seed, position, state, SPLITS: tl.constexpr, TI
         best = tl.load(state.best + r)
         a = tl.zeros([TC, 256], tl.int64)
         for t in range(TILES):
-            s, _ = combine(m, up, row, tokens_of((tl.program_id(0) % SPLITS) * (TILES * TC) + t * TC
-                                                 + tl.arange(0, TC)))
+            s, _ = combine(
+                m, up, row, tokens_of((tl.program_id(0) % SPLITS) * (TILES * TC) + t * TC + tl.arange(0, TC))
+            )
             a += tl.where(s > NEG_INF, mass(s, best, q.c), 0)
         tl.atomic_add(state.total + r, tl.sum(tl.sum(a, 1), 0), sem="relaxed")
 
 
 # --- acceptance ----------------------------------------------------------------------------------------------------
+
 
 @triton.jit
 def length_of(draft_lengths, b, slots):
@@ -131,8 +139,22 @@ def judged(target, draft, sampling, seed, position, b, i, slots, d, V):
 
 
 @triton.jit(do_not_specialize=["seed", "position", "slots"])
-def accept_kernel(target, draft, sampling, seed, position, draft_tokens, draft_lengths, own, accepted, factor,
-                  ratios, slots, V, METHOD: tl.constexpr):
+def accept_kernel(
+    target,
+    draft,
+    sampling,
+    seed,
+    position,
+    draft_tokens,
+    draft_lengths,
+    own,
+    accepted,
+    factor,
+    ratios,
+    slots,
+    V,
+    METHOD: tl.constexpr,
+):
     """Grid (B): accepted [B] and, for "block", the ratio after every draft [B, slots] (float64).
 
     own: the target's own samples [B, slots], for "coupled". factor [B]: of the residual where the row stops.
@@ -155,8 +177,7 @@ def accept_kernel(target, draft, sampling, seed, position, draft_tokens, draft_l
             if METHOD == COUPLED:
                 going = (d >= 0) & (d == tl.load(own + b * slots + count))
             else:
-                t, t_total, p, p_total, u = judged(target, draft, sampling, seed, position, b, count, slots, d,
-                                                   V)
+                t, t_total, p, p_total, u = judged(target, draft, sampling, seed, position, b, count, slots, d, V)
                 going = accept_token(u, t, t_total, p, p_total)
             count += going.to(tl.int32)
             going = going & (count < end)
@@ -206,8 +227,18 @@ def residual_scores(c, token):
 
 
 @triton.jit(do_not_specialize=["slots"])
-def rest_kernel(target, draft, draft_tokens, accepted, ratios, rest, slots, SPLITS: tl.constexpr, TILES: tl.constexpr,
-                TC: tl.constexpr):
+def rest_kernel(
+    target,
+    draft,
+    draft_tokens,
+    accepted,
+    ratios,
+    rest,
+    slots,
+    SPLITS: tl.constexpr,
+    TILES: tl.constexpr,
+    TC: tl.constexpr,
+):
     """Grid (B * slots * SPLITS), "block": rest int64 [B, slots], from 0: the whole residual at slot i + 1 after draft i
     passed, each token's truncated to an integer."""
     at = (tl.program_id(0) // SPLITS).to(tl.int64)
@@ -244,10 +275,29 @@ def block_kernel(sampling, seed, position, accepted, factor, ratios, rest, slots
 
 # --- the token after the accepted drafts ---------------------------------------------------------------------------
 
+
 @triton.jit(do_not_specialize=["seed", "position", "slots"])
-def last_kernel(target, draft, sampling, seed, position, top, draft_tokens, draft_lengths, own, accepted,
-                factor, tokens, emitted, valid, slots, chunks, METHOD: tl.constexpr, CP: tl.constexpr,
-                SP: tl.constexpr):
+def last_kernel(
+    target,
+    draft,
+    sampling,
+    seed,
+    position,
+    top,
+    draft_tokens,
+    draft_lengths,
+    own,
+    accepted,
+    factor,
+    tokens,
+    emitted,
+    valid,
+    slots,
+    chunks,
+    METHOD: tl.constexpr,
+    CP: tl.constexpr,
+    SP: tl.constexpr,
+):
     """Grid (B): tokens [B, slots]: the accepted drafts, the residual's or the target's own sample, -1."""
     b = tl.program_id(0).to(tl.int64)
     length = length_of(draft_lengths, b, slots)
@@ -274,11 +324,22 @@ def last_kernel(target, draft, sampling, seed, position, top, draft_tokens, draf
                 most = mass(high, at.best, q.c).to(tl.float64) * x
                 bound = log(tl.maximum(most, 1.0).to(tl.float32)) + SLACK - log(e)
                 bound = tl.where((high >= at.floor) & (high > NEG_INF) & (most >= 1.0), bound, NEG_INF)
-                winner, _ = race(residual_scores, Rest(target, draft, at_target, at_draft, x, y, d), bound, e, place,
-                                 chunk, tl.cast(1.0, tl.float32), q.seed, q.position, domain)
+                winner, _ = race(
+                    residual_scores,
+                    Rest(target, draft, at_target, at_draft, x, y, d),
+                    bound,
+                    e,
+                    place,
+                    chunk,
+                    tl.cast(1.0, tl.float32),
+                    q.seed,
+                    q.position,
+                    domain,
+                )
             if winner == NONE:
-                winner, _ = race_kept(target.m, target.up, at.row, high, chunk, at.floor, q,
-                                      tl.cast(SAMPLE << 1, tl.uint32))
+                winner, _ = race_kept(
+                    target.m, target.up, at.row, high, chunk, at.floor, q, tl.cast(SAMPLE << 1, tl.uint32)
+                )
             token = tl.where(winner > NONE, packed_token(winner), -1).to(tl.int64)
     slot = tl.arange(0, SP)
     drafts = tl.load(draft_tokens + b * (slots - 1) + slot, mask=slot < i, other=-1)

@@ -19,27 +19,77 @@ from .models import CACHE_NAMES, device_of, logits_width
 from .peft import Off, layers_of, unwrapped
 
 # name: the strength it takes, and its weights for [model, tuned, ref] (interpolate: two tuned models)
-MODES = {"upscale": ("beta", upscale), "proxy": ("alpha", proxy), "downscale": (None, downscale),
-         "interpolate": ("lam", interpolate)}
+MODES = {
+    "upscale": ("beta", upscale),
+    "proxy": ("alpha", proxy),
+    "downscale": (None, downscale),
+    "interpolate": ("lam", interpolate),
+}
 
 # Options of GenerationConfig that are honoured; every other one must be unset or at its default.
-HONOURED = frozenset({
-    "max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time", "stop_strings",
-    "do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
-    "repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
-    "bad_words_ids", "renormalize_logits", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
-    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "sequence_bias",
-    "watermarking_config", "num_return_sequences", "output_scores", "output_logits", "return_dict_in_generate",
-    "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "disable_compile",
-    "transformers_version",
-})
+HONOURED = frozenset(
+    {
+        "max_length",
+        "max_new_tokens",
+        "min_length",
+        "min_new_tokens",
+        "max_time",
+        "stop_strings",
+        "do_sample",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "top_h",
+        "typical_p",
+        "epsilon_cutoff",
+        "eta_cutoff",
+        "repetition_penalty",
+        "encoder_repetition_penalty",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "renormalize_logits",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "remove_invalid_values",
+        "exponential_decay_length_penalty",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "sequence_bias",
+        "watermarking_config",
+        "num_return_sequences",
+        "output_scores",
+        "output_logits",
+        "return_dict_in_generate",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "decoder_start_token_id",
+        "disable_compile",
+        "transformers_version",
+    }
+)
 # Left in a checkpoint's generation config these mean nothing here: its cache is not used, there are no beams and no
 # assistant. What the caller gives is refused all the same.
-LEFTOVERS = frozenset({
-    "use_cache", "cache_implementation", "cache_config", "return_legacy_cache", "length_penalty", "early_stopping",
-    "num_beam_groups", "diversity_penalty", "num_assistant_tokens", "num_assistant_tokens_schedule",
-    "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind", "max_matching_ngram_size",
-})
+LEFTOVERS = frozenset(
+    {
+        "use_cache",
+        "cache_implementation",
+        "cache_config",
+        "return_legacy_cache",
+        "length_penalty",
+        "early_stopping",
+        "num_beam_groups",
+        "diversity_penalty",
+        "num_assistant_tokens",
+        "num_assistant_tokens_schedule",
+        "assistant_confidence_threshold",
+        "assistant_lookbehind",
+        "target_lookbehind",
+        "max_matching_ngram_size",
+    }
+)
 NEUTRAL = {"use_cache": True, "cache_implementation": "dynamic", "guidance_scale": 1}
 
 
@@ -96,12 +146,15 @@ def combination_of(model, tuned, ref, mode, beta, alpha, lam):
     """(models, their names, weights, index of the model that drafts)."""
     two = isinstance(tuned, (list, tuple))
     if tuned is None or (two and (len(tuned) != 2 or any(t is None for t in tuned))):
-        raise ValueError(f"tuned: got {'None' if tuned is None else f'{len(tuned)} models'}, allowed is a model or "
-                         "a list of two")
+        raise ValueError(
+            f"tuned: got {'None' if tuned is None else f'{len(tuned)} models'}, allowed is a model or a list of two"
+        )
     if ref is None:
         if two or not layers_of(unwrapped(tuned, "tuned")):
-            raise ValueError("ref: got None, allowed is the model that tuned was fine-tuned from" +
-                             ("" if two else ", or None where tuned is a model with an adapter (PEFT)"))
+            raise ValueError(
+                "ref: got None, allowed is the model that tuned was fine-tuned from"
+                + ("" if two else ", or None where tuned is a model with an adapter (PEFT)")
+            )
         ref = Off(tuned)  # the same weights, held once
     mode = ("interpolate" if two else "upscale") if mode is None else mode
     refuse_unless("mode", mode, mode in MODES, f"one of {', '.join(MODES)}")
@@ -147,8 +200,10 @@ def own_prompts(prompts, names, rows: int, device, vocab_size: int, pad=None):
         return [None] * len(names)
     if not isinstance(prompts, (list, tuple)) or len(prompts) != len(names) - 1:
         got = len(prompts) if isinstance(prompts, (list, tuple)) else type(prompts).__name__
-        raise ValueError(f"prompts: got {got}, allowed is a list of {len(names) - 1}, one for each of models (None: "
-                         "the prompt of model)")
+        raise ValueError(
+            f"prompts: got {got}, allowed is a list of {len(names) - 1}, one for each of models (None: "
+            "the prompt of model)"
+        )
     out: list = [None]
     for j, given in enumerate(prompts):
         name = f"prompts[{j}]"
@@ -157,14 +212,24 @@ def own_prompts(prompts, names, rows: int, device, vocab_size: int, pad=None):
             continue
         held = given if isinstance(given, Mapping) else {"input_ids": given}
         ids, mask = held.get("input_ids"), held.get("attention_mask")
-        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool \
-                or ids.numel() == 0 or rows % ids.shape[0]:
+        if (
+            not isinstance(ids, torch.Tensor)
+            or ids.dim() != 2
+            or ids.is_floating_point()
+            or ids.dtype == torch.bool
+            or ids.numel() == 0
+            or rows % ids.shape[0]
+        ):
             got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
-            raise ValueError(f"{name}: got {got}, allowed is int64 [n, columns] where {rows} rows are a multiple of n, "
-                             "or a dict of input_ids and attention_mask")
+            raise ValueError(
+                f"{name}: got {got}, allowed is int64 [n, columns] where {rows} rows are a multiple of n, "
+                "or a dict of input_ids and attention_mask"
+            )
         if mask is None and pad is not None and bool((ids[:, 0] == int(pad)).any()):
-            raise ValueError(f"{name}: begins with the padding id {int(pad)} and has no attention_mask; give "
-                             "dict(input_ids=..., attention_mask=...)")
+            raise ValueError(
+                f"{name}: begins with the padding id {int(pad)} and has no attention_mask; give "
+                "dict(input_ids=..., attention_mask=...)"
+            )
         mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)
         left = left_padding(mask.to(device), ids.shape, f"{name}: attention_mask")
         ids = ids.to(device, torch.int64)
@@ -182,8 +247,10 @@ def left_padding(mask: torch.Tensor, shape, name: str) -> torch.Tensor:
         raise ValueError(f"{name}: got {list(mask.shape)}, allowed is {list(shape)}, as input_ids")
     real = mask != 0
     if not bool(real[:, -1].all()) or bool((real[:, :-1] & ~real[:, 1:]).any()):
-        raise ValueError(f"{name}: allowed are zeros before a prompt (left padding), not after or inside it, "
-                         "and at least one token per row")
+        raise ValueError(
+            f"{name}: allowed are zeros before a prompt (left padding), not after or inside it, "
+            "and at least one token per row"
+        )
     return (~real).sum(1)
 
 
@@ -220,8 +287,10 @@ def check_options(config, outer: dict, model_kwargs: dict, sees: bool = False) -
             prepared = not getattr(value, "_is_user_defined", False) and (outer.get("kwargs") or {}).get(name) is None
         if not prepared and value is not None and value is not False:
             if not outer and hasattr(config, name):
-                raise ValueError(f"{name}: is an option of transformers' generate; call "
-                                 "model.generate(..., custom_generate=eft.hf.generate)")
+                raise ValueError(
+                    f"{name}: is an option of transformers' generate; call "
+                    "model.generate(..., custom_generate=eft.hf.generate)"
+                )
             raise ValueError(f"{name}: emulated decoding does not support it; leave it out")
 
 
@@ -246,8 +315,7 @@ def check_inputs(models, names, input_ids, model_kwargs, vocab_size, tokenizers)
     positions = model_kwargs.get("position_ids")
     usual = (torch.arange(input_ids.shape[1], device=left.device) - left[:, None]).clamp(min=0)
     positions = positions if positions is None else positions.to(input_ids.device)
-    if positions is not None and (positions.shape[-1:] != usual.shape[1:] or
-                                  bool(((positions != usual) & real).any())):
+    if positions is not None and (positions.shape[-1:] != usual.shape[1:] or bool(((positions != usual) & real).any())):
         raise ValueError("position_ids: allowed are those of the attention mask; leave it unset")
 
     widths = {name: logits_width(m) for m, name in zip(models, names)}
@@ -257,9 +325,11 @@ def check_inputs(models, names, input_ids, model_kwargs, vocab_size, tokenizers)
     if tokenizers is not None:
         check_tokenizers(tokenizers, names, shortest if vocab_size is None else vocab_size, vocab_size is None)
     elif vocab_size is None and len(set(widths.values())) > 1:
-        raise ValueError("vocab_size: the models' vocabularies differ in length (" +
-                         ", ".join(f"{name} {w}" for name, w in widths.items()) +
-                         f"); give vocab_size={shortest} if ids below it mean the same, or tokenizers=[...]")
+        raise ValueError(
+            "vocab_size: the models' vocabularies differ in length ("
+            + ", ".join(f"{name} {w}" for name, w in widths.items())
+            + f"); give vocab_size={shortest} if ids below it mean the same, or tokenizers=[...]"
+        )
     if int(input_ids.masked_fill(~real, 0).max()) >= shortest or int(input_ids.masked_fill(~real, 0).min()) < 0:
         raise ValueError(f"input_ids: got an id outside 0 to {shortest - 1}, the shortest model's vocabulary")
     return left, shortest if vocab_size is None else vocab_size
@@ -282,21 +352,27 @@ def check_tokenizers(tokenizers, names, vocab_size: int, tails: bool) -> None:
         for token in sorted(differing):
             places = [shared[x].get(token) for x in (b, a)]
             if None not in places or own.intersection(places):
-                raise ValueError(f"tokenizers: {token!r} is {places[0]} for {names[b]} and {places[1]} for "
-                                 f"{names[a]}; allowed are models that share their ids")
+                raise ValueError(
+                    f"tokenizers: {token!r} is {places[0]} for {names[b]} and {places[1]} for "
+                    f"{names[a]}; allowed are models that share their ids"
+                )
     for name, tokenizer, vocabulary in zip(names, tokenizers, vocabularies):
         tail = {t for t, i in vocabulary.items() if i >= vocab_size} - {tokenizer.pad_token}
         if tails and tail:
-            raise ValueError(f"tokenizers: {name} has tokens from id {vocab_size} on ({min(tail)!r}), which another "
-                             "model's logits lack; give vocab_size to leave them out")
+            raise ValueError(
+                f"tokenizers: {name} has tokens from id {vocab_size} on ({min(tail)!r}), which another "
+                "model's logits lack; give vocab_size to leave them out"
+            )
 
 
 def check_context(models, names, prompts: list[int], max_new_tokens: int) -> None:
     for m, name, prompt in zip(models, names, prompts):
         limit = getattr(m.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if isinstance(limit, int) and 0 < limit < prompt + max_new_tokens:
-            raise ValueError(f"input_ids: got {prompt} tokens and max_new_tokens={max_new_tokens}, allowed are "
-                             f"{limit} together, the context of {name}")
+            raise ValueError(
+                f"input_ids: got {prompt} tokens and max_new_tokens={max_new_tokens}, allowed are "
+                f"{limit} together, the context of {name}"
+            )
 
 
 def seeds_of(seed, rows: int, device, greedy: bool) -> torch.Tensor:

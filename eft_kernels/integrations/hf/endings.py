@@ -31,8 +31,10 @@ def stop_strings_of(models, names, given, tokenizer) -> list[str]:
         own = getattr(model.generation_config, "stop_strings", None) or []
         own = [own] if isinstance(own, str) else list(own)
         if own and not tokenizer:
-            raise ValueError(f"stop_strings: {name}'s generation config ends texts with {own}; give tokenizer=..., or "
-                             "stop_strings=[] to go without")
+            raise ValueError(
+                f"stop_strings: {name}'s generation config ends texts with {own}; give tokenizer=..., or "
+                "stop_strings=[] to go without"
+            )
         found += own
     return found
 
@@ -61,8 +63,11 @@ def hold_back(processors, config, ends: list[int], prompt_length: int, device) -
     ids = torch.tensor(ends, device=device)
     held = LogitsProcessorList()
     for p in processors:
-        if type(p) in (lp.MinLengthLogitsProcessor, lp.MinNewTokensLengthLogitsProcessor,
-                       lp.ExponentialDecayLengthPenalty):
+        if type(p) in (
+            lp.MinLengthLogitsProcessor,
+            lp.MinNewTokensLengthLogitsProcessor,
+            lp.ExponentialDecayLengthPenalty,
+        ):
             p = copy.copy(p)
             p.eos_token_id = ids
         held.append(p)

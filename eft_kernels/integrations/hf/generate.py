@@ -188,8 +188,9 @@ def generate(
     sampling = {name: per_row(name, x, rows, device) for name, x in sampling.items() if x is not None}
     combining = {p.name: sampling.pop(p.name, p.off) for p in PARAMETERS if p.stage == "combine"}
     for name, x in combining.items() if free or len(models) == 4 else ():
-        refuse_unless(name, x, not isinstance(x, torch.Tensor) and x == OFF[name],
-                      f"{OFF[name]} with weights or two tuned models")
+        refuse_unless(
+            name, x, not isinstance(x, torch.Tensor) and x == OFF[name], f"{OFF[name]} with weights or two tuned models"
+        )
     if prompts is not None and not free:
         raise ValueError("prompts: go with models and weights; leave them out beside tuned and ref")
     prompts = own_prompts(prompts, names, rows, device, vocab_size, getattr(config, "_pad_token_tensor", None))
@@ -199,8 +200,10 @@ def generate(
     stop_strings = stop_strings_of(models[1:], names[1:], stop_strings, tokenizer)
     if stop_strings:
         if tokenizer is None:
-            raise ValueError("stop_strings: needs a tokenizer; give tokenizer=... or tokenizers=[...], or put a "
-                             "StopStringCriteria among stopping_criteria")
+            raise ValueError(
+                "stop_strings: needs a tokenizer; give tokenizer=... or tokenizers=[...], or put a "
+                "StopStringCriteria among stopping_criteria"
+            )
         stopping_criteria = [*(stopping_criteria or []), StopStringCriteria(tokenizer, stop_strings)]
     max_new_tokens, eos, criteria = endings_of(stopping_criteria or [], input_ids.shape[1])
     chosen = "eos_token_id" in outer.get("kwargs", {}) or config.eos_token_id != model.generation_config.eos_token_id
@@ -224,32 +227,48 @@ def generate(
     known = min(map(logits_width, models))
     prompt = Prompt(input_ids, left, max_new_tokens, eos, pad, known, criteria or None)
     verbose = bool(config.return_dict_in_generate)
-    target = Target(weights, seeds, filters, combining, vocab_size, process,
-                    keep_logits=bool(verbose and config.output_logits),
-                    keep_scores=bool(verbose and config.output_scores))
-    adapters = [CausalLM(m, name, rollback=draft_tokens > 0, context=context)
-                for m, name, context in zip(models, names, contexts)]
+    target = Target(
+        weights,
+        seeds,
+        filters,
+        combining,
+        vocab_size,
+        process,
+        keep_logits=bool(verbose and config.output_logits),
+        keep_scores=bool(verbose and config.output_scores),
+    )
+    adapters = [
+        CausalLM(m, name, rollback=draft_tokens > 0, context=context)
+        for m, name, context in zip(models, names, contexts)
+    ]
     if draft_tokens:
         check_boundaries(adapters, rows, max(lengths) + max_new_tokens)
     shared = input_ids.shape[1] - int(left.min())
     adapters = [m if p is None else OwnPrompt(m, shared, *p, max_new_tokens) for m, p in zip(adapters, prompts)]
     on_tokens = None
     if streamer is not None:
+
         def on_tokens(tokens, kept):
             for token in tokens[0, : kept[0]].cpu():
                 streamer.put(token[None])
 
     if draft_tokens:
-        done = speculative(adapters, target, prompt, draft=draft, draft_tokens=draft_tokens, method=verify,
-                           on_tokens=on_tokens)
+        done = speculative(
+            adapters, target, prompt, draft=draft, draft_tokens=draft_tokens, method=verify, on_tokens=on_tokens
+        )
     else:
         done = plain(adapters, target, prompt, on_tokens=on_tokens)
     if streamer is not None:
         streamer.end()
     output = done.sequences.to(home)
     if verbose:
-        output = EmulatedOutput(sequences=output, scores=done.scores, logits=done.logits,
-                                speculation=done.speculation, failed=done.failed or None)
+        output = EmulatedOutput(
+            sequences=output,
+            scores=done.scores,
+            logits=done.logits,
+            speculation=done.speculation,
+            failed=done.failed or None,
+        )
     if done.failed and on_invalid == "raise":
         raise InvalidRowError(done.failed, output)
     if done.failed:

@@ -27,8 +27,9 @@ class RowProcessors:
     """Processors one after another, as `Target.process` of ``rows`` rows."""
 
     def __init__(self, processors, rows: int, speculating: bool):
-        self.processors = [XGrammar(p, rows) if _is_xgrammar(p) else _adapted(p) if speculating else p
-                           for p in processors]
+        self.processors = [
+            XGrammar(p, rows) if _is_xgrammar(p) else _adapted(p) if speculating else p for p in processors
+        ]
 
     def __call__(self, input_ids, scores):
         """Plain decoding: every row has one token more than at the call before."""
@@ -63,8 +64,9 @@ def _is_xgrammar(processor) -> bool:
 
 def _adapted(processor):
     if isinstance(processor, STATEFUL):
-        raise ValueError(f"logits_processor: {type(processor).__name__} keeps a state of its own and needs "
-                         "draft_tokens=0")
+        raise ValueError(
+            f"logits_processor: {type(processor).__name__} keeps a state of its own and needs draft_tokens=0"
+        )
     if getattr(processor, "stateless", False) or hasattr(processor, "process_rows"):
         return processor
     if type(processor) is lp.PrefixConstrainedLogitsProcessor:
@@ -81,8 +83,10 @@ class XGrammar:
     def __init__(self, processor, rows: int):
         self.grammars, self.vocab_size = processor.compiled_grammars, processor.full_vocab_size
         if len(self.grammars) not in (1, rows):
-            raise ValueError(f"logits_processor: xgrammar's LogitsProcessor has {len(self.grammars)} grammars for "
-                             f"{rows} rows, allowed are one for all or one for each")
+            raise ValueError(
+                f"logits_processor: xgrammar's LogitsProcessor has {len(self.grammars)} grammars for "
+                f"{rows} rows, allowed are one for all or one for each"
+            )
         self.matchers, self.accepted, self.start = {}, {}, None  # by row; columns of the prompt
 
     def __call__(self, input_ids, scores):
@@ -90,6 +94,7 @@ class XGrammar:
 
     def process_rows(self, rows, input_ids, scores):
         import xgrammar
+
         self.start = input_ids.shape[1] if self.start is None else self.start
         bitmask = xgrammar.allocate_token_bitmask(len(rows), self.vocab_size)
         bitmask.fill_(-1)  # all bits
@@ -138,8 +143,10 @@ class _Prefixes:
             prefix = input_ids[i]
             allowed = self.allowed(row // self.beams, prefix)
             if self.calls == 1 and not _same(allowed, self._again(row // self.beams, prefix)):
-                raise ValueError("prefix_allowed_tokens_fn: gives different tokens when it is asked again, so it keeps "
-                                 "a state of its own; use draft_tokens=0")
+                raise ValueError(
+                    "prefix_allowed_tokens_fn: gives different tokens when it is asked again, so it keeps "
+                    "a state of its own; use draft_tokens=0"
+                )
             one = lp.PrefixConstrainedLogitsProcessor(lambda b, ids, allowed=allowed: allowed, 1)
             scores[i] = one(prefix[None], scores[i : i + 1])[0]
         return scores
@@ -166,8 +173,11 @@ class _Watched:
         out = out.clone() if self.calls == 1 else out
         after = _marks(self.processor)
         # what was None or missing at the first call may be a table that is made once
-        changed = [k for k in {**before, **after} if before.get(k) != after.get(k)
-                   and not (self.calls == 1 and before.get(k, _mark(None)) == _mark(None))]
+        changed = [
+            k
+            for k in {**before, **after}
+            if before.get(k) != after.get(k) and not (self.calls == 1 and before.get(k, _mark(None)) == _mark(None))
+        ]
         if self.calls == 1 and not changed:
             try:
                 again = self.processor(input_ids, given)
@@ -187,7 +197,8 @@ class _Watched:
         raise ValueError(
             f"logits_processor: {type(self.processor).__name__} keeps a state of its own ({why}), which does not go "
             "back with rejected drafts; use draft_tokens=0, or set `stateless = True` on it if its result depends on "
-            "its arguments alone, or give it `process_rows`")
+            "its arguments alone, or give it `process_rows`"
+        )
 
 
 def _same(a, b) -> bool:
@@ -221,8 +232,27 @@ def _marks(obj, depth: int = 3) -> dict:
 
 
 # Objects of these hold no state of a text, or are looked into by themselves.
-PLAIN = ("builtins", "torch", "numpy", "transformers", "tokenizers", "re", "regex", "typing", "types", "functools",
-         "collections", "abc", "enum", "pathlib", "datetime", "logging", "_thread", "threading", "weakref")
+PLAIN = (
+    "builtins",
+    "torch",
+    "numpy",
+    "transformers",
+    "tokenizers",
+    "re",
+    "regex",
+    "typing",
+    "types",
+    "functools",
+    "collections",
+    "abc",
+    "enum",
+    "pathlib",
+    "datetime",
+    "logging",
+    "_thread",
+    "threading",
+    "weakref",
+)
 
 
 def _opaque(obj, depth: int = 4) -> str | None:

@@ -64,15 +64,18 @@ class CausalLM:
             self._refuse_rollback(ONE_BY_ONE.get(kind, "it is stateful"))
 
     def _refuse_rollback(self, why: str):
-        raise ValueError(f"draft_tokens: {self.name} ({type(self.model).__name__}) cannot take back rejected tokens "
-                         f"({why}); use draft_tokens=0")
+        raise ValueError(
+            f"draft_tokens: {self.name} ({type(self.model).__name__}) cannot take back rejected tokens "
+            f"({why}); use draft_tokens=0"
+        )
 
     def _new_cache(self):
         cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
         if self.rollback:
             # a window's layer forgets what a rollback needs; a full layer is masked to the window by the model
-            cache.layers = [DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer
-                            for layer in cache.layers]
+            cache.layers = [
+                DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers
+            ]
             # a DummyLayer reads another layer's cache; early 5.x has none to import
             fixed = {type(layer).__name__ for layer in cache.layers} - {"DynamicLayer", "DummyLayer"}
             if fixed:
@@ -80,8 +83,10 @@ class CausalLM:
         return cache
 
     def __call__(self, ids, attention_mask, position_ids, keep):
-        home, (ids, attention_mask, position_ids) = ids.device, (
-            x if x is None else x.to(self.device) for x in (ids, attention_mask, position_ids))
+        home, (ids, attention_mask, position_ids) = (
+            ids.device,
+            (x if x is None else x.to(self.device) for x in (ids, attention_mask, position_ids)),
+        )
         past = 0 if self.ids is None else self.ids.shape[1]
         self.ids = torch.cat([self.ids, ids], 1) if past else ids
         self.positions = torch.cat([self.positions, position_ids], 1) if past else position_ids
@@ -94,8 +99,10 @@ class CausalLM:
                 inputs = self._inputs(0, attention_mask, keep)
             inputs[self.cache_name] = self.state[self.cache_name]
         elif past and given < self.ids.shape[1] and not self.state:
-            raise ValueError(f"{self.name}: {type(self.model).__name__} keeps no cache and reads {given} tokens of "
-                             f"{self.ids.shape[1]}; allowed are models that keep one or read the whole text")
+            raise ValueError(
+                f"{self.name}: {type(self.model).__name__} keeps no cache and reads {given} tokens of "
+                f"{self.ids.shape[1]}; allowed are models that keep one or read the whole text"
+            )
         with self.context():
             out = self.model(**inputs, return_dict=True)
         self._keep(out)
@@ -114,14 +121,17 @@ class CausalLM:
         else:
             options["next_sequence_length"] = columns - past if past else None
         return self.model.prepare_inputs_for_generation(
-            self.ids, is_first_iteration=past == 0, use_cache=True, **options, **self.state)
+            self.ids, is_first_iteration=past == 0, use_cache=True, **options, **self.state
+        )
 
     def _keep(self, out) -> None:
         """Holds on to what the model wants back at its next pass."""
         given = self.state.get(self.cache_name)
         self.state = self.model._update_model_kwargs_for_generation(
-            out, {**self.state, "use_cache": True, "cache_position": torch.zeros(1, dtype=torch.int64)},
-            is_encoder_decoder=False)
+            out,
+            {**self.state, "use_cache": True, "cache_position": torch.zeros(1, dtype=torch.int64)},
+            is_encoder_decoder=False,
+        )
         for name in ("use_cache", "cache_position", "attention_mask", "position_ids"):
             self.state.pop(name, None)
         cache = self.state.get(self.cache_name)
@@ -160,8 +170,10 @@ def device_of(model) -> torch.device:
     device = weight.device if isinstance(weight, torch.Tensor) else getattr(model, "device", torch.device("cpu"))
     if device.type == "meta":
         hooks = [getattr(m, "_hf_hook", None) for m in (embedding, model)]
-        device = next((torch.device(h.execution_device) for h in hooks
-                       if getattr(h, "execution_device", None) is not None), torch.device("cpu"))
+        device = next(
+            (torch.device(h.execution_device) for h in hooks if getattr(h, "execution_device", None) is not None),
+            torch.device("cpu"),
+        )
     return device
 
 
@@ -208,4 +220,5 @@ def check_boundaries(models: list[CausalLM], rows: int, longest: int) -> None:
             raise ValueError(
                 f"draft_tokens: the rotary embedding of {m.name} ({type(m.model).__name__}) changes where a text is "
                 f"longer than {m.boundary} tokens, got up to {longest} in {rows} row(s); use draft_tokens=0"
-                + ("" if m.boundary_moves else " or one row"))
+                + ("" if m.boundary_moves else " or one row")
+            )

@@ -30,8 +30,11 @@ class Off:
 def _holders() -> tuple[type, ...]:
     """The classes that hold an adapted module; none unless PEFT is imported."""
     peft = sys.modules.get("peft")
-    return () if peft is None else tuple(getattr(peft, name) for name in ("PeftModel", "PeftMixedModel")
-                                         if hasattr(peft, name))
+    return (
+        ()
+        if peft is None
+        else tuple(getattr(peft, name) for name in ("PeftModel", "PeftMixedModel") if hasattr(peft, name))
+    )
 
 
 def layers_of(module) -> list:
@@ -40,6 +43,7 @@ def layers_of(module) -> list:
         return []
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper, other
+
     kinds = (BaseTunerLayer, ModulesToSaveWrapper, getattr(other, "AuxiliaryTrainingWrapper", BaseTunerLayer))
     return [layer for layer in module.modules() if isinstance(layer, kinds)]
 
@@ -78,13 +82,16 @@ def unwrapped(model, name: str):
     if not holders:
         return model
     from peft.tuners.tuners_utils import BaseTuner
+
     while isinstance(model, (*holders, BaseTuner)):
         for config in model.peft_config.values():
             kind = getattr(config.peft_type, "value", config.peft_type)
             if config.is_prompt_learning or kind in NOT_IN_LAYERS or getattr(config, "alora_invocation_tokens", None):
                 what = "virtual tokens" if config.is_prompt_learning else "a forward of its own"
-                raise ValueError(f"{name}: {kind} works by {what}, which emulated decoding cannot honour; allowed are "
-                                 "adapters made of layers, such as LORA")
+                raise ValueError(
+                    f"{name}: {kind} works by {what}, which emulated decoding cannot honour; allowed are "
+                    "adapters made of layers, such as LORA"
+                )
         model = model.model if isinstance(model, BaseTuner) else model.get_base_model()
     return model
 
@@ -111,8 +118,9 @@ def resolved(models, names):
     held = [isinstance(m, _holders()) for m in models]
     inner = [unwrapped(m.model if isinstance(m, Off) else m, name) for m, name in zip(models, names)]
     adapted = {id(module) for module, holder in zip(inner, held) if holder}
-    off = [isinstance(m, Off) or (id(module) in adapted and not holder)
-           for m, module, holder in zip(models, inner, held)]
+    off = [
+        isinstance(m, Off) or (id(module) in adapted and not holder) for m, module, holder in zip(models, inner, held)
+    ]
     contexts = [nullcontext] * len(models)
     for j, name in enumerate(names):
         if off[j]:
@@ -129,8 +137,10 @@ def resolved(models, names):
         for i in (*range(1, j), len(names) - 1):  # other tuned models, and ref
             if off[i] == off[j] and same_weights(inner[i], inner[j]):
                 what = "the result would be model alone" if names[i] == "ref" else "two models are expected"
-                raise ValueError(f"{name}: has the same weights as {names[i]} (one module, or shared memory), so "
-                                 f"{what}; give another model, or one with an adapter (PEFT) and ref=None")
+                raise ValueError(
+                    f"{name}: has the same weights as {names[i]} (one module, or shared memory), so "
+                    f"{what}; give another model, or one with an adapter (PEFT) and ref=None"
+                )
     return inner, contexts, off
 
 
@@ -138,10 +148,11 @@ def check_distinct(models, off, prompts, names) -> None:
     """No two terms of a combination may be one: the same weights, adapter and prompt."""
     for j in range(1, len(models)):
         for i in range(j):
-            if prompts[i] is None and prompts[j] is None and same_weights(models[i], models[j]) and \
-                    off[i] == off[j]:
-                raise ValueError(f"{names[j]}: is {names[i]} (one module, or shared memory) with the same prompt; give "
-                                 "it another prompt in prompts, or add their weights")
+            if prompts[i] is None and prompts[j] is None and same_weights(models[i], models[j]) and off[i] == off[j]:
+                raise ValueError(
+                    f"{names[j]}: is {names[i]} (one module, or shared memory) with the same prompt; give "
+                    "it another prompt in prompts, or add their weights"
+                )
 
 
 def _check_switch(module, name: str) -> None:
@@ -150,8 +161,10 @@ def _check_switch(module, name: str) -> None:
         for option, allowed in pure.items():
             value = getattr(config, option, None)
             if value not in allowed:
-                raise ValueError(f"{name}: an adapter with {option}={value!r} changes its base and cannot be switched "
-                                 "off; load the model that it was trained from as ref")
+                raise ValueError(
+                    f"{name}: an adapter with {option}={value!r} changes its base and cannot be switched "
+                    "off; load the model that it was trained from as ref"
+                )
 
 
 def _storage(parameter):

@@ -12,9 +12,19 @@ from ...parameters import OFF, PARAMETERS
 from .arguments import refuse_unless
 
 # transformers' order of what it appends after the caller's processors, and the filters of ours among them
-ORDER = (lp.TemperatureLogitsWarper, lp.TopHLogitsWarper, lp.TopKLogitsWarper, lp.TopPLogitsWarper,
-         lp.MinPLogitsWarper, lp.TypicalLogitsWarper, lp.EpsilonLogitsWarper, lp.EtaLogitsWarper,
-         lp.WatermarkLogitsProcessor, lp.SynthIDTextWatermarkLogitsProcessor, lp.LogitNormalization)
+ORDER = (
+    lp.TemperatureLogitsWarper,
+    lp.TopHLogitsWarper,
+    lp.TopKLogitsWarper,
+    lp.TopPLogitsWarper,
+    lp.MinPLogitsWarper,
+    lp.TypicalLogitsWarper,
+    lp.EpsilonLogitsWarper,
+    lp.EtaLogitsWarper,
+    lp.WatermarkLogitsProcessor,
+    lp.SynthIDTextWatermarkLogitsProcessor,
+    lp.LogitNormalization,
+)
 WARPERS = {getattr(lp, p.warper): p.name for p in PARAMETERS if p.warper}
 
 
@@ -66,8 +76,12 @@ def sampling_of(processors, config, named: dict, callers) -> tuple[LogitsProcess
         if old:
             del processors[old[-1]]
         at = len(processors)
-        while at and id(processors[at - 1]) not in own and _kind(processors[at - 1]) in ORDER and \
-                ORDER.index(_kind(processors[at - 1])) > ORDER.index(kind):
+        while (
+            at
+            and id(processors[at - 1]) not in own
+            and _kind(processors[at - 1]) in ORDER
+            and ORDER.index(_kind(processors[at - 1])) > ORDER.index(kind)
+        ):
             at -= 1
         processors.insert(at, _Filter(name, value))
     filters, order = {}, list(WARPERS.values())
