@@ -304,6 +304,7 @@ def sample(
     top_k: PerRow = 0,
     top_p: PerRow = 1.0,
     min_p: PerRow = 0.0,
+    typical_p: PerRow = 1.0,
     upscale_top_p: PerRow = 1.0,
     # parameters: end
     seed: PerRow = None,
@@ -331,6 +332,8 @@ def sample(
         top_k: keeps the k largest scores; 0 or -1 is off.
         top_p: keeps a token if those more likely have less than this mass together; 1 is off.
         min_p: keeps tokens of at least this share of the likeliest token's probability; 0 is off.
+        typical_p: keeps the tokens whose log-probability is nearest to its mean, the fewest that have this mass
+          together; 1 is off.
         upscale_top_p: conservative decoding: outside the smallest nucleus of this mass of the tuned model's own
           distribution a token keeps log p_tuned; 1 is off.
         Filters are thresholds on the score: ties are kept. None is a parameter's default.
@@ -351,7 +354,7 @@ def sample(
     Raises: ValueError naming the argument, before anything is computed.
     """
     # parameters: values
-    sampling = (temperature, top_k, top_p, min_p, upscale_top_p)
+    sampling = (temperature, top_k, top_p, min_p, typical_p, upscale_top_p)
     # parameters: end
     if (
         seed is not None
@@ -417,6 +420,7 @@ def draft(
     top_k: PerRow = 0,
     top_p: PerRow = 1.0,
     min_p: PerRow = 0.0,
+    typical_p: PerRow = 1.0,
     # parameters: end
     seed: PerRow,
     position: PerRow,
@@ -437,7 +441,7 @@ def draft(
     Returns: `DraftOutput`; give `verify` a list of the round's. Raises: ValueError naming the argument.
     """
     # parameters: values of draft
-    sampling = (temperature, top_k, top_p, min_p)
+    sampling = (temperature, top_k, top_p, min_p, typical_p)
     # parameters: end
     if not isinstance(logits, torch.Tensor):
         raise ValueError(f"logits: expected the drafting model's tensor [B, V], got {type(logits).__name__}")
@@ -494,6 +498,7 @@ def verify(
     top_k: PerRow = 0,
     top_p: PerRow = 1.0,
     min_p: PerRow = 0.0,
+    typical_p: PerRow = 1.0,
     upscale_top_p: PerRow = 1.0,
     # parameters: end
     seed: PerRow = None,
@@ -505,6 +510,7 @@ def verify(
     draft_top_k: PerRow = None,
     draft_top_p: PerRow = None,
     draft_min_p: PerRow = None,
+    draft_typical_p: PerRow = None,
     # parameters: end
     logprobs: bool = False,
     tuned: int = 1,
@@ -534,10 +540,10 @@ def verify(
     Returns: `VerifyOutput`. Raises: ValueError naming the argument, before anything is computed.
     """
     # parameters: values
-    sampling = (temperature, top_k, top_p, min_p, upscale_top_p)
+    sampling = (temperature, top_k, top_p, min_p, typical_p, upscale_top_p)
     # parameters: end
     # parameters: values draft_
-    drawn_by = (draft_temperature, draft_top_k, draft_top_p, draft_min_p)
+    drawn_by = (draft_temperature, draft_top_k, draft_top_p, draft_min_p, draft_typical_p)
     # parameters: end
     if (
         seed is not None
@@ -769,6 +775,7 @@ def logprobs(
     top_k: PerRow = 0,
     top_p: PerRow = 1.0,
     min_p: PerRow = 0.0,
+    typical_p: PerRow = 1.0,
     upscale_top_p: PerRow = 1.0,
     # parameters: end
     vocab_size: int | None = None,
@@ -783,7 +790,7 @@ def logprobs(
     row is NaN. No gradient flows back.
     """
     # parameters: values
-    sampling = (temperature, top_k, top_p, min_p, upscale_top_p)
+    sampling = (temperature, top_k, top_p, min_p, typical_p, upscale_top_p)
     # parameters: end
     logits, vocab_size = check_logits(logits, 2, vocab_size)
     p = check_params(
@@ -809,6 +816,7 @@ def token_logprobs(
     top_k: PerRow = 0,
     top_p: PerRow = 1.0,
     min_p: PerRow = 0.0,
+    typical_p: PerRow = 1.0,
     upscale_top_p: PerRow = 1.0,
     # parameters: end
     vocab_size: int | None = None,
@@ -822,7 +830,7 @@ def token_logprobs(
     exp of minus their mean over a text is its perplexity under the emulated model. Otherwise as `logprobs`.
     """
     # parameters: values
-    sampling = (temperature, top_k, top_p, min_p, upscale_top_p)
+    sampling = (temperature, top_k, top_p, min_p, typical_p, upscale_top_p)
     # parameters: end
     logits, vocab_size = check_logits(logits, 2, vocab_size)
     rows, device = logits[0].shape[0], logits[0].device

@@ -103,6 +103,19 @@ PARAMETERS = (
         warper="MinPLogitsWarper",
     ),
     Parameter(
+        name="typical_p",
+        type=float,
+        off=1.0,
+        low=TINY,
+        high=1,
+        allowed="in (0, 1] (1 is off)",
+        doc="keeps the tokens whose log-probability is nearest to its mean, the fewest that have this mass together; "
+        "1 is off",
+        stage="filter",
+        tried=(1.0, 0.5, 0.95, 1e-6),
+        warper="TypicalLogitsWarper",
+    ),
+    Parameter(
         name="upscale_top_p",
         type=float,
         off=1.0,
@@ -155,6 +168,7 @@ class Params(NamedTuple):
     top_k: int | torch.Tensor
     top_p: float | torch.Tensor
     min_p: float | torch.Tensor
+    typical_p: float | torch.Tensor
     upscale_top_p: float | torch.Tensor
     # parameters: end
     seed: int | torch.Tensor  # a scalar is expanded by row_seed
@@ -172,6 +186,7 @@ class DraftParams(NamedTuple):
     top_k: int | torch.Tensor | None = None
     top_p: float | torch.Tensor | None = None
     min_p: float | torch.Tensor | None = None
+    typical_p: float | torch.Tensor | None = None
     # parameters: end
 
     def of(self, p: Params) -> Params:

@@ -21,6 +21,9 @@ import torch
 
 from eft_kernels import dispatch
 from eft_kernels._backends import workspace
+from eft_kernels.parameters import DRAFTED, OFF
+
+FILTERS_OFF = [off for name, off in OFF.items() if name != "temperature"]
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_setuptools = pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="needs setuptools")
@@ -236,7 +239,7 @@ def test_build(make, build):
     compiled, commands, _ = make(EFT_KERNELS_CUDA_ARCHS="")
     assert compiled == [] and "-shared" in commands[-1], "another set of GPUs is linked from its own objects"
     setup = make.tree / "setup.py"
-    setup.write_text(setup.read_text().replace('"-Wno-psabi"]', '"-Wno-psabi", "-DMORE"]'))
+    setup.write_text(setup.read_text().replace('"-Wno-psabi",', '"-Wno-psabi", "-DMORE",'))
     assert make(EFT_KERNELS_CUDA_ARCHS="")[0] == ["cuda_module.cpp"], "its flags are others"
 
 
@@ -413,7 +416,7 @@ def test_module(planted):
 
     def sample(counters=zeros, strict=True, z=z, weights=(1.0, 1.0), temperature=1.0):
         return module.sample(
-            counters, strict, z, weights, temperature, 0, 1.0, 0.0, 1.0, 5, 0, None, 8, 1, 0, 0, False, 0, False
+            counters, strict, z, weights, temperature, *FILTERS_OFF, 5, 0, None, 8, 1, 0, 0, False, 0, False
         )
 
     tokens, valid, *rest = sample()
@@ -432,17 +435,19 @@ def test_module(planted):
     assert sample(z=[there(torch.zeros(0, 8))] * 2)[0].shape == (0,) and seen[0] == launches
 
     slots, drafts = [there(torch.zeros(3, 4, 8))], there(torch.zeros(3, 3, dtype=torch.int64))
-    options = ((1.0,), 1.0, 0, 1.0, 0.0, 1.0, 5, 0, None, 8, 0)
-    out = module.verify(zeros, False, slots, *options, drafts, None, 1, None, *[None] * 4, True)
+    options = ((1.0,), 1.0, *FILTERS_OFF, 5, 0, None, 8, 0)
+    out = module.verify(zeros, False, slots, *options, drafts, None, 1, None, *[None] * len(DRAFTED), True)
     assert [tuple(x.shape) for x in out] == [(3, 4), (3,), (3,), (3, 4), (3, 4)] and seen[3] and seen[4] == seen[0]
-    assert module.verify(zeros[:23], False, slots, *options, drafts, None, 1, None, *[None] * 4, True) is None
+    assert (
+        module.verify(zeros[:23], False, slots, *options, drafts, None, 1, None, *[None] * len(DRAFTED), True) is None
+    )
     for ids, count in ((None, 8), (there(torch.zeros(3, 5, dtype=torch.int64)), 5)):
         with pytest.raises(RuntimeError, match="logprobs: out of threads"):
             module.logprobs(zeros, False, z[:1], *options, ids)
         assert seen[5] == count
     zeros[4] = 1
     with pytest.raises(RuntimeError, match="verify: counters are not zero"):
-        module.verify(zeros, False, slots, *options, drafts, None, 1, None, *[None] * 4, True)
+        module.verify(zeros, False, slots, *options, drafts, None, 1, None, *[None] * len(DRAFTED), True)
 
 
 def test_counters():

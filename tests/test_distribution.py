@@ -12,6 +12,7 @@ import torch
 import eft_kernels as eft
 from eft_kernels import reference
 from eft_kernels.bench.run import p_value
+from eft_kernels.parameters import STREAM_CODES
 
 REJECT = 1e-4
 
@@ -184,7 +185,7 @@ def test_rare_tokens(compiled):
 def noise(seeds=200, V=1000, stream="sample", slot=0, position=0, first=0):
     seed = torch.arange(first, first + seeds)[:, None]
     return reference.gumbel(
-        seed, torch.full_like(seed, position), reference.STREAM_CODES[stream], torch.full_like(seed, slot), V
+        seed, torch.full_like(seed, position), STREAM_CODES[stream], torch.full_like(seed, slot), V
     ).double()
 
 
@@ -675,14 +676,14 @@ def test_broken_noise_is_rejected(monkeypatch):
     assert sampling_p(10000) > REJECT
     gumbel, chunk_noise, words = reference.gumbel, reference.chunk_noise, reference.words
     with monkeypatch.context() as m:
-        m.setattr(reference, "gumbel", lambda *a: -gumbel(*a))
+        m.setattr(reference.noise, "gumbel", lambda *a: -gumbel(*a))
         assert sampling_p(10000) < 1e-9
     for wrong in (lambda e, place: (e, place // 2), lambda e, place: (e, 0 * place), lambda e, place: (e * 2, place)):
         with monkeypatch.context() as m:
-            m.setattr(reference, "chunk_noise", lambda *a, wrong=wrong: wrong(*chunk_noise(*a)))
+            m.setattr(reference.noise, "chunk_noise", lambda *a, wrong=wrong: wrong(*chunk_noise(*a)))
             assert sampling_p(10000) < 1e-9
     with monkeypatch.context() as m:  # one word for the four tokens of a quad
-        m.setattr(reference, "words", lambda *a: (words(*a)[0],) * 4 if a[4] == 1 else words(*a))
+        m.setattr(reference.noise, "words", lambda *a: (words(*a)[0],) * 4 if a[4] == 1 else words(*a))
         u = exp_cdf(torch.exp(-noise(500, 256)))
         assert float(((u[:, 0] - 0.5) * (u[:, 1] - 0.5)).mean()) * 12 > 0.5
 
@@ -692,15 +693,15 @@ def test_broken_noise_is_rejected(monkeypatch):
 def test_reused_noise_is_rejected(method, share, monkeypatch):
     """Residuals that race with the draft's noise, and acceptance that looks at it."""
     if share == "residual":
-        monkeypatch.setitem(reference.STREAM_CODES, "residual", reference.STREAM_CODES["draft"])
+        monkeypatch.setitem(STREAM_CODES, "residual", STREAM_CODES["draft"])
     else:
 
         def shared(seed, position, slot):
-            stream = reference.STREAM_CODES["draft"]
+            stream = STREAM_CODES["draft"]
             word = reference.words(seed, position, stream, slot, reference.KIND_TOKEN, 0 * seed)[0]
             return reference.uniform(word).double()
 
-        monkeypatch.setattr(reference, "accept_uniform", shared)
+        monkeypatch.setattr(reference.verification, "accept_uniform", shared)
     assert judge(method, 2, "emulated", 40000, "reference")[0] < 1e-9
 
 

@@ -53,6 +53,13 @@ GRID = [
     dict(temperature=0.8, min_p=0.05),
     dict(temperature=1.3, top_k=100, top_p=0.95, min_p=0.02),
     dict(temperature=0.5, top_k=500, top_p=0.5, min_p=0.001),
+    dict(typical_p=0.9),
+    dict(typical_p=0.2),
+    dict(typical_p=1e-4),
+    dict(temperature=1.4, typical_p=0.7),
+    dict(top_k=60, typical_p=0.5),
+    dict(top_p=0.9, typical_p=0.6),
+    dict(temperature=0.8, top_k=300, top_p=0.97, min_p=0.002, typical_p=0.8),
 ]
 
 
@@ -90,6 +97,7 @@ def test_ties_are_kept(backend):
     sets = {
         "top_k": {1: [1, 6], 2: [1, 6], 3: [1, 2, 3, 4, 6], 5: [1, 2, 3, 4, 6], 6: [0, 1, 2, 3, 4, 6], 7: [*range(7)]},
         "top_p": {1e-6: [1, 6], 0.3: [1, 6], 0.55: [1, 6], 0.66: [1, 2, 3, 4, 6]},
+        "typical_p": {1e-6: [1, 6], 0.6: [1, 6], 0.7: [1, 2, 3, 4, 6], 0.95: [0, 1, 2, 3, 4, 6]},
         "min_p": {1.0: [1, 6], 0.36: [1, 2, 3, 4, 6], 0.38: [1, 6], 0.13: [0, 1, 2, 3, 4, 6]},
     }
     for name, values in sets.items():
@@ -104,6 +112,16 @@ def test_top_p_is_renormalised_after_top_k(backend):
     z = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
     for top_k, top_p, want in ((2, 0.5, 1), (2, 0.6, 2), (0, 0.5, 2), (0, 0.75, 3), (3, 0.44, 1), (0, 0.39, 1)):
         assert int((eft.logprobs([z], [1.0], top_k=top_k, top_p=top_p, backend=backend) > NEG_INF).sum()) == want
+
+
+def test_typical_p_may_drop_the_likeliest(backend):
+    """Of [0.4, 0.15, 0.15, 0.15, 0.15] the four are nearer to the entropy, 1.50 nats, than the one."""
+    z = torch.tensor([[0.4, 0.15, 0.15, 0.15, 0.15]]).log()
+    for typical_p, want in ((0.5, [1, 2, 3, 4]), (0.59, [1, 2, 3, 4]), (0.61, [0, 1, 2, 3, 4])):
+        kwargs = dict(typical_p=typical_p, backend=backend)
+        assert (eft.logprobs([z], [1.0], **kwargs)[0] > NEG_INF).nonzero().flatten().tolist() == want
+        tokens = eft.sample([z.expand(300, -1)], [1.0], seed=1, position=0, **kwargs).tokens
+        assert tokens.unique().tolist() == want
 
 
 def test_greedy_is_a_point(backend):

@@ -105,6 +105,9 @@ SCORE = Kind(F32, -60.0, 0.0, (0.0, -1e30, float("-inf"), -0.5, -27.9))
 SCALE = Kind(F32, 1e-3, 1.5e5, (1.0, float(np.float32(reference.LOG2E)), 1.5e5, 1e-3))
 MASS = Kind(I64, 0, ONE, (0, 1, 2, ONE - 1, ONE))
 TOTAL = Kind(I64, 1, ONE << 22, (1, 2, ONE, ONE + 1, ONE << 22))
+BEST = Kind(F32, -1e30, 1e30, (0.0, -0.0, 1.5, -3.25, 1e-30, 3.3e38, -3.3e38))
+REACH = Kind(F32, 0.0, 1e3, (0.0, 2.0**-140, 1e-8, 0.5, 1e30, float("inf"), float("-inf")))
+SURPRISES = Kind(I64, 0, 1 << 61, (0, 1, ONE, 1 << 61))
 SHARE = Kind(F32, TINY, 1.0, (TINY, 0.5, 1 - 2.0**-24, 1.0))
 UNIFORM = Kind(F64, 2.0**-65, 1 - 2.0**-53, (2.0**-65, 0.5, 1 - 2.0**-53))
 RATIO = Kind(F64, 0.0, 1.0, (0.0, 2.0**-60, 0.5, 1 - 2.0**-53, 1.0))
@@ -117,6 +120,10 @@ FLAG = Kind(torch.bool, 0, 1, (False, True))
 
 def mass(s, best, c):
     return reference.mass(s[:, None], best, c)[:, 0]
+
+
+def surprise(s, best, c):
+    return reference.surprise(s[:, None], best, c)[:, 0]
 
 
 def accept_token(u, t, t_total, d, d_total):
@@ -189,6 +196,9 @@ FUNCTIONS = {
     "token_gumbel": Function((MINIMUM, WORD), token_gumbel, lambda e, word: cpp.token_gumbel(e, log_of(e), word)),
     "accept_uniform": Function((ANY, ANY, SLOT), reference.accept_uniform, cpp.accept_uniform),
     "mass": Function((SCORE, Kind(F32, 0.0, 0.0, (0.0,)), SCALE), mass, cpp.mass),
+    "surprise": Function((SCORE, Kind(F32, 0.0, 0.0, (0.0,)), SCALE), surprise, cpp.surprise),
+    "mean_score": Function((BEST, SCALE, SURPRISES, TOTAL), reference.mean_score, cpp.mean_score),
+    "edge": Function((BEST, REACH), reference.edge, cpp.edge),
     "log_total": Function((TOTAL,), reference.log_total, cpp.log_total),
     "mass_limit": Function((SHARE, TOTAL), reference.mass_limit, cpp.mass_limit),
     "accept_token": Function((UNIFORM, MASS, TOTAL, MASS, TOTAL), accept_token, cpp.accept_token),
@@ -359,7 +369,7 @@ def test_filters():
     )
     want = reference.Rows([torch.zeros(rows, vocab)], p)
     assert 100 < got["valid"].sum() < rows - 100 and 10 < got["filtered"].sum() < rows - 10
-    for name in (*values, "inverse", "c", "greedy"):
+    for name in (*values, "inverse_temperature", "c", "greedy"):
         assert np.array_equal(got[name], getattr(want, name).numpy()), name
     assert np.array_equal(got["valid"], want.in_range.numpy())
     assert np.array_equal(got["filtered"], want.filtered().numpy())
@@ -387,6 +397,7 @@ def test_every_function_is_here():
     text = "".join(path.read_text() for path in (ROOT / "csrc" / "semantics").glob("*.h"))
     defined = set(re.findall(r"^(?:EFT_HD|inline) [\w<>:]+ (\w+)\(", text, re.M))
     parts = {
+        "typical_interval",
         "bits",
         "from_bits",
         "to_float",

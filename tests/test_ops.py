@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import eft_kernels as eft
 from eft_kernels import dispatch, ops
 from eft_kernels.arguments import dtype_of
-from eft_kernels.parameters import NAMES, ROWS
+from eft_kernels.parameters import NAMES, PARAMETERS, ROWS
 
 V, B, K = 40, 3, 2
 
@@ -1044,7 +1044,7 @@ def test_one_seed_for_all_rows_is_row_seeds_of_it(seed, backend):
             eft.verify(zz, eft.upscale(), drafts, method=method, seed=s, temperature=3.0, **args) for s in (seed, rows)
         )
         assert torch.equal(one.tokens, many.tokens)
-    flat = [None, [1.0], None, 1.0, None, 0, None, 1.0, None, 0.0, None, 1.0]
+    flat = [None, [1.0], *(x for p in PARAMETERS for x in (None, p.off))]
     tail = [None, 6, None, V, 0, "sample", 0, False, 0, False, backend]
     op = torch.ops.eft_kernels.sample
     assert torch.equal(op(z, *flat, None, signed(int(seed)), *tail)[0], op(z, *flat, rows, 0, *tail)[0])

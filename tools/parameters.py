@@ -30,6 +30,7 @@ FILES = [
     for name in (
         "eft_kernels/parameters.py",
         "eft_kernels/ops.py",
+        "eft_kernels/reference/rows.py",
         "eft_kernels/integrations/hf/generate.py",
         "docs/semantics.md",
     )
@@ -73,7 +74,12 @@ def table() -> str:
     return "\n".join(rows)
 
 
+def declared(rows) -> str:
+    return "\n".join(f"{p.name}: torch.Tensor" for p in rows)
+
+
 BLOCKS = {
+    "declared": lambda: declared(PARAMETERS),
     "fields": lambda: fields(PARAMETERS, False),
     "draft fields": lambda: fields(DRAFTED, True),
     "arguments": lambda: arguments(PARAMETERS),

@@ -127,14 +127,14 @@ py::dict filters(const py::dict& parameters, py::ssize_t rows, int64_t vocab, fl
 #define EFT_OUTPUT(T, name, off, low, high) py::array_t<T> name(rows);
   EFT_PARAMETERS(EFT_OUTPUT)
 #undef EFT_OUTPUT
-  py::array_t<float> inverse(rows), c(rows), least(rows);
+  py::array_t<float> inverse_temperature(rows), c(rows), least(rows);
   py::array_t<bool> greedy(rows), valid(rows), filtered(rows), processed(rows);
   for (py::ssize_t i = 0; i < rows; ++i) {
     const Filters f = filters_of(sampling, i, vocab);
 #define EFT_FILL(T, name, off, low, high) name.mutable_at(i) = f.name;
     EFT_PARAMETERS(EFT_FILL)
 #undef EFT_FILL
-    inverse.mutable_at(i) = f.inverse;
+    inverse_temperature.mutable_at(i) = f.inverse_temperature;
     c.mutable_at(i) = f.c;
     least.mutable_at(i) = f.least(best);
     greedy.mutable_at(i) = f.greedy;
@@ -146,7 +146,7 @@ py::dict filters(const py::dict& parameters, py::ssize_t rows, int64_t vocab, fl
 #define EFT_NAME(T, name, off, low, high) out[#name] = name;
   EFT_PARAMETERS(EFT_NAME)
 #undef EFT_NAME
-  out["inverse"] = inverse;
+  out["inverse_temperature"] = inverse_temperature;
   out["c"] = c;
   out["least"] = least;
   out["greedy"] = greedy;
@@ -280,8 +280,12 @@ PYBIND11_MODULE(_semantics, m) {
 
   m.def("mass", py::vectorize(&mass), "s"_a, "best"_a, "c"_a);
   m.def("mass_of", py::vectorize(&mass_of), "significand"_a, "shift"_a);
+  m.def("surprise", py::vectorize(&surprise), "s"_a, "best"_a, "c"_a);
   m.def("log_total", py::vectorize(&log_total), "total"_a);
   m.def("mass_limit", py::vectorize(static_cast<int64_t (*)(float, int64_t)>(&mass_limit)), "p"_a, "total"_a);
+
+  m.def("mean_score", py::vectorize(&mean_score), "best"_a, "c"_a, "surprises"_a, "total"_a);
+  m.def("edge", py::vectorize(&edge), "center"_a, "reach"_a);
 
   m.def("accept_token", py::vectorize(&accept_token), "u"_a, "t"_a, "t_total"_a, "d"_a, "d_total"_a);
   m.def("residual", py::vectorize(&residual_of), "factor"_a, "t"_a, "t_total"_a, "d"_a, "d_total"_a);

@@ -117,7 +117,7 @@ void logprobs(const LogprobsCall& call) {
         if (v < 0 || v >= call.vocab_size) continue;
         float s = r.score_of(v);
         out[i] = f.greedy           ? (v == argmax ? 0 : -kInf)
-                 : !(s >= r.lowest) ? -kInf
+                 : !r.kept.holds(s) ? -kInf
                  : processed        ? r.processed_logprob(s)
                                     : r.raw_logprob(s);
       }
@@ -129,14 +129,14 @@ void logprobs(const LogprobsCall& call) {
       return;
     }
     const float shift = -(processed ? r.processed_logprob(r.best) : r.raw_logprob(r.best)),
-                scale = processed ? f.inverse : 1;
+                scale = processed ? f.inverse_temperature : 1;
     r.each_block([&](int, int from, int to) {
       alignas(64) float s[kChunkSize];
       for (int c = from; c < to; ++c) {
         r.chunk(c, s);
         for (int i = 0; i < kChunkSize; i += W) {
           vf x = load(s + i), y = (x - broadcast(r.best)) * broadcast(scale) - broadcast(shift);
-          store(s + i, select(x >= broadcast(r.lowest), y, broadcast(-kInf)));
+          store(s + i, select((x >= broadcast(r.kept.floor)) & (x <= broadcast(r.kept.ceiling)), y, broadcast(-kInf)));
         }
         memcpy(out + int64_t{c} * kChunkSize, s,
                std::min(kChunkSize, call.vocab_size - c * kChunkSize) * sizeof(float));

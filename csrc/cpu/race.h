@@ -2,6 +2,8 @@
 #pragma once
 #include "score.h"
 
+#include "../semantics/filters.h"  // after the vectors that its functions are for
+
 namespace eft {
 namespace EFT_ISA {
 namespace {
@@ -14,14 +16,14 @@ struct Winner {
   }
 };
 
-// argmax of s_v + T g_v, lowest id on ties; scores below `lowest` do not run. group_max: the best scores of each
+// argmax of s_v + T g_v, lowest id on ties, of the scores in `kept`. group_max: the best scores of each
 // chunk's 8 groups; visit(c, which, fn) calls fn(g, scores) for the groups of chunk c whose bits are set in `which`.
 // Scores are read again, and need not be what they were (another thread may write): then any token, or none, wins.
 template <class Visit>
-Winner race(int chunks, const float* group_max, float lowest, float temperature, const Source& source, Scratch& sc,
-            const Visit& visit) {
+Winner race(int chunks, const float* group_max, const Interval& kept, float temperature, const Source& source,
+            Scratch& sc, const Visit& visit) {
   Winner winner;
-  lowest = std::max(lowest, -std::numeric_limits<float>::max());
+  const float lowest = std::max(kept.floor, -std::numeric_limits<float>::max());
   if (temperature == 0) {
     float best = -kInf;
     for (int i = 0; i < chunks * kGroups; ++i) best = std::max(best, group_max[i]);
@@ -80,10 +82,12 @@ Winner race(int chunks, const float* group_max, float lowest, float temperature,
     visit(c, which_of_8(group_max + c * kGroups, lowest, most, winner.key), [&](int group, const float* s) {
       const int64_t first = int64_t{c} * kChunkSize + group * kGroup;
       const int at = k - group * kGroup;
-      if (at >= 0 && at < kGroup && s[at] >= lowest) winner.offer(s[at] + most, s[at], first + at);
+      if (at >= 0 && at < kGroup && s[at] >= lowest && s[at] <= kept.ceiling)
+        winner.offer(s[at] + most, s[at], first + at);
       for (int i = 0; i < kGroup; i += W) {
         vf x = load(s + i);
-        unsigned m = any_bits((x + broadcast(most) >= broadcast(winner.key)) & (x >= broadcast(lowest)));
+        unsigned m = any_bits((x + broadcast(most) >= broadcast(winner.key)) & (x >= broadcast(lowest)) &
+                              (x <= broadcast(kept.ceiling)));
         for (; m; m &= m - 1) {
           int t = i + __builtin_ctz(m), n = waiting.count;
           if (t == at) continue;

@@ -8,8 +8,6 @@
 #include "pool.h"
 #include "race.h"
 
-#include "../semantics/filters.h"  // after the vectors that its functions are for
-
 namespace eft {
 namespace EFT_ISA {
 namespace {
@@ -29,9 +27,10 @@ struct Row {
   float* group_max = nullptr;
   uint8_t* needs_slow_path = nullptr;  // per chunk: scores come from Scorer::score_chunk_slow
   bool valid = false;
-  float best = -kInf, lowest = -kInf;
-  float lowest_of_k = -kInf;    // what top-k alone keeps
-  int64_t kept_mass = 0;        // of the scores >= lowest
+  float best = -kInf;
+  Interval kept;
+  float floor_of_k = -kInf;     // what top-k alone keeps
+  int64_t kept_mass = 0;        // of the scores that are kept
   double raw_sum = 0, sum = 0;  // sum exp(s - best), sum exp((s - best) / T): 0 where score() was not asked for them
 
   explicit Row(Scratch& s, int t) : sc(s), threads(t) {}
@@ -182,7 +181,7 @@ struct Row {
     }
     bool decide(int64_t above) const { return above < least || above >= most; }
   };
-  Limits exact_limits(float p) const { return Limits(mass_limit(p, mass_from(lowest, filters.c))); }
+  Limits exact_limits(float p) const { return Limits(mass_limit(p, mass_from(kept.floor, filters.c))); }
 
   // the k-th largest score: a lower bound from the best of disjoint chunks or groups, then the scores that reach it
   float kth(int64_t k) {
@@ -204,19 +203,32 @@ struct Row {
     return kth_largest(x, count, k);
   }
 
-  // `lowest`: the smallest score that top-k, min-p and (nucleus) top-p keep. The mass that top-p refers to is what
+  // `kept`: the scores that filters keep, where `nucleus` is false but for top-p. The mass that top-p refers to is what
   // top-k leaves.
   void filter(bool nucleus) {
     const Filters& f = filters;
-    lowest = -kInf;
+    kept = Interval();
     if (f.greedy) return;
-    if (f.top_k > 0) lowest = kth(f.top_k);
-    lowest_of_k = lowest;
+    if (f.top_k > 0) kept.floor = kth(f.top_k);
+    floor_of_k = kept.floor;
     float tau = -kInf;
-    if (nucleus && f.top_p < 1)
+    if ((nucleus || f.typical_p < 1) && f.top_p < 1)
       tau = nucleus_score(f.top_p, f.top_k == 0 && sum > 0 ? Limits::of(f.top_p, sum) : exact_limits(f.top_p));
-    lowest = std::max(lowest, f.least(best));
-    lowest = std::max(lowest, tau);
+    kept.floor = std::max(kept.floor, f.least(best));
+    kept.floor = std::max(kept.floor, tau);
+    if (f.typical_p < 1) kept = typical(f.typical_p);
+  }
+
+  // what typical_p keeps of the scores from kept.floor on
+  Interval typical(float p) {
+    const float c = filters.c;
+    const int64_t count = gather<true>(std::max(kept.floor, best + kLowestMass / c), kInf);
+    Candidate* x = sc.candidates.need(0);
+    int64_t total = 0, surprises = 0;
+    for (int64_t i = 0; i < count; ++i) total += x[i].m, surprises += surprise(x[i].s, best, c);
+    const float mean = mean_score(best, c, surprises, total);
+    for (int64_t i = 0; i < count; ++i) x[i].s = -std::abs(x[i].s - mean);
+    return typical_interval(mean, -nucleus_of(x, count, mass_limit(p, total)), kept.floor);
   }
 
   // How the mass lies, guessed from the best scores of groups alone.
@@ -247,13 +259,13 @@ struct Row {
     return d;
   }
 
-  // The smallest score of which the mass strictly above is below p of the mass of all scores >= lowest: thresholds that
-  // close in on it, then a selection among the few scores between them. Limits that are apart decide nearly always;
-  // where they do not, all masses are summed.
+  // The smallest score of which the mass strictly above is below p of the mass of all scores >= kept.floor: thresholds
+  // that close in on it, then a selection among the few scores between them. Limits that are apart decide nearly
+  // always; where they do not, all masses are summed.
   float nucleus_score(float p, Limits limits) {
     const float c = filters.c, bottom = best + kLowestMass / c;
     const auto [least, most] = limits;
-    float low = lowest, high = kInf;
+    float low = kept.floor, high = kInf;
     float reach = 1 / c;
     int64_t above = 0, count_high = 0;  // mass and number of the scores from `high` on
     const Depths guess = depths();
@@ -269,7 +281,8 @@ struct Row {
       float first = std::max(low, bottom), step = (std::min(high, best) - first) * 0.25f;
       if (count_low - count_high <= 1024 || round == 4 || !(first + step > first)) break;
       at = {first + step, first + 2 * step, first + 3 * step};
-      if (low == lowest && high < kInf && high - first > 16 * reach) {  // nothing below it is known: look near it first
+      if (low == kept.floor && high < kInf &&
+          high - first > 16 * reach) {  // nothing below it is known: look near it first
         at = {high - 6 * reach, high - 2.5f * reach, high - reach};
         reach *= 4;
       }
@@ -278,7 +291,7 @@ struct Row {
     Candidate* x = sc.candidates.need(0);
     float tau = nucleus_of(x, count, most - above);
     if (least == most || nucleus_of(x, count, least - above) == tau) return tau;
-    return nucleus_of(x, count, mass_limit(p, mass_from(lowest, c)) - above);
+    return nucleus_of(x, count, mass_limit(p, mass_from(kept.floor, c)) - above);
   }
 
   // After filter(false) with top-p: race, and where the winner lies outside the nucleus, so does everything of its
@@ -291,18 +304,18 @@ struct Row {
       Winner w = draw(source);
       if (w.id < 0) return w;
       const float over = std::nextafter(w.score, kInf);
-      Masses<2> m = masses<2>({lowest_of_k, over}, over, c);
+      Masses<2> m = masses<2>({floor_of_k, over}, over, c);
       const int64_t above = m.of[1];
       if (first) {
         if (above < mass_limit(p, m.of[0])) return w;
         const Depths guess = depths();
         const double share = 1.05 * 0x1p-40 * static_cast<double>(above) / (p * guess.all) + 0.02;
-        if (share < 1 && above < mass_limit(p, mass_from(lowest_of_k, c, guess.at(share)))) return w;
-        limits = filters.top_k > 0 ? Limits(mass_limit(p, mass_from(lowest_of_k, c))) : Limits::of(p, about(c));
+        if (share < 1 && above < mass_limit(p, mass_from(floor_of_k, c, guess.at(share)))) return w;
+        limits = filters.top_k > 0 ? Limits(mass_limit(p, mass_from(floor_of_k, c))) : Limits::of(p, about(c));
       }
-      if (!limits.decide(above)) limits = Limits(mass_limit(p, mass_from(lowest_of_k, c)));
+      if (!limits.decide(above)) limits = Limits(mass_limit(p, mass_from(floor_of_k, c)));
       if (above < limits.least) return w;
-      lowest = over;
+      kept.floor = over;
     }
   }
 
@@ -311,29 +324,38 @@ struct Row {
     for (int i = 0; i < kGroup; i += W) {
       vf x = load(s + i);
       vi shift, significand = mass_parts(x, broadcast(best), broadcast(filters.c), shift);
-      significand &= x >= broadcast(lowest);
+      significand &= (x >= broadcast(kept.floor)) & (x <= broadcast(kept.ceiling));
       shift = select_min(16 - shift, 63);
       memcpy(q + i, &significand, sizeof significand);
       memcpy(n + i, &shift, sizeof shift);
     }
   }
 
-  void know_mass() { kept_mass = filters.greedy ? int64_t{1} << kMassBits : mass_from(lowest, filters.c); }
+  void know_mass() {
+    if (filters.greedy) {
+      kept_mass = int64_t{1} << kMassBits;
+    } else if (kept.ceiling >= best) {
+      kept_mass = mass_from(kept.floor, filters.c);
+    } else {
+      const Masses<2> m = masses<2>({kept.floor, std::nextafter(kept.ceiling, kInf)}, kept.floor, filters.c);
+      kept_mass = m.of[0] - m.of[1];
+    }
+  }
 
   Winner draw(const Source& source) {
-    return race(scorer.chunks, group_max, lowest, filters.temperature, source, sc,
+    return race(scorer.chunks, group_max, kept, filters.temperature, source, sc,
                 [this](int c, unsigned which, const auto& fn) { visit(c, which, fn); });
   }
 
   // the sample, after filter(false)
   Winner pick(const Source& source) {
-    return filters.top_p < 1 && !filters.greedy ? sample_by_rejection(source) : draw(source);
+    return filters.top_p < 1 && filters.typical_p == 1 && !filters.greedy ? sample_by_rejection(source) : draw(source);
   }
 
   // kept_mass where filters are on, else sum
   float processed_logprob(float s) const {
     if (filters.greedy) return 0;
-    float x = (s - best) * filters.inverse;
+    float x = (s - best) * filters.inverse_temperature;
     return kept_mass ? x - log_total(kept_mass) : x - static_cast<float>(std::log(sum));
   }
   float raw_logprob(float s) const { return (s - best) - static_cast<float>(std::log(raw_sum)); }

@@ -38,7 +38,7 @@ struct Slot {
   static int64_t mass_at(const Row& r, int64_t best, int64_t v) {
     if (r.filters.greedy) return v == best ? int64_t{1} << kMassBits : 0;
     float s = r.score_of(v);
-    return s >= r.lowest ? mass(s, r.best, r.filters.c) : 0;
+    return r.kept.holds(s) ? mass(s, r.best, r.filters.c) : 0;
   }
   int64_t target_mass(int64_t v) const { return mass_at(target, target_best, v); }
   int64_t draft_mass(int64_t v) const {
@@ -95,7 +95,7 @@ struct Slot {
       fn(i, reinterpret_cast<v4d>(reinterpret_cast<v4q>(r) & (r >= 1.0)));
     }
   }
-  float floor() const { return std::max(target.lowest, target.best + kLowestMass / target.filters.c); }
+  float floor() const { return std::max(target.kept.floor, target.best + kLowestMass / target.filters.c); }
 
   int64_t residual_sum(double factor) {
     Residual residual(factor, target_total(), draft_total());
@@ -125,9 +125,9 @@ struct Slot {
     const float top = static_cast<float>(std::log(residual.a) + kMassBits * std::log(2.0)) + 1e-3f;  // > every rounding
     for (int i = 0; i < groups; ++i) {
       const float s = target.group_max[i];
-      bound[i] = s >= floor() ? (s - target.best) * target.filters.inverse + top : -kInf;
+      bound[i] = s >= floor() ? (s - target.best) * target.filters.inverse_temperature + top : -kInf;
     }
-    return race(target.scorer.chunks, bound, -kInf, 1.0f, source, target.sc,
+    return race(target.scorer.chunks, bound, Interval(), 1.0f, source, target.sc,
                 [&](int c, unsigned which, const auto& fn) {
                   target.visit(c, which, [&](int g, const float* s) {
                     alignas(64) float score[kGroup];
@@ -224,7 +224,7 @@ void verify(const VerifyCall& call) {
           r.filter(true);
           r.know_mass();
           float s = r.score_of(tokens[i]);
-          bool kept = s >= r.lowest && (!r.filters.greedy || s == r.best);
+          bool kept = r.kept.holds(s) && (!r.filters.greedy || s == r.best);
           lp = kept ? r.processed_logprob(s) : -kInf;
           raw = r.raw_logprob(s);
         }

@@ -15,7 +15,7 @@ constexpr int64_t kWhole = int64_t{1} << kMassBits;
 // the mass of a token of score s after filters; a greedy row has all of it at one token
 EFT_DEVICE int64_t mass_at(const State& state, const Filters& q, float s, int token) {
   if (q.greedy) return token == state.token ? kWhole : 0;
-  return s >= state.floor && s > -kInf ? mass(s, state.best, q.c) : 0;
+  return state.kept.holds(s) && s > -kInf ? mass(s, state.best, q.c) : 0;
 }
 EFT_DEVICE int64_t total_of(const State& state) { return state.mass < 1 ? 1 : state.mass; }
 

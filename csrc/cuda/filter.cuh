@@ -1,4 +1,4 @@
-// Thresholds of top-k, top-p and min-p over a row whose scores are kept by the blocks of a group.
+// What filters keep of a row whose scores are in the memory of the blocks of a group.
 #pragma once
 #include "cluster.cuh"
 
@@ -362,10 +362,36 @@ EFT_DEVICE Threshold find_threshold(ClusterGroup& group, const Part& part, Searc
   return result;
 }
 
-// What is kept of a row after top-k, top-p and min-p: scores from `floor` on, their exact mass (0: nothing is
-// filtered).
+// What typical_p keeps of the scores from `floor` on. The search is by the bits of |s - mean|, a byte at a time.
+EFT_DEVICE Interval typical_of(ClusterGroup& group, const Part& part, Search& search, const RowParams& q, float best,
+                               float floor) {
+  const float low = floor == -kInf ? floor : below(floor);
+  CountAndMass sums;  // of surprise and mass
+  each_score(
+      part, low, [&](float x) { return x > low; },
+      [&](float x) { sums.a += surprise(x, best, q.c), sums.b += mass(x, best, q.c); });
+  sums = group.sum(sums);
+  const float mean = mean_score(best, q.c, sums.a, sums.b);
+  if (threadIdx.x == 0)
+    start_search(search, Key(best, 32), low, q.c, 0, q.typical_p, {static_cast<double>(sums.b), 0}, 0);
+  const auto distance = [&](float x) { return static_cast<uint64_t>(bits(fabsf(x - mean))); };
+  for (int level = 0; level < 4; ++level) {
+    clear(search);
+    each_score(
+        part, low, [&](float x) { return x > low && distance(x) >> (32 - 8 * level) == search.bracket.prefix; },
+        [&](float x) {
+          add_to_bin(search, static_cast<int>(distance(x) >> (24 - 8 * level) & 255), mass(x, best, q.c));
+        });
+    group.sync();
+    select_bin(group, search, 0);
+    group.sync();  // bins have been read
+  }
+  return typical_interval(mean, from_bits(static_cast<int32_t>(search.bracket.prefix)), floor);
+}
+
+// What is kept of a row, and its exact mass (0: nothing is filtered).
 struct Kept {
-  float floor;
+  Interval scores;
   int64_t mass;
 };
 
@@ -379,7 +405,7 @@ EFT_DEVICE float cutoff(float best, float p, float share, float temperature, int
 // start: in shared memory, of the row's scores, its sum about right where top-p needs it
 EFT_DEVICE Kept keep_of(ClusterGroup& group, const Part& part, Search& search, const RowParams& q,
                         const RowStats& start, bool tempered, int chunks, int vocab) {
-  if (!q.filtered()) return {-kInf, 0};
+  if (!q.filtered()) return {Interval(), 0};
   const float& best = start.best;
   const auto within = [&](float otherwise) {
     const float spread = 3 * (best - start.least);
@@ -415,9 +441,15 @@ EFT_DEVICE Kept keep_of(ClusterGroup& group, const Part& part, Search& search, c
     }
   }
   const float least = q.least(best);
-  if (kept.at > -kInf && kept.at >= least) return {kept.at, kept.upto};
   const float floor = fmaxf(kept.at, least);
-  return {floor, count_from(group, part, floor, best, q.c, false).b};
+  if (q.typical_p < 1) {
+    const Interval scores = typical_of(group, part, search, q, best, floor);
+    const int64_t over = count_from(group, part, scores.ceiling, best, q.c, false).a;
+    return {scores, count_from(group, part, scores.floor, best, q.c, false).b - over};
+  }
+  const Interval scores{floor, kInf};
+  if (kept.at > -kInf && kept.at >= least) return {scores, kept.upto};
+  return {scores, count_from(group, part, floor, best, q.c, false).b};
 }
 
 // Sampling under min-p and top-k or top-p, not both, does without their threshold: the winner of all that is left, if

@@ -215,6 +215,11 @@ EFT_DEVICE void write_diagnostics(ClusterGroup& group, const Row& row, const Par
   }
 }
 
+EFT_DEVICE void drop_above(float ceiling, float (&s)[kPerLane]) {
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) s[i] = s[i] <= ceiling ? s[i] : -kInf;
+}
+
 // --- the kernel ----------------------------------------------------------------------------------------------------
 
 // blocks of a multiprocessor: where registers suffice without spills
@@ -280,26 +285,26 @@ EFT_DEVICE void run_row(ClusterGroup& group, RowShared& shared, const RowCall& c
   State& f = shared.state;
   if (threadIdx.x == 0) {
     shared.start = start;
-    f = {start.best, -kInf, 0, 0, 0, -1, -kInf, 0, row.tau, row.inside, row.outside, ok};
+    f = {start.best, Interval(), 0, 0, 0, -1, -kInf, 0, row.tau, row.inside, row.outside, ok};
   }
   __syncthreads();
   const float& best = f.best;
   const ExpSum& about = shared.start.sum;
   Winner w;
-  float floor = -kInf;
-  const bool by_rejection = call.by_rejection && q.filtered() && (!q.use_k || !q.use_p);
+  float floor = -kInf, ceiling = kInf;
+  const bool by_rejection = call.by_rejection && q.filtered() && (!q.use_k || !q.use_p) && q.typical_p == 1;
   if (ok && by_rejection) {
     floor = q.least(best);
     if (threadIdx.x == 0) shared.total = total_about(0, tempered ? about.sum_c : about.sum, row.vocab);
   } else if (ok) {
     if (threadIdx.x == 0) f.lse = log(about.sum), f.log_kept = tempered ? log(about.sum_c) : f.lse;
     Kept kept = keep_of(group, part, search, q, shared.start, tempered, row.chunks, row.vocab);
-    floor = kept.floor;
+    floor = kept.scores.floor, ceiling = kept.scores.ceiling;
     const bool nothing = kept.mass == 0;
-    if (q.greedy) floor = best, kept.mass = int64_t{1} << kMassBits;
+    if (q.greedy) kept.scores.floor = floor = best, kept.mass = int64_t{1} << kMassBits;
     else if (nothing && call.exact) kept.mass = count_from(group, part, -kInf, best, q.c, false).b;
     if (threadIdx.x == 0) {
-      f.floor = floor, f.mass = kept.mass;
+      f.kept = kept.scores, f.mass = kept.mass;
       if (q.greedy) f.log_kept = 0;
       else if (!nothing) f.log_kept = log_total(kept.mass);
     }
@@ -311,6 +316,7 @@ EFT_DEVICE void run_row(ClusterGroup& group, RowShared& shared, const RowCall& c
           part.first, part.n, lead, floor, q, shared.source, [&](int i) { return part.tops[i]; },
           [&](int chunk, float (&s)[kPerLane]) {
             load8(part.scores + (chunk - part.first) * kChunkSize + lane_id() * kPerLane, s);
+            if (ceiling < best) drop_above(ceiling, s);
           }));
       if (group.rank == 0 && threadIdx.x == 0) shared.lead = 0;
       if (!by_rejection || w.key == kNone || is_kept(group, part, q, w.score, best, shared.total)) break;

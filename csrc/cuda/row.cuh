@@ -8,7 +8,8 @@ namespace cuda {
 
 // What later launches need of a row.
 struct State {
-  float best, floor;
+  float best;
+  Interval kept;
   float lse, log_kept;  // log of the sum of exp(s - best), and of what is kept, at temperature
   int64_t mass;         // exact, of what is kept, where it was asked for or something is filtered
   int64_t token;        // the row's own sample, of a greedy row always; -1: invalid or not asked for
@@ -68,7 +69,7 @@ struct RowCall : Call {
 EFT_DEVICE float raw_logprob(const State& f, float s) { return (s - f.best) - f.lse; }
 EFT_DEVICE float processed_logprob(const State& f, const RowParams& q, float s, int token) {
   if (q.greedy) return token == f.token ? 0 : -kInf;
-  return s >= f.floor && s > -kInf ? (s - f.best) * q.inverse - f.log_kept : -kInf;
+  return f.kept.holds(s) && s > -kInf ? (s - f.best) * q.inverse_temperature - f.log_kept : -kInf;
 }
 // the processed one where temperature or filters make it another
 EFT_DEVICE float logprob(const State& f, const RowParams& q, float s, int token) {

@@ -29,7 +29,10 @@ EFT_DEVICE void write_row(const SampleCall& call, int64_t b, const RowParams& q,
   const float raw = ok ? (w.score - sum.top) - log(sum.sum) : NAN;
   call.raw_logprobs[b] = raw;
   const bool tempered = !q.greedy && q.temperature != 1;
-  call.logprobs[b] = !ok ? NAN : q.greedy ? 0 : tempered ? (w.score - sum.top) * q.inverse - log(sum.sum_c) : raw;
+  call.logprobs[b] = !ok        ? NAN
+                     : q.greedy ? 0
+                     : tempered ? (w.score - sum.top) * q.inverse_temperature - log(sum.sum_c)
+                                : raw;
 }
 
 // The block's result to parts[split] of its row; of the row's blocks the last one to come here writes the row. Warp 0

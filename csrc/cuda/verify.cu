@@ -99,7 +99,7 @@ EFT_KERNEL void __launch_bounds__(kThreads, 2) rest_kernel(const __grid_constant
   const int to = min((split + 1) * per, shared.target.row.chunks);
   int64_t sum = 0;
   for (int c = split * per + warp_id(); c < to; c += kWarps) {
-    if (j.tops[(at + 1) * shared.target.row.chunks + c] < shared.target.state.floor) continue;
+    if (j.tops[(at + 1) * shared.target.row.chunks + c] < shared.target.state.kept.floor) continue;
     each_residual(rest, c, [&](int, double r) { sum += static_cast<int64_t>(r); });
   }
   sum = warp_reduce(sum, Sum());
@@ -160,7 +160,7 @@ EFT_KERNEL void __launch_bounds__(kThreads, 2) last_kernel(const __grid_constant
     // of a chunk's best score, which bounds its residuals
     const auto top = [&](int chunk) -> float {
       const float s = j.tops[r * target.row.chunks + chunk];
-      const double most = s >= target.state.floor && s > -kInf
+      const double most = s >= target.state.kept.floor && s > -kInf
                               ? static_cast<double>(mass(s, target.state.best, q.c)) * rest.residual.a
                               : 0;
       return most >= 1 ? log(static_cast<float>(most)) + kMargin : -kInf;

@@ -1,4 +1,4 @@
-// Torch-free definitions shared by every compiled backend; eft_kernels/reference.py is the readable definition.
+// Torch-free definitions shared by every compiled backend; eft_kernels/reference is the readable definition.
 //
 // Functions are templates over a float type F (float, or a SIMD vector of floats on CPUs). The matching 32-bit integer
 // types come from Lanes<F>. Compile without contraction (-ffp-contract=off, -fmad=false): tokens depend on it.

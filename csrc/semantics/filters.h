@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "call.h"
-#include "math.h"
+#include "mass.h"
 #include "philox.h"
 
 namespace eft {
@@ -14,7 +14,7 @@ struct Filters {
 #define EFT_FIELD(T, name, off, low, high) T name;
   EFT_PARAMETERS(EFT_FIELD)
 #undef EFT_FIELD
-  float inverse, c;  // 1 / temperature; scores times c are base-2 exponents
+  float inverse_temperature, c;  // 1 / temperature; scores times c are base-2 exponents
   bool greedy, valid;
 
   // some token may be left out
@@ -32,6 +32,36 @@ struct Filters {
     return min_p > 0 ? best + temperature * log(maximum(min_p, 0x1p-126f)) : -INFINITY;
   }
 };
+
+// The scores that filters keep.
+struct Interval {
+  float floor = -INFINITY, ceiling = INFINITY;
+  EFT_HD bool holds(float s) const { return s >= floor && s <= ceiling; }
+};
+
+// the mean of scores, by the sums of their surprise() and their mass
+EFT_HD float mean_score(float best, float c, int64_t surprises, int64_t total) {
+  return best - static_cast<float>(static_cast<double>(surprises) / static_cast<double>(total < 1 ? 1 : total)) / c;
+}
+
+// The smallest x with center - x <= reach. Bisection over the order of floats.
+EFT_HD float edge(float center, float reach) {
+  int64_t low = -0x7F800000, high = 0x7F800000;
+  const auto at = [](int64_t order) {
+    return from_bits(static_cast<int32_t>(order < 0 ? 0x80000000u | static_cast<uint32_t>(-order) : order));
+  };
+  while (low < high) {
+    const int64_t middle = low + ((high - low) >> 1);
+    if (center - at(middle) <= reach) high = middle;
+    else low = middle + 1;
+  }
+  return at(high);
+}
+
+// typical_p keeps the scores of which |s - mean| <= reach; `floor`: what the filters before it keep
+EFT_HD Interval typical_interval(float mean, float reach, float floor) {
+  return {maximum(floor, edge(mean, reach)), -edge(-mean, reach)};
+}
 
 EFT_HD bool in_range(float x, float low, float high) { return x >= low && x <= high; }  // NaN is not
 EFT_HD bool in_range(int64_t, int64_t, int64_t) { return true; }                        // any integer has a meaning
@@ -55,8 +85,8 @@ EFT_HD Filters filters_of(const Sampling& sampling, int64_t row, int64_t vocab) 
   if (f.top_k < 0 || f.top_k >= vocab) f.top_k = 0;
   f.greedy = f.temperature < kGreedy;
   if (f.greedy) f.temperature = 0;
-  f.inverse = f.greedy ? 0 : 1.0f / f.temperature;
-  f.c = f.inverse * kLog2e;
+  f.inverse_temperature = f.greedy ? 0 : 1.0f / f.temperature;
+  f.c = f.inverse_temperature * kLog2e;
   return f;
 }
 EFT_HD Filters filters_of(const Call& call, int64_t row) { return filters_of(call, row, call.vocab_size); }

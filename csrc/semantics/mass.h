@@ -29,6 +29,12 @@ EFT_HD int64_t mass(float s, float best, float c) {
   return mass_of(q, shift);
 }
 
+// mass times how many bits the score is below the best, truncated (the bits to 2^-16, then the product)
+EFT_HD int64_t surprise(float s, float best, float c) {
+  const float x = maximum((s - best) * c, -126.0f);
+  return mass(s, best, c) * static_cast<int64_t>(x * -0x1p16f) >> 16;
+}
+
 EFT_HD float log_total(int64_t total) { return log(static_cast<float>(total) * 0x1p-40f); }
 
 // the mass strictly above a token must be below this for the token to be in the nucleus of mass p

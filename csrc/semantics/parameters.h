@@ -9,18 +9,21 @@
   X(int64_t, top_k, 0, -1, INT64_MAX) \
   X(float, top_p, 1.0f, 0x1p-126f, 1.0f) \
   X(float, min_p, 0.0f, 0.0f, 1.0f) \
+  X(float, typical_p, 1.0f, 0x1p-126f, 1.0f) \
   X(float, upscale_top_p, 1.0f, 0x1p-126f, 1.0f)
 // of those that leave tokens out
 #define EFT_FILTERS(X) \
   X(int64_t, top_k, 0, -1, INT64_MAX) \
   X(float, top_p, 1.0f, 0x1p-126f, 1.0f) \
-  X(float, min_p, 0.0f, 0.0f, 1.0f)
+  X(float, min_p, 0.0f, 0.0f, 1.0f) \
+  X(float, typical_p, 1.0f, 0x1p-126f, 1.0f)
 // of those that drafts have, too
 #define EFT_DRAFTED(X) \
   X(float, temperature, 1.0f, 0.0f, 1e+30f) \
   X(int64_t, top_k, 0, -1, INT64_MAX) \
   X(float, top_p, 1.0f, 0x1p-126f, 1.0f) \
-  X(float, min_p, 0.0f, 0.0f, 1.0f)
+  X(float, min_p, 0.0f, 0.0f, 1.0f) \
+  X(float, typical_p, 1.0f, 0x1p-126f, 1.0f)
 // and of those that they have not
 #define EFT_COMBINING(X) \
   X(float, upscale_top_p, 1.0f, 0x1p-126f, 1.0f)

@@ -23,7 +23,7 @@ from .rows import Models, Sampling, Up
 from .verify import Side
 
 INTERPRETED = triton.knobs.runtime.interpret
-NO_STATE = filter.State(*[None] * 7)
+NO_STATE = filter.State(*[None] * len(filter.State._fields))
 OPTIONS = dict(enable_fp_fusion=False)  # tokens depend on it
 SLACK = 2e-5  # of a float32 sum of exponentials over a row, relative
 CHUNK = 256
@@ -128,7 +128,7 @@ class Call:
         self.filtered, self.processed = bool(on), _varies(p, "temperature")
         # every row is: its exact mass is known
         self.all_filtered = any(not isinstance(getattr(p, name), torch.Tensor) for name in on)
-        self.nucleus = "top_p" in on
+        self.nucleus, self.typical = "top_p" in on, "typical_p" in on
         self.up = NO_UP
         self.stream = self.split(config.pick(config.STREAM, self.device, self.rows * self.chunks))
         self.cp, self.search = power_of_2(self.chunks), search(p.token_mask is not None)
@@ -203,6 +203,7 @@ class Call:
             self.chunks,
             CP=self.cp,
             FILTERED=self.filtered,
+            TYPICAL=self.typical,
             **self.search,
         )
 
@@ -218,7 +219,7 @@ class Call:
 
     def state(self):
         return filter.State(
-            *(self.empty() for _ in range(4)),
+            *(self.empty() for _ in range(5)),
             self.empty(dtype=torch.int64),
             self.empty(dtype=torch.int64),
             self.empty(dtype=torch.bool),

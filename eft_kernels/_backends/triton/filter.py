@@ -1,4 +1,4 @@
-"""Thresholds of top-k, top-p, min-p and of the up-scaling filter, and what follows from them.
+"""What filters keep of a row, an interval of scores; the up-scaling filter; and what follows from them.
 
 Two launches: `stats_kernel` reads each logit once and leaves every chunk's maximum and sum; `row_kernel`, a program a
 row, finds the threshold among the few tokens that can matter (those of chunks whose maximum is high enough, read again
@@ -40,10 +40,13 @@ from .semantics import (
     log_total,
     mass,
     mass_limit,
+    mean_score,
     ordered,
     pack,
     packed_token,
+    surprise,
     times,
+    typical_interval,
     unordered,
 )
 
@@ -56,6 +59,7 @@ class State(NamedTuple):
 
     best: object  # float32, the largest score
     floor: object  # float32, the smallest score kept
+    ceiling: object  # float32, the largest one
     lse: object  # float32, log of the sum of exp(s - best)
     log_kept: object  # float32, the same of what is kept, at temperature
     total: object  # int64 mass of what is kept, or 0: not filtered, `mass_kernel` adds it up
@@ -142,8 +146,19 @@ def gather(
 
 
 @triton.jit
-def cut(buffer, count, low, high, limit, best, c, N: tl.constexpr, MASS: tl.constexpr):
-    """The smallest of ``buffer`` in [low, high] with less than ``limit`` above it, in number or in exact mass.
+def keys_of(x, floor, mean, NEAREST: tl.constexpr):
+    """What scores are searched by: themselves; `NEAREST`: how near those from ``floor`` on are to ``mean``."""
+    if NEAREST:
+        return tl.where(x >= floor, -tl.abs(x - mean), NEG_INF)
+    else:
+        return x
+
+
+@triton.jit
+def find_threshold(
+    buffer, count, low, high, limit, best, c, floor, mean, N: tl.constexpr, MASS: tl.constexpr, NEAREST: tl.constexpr
+):
+    """The smallest key (`keys_of`) of ``buffer`` in [low, high] with less than ``limit`` above it, in number or mass.
 
     Also what is above it, and what would be above anything lower (HUGE: not looked at). Bisection over the order of
     float32, each end moved on to the next score there is.
@@ -157,7 +172,7 @@ def cut(buffer, count, low, high, limit, best, c, N: tl.constexpr, MASS: tl.cons
         for i in range(0, count, N):
             lane = i + tl.arange(0, N)
             x = tl.load(buffer + lane, mask=lane < count, other=NEG_INF)
-            o = ordered(x)
+            o = ordered(keys_of(x, floor, mean, NEAREST))
             over = o > middle
             if MASS:
                 a += tl.where(over, mass(x, best, c), 0)
@@ -178,25 +193,44 @@ def cut(buffer, count, low, high, limit, best, c, N: tl.constexpr, MASS: tl.cons
 @triton.jit
 def kth(buffer, count, k, low, high, N: tl.constexpr):
     """The k-th largest of ``buffer``; it lies in [low, high]."""
-    x, above, below = cut(buffer, count, low, high, k, high, 0.0, N, False)
+    x, above, below = find_threshold(buffer, count, low, high, k, high, 0.0, 0.0, 0.0, N, False, False)
     return x
 
 
 @triton.jit
 def nucleus(buffer, count, low, best, c, limit, N: tl.constexpr):
-    """`cut` where the mass above reaches ``limit``; it lies in [low, best]."""
-    return cut(buffer, count, low, best, limit, best, c, N, True)
+    """`find_threshold` where the mass above reaches ``limit``; it lies in [low, best]."""
+    return find_threshold(buffer, count, low, best, limit, best, c, 0.0, 0.0, N, True, False)
 
 
 @triton.jit
-def mass_over(buffer, count, bound, best, c, N: tl.constexpr):
-    """The exact mass of the scores in ``buffer`` whose order is over ``bound``."""
+def mass_in(buffer, count, floor, ceiling, best, c, N: tl.constexpr):
+    """The exact mass of the scores in ``buffer`` from ``floor`` to ``ceiling``."""
     a = tl.zeros([N], tl.int64)
     for i in range(0, count, N):
         lane = i + tl.arange(0, N)
         x = tl.load(buffer + lane, mask=lane < count, other=NEG_INF)
-        a += tl.where((ordered(x).to(tl.int64) > bound) & (lane < count), mass(x, best, c), 0)
+        a += tl.where((x >= floor) & (x <= ceiling) & (lane < count), mass(x, best, c), 0)
     return tl.sum(a, 0)
+
+
+@triton.jit
+def typical(buffer, count, floor, best, p, c, N: tl.constexpr):
+    """Floor and ceiling of what typical_p keeps of the scores in ``buffer`` from ``floor`` on."""
+    a, b = tl.zeros([N], tl.int64), tl.zeros([N], tl.int64)
+    for i in range(0, count, N):
+        lane = i + tl.arange(0, N)
+        x = tl.load(buffer + lane, mask=lane < count, other=NEG_INF)
+        left = (x >= floor) & (lane < count)
+        a += tl.where(left, mass(x, best, c), 0)
+        b += tl.where(left, surprise(x, best, c), 0)
+    all_mass = tl.sum(a, 0)
+    mean = mean_score(best, c, tl.sum(b, 0), all_mass)
+    low, high = tl.cast(NEG_INF, tl.float32), tl.cast(0.0, tl.float32)
+    reach, above, below = find_threshold(
+        buffer, count, low, high, mass_limit(p, all_mass), best, c, floor, mean, N, True, True
+    )
+    return typical_interval(mean, -reach, floor)
 
 
 @triton.jit
@@ -218,44 +252,60 @@ def cutoff(best, p, share, temperature, V):
 
 
 @triton.jit
-def threshold(
-    m, up, row, q, best, top, tops, approximate, chunk, chunks, found, buffer, slack, TC: tl.constexpr, N: tl.constexpr
+def kept_interval(
+    m,
+    up,
+    row,
+    q,
+    best,
+    top,
+    tops,
+    approximate,
+    chunk,
+    chunks,
+    found,
+    buffer,
+    slack,
+    TC: tl.constexpr,
+    N: tl.constexpr,
+    TYPICAL: tl.constexpr,
 ):
-    """The smallest score kept by top-k, top-p and min-p, and the exact mass kept (0: nothing is filtered)."""
-    floor = tl.cast(NEG_INF, tl.float32)
-    mass_kept = tl.cast(0, tl.int64)
+    """The smallest and the largest score that filters keep, and the exact mass kept."""
     use_k = q.top_k > 0
     use_p = q.top_p < 1.0
-    if q.filtered:
-        context = Kept(m, up, row, floor)
-        least = tl.cast(NEG_INF, tl.float32)
-        if q.min_p > 0.0:
-            least = best + times(q.temperature, log(tl.maximum(q.min_p, 1.1754943508222875e-38)))
-        low = least
+    everything, ceiling = tl.cast(NEG_INF, tl.float32), tl.cast(INF, tl.float32)
+    least = everything
+    if q.min_p > 0.0:
+        least = best + times(q.temperature, log(tl.maximum(q.min_p, 1.1754943508222875e-38)))
+    low = least
+    if use_k:
+        low = everything
+        if q.top_k <= chunks:  # no lower than the k-th largest maximum
+            low = kth(tops, chunks, q.top_k, low, best, N)
+    elif use_p:
+        low = cutoff(best, q.top_p, approximate * (1.0 - slack), q.temperature, row.V.to(tl.float32))
+    elif TYPICAL:
+        low = tl.maximum(low, best - tl.div_rn(41.0, q.c))  # what is lower has no mass
+    count = gather(kept_scores, Kept(m, up, row, everything, ceiling), top, chunk, low, found, buffer, TC)
+    floor = everything
+    if use_k:
+        floor = kth(buffer, count, q.top_k, low, best, N)
+    if use_p:
         if use_k:
-            low = tl.cast(NEG_INF, tl.float32)
-            if q.top_k <= chunks:  # no lower than the k-th largest maximum
-                low = kth(tops, chunks, q.top_k, low, best, N)
-        elif use_p:
-            low = cutoff(best, q.top_p, approximate * (1.0 - slack), q.temperature, row.V.to(tl.float32))
-        count = gather(kept_scores, context, top, chunk, low, found, buffer, TC)
-        floor = low
-        if use_k:
-            floor = kth(buffer, count, q.top_k, low, best, N)
-        if use_p:
-            if use_k:
-                all_mass = mass_over(buffer, count, ordered(floor).to(tl.int64) - 1, best, q.c, N)
-                floor, above, below = nucleus(buffer, count, floor, best, q.c, mass_limit(q.top_p, all_mass), N)
-            else:
-                units = (approximate * MASS_ONE).to(tl.float64)
-                error = units * slack + row.V
-                floor, above, below = nucleus(buffer, count, low, best, q.c, mass_limit(q.top_p, units), N)
-                if (above >= mass_limit(q.top_p, units - error)) | (below < mass_limit(q.top_p, units + error)):
-                    all_mass = mass_of_row(context, best, q.c, chunks, TC)
-                    floor, above, below = nucleus(buffer, count, low, best, q.c, mass_limit(q.top_p, all_mass), N)
-        floor = tl.maximum(floor, least)
-        mass_kept = mass_over(buffer, count, ordered(floor).to(tl.int64) - 1, best, q.c, N)
-    return floor, mass_kept
+            all_mass = mass_in(buffer, count, floor, ceiling, best, q.c, N)
+            floor, above, below = nucleus(buffer, count, floor, best, q.c, mass_limit(q.top_p, all_mass), N)
+        else:
+            units = (approximate * MASS_ONE).to(tl.float64)
+            error = units * slack + row.V
+            floor, above, below = nucleus(buffer, count, low, best, q.c, mass_limit(q.top_p, units), N)
+            if (above >= mass_limit(q.top_p, units - error)) | (below < mass_limit(q.top_p, units + error)):
+                all_mass = mass_of_row(Kept(m, up, row, everything, ceiling), best, q.c, chunks, TC)
+                floor, above, below = nucleus(buffer, count, low, best, q.c, mass_limit(q.top_p, all_mass), N)
+    floor = tl.maximum(floor, least)
+    if TYPICAL:
+        if q.typical_p < 1.0:
+            floor, ceiling = typical(buffer, count, floor, best, q.typical_p, q.c, N)
+    return floor, ceiling, mass_in(buffer, count, floor, ceiling, best, q.c, N)
 
 
 @triton.jit(do_not_specialize=["seed", "position", "domain"])
@@ -282,6 +332,7 @@ def row_kernel(
     TC: tl.constexpr,
     N: tl.constexpr,
     FILTERED: tl.constexpr,
+    TYPICAL: tl.constexpr,
 ):
     """Grid (rows): thresholds from `stats_kernel`'s maxima and sums [rows, chunks]; CP is the power of two >= chunks.
 
@@ -305,12 +356,12 @@ def row_kernel(
     if sum_c is not None:
         parts = tl.load(sum_c + r * chunks + chunk, mask=here, other=0.0)
         approximate = tl.maximum(total(high, parts, best, q.c), 1.0)
-    floor = tl.cast(NEG_INF, tl.float32)
+    floor, ceiling = tl.cast(NEG_INF, tl.float32), tl.cast(INF, tl.float32)
     mass_kept = tl.cast(0, tl.int64)
     log_kept = log(tl.cast(approximate, tl.float32))
     if FILTERED:
         if ok & q.filtered:
-            floor, mass_kept = threshold(
+            floor, ceiling, mass_kept = kept_interval(
                 m,
                 up,
                 row,
@@ -326,6 +377,7 @@ def row_kernel(
                 slack,
                 TC,
                 N,
+                TYPICAL,
             )
             if mass_kept > 0:
                 log_kept = log_total(mass_kept)
@@ -333,7 +385,7 @@ def row_kernel(
         floor, log_kept, mass_kept = best, 0.0, tl.cast(1 << 40, tl.int64)
     token = tl.cast(-1, tl.int64)
     if (tokens is not None) or q.greedy:
-        winner, score = race_kept(m, up, row, high, chunk, floor, q, tl.cast(domain, tl.uint32))
+        winner, score = race_kept(m, up, row, high, chunk, floor, ceiling, q, tl.cast(domain, tl.uint32))
         token = tl.where(winner > NONE, packed_token(winner), -1).to(tl.int64)
         if tokens is not None:
             tl.store(tokens + r, token)
@@ -341,10 +393,11 @@ def row_kernel(
         if logprobs is not None:
             nan = tl.where(ok, 0.0, float("nan"))
             tl.store(raw + r, (score - best) - lse + nan)
-            tl.store(logprobs + r, tl.where(q.greedy, 0.0, (score - best) * q.inverse - log_kept) + nan)
+            tl.store(logprobs + r, tl.where(q.greedy, 0.0, (score - best) * q.inverse_temperature - log_kept) + nan)
     if state is not None:
         tl.store(state.best + r, best)
         tl.store(state.floor + r, floor)
+        tl.store(state.ceiling + r, ceiling)
         tl.store(state.lse + r, lse)
         tl.store(state.log_kept + r, log_kept)
         tl.store(state.total + r, mass_kept)
@@ -445,7 +498,14 @@ def own_row_kernel(
         share = all_mass.to(tl.float32) * 9.0949e-13  # a little below 2^-40
         low = cutoff(best, p, share, 1.0, row.V.to(tl.float32))
         count = gather(
-            own_scores, Kept(m, up, row, 0.0), high, tl.arange(0, CP), low, found + r * chunks, buffer + r * row.V, TC
+            own_scores,
+            Kept(m, up, row, 0.0, 0.0),
+            high,
+            tl.arange(0, CP),
+            low,
+            found + r * chunks,
+            buffer + r * row.V,
+            TC,
         )
         tau, above, below = nucleus(buffer + r * row.V, count, low, best, LOG2E, mass_limit(p, all_mass), N)
         tl.store(up.tau + r, tau)

@@ -15,8 +15,9 @@ from .semantics import CHUNK, INF, LOG2E, NEG_INF, NONE, log, packed_key, packed
 @triton.jit
 def processed_logprobs(s, token, state, r, q):
     """After temperature and filters."""
-    lp = times(s - tl.load(state.best + r), q.inverse) - tl.load(state.log_kept + r)
-    lp = tl.where((s >= tl.load(state.floor + r)) & (s > NEG_INF), lp, NEG_INF)
+    lp = times(s - tl.load(state.best + r), q.inverse_temperature) - tl.load(state.log_kept + r)
+    kept = (s >= tl.load(state.floor + r)) & (s <= tl.load(state.ceiling + r)) & (s > NEG_INF)
+    lp = tl.where(kept, lp, NEG_INF)
     return tl.where(q.greedy, tl.where(token == tl.load(state.greedy + r), 0.0, NEG_INF), lp)
 
 
@@ -99,7 +100,8 @@ def top_kernel(
     if ok & (n <= chunks):  # no lower than the n-th largest maximum
         low = kth(top + r * chunks, chunks, n, low, tl.load(state.best + r), N)
     keys = buffer + r * row.V
-    count = gather(kept_scores, Kept(m, up, row, low), high, chunk, low, found + r * chunks, keys, TC, True)
+    kept = Kept(m, up, row, low, tl.cast(INF, tl.float32))
+    count = gather(kept_scores, kept, high, chunk, low, found + r * chunks, keys, TC, True)
     last = tl.cast(0x7FFFFFFFFFFFFFFF, tl.int64)
     for i in range(0, n):
         best = tl.full([N], NONE, tl.int64)

@@ -70,11 +70,12 @@ def race(scores: tl.constexpr, context, bound, e, place, chunk, temperature, see
 
 
 @triton.jit
-def race_kept(m, up, row, top, chunk, floor, q, domain):
-    """`race` over the emulated scores >= floor of chunks whose maxima are ``top`` [N]."""
+def race_kept(m, up, row, top, chunk, floor, ceiling, q, domain):
+    """`race` over the emulated scores from floor to ceiling of chunks whose maxima are ``top`` [N]."""
     e, place = chunk_noise(q.seed, q.position, domain, chunk)
     bound = tl.where(top >= floor, top + times(q.temperature, -log(e)), NEG_INF)
-    return race(kept_scores, Kept(m, up, row, floor), bound, e, place, chunk, q.temperature, q.seed, q.position, domain)
+    kept = Kept(m, up, row, floor, ceiling)
+    return race(kept_scores, kept, bound, e, place, chunk, q.temperature, q.seed, q.position, domain)
 
 
 @triton.jit
@@ -102,7 +103,9 @@ def finish(r, tokens, valid, logprobs, raw, best, score, top, sum, sum_c, q, PRO
         tl.store(raw + r, full + nan)
         if PROCESSED:
             mass = total(top, sum_c, high, q.c)
-            full = tl.where(q.greedy, 0.0, (score - high) * q.inverse - log(tl.where(ok & ~q.greedy, mass, 1.0)))
+            full = tl.where(
+                q.greedy, 0.0, (score - high) * q.inverse_temperature - log(tl.where(ok & ~q.greedy, mass, 1.0))
+            )
         tl.store(logprobs + r, full + nan)
 
 
@@ -191,6 +194,7 @@ def sample_kernel(
             tl.where(poisoned, NEG_INF, top),
             first + tl.arange(0, TILES * TC),
             tl.cast(NEG_INF, tl.float32),
+            tl.cast(INF, tl.float32),
             q,
             domain,
         )

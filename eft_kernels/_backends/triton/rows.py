@@ -80,7 +80,9 @@ class Row(NamedTuple):
 
 # One row's sampling parameters as numbers, all off where one is out of range, which makes the row invalid, and what
 # follows from them: scores times c are base-2 exponents; filtered: some token may be left out.
-RowParams = namedtuple("RowParams", [*NAMES, "valid", "greedy", "inverse", "c", "filtered", "seed", "position"])
+RowParams = namedtuple(
+    "RowParams", [*NAMES, "valid", "greedy", "inverse_temperature", "c", "filtered", "seed", "position"]
+)
 
 
 @triton.jit
@@ -135,10 +137,12 @@ def params_of(s, seed, position, V, b, slot):
         if FILTER[i]:
             filtered = filtered | (x != off)
         if i == TEMPERATURE:
-            greedy, x, inverse = scales_of(x)
+            greedy, x, inverse_temperature = scales_of(x)
         values = values + (x,)
     seed, position = noise_of(s, seed, position, b, slot)
-    return RowParams(*values, valid, greedy, inverse, inverse * LOG2E, filtered & ~greedy, seed, position)
+    return RowParams(
+        *values, valid, greedy, inverse_temperature, inverse_temperature * LOG2E, filtered & ~greedy, seed, position
+    )
 
 
 @triton.jit
@@ -255,13 +259,14 @@ class Kept(NamedTuple):
     up: object
     row: object
     floor: object
+    ceiling: object
 
 
 @triton.jit
 def kept_scores(k, token):
-    """Emulated scores at or above a threshold, -inf elsewhere."""
+    """Emulated scores from a floor to a ceiling, -inf elsewhere."""
     s, _ = combine(k.m, k.up, k.row, token)
-    return tl.where(s >= k.floor, s, NEG_INF)
+    return tl.where((s >= k.floor) & (s <= k.ceiling), s, NEG_INF)
 
 
 @triton.jit

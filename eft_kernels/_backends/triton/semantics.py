@@ -1,4 +1,4 @@
-"""The meaning, for Triton: csrc/semantics under the same names, held bit for bit to eft_kernels/reference.py.
+"""The meaning, for Triton: csrc/semantics under the same names, held bit for bit to eft_kernels/reference.
 
 Launch with ``enable_fp_fusion=False``: tokens depend on every float32 operation being rounded on its own.
 """
@@ -162,6 +162,13 @@ def mass(s, best, c):
 
 
 @triton.jit
+def surprise(s, best, c):
+    """mass times how many bits the score is below the best, truncated (the bits to 2^-16, then the product)."""
+    x = tl.maximum(times(s - best, c), -126.0)
+    return (mass(s, best, c) * (x * -65536.0).to(tl.int64)) >> 16
+
+
+@triton.jit
 def log_total(total):
     return log(total.to(tl.float32) * 9.094947017729282e-13)
 
@@ -169,6 +176,34 @@ def log_total(total):
 @triton.jit
 def mass_limit(p, total):
     return tl.maximum((p.to(tl.float64) * total.to(tl.float64)).to(tl.int64), 1)
+
+
+# --- intervals of scores --------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def mean_score(best, c, surprises, total):
+    """The mean of scores, by the sums of their surprise() and their mass."""
+    bits = surprises.to(tl.float64) / tl.maximum(total, 1).to(tl.float64)
+    return best - tl.div_rn(bits.to(tl.float32), c)
+
+
+@triton.jit
+def edge(center, reach):
+    """The smallest x with center - x <= reach. Bisection over the order of floats."""
+    zero = ordered(center).to(tl.int64) * 0
+    low, high = zero - 0x7F800001, zero + 0x7F800000
+    for _ in range(32):
+        middle = low + ((high - low) >> 1)
+        inside = center - unordered(middle.to(tl.int32)) <= reach
+        low, high = tl.where(inside, low, tl.minimum(middle + 1, high)), tl.where(inside, middle, high)
+    return unordered(high.to(tl.int32))
+
+
+@triton.jit
+def typical_interval(mean, reach, floor):
+    """typical_p keeps the scores of which |s - mean| <= reach; ``floor``: what the filters before it keep."""
+    return tl.maximum(floor, edge(mean, reach)), -edge(-mean, reach)
 
 
 # --- accept --------------------------------------------------------------------------------------------------------

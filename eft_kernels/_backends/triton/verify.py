@@ -51,6 +51,7 @@ class View(NamedTuple):
     row: object
     best: object
     floor: object
+    ceiling: object
     total: object
     token: object  # of a greedy row
     greedy: object
@@ -61,15 +62,18 @@ class View(NamedTuple):
 def view(side, r):
     row = row_of(side.m, side.up, r)
     total = tl.load(side.state.total + r)
-    greedy, _, inverse = scales_of(value(side.temperature, side.temperature_value, r // side.m.slots, tl.float32))
+    greedy, _, inverse_temperature = scales_of(
+        value(side.temperature, side.temperature_value, r // side.m.slots, tl.float32)
+    )
     return View(
         row,
         tl.load(side.state.best + r),
         tl.load(side.state.floor + r),
+        tl.load(side.state.ceiling + r),
         tl.maximum(total, 1),
         tl.load(side.state.greedy + r),
         greedy,
-        inverse * LOG2E,
+        inverse_temperature * LOG2E,
     )
 
 
@@ -77,7 +81,7 @@ def view(side, r):
 def mass_of(side, v, token):
     """Masses of tokens after filters; the one of a greedy row has all."""
     s, _ = combine(side.m, side.up, v.row, token)
-    kept = tl.where((s >= v.floor) & (s > NEG_INF), mass(s, v.best, v.c), 0)
+    kept = tl.where((s >= v.floor) & (s <= v.ceiling) & (s > NEG_INF), mass(s, v.best, v.c), 0)
     return tl.where(v.greedy, tl.where(token == v.token, 1 << 40, 0).to(tl.int64), kept)
 
 
@@ -338,7 +342,7 @@ def last_kernel(
                 )
             if winner == NONE:
                 winner, _ = race_kept(
-                    target.m, target.up, at.row, high, chunk, at.floor, q, tl.cast(SAMPLE << 1, tl.uint32)
+                    target.m, target.up, at.row, high, chunk, at.floor, at.ceiling, q, tl.cast(SAMPLE << 1, tl.uint32)
                 )
             token = tl.where(winner > NONE, packed_token(winner), -1).to(tl.int64)
     slot = tl.arange(0, SP)

@@ -91,6 +91,7 @@ def generate(
     top_k: PerRow = None,
     top_p: PerRow = None,
     min_p: PerRow = None,
+    typical_p: PerRow = None,
     upscale_top_p: PerRow = 1.0,
     # parameters: end
     draft_tokens: int = 0,
@@ -157,7 +158,14 @@ def generate(
     outer = outer_arguments()
     device = device_of(model)
     # parameters: dict
-    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, upscale_top_p=upscale_top_p)
+    sampling = dict(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        typical_p=typical_p,
+        upscale_top_p=upscale_top_p,
+    )
     # parameters: end
     beta, alpha, lam = (on_device(name, x, device) for name, x in dict(beta=beta, alpha=alpha, lam=lam).items())
     streamer = outer.get("streamer") if streamer is None else streamer
