@@ -3,11 +3,14 @@
 from .combination import Weights, downscale, interpolate, proxy, upscale, weights
 from .dispatch import backends
 from .ops import DraftOutput, SampleOutput, VerifyOutput, draft, logprobs, row_seeds, sample, token_logprobs, verify
+from .parameters import TokenBias
+from .token_bias import penalties
 from .version import __version__
 
 __all__ = [
     "DraftOutput",
     "SampleOutput",
+    "TokenBias",
     "VerifyOutput",
     "Weights",
     "__version__",
@@ -17,6 +20,7 @@ __all__ = [
     "hf",
     "interpolate",
     "logprobs",
+    "penalties",
     "proxy",
     "row_seeds",
     "sample",

@@ -13,7 +13,7 @@ import torch
 
 from .checks import INTEGERS, dense, from_host, index, is_array, readable, shown
 from .combination import Weights
-from .parameters import MAX_MODELS, MAX_VOCAB, PARAMETERS, ROWS, Parameter, Params
+from .parameters import MAX_MODELS, MAX_VOCAB, PARAMETERS, ROWS, Parameter, Params, TokenBias
 
 MAX_WEIGHT = 2.0**128 - 2.0**103  # from here on a number rounds to an infinite float32
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -140,6 +140,55 @@ def check_mask(mask, shape: tuple[int, ...], device: torch.device) -> torch.Tens
     return mask.expand(shape).contiguous()
 
 
+def check_bias(bias, lead: tuple[int, ...], device: torch.device) -> TokenBias | None:
+    """``bias`` as int64 ids and float32 values, both contiguous [*lead, N]; leading sizes of 1 are repeated."""
+    if not isinstance(bias, (tuple, list)) or len(bias) != 2:
+        raise ValueError(f"token_bias: expected a pair of tensors, ids and values, got {shown(bias)}")
+    named = {"token_bias.ids": bias[0], "token_bias.values": bias[1]}
+    tensors = []
+    for name, x in named.items():
+        x = from_host(name, x, device)
+        kind, got = "an integer" if name.endswith("ids") else "a float", type(x).__name__
+        wanted = False
+        if isinstance(x, torch.Tensor):
+            x = dense(name, x)
+            got = f"{x.dtype} {list(x.shape)}"
+            wanted = x.dtype in INTEGERS if name.endswith("ids") else x.dtype.is_floating_point
+            wanted &= x.dim() == len(lead) + 1 and all(n in (1, want) for n, want in zip(x.shape, lead))
+        if not wanted:
+            shape = ", ".join([*map(str, lead), "N"])
+            raise ValueError(f"{name}: expected {kind} tensor [{shape}] (sizes of 1 are repeated), got {got}")
+        if x.device != device:
+            raise ValueError(f"{name}: is on {x.device}, the logits are on {device}; move it there")
+        tensors.append(x)
+    ids, values = tensors
+    if ids.shape[-1] != values.shape[-1]:
+        raise ValueError(f"token_bias: got {ids.shape[-1]} ids and {values.shape[-1]} values a row")
+    ids = ids.to(torch.int64).expand(*lead, -1).contiguous()
+    values = values.to(torch.float32).expand(*lead, -1).contiguous()
+    return TokenBias(ids, values) if ids.shape[-1] else None
+
+
+def check_weights(weights, models: int, rows: int, device: torch.device, check: bool):
+    """Weights of so many models as a tuple of floats, or a float32 tensor [J] or [rows, J]; ValueError."""
+    weights = weights if isinstance(weights, Weights) else Weights(weights)
+    if len(weights) != models:
+        raise ValueError(f"weights: got {len(weights)} values for {models} models' logits")
+    if weights.values is not None:
+        for w in weights.values:
+            if not abs(w) < MAX_WEIGHT:
+                raise ValueError(f"weights: got {w}, allowed are finite float32 numbers")
+        return weights.values
+    w = weights.tensor.to(device) if weights.on_host else weights.tensor
+    if w.device != device:
+        raise ValueError(f"weights: is on {w.device}, the logits are on {device}; move it there")
+    if weights.per_row and w.shape[0] != rows:
+        raise ValueError(f"weights: expected [{rows}, {models}], got {list(w.shape)}")
+    if check and readable(w) and not bool(torch.isfinite(w).all()):
+        raise ValueError("weights: got a value that is not finite")
+    return w.contiguous()
+
+
 def check_params(
     logits,
     weights,
@@ -150,6 +199,7 @@ def check_params(
     seed=0,
     position=0,
     token_mask=None,
+    token_bias=None,
     tuned=1,
     check=False,
     needs_tuned=False,
@@ -157,25 +207,11 @@ def check_params(
     """All arguments beside the logits, checked, as `Params`. ``logits`` are already checked; what ``sampling`` lacks or
     has None for is off."""
     device = logits[0].device
-    weights = weights if isinstance(weights, Weights) else Weights(weights)
-    if len(weights) != len(logits):
-        raise ValueError(f"weights: got {len(weights)} values for {len(logits)} models' logits")
-    if weights.values is not None:
-        for w in weights.values:
-            if not abs(w) < MAX_WEIGHT:
-                raise ValueError(f"weights: got {w}, allowed are finite float32 numbers")
-        w = weights.values
-    else:
-        w = weights.tensor.to(device) if weights.on_host else weights.tensor
-        if w.device != device:
-            raise ValueError(f"weights: is on {w.device}, the logits are on {device}; move it there")
-        if weights.per_row and w.shape[0] != rows:
-            raise ValueError(f"weights: expected [{rows}, {len(logits)}], got {list(w.shape)}")
-        if check and readable(w) and not bool(torch.isfinite(w).all()):
-            raise ValueError("weights: got a value that is not finite")
-        w = w.contiguous()
+    w = check_weights(weights, len(logits), rows, device, check)
     if token_mask is not None:
         token_mask = check_mask(token_mask, (*logits[0].shape[:-1], (vocab_size + 31) // 32), device)
+    if token_bias is not None:
+        token_bias = check_bias(token_bias, logits[0].shape[:-1], device)
 
     given = {**sampling, "seed": seed, "position": position}
     values = {
@@ -192,4 +228,4 @@ def check_params(
         len(logits) - 1 if needs_tuned or combines else MAX_MODELS - 1,
         f"the index of one of the {len(logits)} models",
     )
-    return Params(w, **values, token_mask=token_mask, vocab_size=vocab_size, tuned=tuned)
+    return Params(w, **values, token_mask=token_mask, token_bias=token_bias, vocab_size=vocab_size, tuned=tuned)

@@ -18,7 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import is_fake
 
 from . import dispatch
-from .arguments import check_logits, check_mask, check_params, dtype_of, row_of, scalar_or_rows
+from .arguments import check_bias, check_logits, check_mask, check_params, dtype_of, row_of, scalar_or_rows
 from .checks import INTEGERS, dense, flag, from_host, index, one_of, readable, shown, stands_for_others
 from .combination import Weights
 from .parameters import (
@@ -34,6 +34,7 @@ from .parameters import (
     STREAMS,
     DraftParams,
     Params,
+    TokenBias,
 )
 from .reference import row_seed
 
@@ -49,7 +50,8 @@ def _pairs(rows, prefix: str = "", optional: str = "") -> str:
 
 
 _PARAMS = (
-    f"Tensor? weights, float[] weight_values, {_pairs(ROWS.values())}, Tensor? token_mask, int vocab_size, int tuned"
+    f"Tensor? weights, float[] weight_values, {_pairs(ROWS.values())}, Tensor? token_mask, Tensor? bias_ids, "
+    "Tensor? bias_values, int vocab_size, int tuned"
 )
 SCHEMAS = {
     "sample": f"(Tensor[] logits, {_PARAMS}, str stream, int slot, bool logprobs, int top_logprobs, bool diagnostics, "
@@ -61,7 +63,7 @@ SCHEMAS = {
     "logprobs": f"(Tensor[] logits, {_PARAMS}, str backend) -> Tensor",
     "token_logprobs": f"(Tensor[] logits, {_PARAMS}, Tensor ids, str backend) -> Tensor",
 }
-_COUNT = 2 + 2 * len(ROWS) + 3  # arguments of _PARAMS
+_COUNT = 2 + 2 * len(ROWS) + 5  # arguments of _PARAMS
 _DRAFT = slice(_COUNT + 4, _COUNT + 4 + 2 * len(DRAFTED))  # of verify's: what drafts were drawn by
 _F, _I, _B = torch.float32, torch.int64, torch.bool
 _RETURNS = {"sample": (_I, _B, _F, _F, _I, _F, _F, _F), "verify": (_I, _I, _B, _F, _F)}
@@ -74,7 +76,7 @@ def _flatten(p: Params, *args) -> list:
     for name, row in ROWS.items():
         value = getattr(p, name)
         flat += [value, row.type(0)] if isinstance(value, torch.Tensor) else [None, value]
-    flat += [p.token_mask, p.vocab_size, p.tuned]
+    flat += [p.token_mask, *(p.token_bias or (None, None)), p.vocab_size, p.tuned]
     for a in args:
         if type(a) is DraftParams:
             flat += [x for value in a for x in ((value, None) if isinstance(value, torch.Tensor) else (None, value))]
@@ -90,7 +92,9 @@ def _values_of(pairs) -> list:
 def _params(flat) -> Params:
     """The inverse of `_flatten`."""
     weights = tuple(flat[1]) if flat[0] is None else flat[0]
-    return Params(weights, *_values_of(flat[2:-3]), *flat[-3:])
+    token_mask, ids, values, *rest = flat[-5:]
+    bias = None if ids is None and values is None else TokenBias(ids, values)
+    return Params(weights, *_values_of(flat[2:-5]), token_mask, bias, *rest)
 
 
 def _checked(name: str, logits, p: Params, args: tuple):
@@ -257,6 +261,7 @@ class DraftOutput(NamedTuple):
     params: DraftParams
     vocab_size: int
     token_mask: torch.Tensor | None
+    token_bias: TokenBias | None
 
 
 def _eager_cpu(device) -> bool:
@@ -311,6 +316,7 @@ def sample(
     position: PerRow = None,
     vocab_size: int | None = None,
     token_mask: torch.Tensor | None = None,
+    token_bias: TokenBias | tuple[torch.Tensor, torch.Tensor] | None = None,
     logprobs: bool = True,
     top_logprobs: int = 0,
     diagnostics: bool = False,
@@ -343,6 +349,8 @@ def sample(
         number: without one every step would repeat its noise. seed=None draws fresh seeds from torch's generator.
       vocab_size: V, at most (and by default) the shortest V_j.
       token_mask: int32 [B, ceil(V / 32)] or [1, ...], bit 1 = allowed (xgrammar's layout); applied before everything.
+      token_bias: `TokenBias` or a pair of ids and values [B, N] or [1, N], added to the emulated scores of these tokens
+        before temperature and filters; `penalties` makes it from the tokens so far.
       logprobs: return the token's log-probs; off saves the exponentials.
       top_logprobs: n most likely tokens of the emulated distribution, n up to 2^22. diagnostics: entropy and TV to
         ``tuned``.
@@ -371,6 +379,7 @@ def sample(
             seed,
             position,
             token_mask,
+            token_bias,
             vocab_size,
             tuned,
             STREAM_CODES.get(stream),
@@ -395,6 +404,7 @@ def sample(
         seed=seed,
         position=position,
         token_mask=token_mask,
+        token_bias=token_bias,
         tuned=tuned,
         check=check or _eager_cpu(device),
         needs_tuned=diagnostics,
@@ -426,6 +436,7 @@ def draft(
     position: PerRow,
     vocab_size: int | None = None,
     token_mask: torch.Tensor | None = None,
+    token_bias: TokenBias | tuple[torch.Tensor, torch.Tensor] | None = None,
     logprobs: bool = False,
     backend: str = "auto",
     check: bool = False,
@@ -458,6 +469,7 @@ def draft(
         position=position,
         vocab_size=vocab_size,
         token_mask=token_mask,
+        token_bias=token_bias,
         logprobs=logprobs,
         tuned=0,
         backend=backend,
@@ -467,6 +479,9 @@ def draft(
     vocab_size = logits.shape[1] if vocab_size is None else vocab_size
     if token_mask is not None:
         token_mask = check_mask(token_mask, (logits.shape[0], (vocab_size + 31) // 32), logits.device)
+    if token_bias is not None:
+        token_bias = check_bias(token_bias, logits.shape[:1], logits.device)
+        token_bias = token_bias and TokenBias(token_bias.ids.clone(), token_bias.values.clone())
     # what their owner writes there until verify looks at them does not count
     *sampling, seed, position, token_mask = (
         x.clone() if isinstance(x, torch.Tensor) else copy.copy(x) for x in (*sampling, seed, position, token_mask)
@@ -482,6 +497,7 @@ def draft(
         DraftParams(*sampling),
         vocab_size,
         token_mask,
+        token_bias,
     )
 
 
@@ -505,6 +521,7 @@ def verify(
     position: PerRow = None,
     vocab_size: int | None = None,
     token_mask: torch.Tensor | None = None,
+    token_bias: TokenBias | tuple[torch.Tensor, torch.Tensor] | None = None,
     # parameters: arguments draft_
     draft_temperature: PerRow = None,
     draft_top_k: PerRow = None,
@@ -531,11 +548,12 @@ def verify(
         al., arXiv 2302.01318). "block": block verification (Sun et al., arXiv 2403.10444). Both for drafts drawn from
         the draft distribution by `draft`: with other noise, or from another distribution, the tokens are not the
         target's.
-      draft: index of the model whose logits were the draft distribution's (it may have weight 0), under the same mask;
-        None for a deterministic proposer.
+      draft: index of the model whose logits were the draft distribution's (it may have weight 0), under the same
+        mask and bias; None for a deterministic proposer.
       draft_temperature, draft_top_k, draft_top_p, draft_min_p: numbers or tensors [B], what the drafts were drawn by
         where it is not the target's temperature, top_k, top_p, min_p. "coupled" compares tokens alone and takes none.
-      position: of slot 0; slot i is at position + i. token_mask: int32 [B, K+1, ceil(V / 32)]. Others: see `sample`.
+      position: of slot 0; slot i is at position + i. token_mask: int32 [B, K+1, ceil(V / 32)],
+        token_bias: [B, K+1, N]; both hold for the draft distribution, too. Others: see `sample`.
 
     Returns: `VerifyOutput`. Raises: ValueError naming the argument, before anything is computed.
     """
@@ -561,6 +579,7 @@ def verify(
             seed,
             position,
             token_mask,
+            token_bias,
             vocab_size,
             tuned,
             draft_tokens,
@@ -587,6 +606,7 @@ def verify(
         seed=seed,
         position=position,
         token_mask=token_mask,
+        token_bias=token_bias,
         tuned=tuned,
         check=look,
     )
@@ -738,6 +758,11 @@ def _drawn_by(drafts, p: Params, rows: int, device, method: str, draft: int | No
             mask is not None and look and not torch.equal(d.token_mask, mask)
         ):
             raise bad("token_mask", "None" if d.token_mask is None else "another", "that of verify's slot")
+        bias = p.token_bias and [x[:, i] for x in p.token_bias]
+        if (d.token_bias is None) != (bias is None) or (
+            bias is not None and look and not all(map(torch.equal, d.token_bias, bias))
+        ):
+            raise bad("token_bias", "None" if d.token_bias is None else "another", "that of verify's slot")
         own = _own_params(d.params, rows, device, False)
         first = first or own
         for name, x in own._asdict().items():
@@ -780,6 +805,7 @@ def logprobs(
     # parameters: end
     vocab_size: int | None = None,
     token_mask: torch.Tensor | None = None,
+    token_bias: TokenBias | tuple[torch.Tensor, torch.Tensor] | None = None,
     tuned: int = 1,
     backend: str = "auto",
     check: bool = False,
@@ -800,6 +826,7 @@ def logprobs(
         vocab_size,
         dict(zip(NAMES, sampling)),
         token_mask=token_mask,
+        token_bias=token_bias,
         tuned=tuned,
         check=check or _eager_cpu(logits[0].device),
     )
@@ -821,6 +848,7 @@ def token_logprobs(
     # parameters: end
     vocab_size: int | None = None,
     token_mask: torch.Tensor | None = None,
+    token_bias: TokenBias | tuple[torch.Tensor, torch.Tensor] | None = None,
     tuned: int = 1,
     backend: str = "auto",
     check: bool = False,
@@ -844,6 +872,14 @@ def token_logprobs(
     if look and ids.numel() and readable(ids) and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
         raise ValueError(f"ids: got an id outside 0 to {vocab_size - 1}")
     p = check_params(
-        logits, weights, rows, vocab_size, dict(zip(NAMES, sampling)), token_mask=token_mask, tuned=tuned, check=look
+        logits,
+        weights,
+        rows,
+        vocab_size,
+        dict(zip(NAMES, sampling)),
+        token_mask=token_mask,
+        token_bias=token_bias,
+        tuned=tuned,
+        check=look,
     )
     return _call("token_logprobs", logits, p, ids, backend=backend).reshape(shape)

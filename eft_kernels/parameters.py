@@ -159,6 +159,17 @@ DRAFTED = tuple(p for p in PARAMETERS if p.stage != "combine")  # those that dra
 OFF = {p.name: p.off for p in PARAMETERS}
 
 
+class TokenBias(NamedTuple):
+    """What is added to the emulated scores of some tokens, sparse: before temperature and filters.
+
+    ids: int64 [rows, N] (`verify`: [rows, K+1, N]); one outside [0, V) adds nothing (padding), of equal ones all are
+    added, in order. values: float32 of the same shape; -inf bans a token, NaN and +inf make the row invalid.
+    """
+
+    ids: torch.Tensor
+    values: torch.Tensor
+
+
 class Params(NamedTuple):
     """What a backend receives beside the logits: each value a Python scalar or a tensor [rows]."""
 
@@ -174,6 +185,7 @@ class Params(NamedTuple):
     seed: int | torch.Tensor  # a scalar is expanded by row_seed
     position: int | torch.Tensor
     token_mask: torch.Tensor | None  # int32 [rows, ceil(V / 32)] (verify: [rows, K+1, ceil(V / 32)]), bit 1 = allowed
+    token_bias: TokenBias | None
     vocab_size: int
     tuned: int
 

@@ -16,7 +16,7 @@ import torch
 from . import ops, reference
 from .arguments import dtype_of
 from .combination import Weights, interpolate, upscale
-from .parameters import DRAFTED, INT64, OFF, PARAMETERS, ROWS, DraftParams, Parameter, Params
+from .parameters import DRAFTED, INT64, OFF, PARAMETERS, ROWS, DraftParams, Parameter, Params, TokenBias
 
 TOLERANCE = 1e-5  # nats: float32 log-sum-exp against the fixed-point one
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -34,6 +34,7 @@ class Case(NamedTuple):
     scale: float = 3.0
     special: str = ""  # what is planted in the logits: ties, flat, hard, neg_inf, least, nan, bad, mask, strided, ...
     slots: int = 4  # K + 1, of verify
+    bias: int = 0  # entries of token_bias a row
     draft: dict = {}  # noqa: RUF012  # of verify: what the drafts are drawn by where it is not the target's
 
 
@@ -180,6 +181,22 @@ CASES = [
     ),
     Case("token mask", special="mask", vocab=(1001,), dtypes=(BF16,)),
     Case("token mask nearly empty", special="mask one", vocab=(3000,)),
+    Case("token bias", bias=60, vocab=(3000,), dtypes=(BF16,)),
+    Case("token bias of few", bias=3, vocab=(32000,), dtypes=(BF16,), rows=3),
+    Case("token bias filtered", bias=90, kwargs=dict(top_k=50, top_p=0.9, typical_p=0.8, temperature=0.7)),
+    Case("token bias greedy", bias=40, kwargs=dict(temperature=0.0), vocab=(257,)),
+    Case(
+        "token bias and the rest",
+        rows=6,
+        bias=50,
+        kwargs=dict(upscale_top_p=per_row(0.8, 1.0), top_p=per_row(0.9, 1.0, 0.5), min_p=per_row(0.0, 0.01)),
+        draft=dict(temperature=0.6),
+        special="mask",
+        vocab=(2000, 2003, 2001),
+        dtypes=(BF16, F16, F32),
+    ),
+    Case("token bias bans nearly all", bias=300, vocab=(257,), special="ban"),
+    Case("bad token bias", rows=8, bias=30, vocab=(700,), special="bad bias"),
     Case("all masked", special="all masked", rows=3),
     Case("bad rows", special="bad", rows=8),
     Case("bad rows filtered", special="bad", rows=8, kwargs=dict(top_p=0.9, upscale_top_p=0.9)),
@@ -245,6 +262,26 @@ def _hard(rows: int, vocab: int, g: torch.Generator) -> torch.Tensor:
     return z
 
 
+def _bias(case: Case, lead: tuple, vocab: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids and values [*lead, N]: equal ids, padding, ids beyond the vocabulary, bans."""
+    ids = torch.randint(0, vocab, (*lead, case.bias), generator=g)
+    values = torch.randn(ids.shape, generator=g) * 3
+    kind = torch.rand(ids.shape, generator=g)
+    ids = torch.where(kind < 0.1, ids[..., :1], ids)
+    ids = torch.where(kind > 0.9, torch.where(kind > 0.95, -1, vocab + 5), ids)
+    values = torch.where((kind > 0.4) & (kind < 0.5), float("-inf"), values)
+    if case.special == "ban":
+        values = torch.where(ids % 7 < 5, float("-inf"), values)
+        ids[0] = torch.arange(case.bias) % vocab
+        values[0] = torch.where(ids[0] % vocab == 3, 0.0, float("-inf"))
+    if case.special == "bad bias":
+        for row, value in enumerate(("nan", "inf", "nan", "-inf")):
+            values[row, ..., 7] = float(value)
+            ids[row, ..., 7] = vocab + 1 if row == 2 else 5  # padding may hold anything
+        values[1, ..., 9], ids[1, ..., 9] = float("-inf"), 5  # +inf - inf
+    return ids, values
+
+
 def make(case: Case, seed: int = 0, slots: int | None = None, device="cpu"):
     """(logits, weights, kwargs), the same on every device: [rows, V] logits, or [rows, slots, V] with ``slots``."""
     g = torch.Generator().manual_seed(seed * 1000 + sum(map(ord, case.name)))
@@ -303,6 +340,8 @@ def make(case: Case, seed: int = 0, slots: int | None = None, device="cpu"):
         if case.special == "all masked":
             mask[0] = 0
         kwargs["token_mask"] = mask.to(torch.int32).to(device)
+    if case.bias:
+        kwargs["token_bias"] = TokenBias(*(x.to(device) for x in _bias(case, lead, min(vocab), g)))
     kwargs.setdefault("seed", torch.arange(case.rows, device=device) * 7919 + seed)
     kwargs.setdefault("position", seed)
     return logits, weights, kwargs
@@ -444,6 +483,7 @@ def unchecked(operation: str, logits, weights=(1.0, 1.0, -1.0), *args, name: str
         seed=1,
         position=2,
         token_mask=None,
+        token_bias=None,
         vocab_size=min(z.shape[-1] for z in logits),
         tuned=min(1, len(logits) - 1),
     )
@@ -678,6 +718,11 @@ def random_call(seed: int, largest: int = 1000) -> Call:
     params |= dict(token_mask=mask, vocab_size=pick.choice([V, V, (V + 1) // 2]), tuned=pick.randrange(models))
     if mask is not None:
         params["vocab_size"] = V
+    if pick.random() < 0.3:
+        n = pick.choice([0, 1, 5, 300])
+        ids = torch.randint(-2, V + 3, (*lead, n), generator=g)
+        ids[torch.rand(ids.shape, generator=g) < 0.1] = pick.choice([low, high, 0])
+        params["token_bias"] = TokenBias(ids, _random_values(pick, (*lead, n), F32, g)) if n else None
     args = ()
     if operation == "sample":
         args = (

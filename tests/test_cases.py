@@ -198,14 +198,15 @@ def test_every_parameter_is_in_the_table():
     given = {name for case in CASES for name in case.kwargs} | {"weights"}
     specials = {case.special for case in CASES}
     assert any("mask" in s for s in specials)  # token_mask
-    assert set(parameters.Params._fields) - {"token_mask"} <= given
+    assert any(case.bias for case in CASES)  # token_bias
+    assert set(parameters.Params._fields) - {"token_mask", "token_bias"} <= given
     assert {"stream", "slot"} <= given
     assert {d for case in CASES for d in case.dtypes} == set(arguments.DTYPES)
 
 
 def test_every_special_is_in_the_table():
     """Each thing ``make`` can plant is planted by a case, and each case's special is one that it knows."""
-    source = inspect.getsource(testing.make)
+    source = inspect.getsource(testing.make) + inspect.getsource(testing._bias)
     specials = {case.special for case in CASES} - {""}
     assert all(f'"{s}"' in source for s in specials)
     for s in (
@@ -237,9 +238,9 @@ def test_the_planted_rows_are_what_they_say():
     for case in CASES:
         logits, weights, kwargs = make(case)
         out = ops.sample(logits, weights, backend="reference", **kwargs)
-        bad = {"bad": 4, "all masked": 1}.get(case.special, 0)
+        bad = {"bad": 4, "all masked": 1, "bad bias": 2}.get(case.special, 0)
         assert int((~out.valid).sum()) == bad, case.name
-    for name in ("top-k", "top-p", "min-p", "all filters", "up-scaling filter"):
+    for name in ("top-k", "top-p", "min-p", "typical-p", "all filters", "up-scaling filter", "token bias"):
         logits, weights, kwargs = make(named(name)[0])
         kwargs = {k: v for k, v in kwargs.items() if k not in ("seed", "position")}
         changed = eft.logprobs(logits, weights, backend="reference", **kwargs)

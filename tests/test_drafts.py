@@ -298,7 +298,7 @@ def test_masks_of_drafts_are_those_of_verify_whatever_their_form(mask, backend):
 @pytest.mark.parametrize("method, draft", [("coupled", 1), ("token", -1)])
 def test_the_operator_refuses_parameters_of_drafts_that_have_no_distribution(method, draft):
     z = torch.zeros(2, 2, 9)
-    params = Params((1.0, 1.0), **OFF, seed=1, position=0, token_mask=None, vocab_size=9, tuned=1)
+    params = Params((1.0, 1.0), **OFF, seed=1, position=0, token_mask=None, token_bias=None, vocab_size=9, tuned=1)
     args = ops._flatten(
         params,
         torch.zeros(2, 1, dtype=torch.int64),

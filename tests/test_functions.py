@@ -363,6 +363,7 @@ def test_filters():
             "seed": 0,
             "position": 0,
             "token_mask": None,
+            "token_bias": None,
             "vocab_size": vocab,
             "tuned": 0,
         }

@@ -81,7 +81,7 @@ def test_schemas_have_every_parameter():
 
 
 def test_rows_of_the_table_are_sound():
-    assert Params._fields == ("weights", *NAMES, "seed", "position", "token_mask", "vocab_size", "tuned")
+    assert Params._fields == ("weights", *NAMES, "seed", "position", "token_mask", "token_bias", "vocab_size", "tuned")
     for p in ROWS.values():
         assert p.low <= p.off <= p.high and all(p.low <= x <= p.high for x in p.tried), p.name
         assert all(type(x) is p.type for x in (p.off, *p.tried)) and p.allowed and p.doc, p.name
@@ -108,7 +108,7 @@ def rows():
 
 def of_reference(values):
     n = len(values["top_k"])
-    p = Params((1.0,), **values, seed=0, position=0, token_mask=None, vocab_size=V, tuned=0)
+    p = Params((1.0,), **values, seed=0, position=0, token_mask=None, token_bias=None, vocab_size=V, tuned=0)
     r = reference.Rows([torch.zeros(n, V)], p)
     return r.in_range, r.filtered()
 

@@ -145,7 +145,7 @@ def test_random_calls_are_of_every_kind():
     assert {call.operation for call in calls} == set(eft.ops.SCHEMAS)
     assert {z.dtype for call in calls for z in call.logits} == set(eft.arguments.DTYPES)
     values = [item for call in calls for item in call.params._asdict().items()]
-    tensors = {name for name, value in values if isinstance(value, torch.Tensor)}
+    tensors = {name for name, value in values if isinstance(value, torch.Tensor | eft.TokenBias)}
     assert tensors == set(eft.parameters.Params._fields) - {"vocab_size", "tuned"}
     assert {z.stride(-1) == 1 for call in calls for z in call.logits if z.numel() > 1} == {True, False}
     outs = [call.run("reference") for call in calls]

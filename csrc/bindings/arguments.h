@@ -187,11 +187,26 @@ struct Reader {
     sampling(c);
     c.seed = per_row<int64_t>(INT64_MIN, INT64_MAX);
     c.position = per_row<int64_t>(0, INT64_MAX);
-    PyObject* mask = next();
+    PyObject *mask = next(), *bias = next();
     if (i < n && args[i] == Py_None) ++i;
     else vocab = integer(1, vocab);
     if (!need(vocab >= 1 && vocab <= kMaxVocab)) return;
     c.vocab_size = static_cast<int>(vocab);
+    // sorted by whoever checked the arguments (workspace.py), who alone may pass it
+    if (bias != Py_None && need(!strict && PyTuple_Check(bias) && PyTuple_Size(bias) == 3)) {
+      const int64_t starts = (vocab + kChunkSize - 1) / kChunkSize + 1;
+      dlpack::Tensor t;
+      if (!view(PyTuple_GetItem(bias, 1), t) || !need(t.ndim == dims)) return;
+      c.bias_size = t.shape[dims - 1];
+      const auto part = [&](int at, auto type, dlpack::DataType dtype, int64_t size) {
+        using T = decltype(type);
+        PyObject* o = PyTuple_GetItem(bias, at);
+        return dims == 3 ? tensor<T>(o, dtype, {rows, slots, size}) : tensor<T>(o, dtype, {rows, size});
+      };
+      c.bias = {part(0, int32_t{}, kInt32, starts), part(1, int32_t{}, kInt32, c.bias_size),
+                part(2, float{}, kFloat32, c.bias_size)};
+      if (unusual) return;
+    }
     const int64_t words = (vocab + 31) / 32;
     if (mask != Py_None)
       c.mask = dims == 3 ? tensor<int32_t>(mask, kInt32, {rows, slots, words})

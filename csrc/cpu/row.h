@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <utility>
 
 #include "mass_sum.h"
 #include "pool.h"
@@ -364,6 +365,7 @@ struct Row {
   void prepare_upscaled() {
     scorer.nucleus = -kInf;
     scorer.shift = 0;
+    const Bias bias = std::exchange(scorer.bias, Bias());  // models alone know none
     combine(false, false);
     if (!valid) return;
     auto alone = [&](const Input& in) {
@@ -397,6 +399,7 @@ struct Row {
     scorer.tuned_lse = lse;
     scorer.nucleus = nucleus;
     scorer.shift = shift;
+    scorer.bias = bias;
   }
 };
 
@@ -414,6 +417,7 @@ Row row_of(const Call& call, int64_t row, int64_t slot, int threads, int only = 
   s.vocab = call.vocab_size;
   if (call.mask)
     s.mask = reinterpret_cast<const uint32_t*>(call.mask) + (row * call.slots + slot) * ((call.vocab_size + 31) / 32);
+  s.bias = call.bias_of(row, slot);
   if (only >= 0) {
     s.in[s.models++] = input_of(call, only, row, slot, 1.0f);
   } else {

@@ -240,6 +240,7 @@ struct Scorer {
   int models = 0;
   Input tuned{};  // for the up-scaling filter and total variation
   const uint32_t* mask = nullptr;
+  Bias bias;
   int vocab = 0, chunks = 0;
   bool upscaled = false;
   float nucleus = 0, shift = 0, tuned_lse = 0;     // of the up-scaling filter, once known
@@ -272,7 +273,8 @@ struct Scorer {
                   needs_slow_path + from, nullptr);
     bool ok = true;
     for (int c = from; c < to; ++c)
-      if (c >= whole || needs_slow_path[c]) ok &= chunk(c, group_max + c * kGroups, needs_slow_path[c], nullptr);
+      if (c >= whole || needs_slow_path[c] || bias.touches(c))
+        ok &= chunk(c, group_max + c * kGroups, needs_slow_path[c], nullptr);
     return ok;
   }
 
@@ -280,7 +282,7 @@ struct Scorer {
   bool chunk(int c, float* group_max, uint8_t& needs_slow_path, float* out) const {
     needs_slow_path = models == 0 || (c + 1) * kChunkSize > vocab || (outer && outer_needs_slow_path[c]);
     if (!needs_slow_path) {
-      if (mask || upscaled) needs_slow_path = !by_group(c, group_max, out);
+      if (mask || upscaled || bias.touches(c)) needs_slow_path = !by_group(c, group_max, out);
       else fast.chunks(in, models, int64_t{c} * kChunkSize, 1, group_max, &needs_slow_path, out);
     }
     if (!needs_slow_path) return true;
@@ -322,6 +324,7 @@ struct Scorer {
       }
       finite &= !any_bits(bad != vf{});
     }
+    if (bias.touches(c)) finite &= add_bias(c, static_cast<int>(first), kGroup, out);
     if (mask) {
       vi word = vi{} + static_cast<int32_t>(mask[c * kGroups + g]), lane{};
       for (int i = 0; i < W; ++i) lane[i] = i;
@@ -329,6 +332,18 @@ struct Scorer {
         store(out + i, select((word & (vi{} + 1) << (lane + i)) != 0, load(out + i), broadcast(-kInf)));
     }
     return finite;
+  }
+
+  // adds chunk c's entries to the n scores from token `first` on that are not excluded; false where one is NaN or +inf
+  bool add_bias(int c, int first, int n, float* out) const {
+    bool ok = true;
+    bias.each(c, [&](int token, float value) {
+      if (token < first || token >= first + n || out[token - first] == -kInf) return;
+      float& s = out[token - first];
+      s += value;
+      ok &= s < kInf;
+    });
+    return ok;
   }
 
   // any chunk, its 256 scores into `out`; false where one that is not excluded is NaN or +inf
@@ -385,8 +400,14 @@ struct Scorer {
       store(out + i, s);
       m[i / kGroup] = maximum(m[i / kGroup], s);
     }
+    bool ok = !any_bits(any_bad);
+    if (bias.touches(c)) {
+      ok &= add_bias(c, static_cast<int>(first), kChunkSize, out);
+      for (vf& x : m) x = broadcast(-kInf);
+      for (int i = 0; i < kChunkSize; i += W) m[i / kGroup] = maximum(m[i / kGroup], load(out + i));
+    }
     max_of_8(m, group_max);
-    return !any_bits(any_bad);
+    return ok;
   }
 
   // one model's logits where `outer` excludes nothing

@@ -21,7 +21,7 @@ Device device_of(int index) {
 namespace {
 
 bool filters(const Call& c) { return may_filter(c) || c.upscale_top_p.data || c.upscale_top_p.value < 1; }
-bool needs_row(const SampleCall& c) { return filters(c) || c.top_n > 0 || c.entropy; }
+bool needs_row(const SampleCall& c) { return filters(c) || c.bias.starts || c.top_n > 0 || c.entropy; }
 
 RowCall row_call(const SampleCall& c) {
   RowCall r{};

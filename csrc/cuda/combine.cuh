@@ -79,25 +79,28 @@ EFT_DEVICE void stream_logits_of(const Row& row, int first, int n, float* tops, 
   // sass: end
 }
 
-template <class Keep>
+// kBias: a row may have token_bias
+template <bool kBias, class Keep>
 EFT_DEVICE void stream_logits(const Row& row, int first, int n, float* tops, bool summed, bool tempered, float c,
                               ExpSum& sum, const Keep& keep) {
   for (int i = threadIdx.x; i < n; i += kThreads) tops[i] = NAN;
   __syncthreads();
-  if (row.is_upscale && row.dtype == kBF16)
+  if (kBias && row.is_biased) {  // all by scores_of
+  } else if (row.is_upscale && row.dtype == kBF16) {
     stream_logits_of<kBF16, true>(row, first, n, tops, summed, tempered, c, sum, keep);
-  else if (row.is_upscale) stream_logits_of<kF16, true>(row, first, n, tops, summed, tempered, c, sum, keep);
+  } else if (row.is_upscale) stream_logits_of<kF16, true>(row, first, n, tops, summed, tempered, c, sum, keep);
   else if (row.dtype == kBF16) stream_logits_of<kBF16, false>(row, first, n, tops, summed, tempered, c, sum, keep);
   else if (row.dtype == kF16) stream_logits_of<kF16, false>(row, first, n, tops, summed, tempered, c, sum, keep);
   else if (row.dtype == kF32) stream_logits_of<kF32, false>(row, first, n, tops, summed, tempered, c, sum, keep);
   else stream_logits_of<kMixed, false>(row, first, n, tops, summed, tempered, c, sum, keep);
   __syncthreads();
-  // the ends of the row, and chunks with a value that is not finite
+  // the ends of the row, chunks with a value that is not finite, and all where there is a bias
   for (int i = warp_id(); i < n; i += kWarps) {
     if (!isnan(tops[i])) continue;
     float s[kPerLane];
-    const int token = (first + i) * kChunkSize + lane_id() * kPerLane;
-    const bool ok = __all_sync(kAll, slow_scores(row, token, s));
+    bool ok;
+    if constexpr (kBias) ok = scores_of(row, first + i, s);
+    else ok = __all_sync(kAll, slow_scores(row, (first + i) * kChunkSize + lane_id() * kPerLane, s));
     const float high = top_of(s), top = warp_max(high);
     __syncwarp();
     if (lane_id() == 0) tops[i] = ok ? top : kInf;

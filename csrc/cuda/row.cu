@@ -118,7 +118,10 @@ EFT_DEVICE void find_nucleus(ClusterGroup& group, Row& row, const Part& part, Se
   if (threadIdx.x == 0)
     start_search(search, Key(best, best - low), low, kLog2e, 0, p, {static_cast<double>(mass), 0}, row.vocab);
   const float tau = find_threshold(group, part, search, false).at;
-  if (threadIdx.x == 0) row.tau = tau, row.inside = inside, row.outside = best + log_total(mass);
+  if (threadIdx.x == 0) {
+    row.tau = tau, row.inside = inside, row.outside = best + log_total(mass);
+    row.is_upscaled = true, row.is_biased = row.bias.starts;
+  }
   __syncthreads();
 }
 
@@ -260,7 +263,7 @@ EFT_DEVICE void run_row(ClusterGroup& group, RowShared& shared, const RowCall& c
     return group.start(start, q.c);
   };
   const bool summed = !call.token_only || (q.use_p && !q.use_k);
-  stream_logits(row, part.first, part.n, part.tops, summed, tempered, q.c, sum, keep);
+  stream_logits<true>(row, part.first, part.n, part.tops, summed, tempered, q.c, sum, keep);
   if (group.size > 1) cluster_wait();
   RowStats start = know();
   const auto fine = [&] { return q.valid && start.best > -kInf && start.best < kInf; };

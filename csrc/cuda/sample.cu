@@ -1,4 +1,4 @@
-// Sampling without filters, in one launch: combine, race, reduce.
+// Sampling without filters or token_bias, in one launch: combine, race, reduce.
 //
 //   token = argmax_v s_v - T log E_v,  s = sum_j w_j z_j
 //
@@ -128,8 +128,8 @@ EFT_KERNEL void __launch_bounds__(kThreads, EFT_STREAM_BLOCKS)
     }
     __syncthreads();
     ExpSum sum;
-    stream_logits(row, piece.first, piece.n, tops, call.logprobs != nullptr, !q.greedy && q.temperature != 1, q.c, sum,
-                  [](int, const float*) {});
+    stream_logits<false>(row, piece.first, piece.n, tops, call.logprobs != nullptr, !q.greedy && q.temperature != 1,
+                         q.c, sum, [](int, const float*) {});
     if (call.logprobs) {
       sum = warp_reduce(sum, q.c);
       if (lane_id() == 0) shared.sums[warp_id()] = sum;
@@ -143,7 +143,7 @@ EFT_KERNEL void __launch_bounds__(kThreads, EFT_STREAM_BLOCKS)
     } else {
       best = race_chunks(
           piece.first, piece.n, counters + call.rows + piece.b, -kInf, q, shared.source, [&](int i) { return tops[i]; },
-          [&](int chunk, float (&s)[kPerLane]) { scores_of(row, chunk, s); });
+          [&](int chunk, float (&s)[kPerLane]) { scores_of<false>(row, chunk, s); });
       best = block_best(best, shared.winners);
     }
     sum = ExpSum();

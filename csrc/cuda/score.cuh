@@ -58,12 +58,14 @@ struct Row {
   Input in[kMaxModels];  // models that count, in order
   Input tuned;
   const uint8_t* mask;  // a bit a token, or null
+  Bias bias;
+  bool is_biased;  // not while the up-scaling filter looks at the models alone
   int models, vocab, chunks;
   int tuned_at;                // its place in `in`, where upscaled
   int dtype;                   // of all models that count, aligned to 16 bytes and at most kAhead of them; else kMixed
   bool is_upscale;             // 16-bit models with weights 1, 1, -1, and dtype is not kMixed
   int vector_from, vector_to;  // chunks that may be read by vectors
-  bool upscaled;
+  bool upscaled, is_upscaled;  // the up-scaling filter is on; and its nucleus is known
   float tau, inside, outside;  // the up-scaling filter, once known (row.cuh)
 };
 
@@ -91,8 +93,11 @@ EFT_DEVICE void set_row(Row& row, const Call& call, int64_t b, int64_t slot) {
   row.vocab = call.vocab_size;
   row.chunks = (call.vocab_size + kChunkSize - 1) / kChunkSize;
   row.upscaled = call.upscale_top_p[b] < 1;
+  row.is_upscaled = false;
   row.tau = row.inside = row.outside = 0;
   row.mask = mask_of(call, b, slot);
+  row.bias = call.bias_of(b, slot);
+  row.is_biased = row.bias.starts && !row.upscaled;
   int n = 0, dtype = kMixed;
   bool aligned = true;
   for (int j = 0; j < call.models; ++j) {
@@ -332,7 +337,23 @@ EFT_DEVICE void upscale(const Row& row, int chunk, float* s) {
     if (s[i] > -kInf) s[i] = z[i] >= row.tau ? s[i] - row.inside : z[i] - row.outside;
 }
 
+// Adds a chunk's entries of token_bias to the lanes' scores; false where one comes to NaN or +inf. All lanes call this.
+EFT_DEVICE bool add_bias(const Row& row, int chunk, float* s) {
+  if (!row.is_biased || !row.bias.touches(chunk)) return true;
+  // sass: rare
+  const int first = chunk * kChunkSize + lane_id() * kPerLane;
+  bool ok = true;
+  row.bias.each(chunk, [&](int token, float value) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i)
+      if (token == first + i && s[i] > -kInf) s[i] = s[i] + value, ok &= s[i] < kInf;
+  });
+  return __all_sync(kAll, ok);
+  // sass: end
+}
+
 // A lane's 8 scores of any chunk; all lanes call this. False: the chunk holds a value that makes the row bad.
+template <bool kBias = true>
 EFT_DEVICE bool scores_of(const Row& row, int chunk, float (&s)[kPerLane]) {
   const int token = chunk * kChunkSize + lane_id() * kPerLane;
   bool fine = chunk >= row.vector_from && chunk < row.vector_to;
@@ -343,7 +364,8 @@ EFT_DEVICE bool scores_of(const Row& row, int chunk, float (&s)[kPerLane]) {
   }
   bool ok = true;
   if (!__all_sync(kAll, fine)) ok = slow_scores(row, token, s);
-  if (row.upscaled) upscale(row, chunk, s);
+  if (row.is_upscaled) upscale(row, chunk, s);
+  if constexpr (kBias) ok &= add_bias(row, chunk, s);
   return __all_sync(kAll, ok);
 }
 
@@ -359,9 +381,12 @@ EFT_DEVICE float score_of(const Row& row, int token) {
     if (row.in[j].w != 0) s = s + row.in[j].w * z;
   }
   if (excluded || !(s > -kInf) || (masked && !(fabsf(s) < kLarge))) return -kInf;
-  if (!row.upscaled) return s;
-  const float z = logit(row.tuned, token);
-  return z >= row.tau ? s - row.inside : z - row.outside;
+  if (row.is_upscaled) {
+    const float z = logit(row.tuned, token);
+    s = z >= row.tau ? s - row.inside : z - row.outside;
+  }
+  if (row.is_biased) row.bias.each(token / kChunkSize, [&](int id, float value) { s = id == token ? s + value : s; });
+  return s;
 }
 
 // --- one row's sampling parameters ---------------------------------------------------------------------------------

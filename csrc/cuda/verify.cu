@@ -35,6 +35,7 @@ EFT_DEVICE void set_side(Side& side, const Call& call, const State* states, int6
   side.filters = filters_of(call, b);
   side.state = states[b * call.slots + slot];
   side.row.tau = side.state.tau, side.row.inside = side.state.inside, side.row.outside = side.state.outside;
+  side.row.is_upscaled = side.row.upscaled, side.row.is_biased = side.row.bias.starts;
 }
 
 struct Acceptance {

@@ -21,6 +21,9 @@
 #endif
 
 namespace eft {
+
+constexpr int kChunkSize = 256;  // tokens that share a chunk's noise
+
 namespace EFT_ISA {
 
 template <class F>

@@ -7,7 +7,6 @@ namespace EFT_ISA {
 
 enum Kind : uint32_t { kChunk = 0, kToken = 1 };
 
-constexpr int kChunkSize = 256;
 
 template <class U>
 struct Words {

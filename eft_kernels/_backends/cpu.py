@@ -10,7 +10,7 @@ import os
 import torch
 
 from ..parameters import METHOD_CODES, STREAM_CODES, DraftParams, Params
-from . import extension
+from . import extension, workspace
 
 _cpu = extension.load(
     "_cpu", "C++", "no C++ compiler was found at install time, or EFT_KERNELS_CPU=0 was set; install g++ and reinstall"
@@ -52,6 +52,7 @@ def set_isa(name: str | None) -> str:
 
 def _run(function, logits, p: Params, *args):
     """The tensors of a call whose arguments were checked."""
+    p = p._replace(token_bias=workspace.sorted_bias(p.token_bias, p.vocab_size))
     out = function(torch.get_num_threads(), False, logits, *p, *args)
     if out is None:  # a subclass of torch.Tensor
         logits = [z.detach().as_subclass(torch.Tensor) for z in logits]

@@ -65,6 +65,7 @@ def set_launch_config(config: LaunchConfig) -> None:
 def _launch(function, logits, p: Params, *args):
     """The tensors of a call whose arguments were checked; the logits' device is the current one."""
     z = logits[0]
+    p = p._replace(token_bias=workspace.sorted_bias(p.token_bias, p.vocab_size))
     counters = workspace.counters(2 * z.shape[:-1].numel(), z.device, None if _SIMT else _stream(z.device.index))
     out = function(counters, False, logits, *p, *args)
     if out is None:  # a subclass of torch.Tensor

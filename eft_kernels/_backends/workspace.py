@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
+from ..parameters import TokenBias
+
+CHUNK = 256
 ARENA = 1 << 16  # counters a device has for captured graphs
 _counters: dict = {}
 _arenas: list = []  # graphs hold pointers into them
@@ -31,3 +36,23 @@ def counters(rows: int, device: torch.device, stream=None) -> torch.Tensor:
         return torch.zeros(rows, dtype=torch.int32, device=device)  # part of the graph
     _counters[device, "arena"] = arena[size:]
     return arena[:size]
+
+
+class SortedBias(NamedTuple):
+    """`TokenBias` as kernels look it up: the entries of chunk c are those from starts[c] to starts[c + 1]."""
+
+    starts: torch.Tensor  # int32 [..., chunks + 1]
+    ids: torch.Tensor  # int32 [..., N], rising; those outside the vocabulary come last, as one beyond it
+    values: torch.Tensor  # float32 [..., N]
+
+
+def sorted_bias(bias: TokenBias | None, vocab_size: int) -> SortedBias | None:
+    if bias is None:
+        return None
+    chunks = -(-vocab_size // CHUNK)
+    beyond = chunks * CHUNK
+    ids = torch.where((bias.ids >= 0) & (bias.ids < vocab_size), bias.ids, beyond)
+    ids, order = ids.sort(dim=-1, stable=True)
+    first = torch.arange(0, beyond + 1, CHUNK, device=ids.device).expand(*ids.shape[:-1], -1).contiguous()
+    starts = torch.searchsorted(ids, first, out_int32=True)
+    return SortedBias(starts, ids.to(torch.int32), bias.values.gather(-1, order))

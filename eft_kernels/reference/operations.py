@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..parameters import STREAM_CODES, Params
+from ..parameters import STREAM_CODES, Params, TokenBias
 from .masses import log_total
 from .noise import race
 from .rows import NEG_INF, Rows
@@ -23,7 +23,8 @@ def blocks(rows: int, vocab_size: int) -> list[slice]:
 def rows_of(logits: Sequence[torch.Tensor], p: Params, part: slice) -> Rows:
     index = torch.arange(logits[0].shape[0], device=logits[0].device)[part]
     mask = None if p.token_mask is None else p.token_mask[part]
-    return Rows([z[part] for z in logits], p, index, mask)
+    bias = None if p.token_bias is None else TokenBias(*(x[part] for x in p.token_bias))
+    return Rows([z[part] for z in logits], p, index, mask, bias)
 
 
 @torch.no_grad()

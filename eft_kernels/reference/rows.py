@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..arguments import dtype_of
-from ..parameters import FILTERS, GREEDY, LARGE, MASKED, PARAMETERS, TINY, Parameter, Params
+from ..parameters import FILTERS, GREEDY, LARGE, MASKED, PARAMETERS, TINY, Parameter, Params, TokenBias
 from .masses import MASS_BITS, log_total, mass, mass_limit, nucleus, surprise
 from .noise import first_max, log, row_seed
 
@@ -37,6 +37,7 @@ class Rows:
         p: Params,
         index: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
+        bias: TokenBias | None = None,
     ) -> None:
         rows, device = logits[0].shape[0], logits[0].device
         self.logits, self.vocab_size, self.tuned = logits, p.vocab_size, p.tuned
@@ -55,6 +56,7 @@ class Rows:
         self.set_parameters({q: per_row(getattr(p, q.name), dtype_of(q)) for q in PARAMETERS})
         self.seed = per_row(p.seed, torch.int64) if isinstance(p.seed, torch.Tensor) else row_seed(p.seed, row)
         self.position = per_row(p.position, torch.int64)
+        self.bias = bias
         self.allowed = None  # [R, V]
         if mask is not None:
             token = torch.arange(p.vocab_size, device=device)
@@ -112,6 +114,7 @@ class Rows:
         s = torch.where(excluded, NEG_INF, s)
         valid = self.in_range & ~bad.any(1) & (s != NEG_INF).any(1)
         s = self.upscale(torch.where(valid[:, None], s, 0.0))  # any scores do where the row is reported invalid
+        s = self.add_bias(s)
         valid = valid & (s < float("inf")).all(1) & (s != NEG_INF).any(1)
         return torch.where(valid[:, None], s, 0.0), valid
 
@@ -145,6 +148,18 @@ class Rows:
         in_nucleus = z >= nucleus(z, masses, mass_limit(self.upscale_top_p, total))[:, None]
         scores = torch.where(in_nucleus, s - nucleus_shift[:, None], z - tail_shift[:, None])
         return torch.where(on[:, None] & ~excluded, scores, s)
+
+    def add_bias(self, s: torch.Tensor) -> torch.Tensor:
+        """Scores with ``token_bias`` added where they are not excluded, one entry after the other."""
+        if self.bias is None:
+            return s
+        for ids, values in zip(self.bias.ids.unbind(1), self.bias.values.unbind(1)):
+            in_vocab = (ids >= 0) & (ids < self.vocab_size)
+            ids = ids.clamp(0, self.vocab_size - 1)[:, None]
+            old = s.gather(1, ids)
+            new = torch.where(in_vocab[:, None] & (old != NEG_INF), old + values[:, None], old)
+            s = s.scatter(1, ids, new)
+        return s
 
     # --- filters ---------------------------------------------------------------------------------------------------
 

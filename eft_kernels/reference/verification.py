@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..parameters import STREAM_CODES, DraftParams, Params
+from ..parameters import STREAM_CODES, DraftParams, Params, TokenBias
 from .masses import MASS_BITS, RESIDUAL_BITS
 from .noise import accept_uniform, log, race
 from .rows import NEG_INF, Rows
@@ -32,14 +32,15 @@ class Slot:
     ) -> None:
         rows = torch.arange(logits[0].shape[0], device=logits[0].device)
         mask = None if p.token_mask is None else p.token_mask[:, i]
+        bias = None if p.token_bias is None else TokenBias(*(x[:, i] for x in p.token_bias))
         self.i = i
-        self.target = Rows([z[:, i] for z in logits], p, rows, mask)
+        self.target = Rows([z[:, i] for z in logits], p, rows, mask, bias)
         self.target.position = self.target.position + i
         self.scores, self.valid = self.target.combine()
         _, self.t = self.target.process(self.scores)
         self.t_total = self.t.sum(1).clamp(min=1)
         if draft >= 0:
-            drafter = Rows([logits[draft][:, i]], drawn_by.of(p), rows, mask)
+            drafter = Rows([logits[draft][:, i]], drawn_by.of(p), rows, mask, bias)
             scores, valid = drafter.combine()
             _, self.d = drafter.process(scores)
             if method != "coupled":

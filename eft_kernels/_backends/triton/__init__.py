@@ -109,6 +109,7 @@ class Call:
             logits, weights = [logits[j] for j in live], tuple(_number(weights[j]) for j in live)
             tuned = live.index(tuned) if tuned in live else -1
         tensor = isinstance(weights, torch.Tensor)
+        bias = workspace.sorted_bias(p.token_bias, self.V)
         self.models = Models(
             tuple(logits),
             tuple(z.stride(0) for z in logits),
@@ -118,6 +119,8 @@ class Call:
             () if tensor else weights,
             p.token_mask,
             0 if p.token_mask is None else p.token_mask.shape[-1],
+            *(bias or (None, None, None)),
+            0 if bias is None else bias.ids.shape[-1],
             self.V,
             self.slots,
         )

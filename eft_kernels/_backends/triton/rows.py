@@ -33,6 +33,10 @@ class Models(NamedTuple):
     numbers: tuple  # J numbers where w is None
     mask: object  # pointer to int32 words, or None
     words: object  # words of a row
+    starts: object  # token_bias, `workspace.SortedBias`: pointers, or Nones
+    ids: object
+    values: object
+    entries: object  # of a row
     V: object
     slots: object
 
@@ -70,6 +74,9 @@ class Row(NamedTuple):
     z: tuple
     w: tuple
     mask: object
+    starts: object  # token_bias
+    ids: object
+    values: object
     on: object  # up-scaling filter, as in Up
     tau: object
     inside: object
@@ -156,14 +163,17 @@ def row_of(m, up, r):
             w = w + (tl.cast(m.numbers[j], tl.float32),)
         else:
             w = w + (tl.load(m.w + b * m.w_stride + j).to(tl.float32),)
-    mask, on, tau, inside, outside = r, False, 0.0, 0.0, 0.0  # a function cannot return None
+    mask, starts, ids, values, on, tau, inside, outside = r, r, r, r, False, 0.0, 0.0, 0.0  # not None, as it returns
     if m.mask is not None:
         mask = m.mask + r * m.words
+    if m.starts is not None:
+        starts = m.starts + r * ((m.V + (CHUNK - 1)) // CHUNK + 1)
+        ids, values = m.ids + r * m.entries, m.values + r * m.entries
     if up.tau is not None:
         p = value(up.on, up.on_value, b, tl.float32)
         on = (p >= TINY) & (p < 1.0)
         tau, inside, outside = tl.load(up.tau + r), tl.load(up.inside + r), tl.load(up.outside + r)
-    return Row(z, w, mask, on, tau, inside, outside, up.tuned, tl.cast(m.V, tl.int32))
+    return Row(z, w, mask, starts, ids, values, on, tau, inside, outside, up.tuned, tl.cast(m.V, tl.int32))
 
 
 @triton.jit
@@ -213,12 +223,31 @@ def raw_scores(m, up, row, token):
 
 
 @triton.jit
+def biased(row, token, s):
+    """Scores with their entries of token_bias, where they are not excluded."""
+    chunk = tl.minimum(token // CHUNK, (row.V - 1) // CHUNK)
+    first = tl.load(row.starts + chunk)
+    count = tl.load(row.starts + chunk + 1) - first
+    most = count
+    if token.type.is_block():
+        most = tl.max(count)
+    for i in range(0, most):
+        at = tl.where(i < count, first + i, first)
+        here = (tl.load(row.ids + at, mask=i < count, other=-1) == token) & (s > NEG_INF)
+        s = tl.where(here, s + tl.load(row.values + at, mask=here, other=0.0), s)
+    return s
+
+
+@triton.jit
 def combine(m, up, row, token):
     """Emulated scores of tokens (-inf: excluded, or beyond V), and where the row is bad."""
     s, bad, own = raw_scores(m, up, row, token)
     if up.tau is not None:
         s = scaled(up, row, s, own)
         bad = bad | ~(s < INF)  # overflown
+    if m.starts is not None:
+        s = biased(row, token, s)
+        bad = bad | ~(s < INF)
     return s, bad
 
 
@@ -249,6 +278,8 @@ def full_tiles(m, first, TILES: tl.constexpr, TC: tl.constexpr):
     """Of the TILES tiles of TC chunks from chunk ``first``: how many lie below V whole, and how many at all."""
     left = m.V - first * CHUNK
     whole = tl.minimum(tl.maximum(left // (TC * CHUNK), 0), TILES)
+    if m.starts is not None:  # `combine` alone knows token_bias
+        whole = 0
     return whole, tl.minimum(tl.maximum((left + (TC * CHUNK - 1)) // (TC * CHUNK), 0), TILES)
 
 
