@@ -1,22 +1,20 @@
-"""What `generate` is given: the combination, options, inputs and seeds, checked before anything is computed."""
+"""What `generate` is given: the combination, options, inputs and endings, checked before anything is computed."""
 
 from __future__ import annotations
 
-import inspect
 import itertools
-import sys
 from collections.abc import Mapping
 
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from transformers import EosTokenCriteria, GenerationConfig, GenerationMixin, MaxLengthCriteria, StoppingCriteriaList
 
 from ...arguments import scalar_or_rows
 from ...checks import from_host, index
 from ...combination import Weights, downscale, interpolate, proxy, upscale
 from ...ops import row_seeds
 from ...parameters import MAX_MODELS
-from .models import CACHE_NAMES, device_of, logits_width
-from .peft import Off, layers_of, unwrapped
+from .frames import Call
+from .models import CACHE_NAMES, Off, device_of, layers_of, logits_width, unwrapped
 
 # name: the strength it takes, and its weights for [model, tuned, ref] (interpolate: two tuned models)
 MODES = {
@@ -98,38 +96,6 @@ def refuse_unless(name: str, got, ok: bool, allowed: str) -> None:
         raise ValueError(f"{name}: got {got!r}, allowed is {allowed}")
 
 
-def outer_arguments() -> dict:
-    """The arguments of the transformers ``generate`` that called us.
-
-    transformers drops streamer, assistant_model, synced_gpus and the negative prompt on the way to a callable; to
-    ignore them silently would be worse than to look. Empty where `generate` is called directly.
-    """
-    code, frame = inspect.unwrap(GenerationMixin.generate).__code__, sys._getframe(2)
-    for _ in range(4):  # a wrapper around our generate may lie between
-        if frame is None or frame.f_code is code:
-            break
-        frame = frame.f_back
-    if frame is None or frame.f_code is not code:
-        return {}
-    found = dict(frame.f_locals)
-    for _ in range(2):  # its decorator holds what was given before transformers took the tokenizer out
-        frame = frame.f_back
-        given = frame.f_locals.get("kwargs") if frame is not None else None
-        if isinstance(given, dict) and "custom_generate" in given:
-            return {**found, "given": given, "tokenizer": given.get("tokenizer")}
-    return found
-
-
-def given_of(outer: dict) -> set[str] | None:
-    """Names of the generation options that the caller gave, not a checkpoint; None: unknown, so all."""
-    if not outer:
-        return None
-    given = outer.get("given", outer.get("kwargs", {}))
-    config = given.get("generation_config")
-    own = {} if config is None else {k for k, v in vars(config).items() if v is not None}
-    return {*given, *own}
-
-
 def on_device(name: str, value, device):
     """A number, or what may be a list or an array as a tensor on ``device``."""
     value = from_host(name, value, device)
@@ -140,6 +106,17 @@ def per_row(name: str, value, rows: int, device):
     """A sampling parameter or seed, checked: a number, or a tensor [rows] on ``device``."""
     value = value.to(device) if isinstance(value, torch.Tensor) else value
     return scalar_or_rows(name, value, rows, device, check=True)
+
+
+def seeds_of(seed, rows: int, device, greedy: bool) -> torch.Tensor:
+    """int64 [rows]; None: from torch's global generator."""
+    if seed is None:
+        seed = 0 if greedy else int(torch.randint(1 << 62, ()))
+    seed = per_row("seed", seed, rows, device)
+    return seed if isinstance(seed, torch.Tensor) else row_seeds(seed, rows, device)
+
+
+# --- models and weights ----------------------------------------------------------------------------------------------
 
 
 def combination_of(model, tuned, ref, mode, beta, alpha, lam):
@@ -192,6 +169,55 @@ def free_combination_of(model, models, weights, given: dict):
     if len(weights) != 1 + len(models):
         raise ValueError(f"weights: got {len(weights)} for {1 + len(models)} models, model and models")
     return [model, *models], ["model", *(f"models[{j}]" for j in range(len(models)))], weights, 0
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+def check_options(config, call: Call | None, model_kwargs: dict, sees: bool = False) -> None:
+    """Refuses what cannot be honoured; ``sees``: the model is one for images, too, and its prompt is text.
+
+    call: of transformers' generate; None: it was not called, so that every option is the caller's.
+    """
+    arguments, options = (call.arguments, call.options) if call else ({}, {})
+    defaults = {**vars(GenerationConfig()), **GenerationConfig._get_default_generation_params()}
+    for name, default in defaults.items():
+        value = getattr(config, name, None)
+        if name.startswith("_") or name in HONOURED or value is None or value == default:
+            continue
+        if name in LEFTOVERS and call and name not in call.given:
+            continue
+        if (value is False and name != "use_cache") or value == NEUTRAL.get(name, default):
+            continue
+        allowed = f"give {name}={NEUTRAL[name]!r}" if name in NEUTRAL else "leave it unset"
+        raise ValueError(f"{name}: got {value!r}, which emulated decoding cannot honour; {allowed}")
+    for name in ("assistant_model", "synced_gpus", "negative_prompt_ids", "negative_prompt_attention_mask"):
+        if arguments.get(name) is not None and arguments[name] is not False:
+            raise ValueError(f"{name}: emulated decoding cannot honour it; leave it unset")
+    # pixels that transformers encoded are told by the name that they were given by
+    encoded = {k: v for k, v in (model_kwargs.get("mm_encoder_outputs") or {}).items() if v is not None}
+    for name in options if encoded else ():
+        if name.startswith(("pixel_values", "image", "video")):
+            raise ValueError(f"{name}: emulated decoding reads text alone; leave it out")
+    # what transformers itself hands over: the mask, positions and a cache, empty and not used
+    for name, value in model_kwargs.items():
+        prepared = name in ("attention_mask", "position_ids", "use_cache") or (name == "logits_to_keep" and value == 1)
+        if name == "mm_encoder_outputs":
+            prepared = not encoded
+        if name in ("token_type_ids", "mm_token_type_ids"):  # 0 is text; without images that is what None is, too
+            prepared = sees and isinstance(value, torch.Tensor) and not bool(value.any())
+        if name in CACHE_NAMES:
+            prepared = not getattr(value, "_is_user_defined", False) and options.get(name) is None
+        if not prepared and value is not None and value is not False:
+            if call is None and hasattr(config, name):
+                raise ValueError(
+                    f"{name}: is an option of transformers' generate; call "
+                    "model.generate(..., custom_generate=eft.hf.generate)"
+                )
+            raise ValueError(f"{name}: emulated decoding does not support it; leave it out")
+
+
+# --- inputs ----------------------------------------------------------------------------------------------------------
 
 
 def own_prompts(prompts, names, rows: int, device, vocab_size: int, pad=None):
@@ -252,46 +278,6 @@ def left_padding(mask: torch.Tensor, shape, name: str) -> torch.Tensor:
             "and at least one token per row"
         )
     return (~real).sum(1)
-
-
-def check_options(config, outer: dict, model_kwargs: dict, sees: bool = False) -> None:
-    """Refuses what cannot be honoured; ``sees``: the model is one for images, too, and its prompt is text."""
-    given = given_of(outer)
-    defaults = {**vars(GenerationConfig()), **GenerationConfig._get_default_generation_params()}
-    for name, default in defaults.items():
-        value = getattr(config, name, None)
-        if name.startswith("_") or name in HONOURED or value is None or value == default:
-            continue
-        if name in LEFTOVERS and given is not None and name not in given:
-            continue
-        if (value is False and name != "use_cache") or value == NEUTRAL.get(name, default):
-            continue
-        allowed = f"give {name}={NEUTRAL[name]!r}" if name in NEUTRAL else "leave it unset"
-        raise ValueError(f"{name}: got {value!r}, which emulated decoding cannot honour; {allowed}")
-    for name in ("assistant_model", "synced_gpus", "negative_prompt_ids", "negative_prompt_attention_mask"):
-        if outer.get(name) is not None and outer[name] is not False:
-            raise ValueError(f"{name}: emulated decoding cannot honour it; leave it unset")
-    # pixels that transformers encoded are told by the name that they were given by
-    encoded = {k: v for k, v in (model_kwargs.get("mm_encoder_outputs") or {}).items() if v is not None}
-    for name in outer.get("kwargs", {}) if encoded else ():
-        if name.startswith(("pixel_values", "image", "video")):
-            raise ValueError(f"{name}: emulated decoding reads text alone; leave it out")
-    # what transformers itself hands over: the mask, positions and a cache, empty and not used
-    for name, value in model_kwargs.items():
-        prepared = name in ("attention_mask", "position_ids", "use_cache") or (name == "logits_to_keep" and value == 1)
-        if name == "mm_encoder_outputs":
-            prepared = not encoded
-        if name in ("token_type_ids", "mm_token_type_ids"):  # 0 is text; without images that is what None is, too
-            prepared = sees and isinstance(value, torch.Tensor) and not bool(value.any())
-        if name in CACHE_NAMES:
-            prepared = not getattr(value, "_is_user_defined", False) and (outer.get("kwargs") or {}).get(name) is None
-        if not prepared and value is not None and value is not False:
-            if not outer and hasattr(config, name):
-                raise ValueError(
-                    f"{name}: is an option of transformers' generate; call "
-                    "model.generate(..., custom_generate=eft.hf.generate)"
-                )
-            raise ValueError(f"{name}: emulated decoding does not support it; leave it out")
 
 
 def check_inputs(models, names, input_ids, model_kwargs, vocab_size, tokenizers):
@@ -375,9 +361,49 @@ def check_context(models, names, prompts: list[int], max_new_tokens: int) -> Non
             )
 
 
-def seeds_of(seed, rows: int, device, greedy: bool) -> torch.Tensor:
-    """int64 [rows]; None: from torch's global generator."""
-    if seed is None:
-        seed = 0 if greedy else int(torch.randint(1 << 62, ()))
-    seed = per_row("seed", seed, rows, device)
-    return seed if isinstance(seed, torch.Tensor) else row_seeds(seed, rows, device)
+# --- the end of a text -----------------------------------------------------------------------------------------------
+
+
+def end_tokens(models) -> list[int]:
+    """Ids that end a text for any of the models, by their generation configs, ascending.
+
+    A chat model ends its turn with a token that the model it was trained from may never use.
+    """
+    ends = set()
+    for model in models:
+        own = getattr(model.generation_config, "eos_token_id", None)
+        ends |= {own} if isinstance(own, int) else set(own or ())
+    return sorted(ends)
+
+
+def stop_strings_of(models, names, given, tokenizer) -> list[str]:
+    """Texts that end a row: ``given`` (a text, a list or None) or, where the call gives none, those of the generation
+    configs of ``models``, beside the model that transformers looked at itself."""
+    if given is not None:
+        return [given] if isinstance(given, str) else list(given)
+    found = []
+    for model, name in zip(models, names):
+        own = getattr(model.generation_config, "stop_strings", None) or []
+        own = [own] if isinstance(own, str) else list(own)
+        if own and not tokenizer:
+            raise ValueError(
+                f"stop_strings: {name}'s generation config ends texts with {own}; give tokenizer=..., or "
+                "stop_strings=[] to go without"
+            )
+        found += own
+    return found
+
+
+def endings_of(stopping_criteria, prompt_length: int):
+    """(max_new_tokens, end-of-text ids, the other criteria)."""
+    limits, eos, others = [], [], StoppingCriteriaList()
+    for criterion in stopping_criteria:
+        if type(criterion) is MaxLengthCriteria:
+            limits.append(criterion.max_length)
+        elif type(criterion) is EosTokenCriteria:
+            eos += criterion.eos_token_id.reshape(-1).tolist()
+        else:
+            others.append(criterion)
+    if not limits:
+        raise ValueError("max_new_tokens: got None, allowed is a length to stop at")
+    return max(1, min(limits) - prompt_length), eos, others

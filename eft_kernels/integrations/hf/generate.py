@@ -4,7 +4,8 @@
                   draft_tokens=4, verify="token", do_sample=True, temperature=0.8, max_new_tokens=64)
 
 transformers prepares the prompt, the logits processors and the stopping criteria and then calls `generate` here. It
-forwards only arguments that `generate` names or that the model's forward takes. Needs transformers >= 5.
+forwards only arguments that `generate` names or that the model's forward takes; frames.py finds the others. Needs
+transformers >= 5.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from .arguments import (
     check_inputs,
     check_options,
     combination_of,
+    end_tokens,
+    endings_of,
     free_combination_of,
     on_device,
-    outer_arguments,
     own_prompts,
     per_row,
     refuse_unless,
     seeds_of,
+    stop_strings_of,
 )
-from .endings import end_tokens, endings_of, hold_back, stop_strings_of
-from .grammar import RowProcessors
-from .models import CausalLM, check_boundaries, device_of, logits_width
-from .peft import calling, check_distinct, resolved
-from .processors import sampling_of
+from .frames import current_call, meant_model
+from .models import CausalLM, check_boundaries, check_distinct, device_of, logits_width, resolved
+from .processing import RowProcessors, hold_back, sampling_of
 
 
 @dataclass
@@ -155,7 +156,8 @@ def generate(
     Returns: int64 [rows, P + T], or `EmulatedOutput` with ``return_dict_in_generate``.
     Raises: ValueError naming the argument, before anything is computed; unsupported options raise it, too.
     """
-    outer = outer_arguments()
+    call = current_call()
+    arguments, options = (call.arguments, call.options) if call else ({}, {})
     device = device_of(model)
     # parameters: dict
     sampling = dict(
@@ -168,14 +170,14 @@ def generate(
     )
     # parameters: end
     beta, alpha, lam = (on_device(name, x, device) for name, x in dict(beta=beta, alpha=alpha, lam=lam).items())
-    streamer = outer.get("streamer") if streamer is None else streamer
+    streamer = arguments.get("streamer") if streamer is None else streamer
     config = generation_config if generation_config is not None else GenerationConfig()
     free = weights is not None or models is not None
     if free:
         given = dict(tuned=tuned, ref=ref, mode=mode, beta=beta, alpha=alpha, lam=lam)
-        combination = free_combination_of(calling(model), models, weights, given)
+        combination = free_combination_of(meant_model(model), models, weights, given)
     else:
-        combination = combination_of(calling(model), tuned, ref, mode, beta, alpha, lam)
+        combination = combination_of(meant_model(model), tuned, ref, mode, beta, alpha, lam)
     models, names, weights, default_draft = combination
     models, contexts, off = resolved(models, names)
     model = models[0]
@@ -186,7 +188,7 @@ def generate(
     draft_tokens = index("draft_tokens", draft_tokens, 0, MAX_SLOT, "an integer >= 0")
     draft = index("draft", draft, 0, len(models) - 1, f"0 to {len(models) - 1}")
     one_of("on_invalid", on_invalid, ("raise", "warn"))
-    check_options(config, outer, model_kwargs, sees=model.config.get_text_config(decoder=True) is not model.config)
+    check_options(config, call, model_kwargs, sees=model.config.get_text_config(decoder=True) is not model.config)
     left, vocab_size = check_inputs(models, names, input_ids, model_kwargs, vocab_size, tokenizers)
     input_ids = input_ids.long()
     rows = input_ids.shape[0]
@@ -204,7 +206,7 @@ def generate(
     prompts = own_prompts(prompts, names, rows, device, vocab_size, getattr(config, "_pad_token_tensor", None))
     if free:
         check_distinct(models, off, prompts, names)
-    tokenizer = tokenizer or outer.get("tokenizer") or (tokenizers[0] if tokenizers else None)
+    tokenizer = tokenizer or options.get("tokenizer") or (tokenizers[0] if tokenizers else None)
     stop_strings = stop_strings_of(models[1:], names[1:], stop_strings, tokenizer)
     if stop_strings:
         if tokenizer is None:
@@ -214,13 +216,13 @@ def generate(
             )
         stopping_criteria = [*(stopping_criteria or []), StopStringCriteria(tokenizer, stop_strings)]
     max_new_tokens, eos, criteria = endings_of(stopping_criteria or [], input_ids.shape[1])
-    chosen = "eos_token_id" in outer.get("kwargs", {}) or config.eos_token_id != model.generation_config.eos_token_id
+    chosen = "eos_token_id" in options or config.eos_token_id != model.generation_config.eos_token_id
     if not chosen:
         ends = {*eos, *end_tokens(models), *(getattr(t, "eos_token_id", None) for t in tokenizers or ())} - {None}
         if ends != set(eos):
             eos = sorted(ends)
             logits_processor = hold_back(logits_processor or [], config, eos, input_ids.shape[1], device)
-    processors, filters = sampling_of(logits_processor or [], config, sampling, outer.get("logits_processor"))
+    processors, filters = sampling_of(logits_processor or [], config, sampling, arguments.get("logits_processor"))
     process = RowProcessors(processors, rows, speculating=draft_tokens > 0) if processors else None
     temperature = filters.get("temperature", 1.0)
     greedy = not isinstance(temperature, torch.Tensor) and temperature < GREEDY

@@ -1,6 +1,8 @@
-"""Processors under speculation, where a row is looked at slot by slot, with drafts that are taken back.
+"""Between the models' scores and a token: transformers' processors, and ours.
 
-A processor is a function of (input_ids, scores), unless it says or shows otherwise:
+The filters at the end of the list go to the fused operation (`sampling_of`); everything before them runs in PyTorch.
+Under speculation a row is looked at slot by slot, with drafts that are taken back, so a processor is a function of
+(input_ids, scores) there, unless it says or shows otherwise:
 
 - ``stateless = True``: the result depends on the arguments alone, whatever the processor keeps (a memo, a record);
 - ``process_rows(rows, input_ids, scores)``: called instead of it, with the rows of the batch that count (a list of n
@@ -11,16 +13,160 @@ A processor is a function of (input_ids, scores), unless it says or shows otherw
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from collections import deque
 
 import numpy as np
 import torch
+from transformers import LogitsProcessorList
 from transformers.generation import logits_process as lp
 
+from ...combination import Weights
+from ...decoding import Target
+from ...parameters import OFF, PARAMETERS
+from .arguments import refuse_unless
+
+# transformers' order of what it appends after the caller's processors, and the filters of ours among them
+ORDER = (
+    lp.TemperatureLogitsWarper,
+    lp.TopHLogitsWarper,
+    lp.TopKLogitsWarper,
+    lp.TopPLogitsWarper,
+    lp.MinPLogitsWarper,
+    lp.TypicalLogitsWarper,
+    lp.EpsilonLogitsWarper,
+    lp.EtaLogitsWarper,
+    lp.WatermarkLogitsProcessor,
+    lp.SynthIDTextWatermarkLogitsProcessor,
+    lp.LogitNormalization,
+)
+WARPERS = {getattr(lp, p.warper): p.name for p in PARAMETERS if p.warper}
 # transformers' own that count their calls or keep a state
 STATEFUL = (lp.SynthIDTextWatermarkLogitsProcessor, lp.UnbatchedClassifierFreeGuidanceLogitsProcessor)
+# Objects of these hold no state of a text, or are looked into by themselves.
+PLAIN = (
+    "builtins",
+    "torch",
+    "numpy",
+    "transformers",
+    "tokenizers",
+    "re",
+    "regex",
+    "typing",
+    "types",
+    "functools",
+    "collections",
+    "abc",
+    "enum",
+    "pathlib",
+    "datetime",
+    "logging",
+    "_thread",
+    "threading",
+    "weakref",
+)
+
+
+# --- filters of the operation ----------------------------------------------------------------------------------------
+
+
+class _Filter:
+    """A named sampling parameter, number or tensor [rows], in its place among transformers' processors."""
+
+    def __init__(self, name: str, value):
+        self.name, self.value = name, value
+
+    def __call__(self, input_ids, scores):
+        return Target(Weights([1.0]), None, {self.name: self.value}).filtered(scores)
+
+
+def _kind(processor) -> type | None:
+    """The transformers class whose place a processor takes."""
+    if isinstance(processor, _Filter):
+        return next(k for k, name in WARPERS.items() if name == processor.name)
+    return type(processor)
+
+
+def _value(processor):
+    """(name, value) of a filter that the operation can apply itself, else None."""
+    if isinstance(processor, _Filter):
+        return processor.name, processor.value
+    name = WARPERS.get(type(processor))
+    usual = dict(min_tokens_to_keep=1, filter_value=-torch.inf)
+    if name is None or any(getattr(processor, k, v) != v for k, v in usual.items()):
+        return None
+    return name, getattr(processor, name)
+
+
+def sampling_of(processors, config, named: dict, callers) -> tuple[LogitsProcessorList, dict]:
+    """(processors to apply to the scores in PyTorch, filters for the operation), in transformers' order.
+
+    named: our own sampling arguments, which replace the warpers that transformers made from its config. callers: the
+    processors that the caller gave. Only filters at the end of the list, in the operation's order, go to it.
+    """
+    processors = list(processors)
+    if not config.do_sample:
+        for name, value in named.items():
+            off = (OFF[name], 0) if name == "temperature" else (OFF[name],)
+            neutral = not isinstance(value, torch.Tensor) and value in off
+            refuse_unless(name, value, neutral, "only with do_sample=True")
+        return LogitsProcessorList(processors), {"temperature": 0.0}
+    own = {id(p) for p in callers or ()}
+    for name, value in named.items():
+        kind = next(k for k, n in WARPERS.items() if n == name)
+        old = [i for i, p in enumerate(processors) if type(p) is kind and id(p) not in own]
+        if old:
+            del processors[old[-1]]
+        at = len(processors)
+        while (
+            at
+            and id(processors[at - 1]) not in own
+            and _kind(processors[at - 1]) in ORDER
+            and ORDER.index(_kind(processors[at - 1])) > ORDER.index(kind)
+        ):
+            at -= 1
+        processors.insert(at, _Filter(name, value))
+    filters, order = {}, list(WARPERS.values())
+    while processors and (found := _value(processors[-1])) is not None:
+        name, value = found
+        if filters and order.index(name) >= min(order.index(n) for n in filters):
+            break
+        filters[name] = value
+        processors.pop()
+    return LogitsProcessorList(processors), filters
+
+
+# --- the end of a text -----------------------------------------------------------------------------------------------
+
+
+def hold_back(processors, config, ends: list[int], prompt_length: int, device) -> LogitsProcessorList:
+    """``processors`` with those that forbid or favour the end of text knowing all of ``ends``.
+
+    transformers made them for the end tokens of the model that `generate` was called on, and made none where it has
+    none.
+    """
+    ids = torch.tensor(ends, device=device)
+    held = LogitsProcessorList()
+    for p in processors:
+        if type(p) in (
+            lp.MinLengthLogitsProcessor,
+            lp.MinNewTokensLengthLogitsProcessor,
+            lp.ExponentialDecayLengthPenalty,
+        ):
+            p = copy.copy(p)
+            p.eos_token_id = ids
+        held.append(p)
+    kinds = {type(p) for p in held}
+    if (config.min_new_tokens or 0) > 0 and lp.MinNewTokensLengthLogitsProcessor not in kinds:
+        held.insert(0, lp.MinNewTokensLengthLogitsProcessor(prompt_length, config.min_new_tokens, ids, device=device))
+    if (config.min_length or 0) > 0 and lp.MinLengthLogitsProcessor not in kinds:
+        held.insert(0, lp.MinLengthLogitsProcessor(config.min_length, ids, device=device))
+    return held
+
+
+# --- rows and drafts -------------------------------------------------------------------------------------------------
 
 
 class RowProcessors:
@@ -71,8 +217,7 @@ def _adapted(processor):
         return processor
     if type(processor) is lp.PrefixConstrainedLogitsProcessor:
         return _Prefixes(processor)
-    ours = __name__.rpartition(".")[0]
-    if type(processor).__module__ == lp.__name__ or type(processor).__module__.startswith(ours):
+    if type(processor).__module__ == lp.__name__ or isinstance(processor, _Filter):
         return processor
     return _Watched(processor)
 
@@ -201,6 +346,9 @@ class _Watched:
         )
 
 
+# --- does a processor keep a state? ----------------------------------------------------------------------------------
+
+
 def _same(a, b) -> bool:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
@@ -229,30 +377,6 @@ def _held(obj) -> dict:
 def _marks(obj, depth: int = 3) -> dict:
     """attribute or enclosed variable: what tells one state of it from another."""
     return {k: _mark(v, depth) for k, v in _held(obj).items()}
-
-
-# Objects of these hold no state of a text, or are looked into by themselves.
-PLAIN = (
-    "builtins",
-    "torch",
-    "numpy",
-    "transformers",
-    "tokenizers",
-    "re",
-    "regex",
-    "typing",
-    "types",
-    "functools",
-    "collections",
-    "abc",
-    "enum",
-    "pathlib",
-    "datetime",
-    "logging",
-    "_thread",
-    "threading",
-    "weakref",
-)
 
 
 def _opaque(obj, depth: int = 4) -> str | None:
