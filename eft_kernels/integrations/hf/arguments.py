@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from transformers import EosTokenCriteria, GenerationConfig, GenerationMixin, MaxLengthCriteria, StoppingCriteriaList
+from torch import nn
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    MaxLengthCriteria,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from ...arguments import scalar_or_rows
 from ...checks import from_host, index
-from ...combination import Weights, downscale, interpolate, proxy, upscale
-from ...ops import row_seeds
+from ...combination import Number, Weights, downscale, interpolate, proxy, upscale
+from ...decoding import Value
+from ...ops import PerRow, row_seeds
 from ...parameters import MAX_MODELS
 from .frames import Call
-from .models import CACHE_NAMES, Off, device_of, layers_of, logits_width, unwrapped
+from .models import CACHE_NAMES, GenerativeModel, Off, device_of, layers_of, logits_width, unwrapped
+
+Models = list[nn.Module] | tuple[nn.Module, ...]  # of transformers, or a PeftModel over one
+# the prompt of one model: ids [n, columns], or a dict with an attention_mask, too; None: the prompt of all
+OwnIds = torch.Tensor | Mapping[str, torch.Tensor] | None
 
 # name: the strength it takes, and its weights for [model, tuned, ref] (interpolate: two tuned models)
-MODES = {
+MODES: dict[str, tuple[str | None, Callable[..., Weights]]] = {
     "upscale": ("beta", upscale),
     "proxy": ("alpha", proxy),
     "downscale": (None, downscale),
@@ -88,51 +102,68 @@ LEFTOVERS = frozenset(
         "max_matching_ngram_size",
     }
 )
-NEUTRAL = {"use_cache": True, "cache_implementation": "dynamic", "guidance_scale": 1}
+NEUTRAL: dict[str, object] = {"use_cache": True, "cache_implementation": "dynamic", "guidance_scale": 1}
 
 
-def refuse_unless(name: str, got, ok: bool, allowed: str) -> None:
+def refuse_unless(name: str, got: object, ok: bool, allowed: str) -> None:
     if not ok:
         raise ValueError(f"{name}: got {got!r}, allowed is {allowed}")
 
 
-def on_device(name: str, value, device):
-    """A number, or what may be a list or an array as a tensor on ``device``."""
+def on_device(name: str, value: Any, device: torch.device) -> Any:
+    """A list or an array as a tensor on ``device``, a tensor there; anything else as it is."""
     value = from_host(name, value, device)
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
-def per_row(name: str, value, rows: int, device):
+def per_row(name: str, value: PerRow, rows: int, device: torch.device) -> Value:
     """A sampling parameter or seed, checked: a number, or a tensor [rows] on ``device``."""
     value = value.to(device) if isinstance(value, torch.Tensor) else value
-    return scalar_or_rows(name, value, rows, device, check=True)
+    checked: Value = scalar_or_rows(name, value, rows, device, check=True)
+    return checked
 
 
-def seeds_of(seed, rows: int, device, greedy: bool) -> torch.Tensor:
+def seeds_of(seed: PerRow, rows: int, device: torch.device, greedy: bool) -> torch.Tensor:
     """int64 [rows]; None: from torch's global generator."""
     if seed is None:
         seed = 0 if greedy else int(torch.randint(1 << 62, ()))
-    seed = per_row("seed", seed, rows, device)
-    return seed if isinstance(seed, torch.Tensor) else row_seeds(seed, rows, device)
+    checked = per_row("seed", seed, rows, device)
+    return checked if isinstance(checked, torch.Tensor) else row_seeds(int(checked), rows, device)
 
 
 # --- models and weights ----------------------------------------------------------------------------------------------
 
 
-def combination_of(model, tuned, ref, mode, beta, alpha, lam):
-    """(models, their names, weights, index of the model that drafts)."""
+class Combination(NamedTuple):
+    """J models and what they are combined by."""
+
+    models: list[nn.Module | Off]
+    names: list[str]  # what errors call them
+    weights: Weights
+    draft: int  # the model that drafts unless the call says otherwise
+
+
+def combination_of(
+    model: nn.Module,
+    tuned: nn.Module | Models | None,
+    ref: nn.Module | Off | None,
+    mode: str | None,
+    beta: PerRow,
+    alpha: PerRow,
+    lam: PerRow,
+) -> Combination:
     two = isinstance(tuned, (list, tuple))
-    if tuned is None or (two and (len(tuned) != 2 or any(t is None for t in tuned))):
-        raise ValueError(
-            f"tuned: got {'None' if tuned is None else f'{len(tuned)} models'}, allowed is a model or a list of two"
-        )
+    several = [t for t in (tuned if isinstance(tuned, (list, tuple)) else [tuned]) if t is not None]
+    if len(several) != (2 if two else 1) or (isinstance(tuned, (list, tuple)) and len(tuned) != 2):
+        got = f"{len(tuned)} models" if isinstance(tuned, (list, tuple)) else "None"
+        raise ValueError(f"tuned: got {got}, allowed is a model or a list of two")
     if ref is None:
-        if two or not layers_of(unwrapped(tuned, "tuned")):
+        if two or not layers_of(unwrapped(several[0], "tuned")):
             raise ValueError(
                 "ref: got None, allowed is the model that tuned was fine-tuned from"
                 + ("" if two else ", or None where tuned is a model with an adapter (PEFT)")
             )
-        ref = Off(tuned)  # the same weights, held once
+        ref = Off(several[0])  # the same weights, held once
     mode = ("interpolate" if two else "upscale") if mode is None else mode
     refuse_unless("mode", mode, mode in MODES, f"one of {', '.join(MODES)}")
     if two != (mode == "interpolate"):
@@ -143,13 +174,16 @@ def combination_of(model, tuned, ref, mode, beta, alpha, lam):
         if name != own:
             owner = next(m for m, (strength, _) in MODES.items() if strength == name)
             raise ValueError(f"{name}: goes with mode={owner!r}, got mode={mode!r}")
-    weights: Weights = preset(*given.values())
-    models = [model, *(tuned if two else [tuned]), ref]
     names = ["model", "tuned[0]", "tuned[1]", "ref"] if two else ["model", "tuned", "ref"]
-    return models, names, weights, 0 if mode == "downscale" else 1
+    return Combination([model, *several, ref], names, preset(*given.values()), 0 if mode == "downscale" else 1)
 
 
-def free_combination_of(model, models, weights, given: dict):
+def free_combination_of(
+    model: nn.Module,
+    models: Models | None,
+    weights: Weights | Sequence[Number] | torch.Tensor | None,
+    given: Mapping[str, object],
+) -> Combination:
     """As `combination_of`, for any number of models with weights of their own: model drafts."""
     for name, value in given.items():
         if value is not None:
@@ -159,22 +193,23 @@ def free_combination_of(model, models, weights, given: dict):
         got = f"{len(models)} models" if isinstance(models, (list, tuple)) else type(models).__name__
         raise ValueError(f"models: got {got}, allowed is a list of up to {MAX_MODELS - 1} beside model")
     device = device_of(model)
-    if isinstance(weights, (list, tuple)):
-        weights = [on_device("weights", w, device) for w in weights]
-    elif isinstance(weights, Weights):
-        weights = list(weights.values) if weights.tensor is None else weights.tensor.to(device)
+    if isinstance(weights, Weights):
+        combined = weights if weights.tensor is None else Weights(weights.tensor.to(device))
+    elif isinstance(weights, (list, tuple)):
+        combined = Weights([on_device("weights", w, device) for w in weights])
     else:
-        weights = on_device("weights", weights, device)
-    weights = Weights(weights)
-    if len(weights) != 1 + len(models):
-        raise ValueError(f"weights: got {len(weights)} for {1 + len(models)} models, model and models")
-    return [model, *models], ["model", *(f"models[{j}]" for j in range(len(models)))], weights, 0
+        combined = Weights(on_device("weights", weights, device))
+    if len(combined) != 1 + len(models):
+        raise ValueError(f"weights: got {len(combined)} for {1 + len(models)} models, model and models")
+    return Combination([model, *models], ["model", *(f"models[{j}]" for j in range(len(models)))], combined, 0)
 
 
 # --- options ---------------------------------------------------------------------------------------------------------
 
 
-def check_options(config, call: Call | None, model_kwargs: dict, sees: bool = False) -> None:
+def check_options(
+    config: GenerationConfig, call: Call | None, model_kwargs: Mapping[str, Any], sees: bool = False
+) -> None:
     """Refuses what cannot be honoured; ``sees``: the model is one for images, too, and its prompt is text.
 
     call: of transformers' generate; None: it was not called, so that every option is the caller's.
@@ -220,7 +255,14 @@ def check_options(config, call: Call | None, model_kwargs: dict, sees: bool = Fa
 # --- inputs ----------------------------------------------------------------------------------------------------------
 
 
-def own_prompts(prompts, names, rows: int, device, vocab_size: int, pad=None):
+def own_prompts(
+    prompts: Sequence[OwnIds] | None,
+    names: Sequence[str],
+    rows: int,
+    device: torch.device,
+    vocab_size: int,
+    pad: torch.Tensor | None = None,
+) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
     """(ids int64 [rows, P] with 0 on padding, left int64 [rows]) or None, for model (None) and each of ``models``."""
     if prompts is None:
         return [None] * len(names)
@@ -230,7 +272,7 @@ def own_prompts(prompts, names, rows: int, device, vocab_size: int, pad=None):
             f"prompts: got {got}, allowed is a list of {len(names) - 1}, one for each of models (None: "
             "the prompt of model)"
         )
-    out: list = [None]
+    out: list[tuple[torch.Tensor, torch.Tensor] | None] = [None]
     for j, given in enumerate(prompts):
         name = f"prompts[{j}]"
         if given is None:
@@ -267,7 +309,7 @@ def own_prompts(prompts, names, rows: int, device, vocab_size: int, pad=None):
     return out
 
 
-def left_padding(mask: torch.Tensor, shape, name: str) -> torch.Tensor:
+def left_padding(mask: torch.Tensor, shape: Sequence[int], name: str) -> torch.Tensor:
     """Columns of padding before each row's prompt [B], by its mask."""
     if mask.shape != shape:
         raise ValueError(f"{name}: got {list(mask.shape)}, allowed is {list(shape)}, as input_ids")
@@ -280,11 +322,16 @@ def left_padding(mask: torch.Tensor, shape, name: str) -> torch.Tensor:
     return (~real).sum(1)
 
 
-def check_inputs(models, names, input_ids, model_kwargs, vocab_size, tokenizers):
+def check_inputs(
+    models: Sequence[GenerativeModel],
+    names: Sequence[str],
+    input_ids: torch.Tensor,
+    model_kwargs: Mapping[str, Any],
+    vocab_size: int | None,
+    tokenizers: Sequence[PreTrainedTokenizerBase] | None,
+) -> tuple[torch.Tensor, int]:
     """(columns of left padding [B], V)."""
     for m, name in zip(models, names):
-        if not isinstance(m, GenerationMixin) or not hasattr(m, "config"):
-            raise ValueError(f"{name}: got {type(m).__name__}, allowed is a transformers causal language model")
         if m.config.is_encoder_decoder:
             raise ValueError(f"{name}: got {type(m).__name__}, an encoder-decoder model; allowed are decoders")
         if m.device.type == "meta" and not hasattr(m, "_hf_hook"):
@@ -321,7 +368,9 @@ def check_inputs(models, names, input_ids, model_kwargs, vocab_size, tokenizers)
     return left, shortest if vocab_size is None else vocab_size
 
 
-def check_tokenizers(tokenizers, names, vocab_size: int, tails: bool) -> None:
+def check_tokenizers(
+    tokenizers: Sequence[PreTrainedTokenizerBase], names: Sequence[str], vocab_size: int, tails: bool
+) -> None:
     """ids below vocab_size mean the same in all; with ``tails``, ids from there on are padding at most.
 
     A token that was added to one tokenizer (a chat model's) may be missing in another, or have the place of another
@@ -351,7 +400,9 @@ def check_tokenizers(tokenizers, names, vocab_size: int, tails: bool) -> None:
             )
 
 
-def check_context(models, names, prompts: list[int], max_new_tokens: int) -> None:
+def check_context(
+    models: Sequence[GenerativeModel], names: Sequence[str], prompts: Sequence[int], max_new_tokens: int
+) -> None:
     for m, name, prompt in zip(models, names, prompts):
         limit = getattr(m.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if isinstance(limit, int) and 0 < limit < prompt + max_new_tokens:
@@ -364,24 +415,29 @@ def check_context(models, names, prompts: list[int], max_new_tokens: int) -> Non
 # --- the end of a text -----------------------------------------------------------------------------------------------
 
 
-def end_tokens(models) -> list[int]:
+def end_tokens(models: Iterable[GenerativeModel]) -> list[int]:
     """Ids that end a text for any of the models, by their generation configs, ascending.
 
     A chat model ends its turn with a token that the model it was trained from may never use.
     """
-    ends = set()
+    ends: set[int] = set()
     for model in models:
         own = getattr(model.generation_config, "eos_token_id", None)
         ends |= {own} if isinstance(own, int) else set(own or ())
     return sorted(ends)
 
 
-def stop_strings_of(models, names, given, tokenizer) -> list[str]:
+def stop_strings_of(
+    models: Sequence[GenerativeModel],
+    names: Sequence[str],
+    given: str | Sequence[str] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> list[str]:
     """Texts that end a row: ``given`` (a text, a list or None) or, where the call gives none, those of the generation
     configs of ``models``, beside the model that transformers looked at itself."""
     if given is not None:
         return [given] if isinstance(given, str) else list(given)
-    found = []
+    found: list[str] = []
     for model, name in zip(models, names):
         own = getattr(model.generation_config, "stop_strings", None) or []
         own = [own] if isinstance(own, str) else list(own)
@@ -394,9 +450,13 @@ def stop_strings_of(models, names, given, tokenizer) -> list[str]:
     return found
 
 
-def endings_of(stopping_criteria, prompt_length: int):
+def endings_of(
+    stopping_criteria: Iterable[StoppingCriteria], prompt_length: int
+) -> tuple[int, list[int], StoppingCriteriaList]:
     """(max_new_tokens, end-of-text ids, the other criteria)."""
-    limits, eos, others = [], [], StoppingCriteriaList()
+    limits: list[int] = []
+    eos: list[int] = []
+    others = StoppingCriteriaList()
     for criterion in stopping_criteria:
         if type(criterion) is MaxLengthCriteria:
             limits.append(criterion.max_length)

@@ -76,7 +76,7 @@ def meant_model(model: nn.Module) -> nn.Module:
     """The PeftModel whose ``generate`` called transformers' with its base module ``model``, else ``model``."""
     classes = peft_models()
     for frame in _outwards(sys._getframe(2), 32 if classes else 0):
-        holder = frame.f_locals.get("self") if frame.f_code.co_name == "generate" else None
+        holder: Any = frame.f_locals.get("self") if frame.f_code.co_name == "generate" else None
         if isinstance(holder, classes) and model in (holder.base_model, getattr(holder.base_model, "model", None)):
             return holder
     return model
