@@ -46,9 +46,9 @@ PURE_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 class GenerativeModel(Protocol):
-    """A causal language model of transformers: each is a PreTrainedModel and a GenerationMixin, which has no name there.
+    """A causal language model of transformers: what we rely on of it.
 
-    These are the attributes that we rely on.
+    Each is a PreTrainedModel and a GenerationMixin; transformers has no name for both together.
     """
 
     config: PreTrainedConfig
