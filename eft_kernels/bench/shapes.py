@@ -22,7 +22,7 @@ DEVICES = ("cpu", "cuda")
 MIN_VOCAB = 1000
 
 # op: variant: sampling parameters; "masked" allows half of the tokens, "logprobs" asks for the token's log-probs
-OPS: dict[str, dict[str, dict[str, Any]]] = {
+OPS: dict[str, dict[str, dict[str, float]]] = {
     "sample": {
         "plain": {},
         "top_k": dict(top_k=50),
@@ -124,7 +124,7 @@ def problem(s: Shape) -> Problem:
         inputs.WEIGHTS[s.models],
         params,
         eft.row_seeds(1, s.batch, s.device),
-        settings.get("logprobs", False),
+        bool(settings.get("logprobs")),
         mask,
         allowed,
     )

@@ -77,6 +77,7 @@ def alone(
     import torch
 
     import eft_kernels as eft
+
     from ..integrations.hf import cache_name
 
     out: list[int] = []

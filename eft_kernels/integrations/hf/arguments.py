@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ from .models import CACHE_NAMES, GenerativeModel, Off, device_of, layers_of, log
 Models = list[nn.Module] | tuple[nn.Module, ...]  # of transformers, or a PeftModel over one
 # the prompt of one model: ids [n, columns], or a dict with an attention_mask, too; None: the prompt of all
 OwnIds = torch.Tensor | Mapping[str, torch.Tensor] | None
+T = TypeVar("T")
 
 # name: the strength it takes, and its weights for [model, tuned, ref] (interpolate: two tuned models)
 MODES: dict[str, tuple[str | None, Callable[..., Weights]]] = {
@@ -110,10 +111,10 @@ def refuse_unless(name: str, got: object, ok: bool, allowed: str) -> None:
         raise ValueError(f"{name}: got {got!r}, allowed is {allowed}")
 
 
-def on_device(name: str, value: Any, device: torch.device) -> Any:
+def on_device(name: str, value: T, device: torch.device) -> T | torch.Tensor:
     """A list or an array as a tensor on ``device``, a tensor there; anything else as it is."""
-    value = from_host(name, value, device)
-    return value.to(device) if isinstance(value, torch.Tensor) else value
+    found: T | torch.Tensor = from_host(name, value, device)
+    return found.to(device) if isinstance(found, torch.Tensor) else found
 
 
 def per_row(name: str, value: PerRow, rows: int, device: torch.device) -> Value:
@@ -192,6 +193,8 @@ def free_combination_of(
     if not isinstance(models, (list, tuple)) or len(models) >= MAX_MODELS or any(m is None for m in models):
         got = f"{len(models)} models" if isinstance(models, (list, tuple)) else type(models).__name__
         raise ValueError(f"models: got {got}, allowed is a list of up to {MAX_MODELS - 1} beside model")
+    if weights is None:
+        raise ValueError(f"weights: got None, allowed are {1 + len(models)} numbers, for model and each of models")
     device = device_of(model)
     if isinstance(weights, Weights):
         combined = weights if weights.tensor is None else Weights(weights.tensor.to(device))

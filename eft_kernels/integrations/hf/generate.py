@@ -76,11 +76,8 @@ class InvalidRowError(RuntimeError):
         super().__init__(invalid_message(failed))
         self.failed, self.output = failed, output
 
-    def __reduce__(
-        self,
-    ) -> tuple[
-        type[InvalidRowError], tuple[dict[int, int], torch.Tensor | EmulatedOutput]
-    ]:  # an exception is made anew from its message alone, and a pool that waits for it hangs
+    def __reduce__(self) -> tuple[Any, ...]:
+        # an exception is made anew from its message alone, and a pool that waits for it hangs
         return type(self), (self.failed, self.output)
 
 
