@@ -770,7 +770,7 @@ def test_a_negative_prompt_for_every_returned_sequence(llamas):  # noqa: F811
     "options, message",
     [
         (dict(weights=[2.0, -1.0]), "weights: got 2 for 1 models"),
-        (dict(models=[base]), "weights: got None, allowed are 2 numbers"),
+        (dict(models=[0]), "weights: got None, allowed are 2 numbers"),
         (dict(weights=[1.0], tuned="x"), "tuned: goes with tuned and ref"),
         (dict(models=["m"] * 8, weights=[1.0] * 8), "models: got 8 models"),
         (dict(models=["llama"], weights=[2.0, -1.0]), "models.0.: got str"),

@@ -41,8 +41,8 @@ class Decoded:
     sequences: torch.Tensor  # int64 [B, P + T]
     lengths: torch.Tensor  # int64 [B], new tokens per row
     failed: dict[int, int]  # row: the step (0 is the first new token) at which it became invalid
-    logits: Scores | None  # T x [B, V] float32, emulated scores; 0 after a row's end
-    scores: Scores | None  # T x [B, V] float32, processed; a point mass on padding after its end
+    logits: tuple[torch.Tensor, ...] | None  # T x [B, V] float32, emulated scores; 0 after a row's end
+    scores: tuple[torch.Tensor, ...] | None  # T x [B, V] float32, processed; a point mass on padding after its end
     speculation: Speculation | None = None
 
 

@@ -22,9 +22,9 @@ class Target:
 
     weights: Weights
     seeds: torch.Tensor  # int64 [B]
-    # sampling parameters by name: those of any scores, and those of the combination alone
-    filters: Mapping[str, Value] = field(default_factory=dict)
-    combining: Mapping[str, Value] = field(default_factory=dict)
+    # sampling parameters, numbers or tensors [B]: those of any scores, and those of the combination alone
+    filters: Mapping[str, float | torch.Tensor] = field(default_factory=dict)
+    combining: Mapping[str, float | torch.Tensor] = field(default_factory=dict)
     vocab_size: int | None = None  # needed where the models' logits differ in width: a draft must exist for all
     # process(ids [B, P + n], scores [B, V] float32) -> scores, before the filters; `verify` calls its method
     # of_rows(ids, scores, rows) instead, if it has one: only the rows of the mask [B] have n new tokens

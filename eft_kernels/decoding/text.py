@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 
 Scores = tuple[torch.Tensor, ...]  # float32 [B, V] of each step so far
-# (ids [B, P + n], scores so far) -> bool [B]: whether each row ends with its newest token
 Criteria = Callable[[torch.Tensor, Scores | None], torch.Tensor]
 
 
@@ -22,7 +21,8 @@ class Prompt:
     eos: list[int] = field(default_factory=list)  # a row ends after any of these
     pad: int = 0  # fills a row after its end
     known: int = 0  # padding below this is given to the models as it is, the rest as id 0
-    criteria: Criteria | None = None
+    # criteria(ids [B, P + n], scores so far) -> bool [B]: whether each row ends with its newest token
+    criteria: Callable[[torch.Tensor, tuple[torch.Tensor, ...] | None], torch.Tensor] | None = None
 
     def readable(self) -> torch.Tensor:
         """ids with 0 where padding has an id that a model may not know."""

@@ -11,7 +11,7 @@ transformers >= 5.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +34,6 @@ from ...decoding import Model, OnTokens, OwnPrompt, Prompt, Speculation, Target,
 from ...ops import PerRow, sample
 from ...parameters import GREEDY, MAX_SLOT, METHODS, OFF, PARAMETERS
 from .arguments import (
-    Models,
-    OwnIds,
     check_context,
     check_inputs,
     check_options,
@@ -103,11 +101,11 @@ def generate(
     stopping_criteria: StoppingCriteriaList | None = None,
     generation_config: GenerationConfig | None = None,
     *,
-    tuned: nn.Module | Models | None = None,
+    tuned: nn.Module | list[nn.Module] | tuple[nn.Module, ...] | None = None,
     ref: nn.Module | None = None,
-    models: Models | None = None,
+    models: list[nn.Module] | tuple[nn.Module, ...] | None = None,
     weights: Weights | Sequence[Number] | torch.Tensor | None = None,
-    prompts: Sequence[OwnIds] | None = None,
+    prompts: Sequence[torch.Tensor | Mapping[str, torch.Tensor] | None] | None = None,
     mode: str | None = None,
     beta: PerRow = None,
     alpha: PerRow = None,
