@@ -99,7 +99,7 @@ fuzz: $(TOOLS) build ## calls nobody would write, at random, under sanitizers an
 	@$(RUN) $(PY) tests/fuzz/fuzz.py --seconds $(FUZZ_SECONDS)
 
 clean: ## remove what was built (the environment stays)
-	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis eft_kernels/*.so
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis eft_kernels/*.so
 	@find eft_kernels tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The environment: what the package and the demo need. torch comes first and is then pinned, so that no other requirement

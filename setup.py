@@ -416,6 +416,7 @@ def main():
     abi3 = extensions and all(extension.py_limited_api for extension in extensions)
     setup(
         packages=find_packages(include=["eft_kernels*"]),
+        package_data={"eft_kernels": ["py.typed"]},
         ext_modules=extensions,
         cmdclass={"build_ext": Build},
         options=elsewhere() | ({"bdist_wheel": {"py_limited_api": "cp310"}} if abi3 else {}),

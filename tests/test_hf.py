@@ -712,7 +712,7 @@ def test_every_generation_option_is_honoured_or_refused(llamas):
         config = GenerationConfig()
         object.__setattr__(config, name, "something")
         with pytest.raises(ValueError, match=f"^{name}: got 'something'"):
-            arguments.check_options(config, {}, {})
+            arguments.check_options(config, None, {})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        arguments.check_options(llamas[0].generation_config, {}, {})
+        arguments.check_options(llamas[0].generation_config, None, {})

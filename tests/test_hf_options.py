@@ -611,6 +611,11 @@ def test_leftovers_of_a_checkpoints_generation_config(llamas):  # noqa: F811
     for name in ("use_cache", "length_penalty"):
         with pytest.raises(ValueError, match=f"{name}: got {left[name]}"):
             run(models, do_sample=False, **{name: left[name]})
+    inputs, config = padded(), transformers.GenerationConfig(length_penalty=0.8, max_new_tokens=4, pad_token_id=PAD)
+    options = dict(custom_generate=eft.hf.generate, tuned=models[1], ref=models[2])
+    for given, more in (((config,), {}), ((), dict(generation_config=config))):  # by position and by name
+        with pytest.raises(ValueError, match="length_penalty: got 0.8"):
+            models[0].generate(inputs["input_ids"], *given, attention_mask=inputs["attention_mask"], **options, **more)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
@@ -765,6 +770,7 @@ def test_a_negative_prompt_for_every_returned_sequence(llamas):  # noqa: F811
     "options, message",
     [
         (dict(weights=[2.0, -1.0]), "weights: got 2 for 1 models"),
+        (dict(models=[0]), "weights: got None, allowed are 2 numbers"),
         (dict(weights=[1.0], tuned="x"), "tuned: goes with tuned and ref"),
         (dict(models=["m"] * 8, weights=[1.0] * 8), "models: got 8 models"),
         (dict(models=["llama"], weights=[2.0, -1.0]), "models.0.: got str"),

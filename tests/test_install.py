@@ -66,9 +66,8 @@ def test_wheel_without_a_compiler(tree, tmp_path):
         entry = configparser.ConfigParser()
         entry.read_string(z.read(f"{info}/entry_points.txt").decode())
     assert not [n for n in names if n.endswith((".so", ".cpp", ".h", ".cu", ".cuh"))]
-    assert {n for n in names if not n.startswith(info)} == {
-        p.relative_to(tree).as_posix() for p in (tree / "eft_kernels").rglob("*.py")
-    }
+    modules = {p.relative_to(tree).as_posix() for p in (tree / "eft_kernels").rglob("*.py")}
+    assert {n for n in names if not n.startswith(info)} == modules | {"eft_kernels/py.typed"}
     assert any(n.startswith(info) and n.endswith("LICENSE") for n in names)
     assert metadata["Requires-Python"] == ">=3.10" and metadata["Name"] == "eft-kernels"
     requires = metadata.get_all("Requires-Dist")
@@ -182,7 +181,7 @@ def test_source_distribution_is_complete(tree, tmp_path):
         if p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")
     }
     assert needed and needed <= names, needed - names
-    assert {"LICENSE", "README.md", "pyproject.toml", "setup.py"} <= names
+    assert {"LICENSE", "README.md", "pyproject.toml", "setup.py", "eft_kernels/py.typed"} <= names
 
 
 def test_import_is_light():

@@ -8,19 +8,22 @@ how many); logprobs: (logits) -> [B, V]; token_logprobs: (logits, ids) -> [B, n]
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from eft_kernels.parameters import OFF, PARAMETERS
+
+Logits = Sequence[torch.Tensor]  # J x [B, V], or [B, K+1, V]
+Call = Callable[..., Any]  # of an operation; what it takes and returns is said above
 
 
 class Problem(NamedTuple):
     """What a call is about, beside its inputs."""
 
     weights: tuple[float, ...]
-    params: dict  # sampling parameters that are not off, by our names
+    params: dict[str, float]  # sampling parameters that are not off, by our names
     seeds: torch.Tensor  # int64 [rows], of our noise
     logprobs: bool = False
     token_mask: torch.Tensor | None = None  # int32 [rows, V / 32]
@@ -29,13 +32,17 @@ class Problem(NamedTuple):
     def get(self, name: str) -> float:
         return self.params.get(name, OFF[name])
 
+    @property
+    def top_k(self) -> int:
+        return int(self.get("top_k"))
+
 
 class Baseline(NamedTuple):
     name: str
     summary: str
     source: str  # what it mirrors
     ops: dict[str, tuple[str, ...]]
-    make: Callable
+    make: Callable[..., Call]
     absent: Callable[[], str | None] = lambda: None
     devices: tuple[str, ...] = ("cpu", "cuda")
 
@@ -48,7 +55,7 @@ EVERYTHING = dict(sample=SAMPLE, verify=VERIFY, logprobs=("plain",), token_logpr
 # --- eager: what a user of transformers writes ---------------------------------------------------------------------
 
 
-def warpers(q: Problem) -> list:
+def warpers(q: Problem) -> list[Any]:
     """transformers' own, in its order."""
     wanted = [(p.warper, x) for p in PARAMETERS if p.warper and (x := q.get(p.name)) != p.off]
     if not wanted:
@@ -58,7 +65,7 @@ def warpers(q: Problem) -> list:
     return [getattr(logits_process, name)(x) for name, x in wanted]
 
 
-def eager_scores(logits, q: Problem):
+def eager_scores(logits: Logits, q: Problem) -> torch.Tensor:
     logps = [z.float().log_softmax(-1) for z in logits]
     scores = logps[0] if q.weights[0] == 1 else q.weights[0] * logps[0]
     for lp, w in zip(logps[1:], q.weights[1:]):
@@ -66,15 +73,16 @@ def eager_scores(logits, q: Problem):
     if q.get("upscale_top_p") < 1:
         from transformers.generation.logits_process import TopPLogitsWarper
 
-        outside = TopPLogitsWarper(q.get("upscale_top_p"))(None, logps[1]).isinf()
+        warper: Any = TopPLogitsWarper(q.get("upscale_top_p"))  # it does not look at the ids
+        outside = warper(None, logps[1]).isinf()
         scores = torch.where(outside, logps[1], scores)
     return scores if q.allowed is None else scores.masked_fill(~q.allowed, -float("inf"))
 
 
-def eager(op: str, variant: str, q: Problem):
+def eager(op: str, variant: str, q: Problem) -> Call:
     chain = warpers(q)
 
-    def sample(logits):
+    def sample(logits: Logits) -> torch.Tensor | tuple[torch.Tensor, ...]:
         raw = scores = eager_scores(logits, q)
         for warper in chain:
             scores = warper(None, scores)
@@ -85,15 +93,16 @@ def eager(op: str, variant: str, q: Problem):
             x.squeeze(1) for x in (token, scores.log_softmax(-1).gather(1, token), raw.log_softmax(-1).gather(1, token))
         )
 
-    return dict(
+    calls: dict[str, Call] = dict(
         sample=sample,
         verify=lambda logits, drafts: rejection(logits, drafts, eager_scores(logits, q)),
         logprobs=lambda logits: eager_scores(logits, q).log_softmax(-1),
         token_logprobs=lambda logits, ids: eager_scores(logits, q).log_softmax(-1).gather(1, ids),
-    )[op]
+    )
+    return calls[op]
 
 
-def rejection(logits, drafts, scores):
+def rejection(logits: Logits, drafts: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """transformers' _speculative_sampling for a batch, without reading from the device; drafts of model 1."""
     B, K = drafts.shape
     target = scores.softmax(-1)  # [B, K+1, V]
@@ -111,7 +120,7 @@ def rejection(logits, drafts, scores):
 # --- lean: as little PyTorch as it takes ---------------------------------------------------------------------------
 
 
-def combine(logits, q: Problem):
+def combine(logits: Logits, q: Problem) -> torch.Tensor:
     """Scores without any log-softmax, one pass a model."""
     s = logits[0].to(torch.float32, copy=True)
     if q.weights[0] != 1:
@@ -126,19 +135,19 @@ def combine(logits, q: Problem):
     return s if q.allowed is None else s.masked_fill_(~q.allowed, -float("inf"))
 
 
-def nucleus(scores, p: float):
+def nucleus(scores: torch.Tensor, p: float) -> torch.Tensor:
     """The smallest score in the nucleus of mass p, [B, 1]."""
     ordered = scores.sort(-1, descending=True).values
     return ordered.gather(1, (ordered.softmax(-1).cumsum(-1) < p).sum(-1, keepdim=True).clamp(max=scores.shape[1] - 1))
 
 
-def lean_sample(logits, q: Problem):
+def lean_sample(logits: Logits, q: Problem) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Softmax, (sort,) cumsum, searchsorted of one uniform: every filter keeps a prefix of the sorted masses."""
     s = combine(logits, q)
     mass = (s / q.get("temperature") if "temperature" in q.params else s).softmax(-1)
     order, min_p = None, q.get("min_p")
-    if q.get("top_k"):
-        mass, order = mass.topk(q.get("top_k"))
+    if q.top_k:
+        mass, order = mass.topk(q.top_k)
     elif q.get("top_p") < 1:
         mass, order = mass.sort(descending=True)
     elif min_p:
@@ -157,29 +166,30 @@ def lean_sample(logits, q: Problem):
     return token.squeeze(1), (mass.gather(1, place) / total).log_().squeeze(1), raw.squeeze(1)
 
 
-def lean_token_logprobs(logits, ids, q: Problem):
+def lean_token_logprobs(logits: Logits, ids: torch.Tensor, q: Problem) -> torch.Tensor:
     s = combine(logits, q)
     return s.gather(1, ids) - s.logsumexp(-1, keepdim=True)
 
 
-def lean(op: str, variant: str, q: Problem, sample=lean_sample):
-    return dict(
+def lean(op: str, variant: str, q: Problem, sample: Call = lean_sample) -> Call:
+    calls: dict[str, Call] = dict(
         sample=lambda logits: sample(logits, q),
         verify=lambda logits, drafts: rejection(logits, drafts, combine(logits, q)),
         logprobs=lambda logits: combine(logits, q).log_softmax(-1),
         token_logprobs=lambda logits, ids: lean_token_logprobs(logits, ids, q),
-    )[op]
+    )
+    return calls[op]
 
 
 # --- compiled: one graph -------------------------------------------------------------------------------------------
 
 
-def race_sample(logits, q: Problem):
+def race_sample(logits: Logits, q: Problem) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """argmax of score - log Exp(1), filters as thresholds: no cumsum, no multinomial."""
     raw = combine(logits, q)
     s = raw / q.get("temperature")
-    if q.get("top_k"):
-        s = s.masked_fill(s < s.topk(q.get("top_k")).values[:, -1:], -float("inf"))
+    if q.top_k:
+        s = s.masked_fill(s < s.topk(q.top_k).values[:, -1:], -float("inf"))
     if q.get("top_p") < 1:
         s = s.masked_fill(s < nucleus(s, q.get("top_p")), -float("inf"))
     if q.get("min_p"):
@@ -190,12 +200,12 @@ def race_sample(logits, q: Problem):
     return tuple(x.squeeze(1) for x in (token, *(y.gather(1, token) - y.logsumexp(-1, keepdim=True) for y in (s, raw))))
 
 
-def compile_(function):
+def compile_(function: Call) -> Call:
     # inductor writes the number of threads into its code and would find that code again for another number
     return torch.compile(function, dynamic=False, fullgraph=True, options={"cpp.threads": torch.get_num_threads()})
 
 
-def compiled(op: str, variant: str, q: Problem):
+def compiled(op: str, variant: str, q: Problem) -> Call:
     return compile_(lean(op, variant, q, race_sample))
 
 
@@ -205,30 +215,32 @@ def no_compiler() -> str | None:
         compile_(lambda x: x.exp() + 1)(torch.zeros(8, device="cuda" if torch.cuda.is_available() else "cpu"))
     except Exception as error:
         return f"torch.compile: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return None
 
 
 # --- serving stacks' samplers, on scores that torch.compile combines -----------------------------------------------
 
 
 def importable(name: str) -> Callable[[], str | None]:
-    def absent():
+    def absent() -> str | None:
         try:
             __import__(name)
         except Exception as error:  # a library built for another torch raises all sorts
             return f"import {name}: {type(error).__name__}: {error}"
+        return None
 
     return absent
 
 
-def scaled(q: Problem):
+def scaled(q: Problem) -> Call:
     return compile_(lambda logits: combine(logits, q) / q.get("temperature"))
 
 
-def probabilities(q: Problem):
+def probabilities(q: Problem) -> Call:
     return compile_(lambda logits: (combine(logits, q) / q.get("temperature")).softmax(-1))
 
 
-def flashinfer(op: str, variant: str, q: Problem):
+def flashinfer(op: str, variant: str, q: Problem) -> Call:
     import flashinfer.sampling as f
 
     if op == "verify":
@@ -236,48 +248,50 @@ def flashinfer(op: str, variant: str, q: Problem):
             lambda logits, drafts: (logits[1][:, : drafts.shape[1]].float().softmax(-1), combine(logits, q).softmax(-1))
         )
 
-        def verify(logits, drafts):
+        def verify(logits: Logits, drafts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             draft, target = both(logits, drafts)
             tokens = f.chain_speculative_sampling(draft, drafts.int(), target)[0]
             return tokens, (tokens >= 0).sum(1)
 
         return verify
-    k, p = q.get("top_k"), q.get("top_p")
+    k, p = q.top_k, q.get("top_p")
     if variant in ("plain", "masked"):
         scores = scaled(q)
         return lambda logits: f.sampling_from_logits(scores(logits))
     probs = probabilities(q)
-    return dict(
+    calls: dict[str, Call] = dict(
         top_k=lambda logits: f.top_k_sampling_from_probs(probs(logits), k),
         top_p=lambda logits: f.top_p_sampling_from_probs(probs(logits), p),
         min_p=lambda logits: f.min_p_sampling_from_probs(probs(logits), q.get("min_p")),
         all=lambda logits: f.min_p_sampling_from_probs(
             f.top_p_renorm_probs(f.top_k_renorm_probs(probs(logits), k), p), q.get("min_p")
         ),
-    )[variant]
+    )
+    return calls[variant]
 
 
-def vllm(op: str, variant: str, q: Problem):
+def vllm(op: str, variant: str, q: Problem) -> Call:
     from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p, random_sample
 
     scores, device = scaled(q), "cuda"
-    k = torch.full((len(q.seeds),), q.get("top_k"), dtype=torch.int32, device=device) if q.get("top_k") else None
+    k = torch.full((len(q.seeds),), q.top_k, dtype=torch.int32, device=device) if q.top_k else None
     p = torch.full((len(q.seeds),), q.get("top_p"), device=device) if q.get("top_p") < 1 else None
     return lambda logits: random_sample(apply_top_k_top_p(scores(logits), k, p).softmax(-1), {})
 
 
-def sglang(op: str, variant: str, q: Problem):
+def sglang(op: str, variant: str, q: Problem) -> Call:
     import sgl_kernel as f
 
-    probs, k, p = probabilities(q), q.get("top_k"), q.get("top_p")
-    return dict(
+    probs, k, p = probabilities(q), q.top_k, q.get("top_p")
+    calls: dict[str, Call] = dict(
         top_k=lambda logits: f.top_k_top_p_sampling_from_probs(probs(logits), k, 1.0),
         top_p=lambda logits: f.top_p_sampling_from_probs(probs(logits), p),
         min_p=lambda logits: f.min_p_sampling_from_probs(probs(logits), q.get("min_p")),
         all=lambda logits: f.min_p_sampling_from_probs(
             f.top_p_renorm_prob(f.top_k_renorm_prob(probs(logits), k), p), q.get("min_p")
         ),
-    )[variant]
+    )
+    return calls[variant]
 
 
 BASELINES = [

@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .rows import ORDER, OUR_NAMES, Group, name_of, newest, timed, us
-from .shapes import Shape
+from .shapes import Row, Shape
 
 ENOUGH = 3  # repetitions from which p20..p80 says something of the noise
 
@@ -34,32 +34,34 @@ class Line(NamedTuple):
     verdict: str
 
 
-ONE = dict(median_us=1.0, p20_us=1.0, p80_us=1.0)
+ONE: Row = dict(median_us=1.0, p20_us=1.0, p80_us=1.0)
+Interval = tuple[float, float, float]  # a value, the least and the greatest that it may be
 
 
-def ratio(a: dict, b: dict, base_a: dict | None = None, base_b: dict | None = None) -> tuple[float, float, float]:
-    """b's time / a's, the least and the greatest that it may be; in units of the baselines' times if there are any."""
+def ratio(a: Row, b: Row, base_a: Row | None = None, base_b: Row | None = None) -> Interval:
+    """b's time / a's, in units of the baselines' times if there are any."""
 
-    def divide(x, y):
+    def time(row: Row) -> Interval:
+        return row["median_us"], row["p20_us"], row["p80_us"]
+
+    def divide(x: Interval, y: Interval) -> Interval:
         return x[0] / y[0], x[1] / y[2], x[2] / y[1]
 
-    a, base_a, b, base_b = ([row[k] for k in ONE] for row in (a, base_a or ONE, b, base_b or ONE))
-    return divide(divide(b, base_b), divide(a, base_a))
+    return divide(divide(time(b), time(base_b or ONE)), divide(time(a), time(base_a or ONE)))
 
 
 def line(shape: Shape, name: str, before: Group, after: Group) -> Line:
-    def known(n):  # whether the noise of both rows was measured
+    def known(n: str) -> bool:  # whether the noise of both rows was measured
         return all(timed(g, n) and g[n]["repetitions"] >= ENOUGH for g in (before, after))
 
-    def noise(n):
-        return before[n]["p80_us"] / before[n]["p20_us"] * after[n]["p80_us"] / after[n]["p20_us"]
+    def noise(n: str) -> float:
+        return float(before[n]["p80_us"] / before[n]["p20_us"] * after[n]["p80_us"] / after[n]["p20_us"])
 
     others = [n for n in before if n not in OUR_NAMES and known(n)] if name in OUR_NAMES else []
     baseline = min(others, key=noise, default=None)
-    alone, relative = (
-        ratio(before[name], after[name]),
-        ratio(before[name], after[name], before.get(baseline), after.get(baseline)),
-    )
+    alone = relative = ratio(before[name], after[name])
+    if baseline:
+        relative = ratio(before[name], after[name], before[baseline], after[baseline])
     verdict = (
         "unclear"
         if not known(name)
@@ -72,7 +74,7 @@ def line(shape: Shape, name: str, before: Group, after: Group) -> Line:
     return Line(shape, name, before[name]["median_us"], after[name]["median_us"], baseline, *relative, verdict)
 
 
-def compare(before: list[dict], after: list[dict]) -> list[Line]:
+def compare(before: list[Row], after: list[Row]) -> list[Line]:
     """A line for every implementation and shape that both runs timed; ours first."""
     old, new = newest(before), newest(after)
     both = [(s, n) for s in old if s in new for n in old[s] if timed(old[s], n) and timed(new[s], n)]
@@ -84,7 +86,7 @@ def cells(lines: list[Line]) -> tuple[list[str], list[list[str]]]:
     fields = [f for f in ORDER[2:] if len({getattr(x.shape, f) for x in lines}) > 1]
     signs = dict(models="J=", draft_tokens="K=", vocab="V=", batch="B=", threads="threads=")
 
-    def words(s):
+    def words(s: Shape) -> str:
         return " ".join(
             [s.op, s.variant, *(f"{signs.get(f, '')}{v}" for f in fields if (v := getattr(s, f)) is not None)]
         )

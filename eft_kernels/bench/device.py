@@ -13,8 +13,10 @@ import platform
 import subprocess
 import time
 import uuid
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +24,7 @@ import eft_kernels as eft
 from eft_kernels import dispatch
 
 SCHEMA = 1
+Timer = Callable[[int], float]  # of n: seconds of one call, over at least n calls
 
 
 class Unavailable(Exception):
@@ -74,10 +77,11 @@ def _version(package: str) -> str | None:
         return None
 
 
-def environment(command: str, kind: str | None = None) -> dict:
+def environment(command: str, kind: str | None = None) -> dict[str, Any]:
     """The fields of a row that describe where, when and by what it was measured; ``run`` is new at every call. Of what
     sources it was, only a checkout knows (benchmarks/provenance.py)."""
     kind = kind or default_kind()
+    isa: str | None
     if kind == "cuda":
         name, isa = torch.cuda.get_device_name(), "sm_{}{}".format(*torch.cuda.get_device_capability())
     else:
@@ -111,7 +115,7 @@ def environment(command: str, kind: str | None = None) -> dict:
 
 
 @contextlib.contextmanager
-def pinned(threads: int | None):
+def pinned(threads: int | None) -> Iterator[None]:
     """torch and every thread of this process on ``threads`` cores, as before afterwards; None changes nothing."""
     if threads is None:
         yield
@@ -120,7 +124,8 @@ def pinned(threads: int | None):
         raise Unavailable(f"threads: got {threads}, allowed is 1 to {len(cores())}, the cores of this process")
     before = torch.get_num_threads()
     tasks = [int(t) for t in os.listdir("/proc/self/task")] if hasattr(os, "sched_setaffinity") else []
-    was, mine = {}, cores()
+    was: dict[int, set[int]] = {}
+    mine = cores()
     try:
         torch.set_num_threads(threads)
         for task in tasks:  # threads that libraries started earlier too
@@ -132,12 +137,12 @@ def pinned(threads: int | None):
         torch.set_num_threads(before)
         for task in [int(t) for t in os.listdir("/proc/self/task")] if tasks else []:
             with contextlib.suppress(ProcessLookupError):
-                os.sched_setaffinity(task, was.get(task, mine))
+                os.sched_setaffinity(task, was.get(task, set(mine)))
 
 
 def cache_bytes(level: int) -> int:
     """Size of the CPU's cache of that level (0: the last), 1 MiB or 32 MiB where the system does not say."""
-    found = {}
+    found: dict[int, int] = {}
     for index in glob.glob("/sys/devices/system/cpu/cpu0/cache/index*"):
         with contextlib.suppress(OSError, ValueError):
             size = Path(index, "size").read_text().strip()
@@ -157,7 +162,7 @@ def rotation_bytes(kind: str) -> int:
 
 def bandwidth(kind: str, threads: int | None) -> tuple[float, float]:
     """(GB/s that the device can deliver to a kernel that only reads, or a GPU's copy; GB/s of a copy, read + written):
-    the best of some passes over buffers far beyond every cache. Call it within `pinned(threads)`."""
+    the best of some passes over buffers far beyond every cache. Call it within `pinned(threads)`; None: every core."""
     if kind == "cuda":
         a = torch.ones(1 << 28, dtype=torch.int32, device=kind)  # 1 GiB
         b = torch.empty_like(a)
@@ -169,21 +174,22 @@ def bandwidth(kind: str, threads: int | None) -> tuple[float, float]:
     # memchr reads as fast as the core can, and ctypes lets go of the interpreter lock
     find = ctypes.CDLL(None).memchr
     find.argtypes, find.restype = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t), ctypes.c_void_p
-    part = size // threads
-    with ThreadPoolExecutor(threads) as pool:
+    readers = len(cores()) if threads is None else threads
+    part = size // readers
+    with ThreadPoolExecutor(readers) as pool:
 
-        def read():
-            jobs = [pool.submit(find, a.data_ptr() + i * part, 0, part) for i in range(threads)]
+        def read() -> None:
+            jobs = [pool.submit(find, a.data_ptr() + i * part, 0, part) for i in range(readers)]
             if any(job.result() for job in jobs):
                 raise RuntimeError("memchr found a zero in a buffer of ones")
 
         return (
-            best_rate(timer(read, [()], kind, "eager"), part * threads),
+            best_rate(timer(read, [()], kind, "eager"), part * readers),
             best_rate(timer(b.copy_, [(a,)], kind, "eager"), 2 * size),
         )
 
 
-def best_rate(measure, nbytes: int, passes: int = 7) -> float:
+def best_rate(measure: Timer, nbytes: int, passes: int = 7) -> float:
     measure(1)
     return nbytes / min(measure(1) for _ in range(passes)) / 1e9
 
@@ -191,11 +197,11 @@ def best_rate(measure, nbytes: int, passes: int = 7) -> float:
 # --- one call: its time, its operators, its memory -----------------------------------------------------------------
 
 
-def timer(call, sets: list[tuple], kind: str, launch: str):
+def timer(call: Callable[..., object], sets: Sequence[tuple[Any, ...]], kind: str, launch: str) -> Timer:
     """A function of n: seconds of one ``call(*set)``, over at least n calls whose inputs rotate over ``sets``."""
     turn = 0
 
-    def calls(n):
+    def calls(n: int) -> None:
         nonlocal turn
         for _ in range(n):
             call(*sets[turn % len(sets)])
@@ -203,20 +209,21 @@ def timer(call, sets: list[tuple], kind: str, launch: str):
 
     if kind == "cpu":
 
-        def measure(n):
+        def measure(n: int) -> float:
             start = time.perf_counter()
             calls(n)
             return (time.perf_counter() - start) / n
 
         return measure
 
-    def events(work, n):
+    def events(work: Callable[[], object], n: int) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         work()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) * 1e-3 / n
+        seconds: float = start.elapsed_time(end) * 1e-3
+        return seconds / n
 
     if launch == "eager":
         return lambda n: events(lambda: calls(n), n)
@@ -229,15 +236,19 @@ def timer(call, sets: list[tuple], kind: str, launch: str):
     with torch.cuda.graph(graph):
         calls(len(sets))
 
-    def replay(n):
-        times = math.ceil(n / len(sets))
-        return events(lambda: [graph.replay() for _ in range(times)], times * len(sets))
+    def replay(times: int) -> None:
+        for _ in range(times):
+            graph.replay()
 
-    return replay
+    def measure_replay(n: int) -> float:
+        times = math.ceil(n / len(sets))
+        return events(lambda: replay(times), times * len(sets))
+
+    return measure_replay
 
 
 @contextlib.contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     """Nothing on stderr: the profiler's library writes two lines a session there."""
     keep, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -249,7 +260,7 @@ def quiet():
         os.close(null)
 
 
-def profile(call, args: tuple, kind: str) -> tuple[int, int]:
+def profile(call: Callable[..., object], args: tuple[Any, ...], kind: str) -> tuple[int, int]:
     """(launches, peak bytes beyond the inputs) of one call: on a GPU its kernels and the caching allocator's peak; on
     a CPU the operators of torch that call no other (a compiled graph is one) and the running sum of allocations.
     What our own CPU kernels do, torch does not see: see `own_scratch`."""
@@ -267,7 +278,7 @@ def profile(call, args: tuple, kind: str) -> tuple[int, int]:
         if kind == "cuda":
             torch.cuda.synchronize()
     if kind == "cuda":
-        return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in seen.events()), peak
+        return sum(e.device_type.name == "CUDA" for e in seen.events()), peak
     raw = sorted(
         (e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
     )

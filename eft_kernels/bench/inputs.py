@@ -16,7 +16,14 @@ FAMILY_VOCAB = 2048
 
 
 def logits(
-    kind: str, batch: int, vocab: int, models: int, dtype: str, seed: int, device="cpu", positions: int | None = None
+    kind: str,
+    batch: int,
+    vocab: int,
+    models: int,
+    dtype: str,
+    seed: int,
+    device: str = "cpu",
+    positions: int | None = None,
 ) -> list[torch.Tensor]:
     """[base, tuned, (tuned,) ref] or [base], each [batch, vocab], or [batch, positions, vocab]."""
     rows = batch * (positions or 1)
@@ -25,7 +32,7 @@ def logits(
     else:
         g = torch.Generator(device).manual_seed(seed)
 
-        def noise(std):
+        def noise(std: float) -> torch.Tensor:
             return torch.randn(rows, vocab, generator=g, device=device) * std
 
         if kind == "flat":
@@ -66,4 +73,5 @@ def family_logits(name: str) -> torch.Tensor:
     with machine.quiet(), torch.inference_mode():
         ids = AutoTokenizer.from_pretrained(weights)(text, verbose=False).input_ids[: 8 * 256]
         model = AutoModelForCausalLM.from_pretrained(weights)
-        return model(torch.tensor(ids).view(8, 256)).logits.flatten(0, 1).float().clone()
+        z: torch.Tensor = model(torch.tensor(ids).view(8, 256)).logits
+        return z.flatten(0, 1).float().clone()

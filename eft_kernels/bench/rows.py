@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-from .shapes import OURS, Shape
+from .shapes import OURS, Row, Shape
 
 OUR_NAMES = tuple(b.name for b in OURS)
 STYLE = {  # implementation: name, colour (Okabe and Ito's, and two of Tol's: colour-blind-safe)
@@ -26,7 +27,7 @@ STYLE = {  # implementation: name, colour (Okabe and Ito's, and two of Tol's: co
 }
 
 
-Group = dict[str, dict]  # implementation: its row
+Group = dict[str, Row]  # implementation: its row
 # a shape's fields in the order of tables
 ORDER = (
     "op",
@@ -43,15 +44,16 @@ ORDER = (
 )
 
 
-def shape_of(row: dict) -> Shape:
+def shape_of(row: Row) -> Shape:
     """A row calls the device's name ``device``, and "cpu" or "cuda" ``device_kind``."""
     fields = {name: row[name] for name in ORDER if name != "device_name"}
     return Shape(**fields, device_name=row["device"], device=row["device_kind"])
 
 
-def read(path: str | Path) -> list[dict]:
+def read(path: str | Path) -> list[Row]:
     """The rows of a file of JSON lines, or of all those in a folder; ValueError says what is no row, and where."""
-    path, rows = Path(path), []
+    path = Path(path)
+    rows: list[Row] = []
     for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
         try:
             text = file.read_text(encoding="utf-8-sig").removesuffix("\n")
@@ -69,7 +71,7 @@ def read(path: str | Path) -> list[dict]:
     return rows
 
 
-def newest(rows: list[dict]) -> dict[Shape, Group]:
+def newest(rows: list[Row]) -> dict[Shape, Group]:
     """Shape -> what the newest run that timed our implementation there says of every implementation."""
     runs: dict[Shape, dict[str, Group]] = {}
     for row in sorted(rows, key=lambda r: r["date"]):  # stable: among equal dates the later line counts
@@ -78,11 +80,13 @@ def newest(rows: list[dict]) -> dict[Shape, Group]:
     def best(groups: list[Group]) -> Group:
         return next((g for g in reversed(groups) if timed(g, "eft")), groups[-1])
 
-    key = {s: [(v is not None, v) for v in (getattr(s, name) for name in ORDER)] for s in runs}
-    return {s: best(list(runs[s].values())) for s in sorted(runs, key=key.get)}
+    def key(s: Shape) -> list[tuple[bool, Any]]:
+        return [(v is not None, v) for v in (getattr(s, name) for name in ORDER)]
+
+    return {s: best(list(runs[s].values())) for s in sorted(runs, key=key)}
 
 
-def timed(group: Group, name: str) -> dict | None:
+def timed(group: Group, name: str) -> Row | None:
     row = group.get(name)
     return row if row and row["status"] == "measured" else None
 
@@ -90,15 +94,15 @@ def timed(group: Group, name: str) -> dict | None:
 def ratio(group: Group, name: str) -> float | None:
     """How many times our time ``name`` takes."""
     ours, other = timed(group, "eft"), timed(group, name)
-    return other["median_us"] / ours["median_us"] if ours and other else None
+    return float(other["median_us"] / ours["median_us"]) if ours and other else None
 
 
 def us(t: float | None) -> str:
     if t is None:
         return "-"
-    for unit, size in (("µs", 1.0), ("ms", 1e3), ("s", 1e6)):
-        if float(f"{t / size:.3g}") < 1000 or unit == "s":
-            return f"{t / size:.3g} {unit}" if t / size < 999.5 else f"{t / size:.0f} {unit}"
+    units = (("µs", 1.0), ("ms", 1e3))
+    unit, each = next((u for u in units if float(f"{t / u[1]:.3g}") < 1000), ("s", 1e6))
+    return f"{t / each:.3g} {unit}" if t / each < 999.5 else f"{t / each:.0f} {unit}"
 
 
 def times(x: float) -> str:
@@ -108,9 +112,8 @@ def times(x: float) -> str:
 def size(n: int | None) -> str:
     if n is None:
         return "-"
-    for unit, each in (("B", 1), ("KiB", 2**10), ("MiB", 2**20)):
-        if n < 1024 * each or unit == "MiB":
-            return f"{n / each:.3g} {unit}" if n < 999.5 * each else f"{n / each:.0f} {unit}"
+    unit, each = next((u for u in (("B", 1), ("KiB", 2**10)) if n < 1024 * u[1]), ("MiB", 2**20))
+    return f"{n / each:.3g} {unit}" if n < 999.5 * each else f"{n / each:.0f} {unit}"
 
 
 def name_of(implementation: str) -> str:
@@ -129,7 +132,7 @@ def over_combine_max(group: Group) -> float | None:
 # --- tables --------------------------------------------------------------------------------------------------------
 
 
-def dense(header: list[str], lines: list[list]) -> tuple[list[str], list[list[str]]]:
+def dense(header: list[str], lines: list[list[object]]) -> tuple[list[str], list[list[str]]]:
     """Without the columns in which every cell is "-"."""
     keep = [i for i in range(len(header)) if any(line[i] != "-" for line in lines)]
     return [header[i] for i in keep], [[str(line[i]) for i in keep] for line in lines]
@@ -151,7 +154,8 @@ HEADS = dict(models="J", draft_tokens="K", vocab="V", batch="B")
 
 def hoist(shapes: list[Shape], skip: tuple[str, ...]) -> tuple[str, list[str]]:
     """What all shapes share, in words, and the fields that need a column."""
-    columns, shared = [], []
+    columns: list[str] = []
+    shared: list[str] = []
     for field in (f for f in WORDS if f not in skip):
         values = {getattr(s, field) for s in shapes}
         if len(values) > 1:
@@ -174,10 +178,10 @@ def cells(shapes: dict[Shape, Group], skip: tuple[str, ...] = ()) -> tuple[str, 
         own = timed(g, "eft") or {}
         over = over_combine_max(g)
 
-        def cell(name, g=g):
+        def cell(name: str, g: Group = g) -> str:
             row = g.get(name)
             if not row or row["status"] != "measured":
-                return row["status"] if row else "-"
+                return str(row["status"]) if row else "-"
             r = ratio(g, name)
             return us(row["median_us"]) + (f" ({times(r)})" if r else "")
 
@@ -211,7 +215,7 @@ def cells(shapes: dict[Shape, Group], skip: tuple[str, ...] = ()) -> tuple[str, 
 
 def untimed(shapes: dict[Shape, Group]) -> list[str]:
     """Each implementation that was absent or disagreed: where, and why."""
-    missing: dict[tuple, list[str]] = {}
+    missing: dict[tuple[str, str, str], list[str]] = {}
     for s, g in shapes.items():
         for name, row in g.items():
             if row["status"] != "measured":

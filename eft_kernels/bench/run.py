@@ -12,15 +12,19 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
 import eft_kernels as eft
 
 from . import device
-from .baselines import BASELINES, Baseline
-from .shapes import OURS, Shape, arguments, issue_slots, nbytes, problem
+from .baselines import BASELINES, Baseline, Call
+from .shapes import OURS, Arguments, Row, Shape, arguments, issue_slots, nbytes, problem
 
+Checked = dict[tuple[object, ...], str | None]  # gates that were tried, and how they failed
 TURN = 5e-3  # seconds an implementation's turn takes at least
 BUDGET = 1.0  # seconds of all its turns at one shape; never fewer than 3 rounds
 REJECT = 1e-6  # p-value below which an implementation draws from another distribution
@@ -34,20 +38,20 @@ class WrongTokens(Exception):
 # --- the gates -----------------------------------------------------------------------------------------------------
 
 
-def as_tuple(out) -> tuple:
+def as_tuple(out: Any) -> tuple[torch.Tensor, ...]:
     return out if isinstance(out, tuple) else (out,)
 
 
-def gate(s: Shape, sets: list[tuple], ours: Baseline) -> None:
+def gate(s: Shape, sets: Sequence[Arguments], ours: Baseline) -> None:
     """Raises `WrongTokens` unless up to 8 rows are the reference's and each row alone equals the row in the batch."""
     q, left = problem(s), 8
 
-    def call(args, at, backend="auto"):
+    def call(args: Arguments, at: slice, backend: str = "auto") -> tuple[torch.Tensor, ...]:
         part = q._replace(seeds=q.seeds[at], token_mask=None if q.token_mask is None else q.token_mask[at])
-        args = [[z[at] for z in a] if isinstance(a, list) else a[at] for a in args]
-        return as_tuple(ours.make(s.op, s.variant, part, backend=backend)(*args))
+        rows = [[z[at] for z in a] if isinstance(a, list) else a[at] for a in args]
+        return as_tuple(ours.make(s.op, s.variant, part, backend=backend)(*rows))
 
-    def check(what, got, want, tolerance):
+    def check(what: str, got: Sequence[torch.Tensor], want: Sequence[torch.Tensor], tolerance: float) -> None:
         for a, b in zip(got, want):
             # sums are cut otherwise for another number of rows: log-probs may be a rounding apart
             if not torch.allclose(a.double(), b.double(), rtol=0, atol=tolerance if a.is_floating_point() else 0):
@@ -87,7 +91,8 @@ def agrees(s: Shape, other: Baseline, draws: int = 20000) -> str | None:
         for _ in range(s.models)
     ]
     mask = None if q.token_mask is None else q.token_mask[:1].expand(s.positions, -1).contiguous()
-    want = eft.logprobs(one, q.weights, token_mask=mask, backend="reference", **q.params)  # [positions, V]
+    params: dict[str, Any] = dict(q.params)
+    want = eft.logprobs(one, q.weights, token_mask=mask, backend="reference", **params)  # [positions, V]
     many = [z.expand(draws, *z.shape).contiguous() for z in one]  # [draws, positions, V]
     if s.op != "verify":
         many = [z[:, 0] for z in many]
@@ -131,7 +136,7 @@ def error_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
 
 
-def inputs_for(s: Shape) -> list[tuple]:
+def inputs_for(s: Shape) -> list[Arguments]:
     """Sets of arguments to rotate over, together larger than the caches that matter: up to 4 different ones, then
     copies of them elsewhere in memory."""
     first = arguments(s, 0)
@@ -144,10 +149,12 @@ def inputs_for(s: Shape) -> list[tuple]:
     ]
 
 
-def interleave(timers: dict, rounds: int) -> dict[str, list[float]]:
+def interleave(timers: dict[str, device.Timer], rounds: int) -> dict[str, list[float]]:
     """Seconds a call of each warm timer, a value a round: the order rotates, and slow ones sit out some rounds. A turn
     of a quick one starts with calls that do not count: they find the caches full of what ran before."""
-    inner, plays, times = {}, {}, {name: [] for name in timers}
+    inner: dict[str, int] = {}  # calls a turn
+    plays: dict[str, int] = {}  # rounds
+    times: dict[str, list[float]] = {name: [] for name in timers}
     for name, measure in timers.items():
         took = measure(1)
         inner[name] = max(1, math.ceil(TURN / took))
@@ -185,7 +192,7 @@ MEASURED = (
 )
 
 
-def statistics_of(times: list[float]) -> dict:
+def statistics_of(times: list[float]) -> Row:
     """The fields of a row that its seconds give."""
     p20, _, _, p80 = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
     return dict(median_us=statistics.median(times) * 1e6, p20_us=p20 * 1e6, p80_us=p80 * 1e6, repetitions=len(times))
@@ -195,7 +202,7 @@ def why_absent(s: Shape, b: Baseline) -> str | None:
     return b.absent() if s.device in b.devices else f"it is for {', '.join(b.devices)}"
 
 
-def why_wrong(s: Shape, b: Baseline, sets: list[tuple], checked: dict) -> str | None:
+def why_wrong(s: Shape, b: Baseline, sets: Sequence[Arguments], checked: Checked) -> str | None:
     """How an implementation's tokens differ; ours raise `WrongTokens`. ``checked`` remembers the others."""
     if b in OURS:
         gate(s, sets[:4], b)
@@ -206,7 +213,9 @@ def why_wrong(s: Shape, b: Baseline, sets: list[tuple], checked: dict) -> str | 
     return checked[key]
 
 
-def prepare(s: Shape, b: Baseline, sets: list[tuple], checked: dict):
+def prepare(
+    s: Shape, b: Baseline, sets: Sequence[Arguments], checked: Checked
+) -> tuple[str, str | None, Call | None, device.Timer | None]:
     """(status, why it is not timed, call, warm timer)."""
     try:
         if why := why_absent(s, b):
@@ -231,7 +240,13 @@ def backend_of(b: Baseline, kind: str) -> str | None:
     return "triton" if b.name == "eft_triton" else device.backend(kind)
 
 
-def measure(s: Shape, beside: list[Baseline], checked: dict, rates: dict, about: dict) -> list[dict]:
+def measure(
+    s: Shape,
+    beside: Sequence[Baseline],
+    checked: Checked,
+    rates: dict[tuple[str, int | None], tuple[float, float]],
+    about: Row,
+) -> list[Row]:
     """The rows of a shape. ``checked`` remembers gates, ``rates`` bandwidths."""
     base = dict(
         op=s.op,
@@ -246,9 +261,12 @@ def measure(s: Shape, beside: list[Baseline], checked: dict, rates: dict, about:
         threads=s.threads,
     )
     candidates = [b for b in [*(b for b in OURS if s.device in b.devices), *beside] if s.variant in b.ops.get(s.op, ())]
-    rows = {b.name: {**dict.fromkeys(MEASURED), **base, **about, "implementation": b.name} for b in candidates}
+    rows: dict[str, Row] = {
+        b.name: {**dict.fromkeys(MEASURED), **base, **about, "implementation": b.name} for b in candidates
+    }
     torch._dynamo.reset()  # what was compiled for other shapes counts against dynamo's limit
-    calls, timers = {}, {}
+    calls: dict[str, Call] = {}
+    timers: dict[str, device.Timer] = {}
     try:
         with device.pinned(s.threads):
             if (s.device, s.threads) not in rates:
@@ -257,7 +275,7 @@ def measure(s: Shape, beside: list[Baseline], checked: dict, rates: dict, about:
             for b in candidates:
                 status, why, call, timer = prepare(s, b, sets, checked)
                 rows[b.name].update(status=status, why=why, backend=backend_of(b, s.device))
-                if timer:
+                if call and timer:
                     calls[b.name], timers[b.name] = call, timer
             gc.disable()  # as timeit does
             for name, times in interleave(timers, s.rounds).items():
@@ -271,7 +289,7 @@ def measure(s: Shape, beside: list[Baseline], checked: dict, rates: dict, about:
     return list(rows.values())
 
 
-def costs(s: Shape, row: dict, call, args: tuple, rates: tuple[float, float]) -> dict:
+def costs(s: Shape, row: Row, call: Call, args: Arguments, rates: tuple[float, float]) -> Row:
     """What the call moves, issues, launches and holds, and how long the device takes for that."""
     bandwidth, copy = rates
     launches, peak = device.profile(call, args, s.device)
@@ -294,19 +312,22 @@ def costs(s: Shape, row: dict, call, args: tuple, rates: tuple[float, float]) ->
 
 
 def run(
-    shapes: list[Shape],
-    against: list[str] | None = None,
+    shapes: Sequence[Shape],
+    against: Sequence[str] | None = None,
     command: str = "",
-    tell=None,
-    keep=None,
+    tell: Callable[[int, int, str], None] | None = None,
+    keep: Callable[[list[Row]], None] | None = None,
     seconds: float | None = None,
-    more: dict | None = None,
-) -> list[dict]:
+    more: Row | None = None,
+) -> list[Row]:
     """The rows of all shapes, beside ``against`` (default: what each shape says); ``tell(done, total, label)`` hears
     of progress, ``keep(rows)`` gets each shape's as soon as they are there. After ``seconds`` no further shape is
     begun. ``more``: fields that every row has, too. Raises `WrongTokens` on a red gate."""
     tell, until = tell or (lambda *_: None), math.inf if seconds is None else time.monotonic() + seconds
-    checked, rates, rows, about = {}, {}, [], {}
+    checked: Checked = {}
+    rates: dict[tuple[str, int | None], tuple[float, float]] = {}
+    about: dict[str, Row] = {}  # by the kind of device
+    rows: list[Row] = []
     for i, s in enumerate(shapes):
         if time.monotonic() >= until:
             tell(i, len(shapes), f"no time left for {len(shapes) - i} shapes: they are not measured")
@@ -332,7 +353,7 @@ def on_stderr(done: int, total: int, label: str) -> None:
     print(f"[{done}/{total}] {label}", file=sys.stderr, flush=True)
 
 
-def write_rows(rows: list[dict], path, mode: str = "w") -> None:
+def write_rows(rows: list[Row], path: str | Path, mode: str = "w") -> None:
     """One JSON object a line."""
     with open(path, mode, encoding="utf-8") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,14 +13,16 @@ from eft_kernels import dispatch
 
 from . import device as machine
 from . import inputs
-from .baselines import EVERYTHING, SAMPLE, Baseline, Problem
+from .baselines import EVERYTHING, SAMPLE, Baseline, Call, Logits, Problem
 
+Row = dict[str, Any]  # a measurement: one line of JSON
+Arguments = tuple[Any, ...]  # of a call: the logits, and what else the operation takes
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes
 DEVICES = ("cpu", "cuda")
 MIN_VOCAB = 1000
 
 # op: variant: sampling parameters; "masked" allows half of the tokens, "logprobs" asks for the token's log-probs
-OPS = {
+OPS: dict[str, dict[str, dict[str, float]]] = {
     "sample": {
         "plain": {},
         "top_k": dict(top_k=50),
@@ -61,7 +63,7 @@ class Shape(NamedTuple):
         """Rows of logits for each row of the batch."""
         return (self.draft_tokens or 0) + 1
 
-    def key(self) -> tuple:
+    def key(self) -> tuple[object, ...]:
         """What identifies it."""
         return self[:12]
 
@@ -80,7 +82,7 @@ def nbytes(s: Shape) -> int:
     if s.op == "sample":  # a token, its validity, two log-probs
         rest = 9 + 8 * bool(settings.get("logprobs"))
     elif s.op == "verify":  # drafts, tokens, how many, validity
-        rest = 8 * s.draft_tokens + 8 * s.positions + 9
+        rest = 8 * (s.positions - 1) + 8 * s.positions + 9
     else:
         rest = dict(logprobs=4 * s.vocab, token_logprobs=12)[s.op]
     return s.batch * (logits + mask + rest)
@@ -122,13 +124,13 @@ def problem(s: Shape) -> Problem:
         inputs.WEIGHTS[s.models],
         params,
         eft.row_seeds(1, s.batch, s.device),
-        settings.get("logprobs", False),
+        bool(settings.get("logprobs")),
         mask,
         allowed,
     )
 
 
-def arguments(s: Shape, seed: int) -> tuple:
+def arguments(s: Shape, seed: int) -> Arguments:
     """What a call takes: (logits,), with the drafts of `verify` (sampled from model 1) or `token_logprobs`' ids."""
     z = inputs.logits(
         s.logits, s.batch, s.vocab, s.models, s.dtype, seed, s.device, s.positions if s.op == "verify" else None
@@ -136,7 +138,8 @@ def arguments(s: Shape, seed: int) -> tuple:
     if s.op == "verify":
         rows = eft.row_seeds(1, s.batch, s.device)
         drafts = [
-            eft.draft(z[1][:, i], slot=i, method=s.variant, seed=rows, position=i).tokens for i in range(s.draft_tokens)
+            eft.draft(z[1][:, i], slot=i, method=s.variant, seed=rows, position=i).tokens
+            for i in range(s.positions - 1)
         ]
         return z, torch.stack(drafts, 1)
     if s.op == "token_logprobs":
@@ -144,34 +147,35 @@ def arguments(s: Shape, seed: int) -> tuple:
     return (z,)
 
 
-def ours(op: str, variant: str, q: Problem, backend: str = "auto", **override):
+def ours(op: str, variant: str, q: Problem, backend: str = "auto", **override: float) -> Call:
     """Our operators as a baseline's ``make``."""
     weights = eft.weights(q.weights)
-    kwargs = dict(q.params, backend=backend, **override)
+    kwargs: dict[str, Any] = dict(q.params, backend=backend, **override)
     if op in ("sample", "verify"):
         kwargs = dict(position=0) | kwargs | dict(logprobs=q.logprobs, token_mask=q.token_mask, seed=q.seeds)
 
-    def sample(logits):
+    def sample(logits: Logits) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
         out = eft.sample(logits, weights, **kwargs)
         return (out.tokens, out.logprobs, out.raw_logprobs) if q.logprobs else out.tokens
 
-    def verify(logits, drafts):
+    def verify(logits: Logits, drafts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return eft.verify(logits, weights, drafts, method=variant, **kwargs)[:2]
 
-    return dict(
+    calls: dict[str, Call] = dict(
         sample=sample,
         verify=verify,
         logprobs=lambda logits: eft.logprobs(logits, weights, **kwargs),
         token_logprobs=lambda logits, ids: eft.token_logprobs(logits, weights, ids, **kwargs),
-    )[op]
+    )
+    return calls[op]
 
 
-def combine_max(op: str, variant: str, q: Problem, backend: str = "auto"):
+def combine_max(op: str, variant: str, q: Problem, backend: str = "auto") -> Call:
     plain = q._replace(params={}, logprobs=False, token_mask=None)
     return ours(op, variant, plain, backend, temperature=0.0)
 
 
-def triton(op: str, variant: str, q: Problem, backend: str = "auto"):
+def triton(op: str, variant: str, q: Problem, backend: str = "auto") -> Call:
     return ours(op, variant, q, "triton" if backend == "auto" else backend)
 
 
@@ -206,7 +210,7 @@ OURS = [
 PEERS = ("eager", "lean")  # where compiling for each shape would cost more than it tells
 
 
-def on(device: str) -> dict:
+def on(device: str) -> dict[str, Any]:
     """The fields of a shape that is measured on a device."""
     return (
         dict(device=device, launch="graph", threads=None)
@@ -223,29 +227,28 @@ def quick(device: str = "cpu") -> list[Shape]:
     ]
 
 
-def variants(batches, **fixed) -> list[Shape]:
+def variants(batches: Sequence[int], **fixed: Any) -> list[Shape]:
     """Every operation and variant at bf16, J = 3, V = 128256, peaked."""
-    S = functools.partial(Shape, **fixed)
-    out = [S("sample", v, b) for v in OPS["sample"] for b in batches]
-    out += [S("verify", v, b, draft_tokens=4) for v in OPS["verify"] for b in batches]
-    return out + [S(op, "plain", b) for op in ("logprobs", "token_logprobs") for b in batches]
+    out = [Shape("sample", v, b, **fixed) for v in OPS["sample"] for b in batches]
+    out += [Shape("verify", v, b, draft_tokens=4, **fixed) for v in OPS["verify"] for b in batches]
+    return out + [Shape(op, "plain", b, **fixed) for op in ("logprobs", "token_logprobs") for b in batches]
 
 
 def unique(shapes: list[Shape]) -> list[Shape]:
     """The first of those that measure the same, where it was."""
-    found = {}
+    found: dict[tuple[object, ...], Shape] = {}
     for s in shapes:
         found.setdefault(s.key(), s)
     return list(found.values())
 
 
-def replaced(shapes: list[Shape], **values: list) -> list[Shape]:
+def replaced(shapes: list[Shape], **values: Sequence[object] | None) -> list[Shape]:
     """The shapes with every combination of the values given in place of their own, where there is such a shape."""
     given = {name: v for name, v in values.items() if v}
     out = []
     for s in shapes:
         for choice in itertools.product(*given.values()):
-            new = dict(zip(given, choice))
+            new: dict[str, Any] = dict(zip(given, choice))
             if s.op != "verify":
                 new.pop("draft_tokens", None)
             if new.get("logits") == "family":
@@ -256,12 +259,12 @@ def replaced(shapes: list[Shape], **values: list) -> list[Shape]:
 
 def select(
     shapes: list[Shape],
-    ops=None,
-    variants=None,
+    ops: Sequence[str] | None = None,
+    variants: Sequence[str] | None = None,
     device: str | None = None,
-    threads=None,
+    threads: Sequence[int] | None = None,
     rounds: int | None = None,
-    **factors,
+    **factors: Sequence[object] | None,
 ) -> list[Shape]:
     """Those of ``shapes`` that are wanted, with every combination of the values given in place of their own."""
     shapes = [s for s in shapes if s.op in (ops or OPS) and s.variant in (variants or OPS[s.op])]

@@ -6,9 +6,12 @@ Exit codes: 0 it worked, 1 a row or a check failed or the output cannot be writt
 
 from __future__ import annotations
 
+import argparse
 import errno
 import importlib
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from ..parameters import DRAFTED, METHODS
 from .options import REQUEST_OPTIONS, Parser, add_combination, add_models, add_parameters, count, positive
@@ -23,7 +26,7 @@ def parser() -> Parser:
     )
     commands = root.add_subparsers(dest="command", required=True, metavar="command", parser_class=Parser)
 
-    def command(name, summary, description=None):
+    def command(name: str, summary: str, description: str | None = None) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=summary, description=description or summary)
         sub.set_defaults(module=name)
         return sub
@@ -138,13 +141,14 @@ def parser() -> Parser:
         "lists what there is.",
     )
     p.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    for name, kind, metavar, text in [
+    choices: list[tuple[str, Callable[[str], Any], str, str]] = [
         ("op", str, "NAME", "operation"),
         ("batch", positive, "B", "rows"),
         ("vocab", positive, "V", "vocabulary"),
         ("threads", positive, "N", "CPU threads"),
         ("against", str, "NAME", "implementation to measure beside ours"),
-    ]:
+    ]
+    for name, kind, metavar, text in choices:
         p.add_argument(f"--{name}", type=kind, action="append", metavar=metavar, help=f"{text} (repeat it for several)")
     p.add_argument("--rounds", type=positive, metavar="N", help="timed rounds")
     p.add_argument("--json", action="once", metavar="FILE", help="write the rows there, one JSON object a line")
@@ -168,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
         ready_streams()
         args = parser().parse_args(argv)
         name = f"eft-kernels {args.command}"
-        code = importlib.import_module(f".{args.module}", __name__).run(args)
+        code: int = importlib.import_module(f".{args.module}", __name__).run(args)
         sys.stdout.flush()
         return code
     except Refused as error:
@@ -187,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name}: error: cannot write the output: {error.strerror or error}", file=sys.stderr)
         return 1
     except SystemExit as stop:  # --help
-        return stop.code or 0
+        return int(stop.code or 0)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import torch
@@ -10,7 +11,7 @@ from ..bench import compare, device, shapes
 from ..bench import rows as results
 from ..bench import run as runs
 from ..bench.baselines import BASELINES
-from ..bench.shapes import MIN_VOCAB, OPS, PEERS, Shape
+from ..bench.shapes import MIN_VOCAB, OPS, PEERS, Row, Shape
 from .files import check_writable
 from .term import DIM, Progress, Refused, paint, table
 
@@ -18,7 +19,7 @@ CHOICES = ("device", "op", "batch", "vocab", "threads", "against")
 WIDE = ("floor", "launches", "peak memory")  # columns that only the report shows
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     files, given = args.compare or args.check, [f"--{n}" for n in CHOICES if getattr(args, n)]
     if args.compare and args.check:
         raise Refused("pass one of --compare and --check")
@@ -41,19 +42,19 @@ def run(args) -> int:
     return int(bool(args.check and compare.slower(lines)))
 
 
-def read(path: str) -> list[dict]:
+def read(path: str) -> list[Row]:
     try:
         return results.read(path)
     except (OSError, ValueError) as error:
         raise Refused(str(error)) from None
 
 
-def chosen(args) -> list[Shape]:
+def chosen(args: argparse.Namespace) -> list[Shape]:
     """The shapes that the options ask for."""
     kind = args.device or device.default_kind()
     if kind == "cuda" and not torch.cuda.is_available():
         raise Refused("--device cuda: no CUDA device is here")
-    for name, allowed in dict(op=OPS, against=[b.name for b in BASELINES]).items():
+    for name, allowed in dict(op=list(OPS), against=[b.name for b in BASELINES]).items():
         for value in getattr(args, name) or []:
             if value not in allowed:
                 raise Refused(f"--{name}: got {value!r}, allowed is {', '.join(allowed)}")
@@ -69,7 +70,7 @@ def chosen(args) -> list[Shape]:
     return shapes.select(found, args.op, threads=args.threads, rounds=args.rounds, batch=args.batch, vocab=args.vocab)
 
 
-def same_as(rows: list[dict], path: str, rounds: int | None) -> list[Shape]:
+def same_as(rows: list[Row], path: str, rounds: int | None) -> list[Shape]:
     """What ``rows`` measured of our operators on a device like this one, against the same baselines; no generations."""
     here = {kind: device.environment("", kind)["device"] for kind in {"cpu", device.default_kind()}}
     again = []
@@ -83,12 +84,16 @@ def same_as(rows: list[dict], path: str, rounds: int | None) -> list[Shape]:
     return again
 
 
-def measure(wanted: list[Shape], args) -> list[dict]:
+def measure(wanted: list[Shape], args: argparse.Namespace) -> list[Row]:
     if args.json:
         check_writable(args.json, "--json")
     try:
         with Progress("measuring", len(wanted)) as progress:
-            tell = (lambda done, total, label: progress.at(done, label)) if progress.on else runs.on_stderr
+
+            def on_terminal(done: int, total: int, label: str) -> None:
+                progress.at(done, label)
+
+            tell = on_terminal if progress.on else runs.on_stderr
             rows = runs.run(wanted, args.against, " ".join(["eft-kernels", *sys.argv[1:]]), tell)
     except runs.WrongTokens as error:
         print(f"eft-kernels bench: {error}", file=sys.stderr)
@@ -98,7 +103,7 @@ def measure(wanted: list[Shape], args) -> list[dict]:
     return rows
 
 
-def print_rows(rows: list[dict]) -> None:
+def print_rows(rows: list[Row]) -> None:
     measured, r = results.newest(rows), rows[0]
     shared, header, lines = results.cells(measured)
     keep = [i for i, name in enumerate(header) if name not in WIDE]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import shutil
@@ -9,13 +10,21 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..parameters import METHODS
 from .files import expand, read_text
-from .models import Family, check_folder, load_model, load_tokenizer, set_threads
-from .score import recovered, score, windows
+from .models import Family, check_folder, load_model, load_tokenizer, set_threads, text_of
+from .score import Emulation, Score, Window, recovered, score, windows
 from .term import BOLD, CYAN, DIM, GREEN, YELLOW, Progress, Refused, beside, heading, paint, table
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..decoding import Speculation
+    from ..integrations.hf.models import GenerativeModel
+
+Models = dict[str, "GenerativeModel"]  # by the names of their folders
 NAMES = ("ref", "tuned-a", "tuned-b", "base", "large-a", "large-b")
 STYLES = {"a": "King James Bible", "b": "Jane Austen"}
 PROMPTS = {"a": "And the king said unto", "b": "She had been so much"}
@@ -31,12 +40,13 @@ def find_family(given: str | None, heldout: str | None) -> tuple[Path, dict[str,
         folder = expand(given)
     else:
         places = [p / "examples/family/weights" for p in (Path(__file__).resolve().parents[2], Path.cwd())]
-        folder = next((p for p in places if p.is_dir()), None)
-        if folder is None:
+        found = next((p for p in places if p.is_dir()), None)
+        if found is None:
             raise Refused(
                 "the example family is not here: run it in a checkout (examples/family/weights) or name its "
                 "folder with --family"
             )
+        folder = found
     for name in NAMES:
         if not (folder / name).is_dir():
             raise Refused(f"--family {folder}: no folder {name} in it; expected are {', '.join(NAMES)}")
@@ -48,19 +58,30 @@ def find_family(given: str | None, heldout: str | None) -> tuple[Path, dict[str,
     return folder, {style: read_text(str(texts / f"{style}.txt"), "--heldout") for style in STYLES}
 
 
-def size(model) -> str:
+def size(model: GenerativeModel) -> str:
     n = sum(p.numel() for p in model.parameters())
     return f"{n / 1e6:.1f}M"
 
 
-def alone(model, ids, seed: int, new_tokens: int, temperature: float, end: int) -> list[int]:
+def family_of(models: Models, tuned: list[str], tokenizer: PreTrainedTokenizerBase) -> Family:
+    from ..integrations.hf import logits_width
+
+    base = models["base"]
+    return Family(base, [models[name] for name in tuned], models["ref"], tokenizer, logits_width(base))
+
+
+def alone(
+    model: GenerativeModel, ids: list[int], seed: int, new_tokens: int, temperature: float, end: int
+) -> list[int]:
     """What one model writes on its own, with the noise that `eft.hf.generate` uses for the same seed."""
     import torch
 
     import eft_kernels as eft
-    from eft_kernels.integrations.hf import cache_name
 
-    out, cache, name = [], None, cache_name(model)
+    from ..integrations.hf import cache_name
+
+    out: list[int] = []
+    cache, name = None, cache_name(model)
     step = torch.tensor([ids])
     for position in range(new_tokens):
         o = model(input_ids=step, use_cache=True, **{name: cache})
@@ -68,14 +89,16 @@ def alone(model, ids, seed: int, new_tokens: int, temperature: float, end: int) 
         token = eft.sample(
             [o.logits[:, -1]], [1.0], temperature=temperature, seed=seed, position=position, logprobs=False
         ).tokens
-        out.append(token.item())
+        out.append(int(token))
         if out[-1] == end:
             break
         step = token[:, None]
     return out
 
 
-def emulate(family: Family, ids, seed: int, new_tokens: int, **settings):
+def emulate(
+    family: Family, ids: list[int], seed: int, new_tokens: int, **settings: Any
+) -> tuple[list[int], Speculation | None, float]:
     """`generate` of the emulated model: new tokens, what speculation did (None without) and seconds."""
     import torch
 
@@ -100,17 +123,17 @@ def emulate(family: Family, ids, seed: int, new_tokens: int, **settings):
     return out.sequences[0, len(ids) :].tolist(), out.speculation, time.perf_counter() - start
 
 
-def show_texts(models, tokenizer, args) -> None:
+def show_texts(models: Models, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> None:
     heading("2  What they write")
     end, temperature = tokenizer.eos_token_id, 0.7
 
-    def told(ids):
-        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    def told(ids: list[int]) -> str:
+        text = text_of(ids, tokenizer).strip()
         return "".join(c if c.isprintable() or c == "\n" else " " for c in text)  # nothing that moves the cursor
 
     for style, prompt in PROMPTS.items():
         ids = tokenizer(prompt).input_ids
-        family = Family(models["base"], [models[f"tuned-{style}"]], models["ref"], tokenizer)
+        family = family_of(models, [f"tuned-{style}"], tokenizer)
         with Progress("writing", 4) as progress:
             texts = []
             for name in ("base", f"tuned-{style}", None, f"large-{style}"):
@@ -125,7 +148,7 @@ def show_texts(models, tokenizer, args) -> None:
         print(beside(["base (large)", f"tuned-{style} (small)", "emulated", "really fine-tuned"], texts), flush=True)
 
     ids = tokenizer(BOTH).input_ids
-    family = Family(models["base"], [models["tuned-a"], models["tuned-b"]], models["ref"], tokenizer)
+    family = family_of(models, ["tuned-a", "tuned-b"], tokenizer)
     with Progress("writing", 3) as progress:
         texts = []
         for lam in (1.0, 0.5, 0.0):
@@ -135,7 +158,7 @@ def show_texts(models, tokenizer, args) -> None:
     print(beside(["all a", "half a, half b", "all b"], texts), flush=True)
 
 
-def heldout_windows(text: str, tokenizer, tokens: int):
+def heldout_windows(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[Window]:
     """The first ``tokens`` of the chapters in a row, each closed by the end token, in windows that do not overlap."""
     ids: list[int] = []
     for unit in text.rstrip("\n").split(UNIT_END):
@@ -146,7 +169,9 @@ def heldout_windows(text: str, tokenizer, tokens: int):
     return windows(ids, tokenizer.bos_token_id, CONTEXT, CONTEXT)
 
 
-def scores_of(models, tokenizer, texts: dict[str, str], args) -> dict[str, dict]:
+def scores_of(
+    models: Models, tokenizer: PreTrainedTokenizerBase, texts: dict[str, str], args: argparse.Namespace
+) -> dict[str, dict[str, Score]]:
     """Of every style, each model's and the emulated one's score on held-out text."""
     import eft_kernels as eft
 
@@ -154,7 +179,7 @@ def scores_of(models, tokenizer, texts: dict[str, str], args) -> dict[str, dict]
     for style in STYLES:
         rows = heldout_windows(texts[style], tokenizer, args.heldout_tokens)
         small = f"tuned-{style}"
-        emulated = (["base", small, "ref"], eft.upscale(), {})
+        emulated: Emulation = (["base", small, "ref"], eft.upscale(), {})
         scores[style] = score(
             {n: models[n] for n in ("base", small, "ref", f"large-{style}")},
             rows,
@@ -164,7 +189,7 @@ def scores_of(models, tokenizer, texts: dict[str, str], args) -> dict[str, dict]
     return scores
 
 
-def share_of(style: str, s: dict) -> float | None:
+def share_of(style: str, s: dict[str, Score]) -> float | None:
     return recovered(s["base"].nats, s["emulated"].nats, s[f"large-{style}"].nats)
 
 
@@ -210,7 +235,7 @@ def shown(us: float) -> str:
     return f"{us:.3g} us" if us < 999.5 else f"{us / 1e3:.3g} ms"
 
 
-def show_result(scores: dict[str, dict], step: tuple[float, float, str]) -> None:
+def show_result(scores: dict[str, dict[str, Score]], step: tuple[float, float, str]) -> None:
     heading("1  The result")
     shares = {style: share_of(style, s) for style, s in scores.items()}
     told = " and ".join(
@@ -266,29 +291,34 @@ def show_result(scores: dict[str, dict], step: tuple[float, float, str]) -> None
                 print("  " + paint(verdict, YELLOW))
 
 
-def show_speed(models, tokenizer, texts: dict[str, str], args) -> None:
+def show_speed(
+    models: Models, tokenizer: PreTrainedTokenizerBase, texts: dict[str, str], args: argparse.Namespace
+) -> None:
     heading("3  Speculation: the small tuned model drafts K tokens, the large one checks them at once")
-    family = Family(models["base"], [models["tuned-a"]], models["ref"], tokenizer)
+    family = family_of(models, ["tuned-a"], tokenizer)
     chapters = texts["a"].split(UNIT_END)[:4]
     prompts = [tokenizer(chapter, verbose=False).input_ids[:33] for chapter in chapters]
     runs = [("plain", 0)] + [(m, k) for m in METHODS for k in KS]
-    seconds, written, stats = {r: 0.0 for r in runs}, {r: [] for r in runs}, {r: [] for r in runs}
+    seconds = {r: 0.0 for r in runs}
+    written: dict[tuple[str, int], list[list[int]]] = {r: [] for r in runs}
+    stats: dict[tuple[str, int], list[Speculation]] = {r: [] for r in runs}
     with Progress("timing", len(prompts) * len(runs)) as progress:
         for seed, ids in enumerate(prompts, args.seed):
             for method, k in runs:  # in turn, so that a busy machine hurts all alike
-                settings = dict(draft_tokens=k, verify=method) if k else {}
+                settings: dict[str, Any] = dict(draft_tokens=k, verify=method) if k else {}
                 text, spec, took = emulate(family, ids, seed, args.new_tokens, temperature=1.0, **settings)
                 seconds[method, k] += took
                 written[method, k].append(text)
-                stats[method, k].append(spec)
+                if spec is not None:
+                    stats[method, k].append(spec)
                 progress.step(f"timing {method}{f' K={k}' if k else ''}")
     lines, speeds = [], {r: sum(map(len, written[r])) / seconds[r] for r in runs}  # tokens/s
     for method, k in runs:
-        spec = stats[method, k]
         told = ["", "", "1"]
         if k:
             rounds, drafted, accepted, emitted = (
-                sum(int(getattr(s, name).sum()) for s in spec) for name in ("rounds", "drafted", "accepted", "emitted")
+                sum(int(getattr(s, name).sum()) for s in stats[method, k])
+                for name in ("rounds", "drafted", "accepted", "emitted")
             )
             told = [f"{k}", f"{accepted / max(1, drafted):.0%}", f"{emitted / max(1, rounds):.2f}"]
         lines.append([method, *told, f"{speeds[method, k]:.0f}", f"{speeds[method, k] / speeds['plain', 0]:.2f}x"])
@@ -311,7 +341,7 @@ def show_speed(models, tokenizer, texts: dict[str, str], args) -> None:
     print(paint(f"  {len(prompts)} held-out openings of style a, {args.new_tokens} tokens each, temperature 1", DIM))
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     folder, texts = find_family(args.family, args.heldout)
     start = time.perf_counter()
     set_threads(args.threads)
@@ -346,7 +376,7 @@ def run(args) -> int:
 def next_command(family: Path) -> str:
     """How to go on, as one types it here."""
 
-    def here(path) -> str:
+    def here(path: str | Path) -> str:
         return shlex.quote(os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else str(path))
 
     script = Path(sys.executable).with_name("eft-kernels")

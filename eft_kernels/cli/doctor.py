@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 import warnings
+from typing import Any
 
 from .models import cores
 from .term import BOLD, DIM, GREEN, YELLOW, paint
@@ -30,7 +32,7 @@ def extension() -> tuple[bool, str]:
     """Is the C++ CPU extension built, and where; or what to do."""
     spec = importlib.util.find_spec("eft_kernels._cpu")
     if spec is not None:
-        return True, spec.origin
+        return True, str(spec.origin)
     return False, (
         "not built. With a C++17 compiler on the PATH (Debian: apt-get install g++) run "
         "`pip install --force-reinstall --no-deps .` in the checkout, or `make build`"
@@ -58,7 +60,7 @@ def check() -> tuple[bool, str]:
     return True, f"sampled {got.tokens.tolist()} of 1003 tokens, as the definition says"
 
 
-def collect() -> dict:
+def collect() -> dict[str, Any]:
     import torch
 
     import eft_kernels as eft
@@ -83,14 +85,14 @@ def collect() -> dict:
     )
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     found = collect()
     if args.json:
         print(json.dumps(found))
         return 0 if found["works"] else 1
     print(f"{paint('eft-kernels ' + found['eft_kernels'], BOLD)}  {found['folder']}")
 
-    def row(name, value, note=""):
+    def row(name: str, value: str, note: str = "") -> None:
         print(f"  {name:<14}{value}{paint('  ' + note, DIM) if note else ''}")
 
     row("python", f"{found['python']} on {found['machine']}")

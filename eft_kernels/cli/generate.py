@@ -6,13 +6,20 @@ import argparse
 import json
 import secrets
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from ..parameters import DRAFTED, OFF
 from .files import argument_text, check_text, read_stdin, read_text
-from .models import end_of_turn, first_line, load_family, token_id
+from .models import Family, end_of_turn, first_line, load_family, text_of, token_id
 from .options import REQUEST_OPTIONS, mode_settings, option
 from .term import BOLD, Refused, json_line, paint
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
 
 SAMPLING = {p.name: p.off for p in DRAFTED}
 
@@ -23,17 +30,17 @@ class Request:
 
     prompt: str
     where: str
-    settings: dict = field(default_factory=dict)
-    seed: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None  # None: of the call's
     inputs: list[int] = field(default_factory=list)  # token ids
     ids: list[int] = field(default_factory=list)  # generated token ids
     text: str = ""
     error: str | None = None
-    speculation: dict = field(default_factory=dict)  # counts of rounds, drafted and accepted tokens
+    speculation: dict[str, float | None] = field(default_factory=dict)  # rounds, drafted, accepted, acceptance
     done: bool = False
 
 
-def unique(pairs: list[tuple]) -> dict:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     given = dict(pairs)
     if len(given) < len(pairs):
         raise ValueError("a name occurs twice")
@@ -42,7 +49,7 @@ def unique(pairs: list[tuple]) -> dict:
 
 def read_batch(path: str) -> list[Request]:
     """One request a line: a prompt as it is, or a JSON object with "prompt" and options of its own."""
-    requests = []
+    requests: list[Request] = []
     for number, line in enumerate(read_text(path, "--batch-file").split("\n"), 1):
         where, line = f"--batch-file {path}, line {number}", line.removeprefix("\ufeff")  # files joined by `cat`
         if not line.strip():
@@ -72,7 +79,7 @@ def read_batch(path: str) -> list[Request]:
     return requests
 
 
-def read_requests(args) -> list[Request]:
+def read_requests(args: argparse.Namespace) -> list[Request]:
     if args.prompt and args.batch_file:
         raise Refused("--prompt and --batch-file: pass one of them")
     if args.batch_file:
@@ -91,7 +98,7 @@ def read_requests(args) -> list[Request]:
     return requests
 
 
-def encode(requests: list[Request], tokenizer, chat: bool) -> None:
+def encode(requests: list[Request], tokenizer: PreTrainedTokenizerBase, chat: bool) -> None:
     if chat and not getattr(tokenizer, "chat_template", None):
         raise Refused("--chat: the tokenizer has no chat template")
     for r in requests:
@@ -109,7 +116,7 @@ def encode(requests: list[Request], tokenizer, chat: bool) -> None:
             raise Refused(f"{r.where}: the tokenizer makes no token of it")
 
 
-def batches(requests: list[Request], size: int):
+def batches(requests: list[Request], size: int) -> Iterator[list[Request]]:
     """At most ``size`` requests at a time, of one length limit; the shortest prompts together, to pad little."""
     order = sorted(requests, key=lambda r: (r.settings["max_new_tokens"], len(r.inputs)))
     while order:
@@ -119,7 +126,7 @@ def batches(requests: list[Request], size: int):
         yield batch
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     requests = read_requests(args)
     mode = mode_settings(args)
     if args.verify and not args.draft_tokens:
@@ -135,7 +142,7 @@ def run(args) -> int:
         for name in own.keys() & {"beta", "alpha", "lam"}:
             if name not in mode:
                 raise Refused(f"{r.where}: {name} does not belong to mode {mode['mode']}")
-        r.settings = {**defaults, **mode, **own}, r.settings.get("seed")
+        r.settings, r.seed = {**defaults, **mode, **own}, r.settings.get("seed")
     stream = not args.json and len(requests) == 1 and (args.stream or sys.stdout.isatty())
     if args.stream and not stream:
         raise Refused("--stream: goes with one prompt and without --json")
@@ -146,8 +153,7 @@ def run(args) -> int:
     seed = args.seed if args.seed is not None else secrets.randbits(31)
     row_seeds = eft.row_seeds(seed, len(requests)).tolist()
     for i, r in enumerate(requests):
-        r.settings, own = r.settings
-        r.seed = row_seeds[i] if own is None else own
+        r.seed = row_seeds[i] if r.seed is None else r.seed
     encode(requests, family.tokenizer, args.chat)
     check_lengths(requests, family)
     ends = {*family.ends, *(token_id(e, family.tokenizer, family.vocab_size) for e in args.eos)}
@@ -171,7 +177,7 @@ def run(args) -> int:
     return 1 if any(r.error for r in requests) else 0
 
 
-def check_lengths(requests: list[Request], family) -> None:
+def check_lengths(requests: list[Request], family: Family) -> None:
     """Before anything is computed."""
     for r in requests:
         new = r.settings["max_new_tokens"]
@@ -182,19 +188,21 @@ def check_lengths(requests: list[Request], family) -> None:
             )
 
 
-def until_end(family):
+def until_end(family: Family) -> BaseStreamer:
     """Prints a text as it is written, without the token that ends it."""
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):
-        def put(self, value):
+        def put(self, value: torch.Tensor) -> None:
             if self.next_tokens_are_prompt or value.item() not in family.ends:
-                super().put(value)
+                TextStreamer.put(self, value)
 
     return Streamer(family.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-def decode(batch: list[Request], family, args, streamer=None) -> None:
+def decode(
+    batch: list[Request], family: Family, args: argparse.Namespace, streamer: BaseStreamer | None = None
+) -> None:
     """Generates for requests of one length limit and fills in their ids, text and error."""
     import torch
 
@@ -205,7 +213,7 @@ def decode(batch: list[Request], family, args, streamer=None) -> None:
     longest, new = max(len(r.inputs) for r in batch), batch[0].settings["max_new_tokens"]
     ids = torch.tensor([[pad] * (longest - len(r.inputs)) + r.inputs for r in batch], device=device)
     mask = torch.tensor([[0] * (longest - len(r.inputs)) + [1] * len(r.inputs) for r in batch], device=device)
-    settings = {}
+    settings: dict[str, Any] = {}
     for name, first in batch[0].settings.items():  # a tensor [rows] only where the requests differ
         values = [r.settings[name] for r in batch]
         settings[name] = first if values.count(first) == len(values) else torch.tensor(values, device=device)
@@ -242,7 +250,7 @@ def decode(batch: list[Request], family, args, streamer=None) -> None:
     for i, (r, row) in enumerate(zip(batch, out.sequences[:, longest:].tolist())):
         stop = next((n for n, token in enumerate(row) if token in family.ends), len(row))
         r.ids = row[: failed.get(i, stop + 1)]
-        r.text = tokenizer.decode(r.ids[:stop], skip_special_tokens=True)
+        r.text = text_of(r.ids[:stop], tokenizer)
         if out.speculation is not None:
             counts = {name: int(getattr(out.speculation, name)[i]) for name in ("rounds", "drafted", "accepted")}
             share = counts["accepted"] / counts["drafted"] if counts["drafted"] else None
@@ -250,7 +258,7 @@ def decode(batch: list[Request], family, args, streamer=None) -> None:
         r.done = True
 
 
-def report(requests: list[Request], i: int, args, streamed: bool) -> None:
+def report(requests: list[Request], i: int, args: argparse.Namespace, streamed: bool) -> None:
     r = requests[i]
     if args.json:
         row = dict(prompt=r.prompt, text=r.text, token_ids=r.ids, prompt_tokens=len(r.inputs), seed=r.seed)

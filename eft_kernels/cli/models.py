@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import socket
 import urllib.parse
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast
 
 from .files import argument_text, expand
 from .term import Refused
+
+if TYPE_CHECKING:  # they take seconds to import
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from ..integrations.hf.models import GenerativeModel
 
 ADAPTER = "adapter_config.json"  # what makes a folder a PEFT adapter
 TOKENIZER_FILES = (
@@ -29,16 +39,15 @@ TOKENIZER_FILES = (
 class Family:
     """The models of one emulation, in the order of the weights: base, tuned (one or two), ref."""
 
-    base: object
-    tuned: list
-    ref: object
-    tokenizer: object
-    tokenizers: list = field(default_factory=list)  # of base, tuned..., ref; None where a folder has none
-    vocab_size: int | None = None  # ids that the models share
+    base: GenerativeModel
+    tuned: list[GenerativeModel]
+    ref: GenerativeModel
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int  # ids that the models share
     ends: list[int] = field(default_factory=list)  # ids that end a text
 
     @property
-    def models(self) -> list:
+    def models(self) -> list[GenerativeModel]:
         return [self.base, *self.tuned, self.ref]
 
     @property
@@ -48,7 +57,7 @@ class Family:
         return min(limits, default=None)
 
 
-def quiet_transformers():
+def quiet_transformers() -> ModuleType:
     """transformers, imported now (it takes seconds) and without its progress bars and advice."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -95,7 +104,7 @@ def hub_reachable() -> bool:
     return True
 
 
-def source_of(name: str) -> tuple[str, dict]:
+def source_of(name: str) -> tuple[str, dict[str, Any]]:
     """What transformers is to load, and where it may look for it."""
     path = expand(name)
     if path.is_dir():
@@ -103,7 +112,9 @@ def source_of(name: str) -> tuple[str, dict]:
     return name, {} if hub_reachable() else {"local_files_only": True}
 
 
-def load_model(name: str, option: str, dtype: str = "auto", device: str = "cpu", trust: bool = False):
+def load_model(
+    name: str, option: str, dtype: str = "auto", device: str | torch.device = "cpu", trust: bool = False
+) -> GenerativeModel:
     transformers = quiet_transformers()
     check_folder(name, option)
     if (expand(name) / ADAPTER).is_file():
@@ -124,7 +135,7 @@ def load_model(name: str, option: str, dtype: str = "auto", device: str = "cpu",
                 f"{option} {name}: cannot load it: weights are missing: {', '.join(missing[:3])}"
                 f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}"
             )
-        model = model.to(device).eval()
+        found: GenerativeModel = model.to(device).eval()
     except Refused:
         raise
     except Exception as error:  # whatever a broken folder makes transformers raise
@@ -135,13 +146,13 @@ def load_model(name: str, option: str, dtype: str = "auto", device: str = "cpu",
             ) from None
         raise Refused(f"{option} {name}: cannot load it: {first_line(error)}") from None
     # Only the command line says how to sample; of the checkpoint's own settings the special tokens stay.
-    kept = {k: getattr(model.generation_config, k, None) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model.generation_config = transformers.GenerationConfig(**kept)
-    vars(model).pop("generate", None)  # a folder's own decoding loop, which --trust-remote-code lets in
-    return model
+    kept = {k: getattr(found.generation_config, k, None) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    found.generation_config = transformers.GenerationConfig(**kept)
+    vars(found).pop("generate", None)  # a folder's own decoding loop, which --trust-remote-code lets in
+    return found
 
 
-def load_adapter(name: str, option: str, dtype: str, device: str, trust: bool):
+def load_adapter(name: str, option: str, dtype: str, device: str | torch.device, trust: bool) -> GenerativeModel:
     """A PEFT adapter, merged into the model that it names."""
     base = adapter_base(name, option)
     try:
@@ -152,12 +163,13 @@ def load_adapter(name: str, option: str, dtype: str, device: str, trust: bool):
         ) from None
     model = load_model(base, f"{option} {name}, adapter of", dtype, device, trust)
     kept = model.generation_config
+    whole: Any = model
     try:
-        model = peft.PeftModel.from_pretrained(model, str(expand(name))).merge_and_unload().eval()
+        merged: GenerativeModel = peft.PeftModel.from_pretrained(whole, str(expand(name))).merge_and_unload().eval()
     except Exception as error:
         raise Refused(f"{option} {name}: cannot load the adapter: {first_line(error)}") from None
-    model.generation_config = kept
-    return model
+    merged.generation_config = kept
+    return merged
 
 
 def adapter_base(name: str, option: str) -> str:
@@ -176,7 +188,7 @@ def refuse_foreign_code(error: Exception, what: str) -> None:
         raise Refused(f"{what}: comes with Python code of its own; pass --trust-remote-code to run it") from None
 
 
-def load_tokenizer(name: str, option: str, trust: bool = False):
+def load_tokenizer(name: str, option: str, trust: bool = False) -> PreTrainedTokenizerBase | None:
     """The folder's tokenizer, or None when it has none."""
     transformers = quiet_transformers()
     source, given = source_of(name)
@@ -185,7 +197,10 @@ def load_tokenizer(name: str, option: str, trust: bool = False):
     if path.is_dir() and not there:
         return load_tokenizer(adapter_base(name, option), option, trust) if (path / ADAPTER).is_file() else None
     try:
-        return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust, **given)
+        found: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
+            source, trust_remote_code=trust, **given
+        )
+        return found
     except Exception as error:
         refuse_foreign_code(error, f"{option} {name}")
         if there:
@@ -222,7 +237,7 @@ def pick_device(device: str) -> str:
     return device
 
 
-def load_family(args) -> Family:
+def load_family(args: argparse.Namespace) -> Family:
     """The models of ``--base --tuned --ref`` and their tokenizers."""
     options = [("--base", args.base), *(("--tuned", t) for t in args.tuned), ("--ref", args.ref)]
     for option, name in options:
@@ -232,7 +247,8 @@ def load_family(args) -> Family:
             raise Refused(f"--tuned {name}: is the model of --ref; the two would cancel and leave the base model alone")
     quiet_transformers()
     set_threads(args.threads)
-    device, trust, loaded = pick_device(args.device), args.trust_remote_code, {}
+    device, trust = pick_device(args.device), args.trust_remote_code
+    loaded: dict[str, tuple[GenerativeModel, PreTrainedTokenizerBase | None]] = {}
     for option, name in options:
         if name not in loaded:
             loaded[name] = load_model(name, option, args.dtype, device, trust), load_tokenizer(name, option, trust)
@@ -245,9 +261,9 @@ def load_family(args) -> Family:
         raise Refused(
             f"no tokenizer in {args.tokenizer or 'the model folders'}; name a folder that has one with --tokenizer"
         )
-    family = Family(models[0], list(models[1:-1]), models[-1], tokenizer, list(tokenizers))
     names = [f"{option} {name}" for option, name in options]
-    family.vocab_size = shared_vocabulary(names, models, tokenizers, args.vocab_size)
+    vocab_size = shared_vocabulary(names, models, tokenizers, args.vocab_size)
+    family = Family(models[0], list(models[1:-1]), models[-1], tokenizer, vocab_size)
     family.ends = end_tokens(family)
     return family
 
@@ -260,19 +276,24 @@ def end_tokens(family: Family) -> list[int]:
     return sorted(i for i in ids if 0 <= i < family.vocab_size)
 
 
-def end_of_turn(tokenizer) -> list[int]:
+def text_of(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of one row's ids, without special tokens."""
+    return cast(str, tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special token that the chat template puts behind an answer, if it does."""
     answer = "answer"
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        text = cast(str, tokenizer.apply_chat_template(turns, tokenize=False))
     except Exception:  # a template may refuse what it likes
         return []
-    after = tokenizer(text.rpartition(answer)[2].strip(), add_special_tokens=False).input_ids[:1]
+    after: list[int] = tokenizer(text.rpartition(answer)[2].strip(), add_special_tokens=False).input_ids[:1]
     return after if set(after) & {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()} else []
 
 
-def token_id(given: str, tokenizer, vocab_size: int) -> int:
+def token_id(given: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
     """What --eos names: an id, a token as the vocabulary spells it, or a text that is one token."""
     given = argument_text(given, "--eos")
     found = int(given) if given.isdecimal() and len(given) < 19 else tokenizer.get_vocab().get(given)
@@ -284,7 +305,12 @@ def token_id(given: str, tokenizer, vocab_size: int) -> int:
     return found
 
 
-def shared_vocabulary(names: list[str], models, tokenizers, vocab_size: int | None) -> int:
+def shared_vocabulary(
+    names: Sequence[str],
+    models: Sequence[GenerativeModel],
+    tokenizers: Sequence[PreTrainedTokenizerBase | None],
+    vocab_size: int | None,
+) -> int:
     """How many ids the models share; refused unless these mean the same wherever a tokenizer says what they mean."""
     from ..integrations import hf
 

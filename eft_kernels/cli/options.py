@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 from ..parameters import PARAMETERS, Parameter
 from .term import Refused
@@ -12,7 +14,13 @@ from .term import Refused
 class Once(argparse._StoreAction):
     """An option whose earlier value nobody should lose by giving it again."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
         if getattr(namespace, self.dest) is not None:
             parser.error(f"argument {option_string}: given twice")
         super().__call__(parser, namespace, values, option_string)
@@ -21,18 +29,21 @@ class Once(argparse._StoreAction):
 class Parser(argparse.ArgumentParser):
     """Bad input is one line (`Refused`); ``action="once"`` refuses an option that is given twice."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.register("action", "once", Once)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise Refused(f"{message}; see {self.prog} --help", self.prog)
 
 
-def number(kind, allowed, words):
-    """An argparse type: ``kind`` of a text or number if ``allowed``, else a line with what is given and allowed."""
+Convert = Callable[[Any], Any]  # an argparse type: of a text, or a number of JSON
 
-    def convert(text):
+
+def number(kind: type[int] | type[float], allowed: Callable[[Any], bool], words: str) -> Convert:
+    """``kind`` of a text or number if ``allowed``, else a line with what is given and allowed."""
+
+    def convert(text: Any) -> int | float:
         try:
             value = kind(text)
             whole = kind is float or isinstance(text, str) or value == text
@@ -52,13 +63,13 @@ finite = number(float, math.isfinite, "a finite number")
 share = number(float, lambda v: 0 < v <= 1, "a number in (0, 1]")
 
 
-def sampling_option(p: Parameter):
+def sampling_option(p: Parameter) -> Convert:
     """The type of a sampling parameter's option."""
     return number(p.type, lambda v: p.low <= v <= p.high, p.allowed)
 
 
 # What a line of --batch-file may set for its own request.
-REQUEST_OPTIONS = {
+REQUEST_OPTIONS: dict[str, Convert] = {
     **{p.name: sampling_option(p) for p in PARAMETERS},
     "beta": finite,
     "alpha": finite,
@@ -68,7 +79,7 @@ REQUEST_OPTIONS = {
 }
 
 
-def add_models(parser) -> None:
+def add_models(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("models (folders or hub ids)")
     group.add_argument(
         "--base", required=True, action="once", metavar="MODEL", help="the large model that was not fine-tuned"
@@ -110,7 +121,7 @@ def add_models(parser) -> None:
     group.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
 
 
-def add_combination(parser) -> None:
+def add_combination(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how the models are combined")
     group.add_argument(
         "--mode",
@@ -125,7 +136,7 @@ def add_combination(parser) -> None:
     add_parameters(group, (p for p in PARAMETERS if p.stage == "combine"))
 
 
-def add_parameters(group, parameters) -> None:
+def add_parameters(group: argparse._ArgumentGroup, parameters: Iterable[Parameter]) -> None:
     for p in parameters:
         group.add_argument(
             option(p.name),
@@ -139,7 +150,7 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def mode_settings(args) -> dict:
+def mode_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The combination as keyword arguments of `eft.hf.generate`; an option of another mode is refused."""
     if len(args.tuned) > 2:
         raise Refused(f"--tuned: got {len(args.tuned)} models, allowed are one or two")

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from ..parameters import OFF, PARAMETERS
 from .files import read_text
 from .models import first_line, load_family, load_model, load_tokenizer, shared_vocabulary
 from .options import mode_settings
 from .term import BOLD, Progress, Refused, json_line, paint, table
+
+if TYPE_CHECKING:
+    from ..combination import Weights
+    from ..integrations.hf.models import GenerativeModel
+
+Window = tuple[list[int], int]  # a row of ids, and the first of them whose prediction is counted
+# names of the models, their weights, parameters of the combination
+Emulation = tuple[Sequence[str], "Weights | Sequence[float]", Mapping[str, Any]]
 
 
 @dataclass
@@ -23,7 +34,7 @@ class Score:
         return math.exp(self.nats) if self.nats < 700 else math.nan if math.isnan(self.nats) else math.inf
 
 
-def windows(ids: list[int], bos: int | None, context: int, stride: int) -> list[tuple[list[int], int]]:
+def windows(ids: list[int], bos: int | None, context: int, stride: int) -> list[Window]:
     """``(row, first)`` pairs: a model reads ``row[:-1]`` and its predictions of ``row[first:]`` are counted.
 
     Every window holds ``context`` tokens of the text (fewer only when the text is shorter) behind ``bos`` if there
@@ -32,7 +43,8 @@ def windows(ids: list[int], bos: int | None, context: int, stride: int) -> list[
     """
     head = [] if bos is None else [bos]
     stride = min(stride, context - 1 + len(head))
-    out, counted = [], 0
+    out: list[Window] = []
+    counted = 0
     while counted < len(ids):
         end = min(len(ids), counted + (stride if counted else context))
         begin = max(0, end - context)
@@ -42,22 +54,20 @@ def windows(ids: list[int], bos: int | None, context: int, stride: int) -> list[
     return out
 
 
-def combination(mode: dict):
+def combination(mode: Mapping[str, Any]) -> Weights:
     import eft_kernels as eft
 
-    name = mode["mode"]
-    return {
-        "upscale": lambda: eft.upscale(mode["beta"]),
-        "proxy": lambda: eft.proxy(mode["alpha"]),
-        "downscale": eft.downscale,
-        "interpolate": lambda: eft.interpolate(mode["lam"]),
-    }[name]()
+    if mode["mode"] == "upscale":
+        return eft.upscale(mode["beta"])
+    if mode["mode"] == "proxy":
+        return eft.proxy(mode["alpha"])
+    return eft.downscale() if mode["mode"] == "downscale" else eft.interpolate(mode["lam"])
 
 
 def score(
-    models: dict,
-    rows: list[tuple[list[int], int]],
-    emulations: dict,
+    models: Mapping[str, GenerativeModel],
+    rows: list[Window],
+    emulations: Mapping[str, Emulation],
     vocab_size: int | None = None,
     label: str = "scoring",
 ) -> dict[str, Score]:
@@ -67,11 +77,11 @@ def score(
     import eft_kernels as eft
 
     vocab = vocab_size or min(m.config.get_text_config().vocab_size for m in models.values())
-    plans = {name: ([name], [1.0], {}) for name in models}
-    plans |= emulations
+    plans: dict[str, Emulation] = {**{name: ([name], [1.0], {}) for name in models}, **emulations}
     total, tokens = dict.fromkeys(plans, 0.0), 0
     at_once = max(1, min(16, (1 << 26) // (len(rows[0][0]) * vocab)))  # logits of a batch stay below ~256 MB a model
-    groups, batch = [], []
+    groups: list[list[Window]] = []
+    batch: list[Window] = []
     for row in rows:  # equal lengths together
         if batch and (len(batch) == at_once or len(row[0]) != len(batch[0][0])):
             groups.append(batch)
@@ -100,7 +110,7 @@ def recovered(base: float, emulated: float, truth: float) -> float | None:
     return (base - emulated) / (base - truth) if base > truth and math.isfinite(base - emulated) else None
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     texts = {path: read_text(path, "--text") for path in args.text}  # a file given twice counts once
     for path, text in texts.items():
         if not text.strip():
@@ -132,7 +142,7 @@ def run(args) -> int:
     combining = {
         p.name: p.off if (x := getattr(args, p.name)) is None else x for p in PARAMETERS if p.stage == "combine"
     }
-    emulations = {"emulated": (names, combination(mode), combining)}
+    emulations: dict[str, Emulation] = {"emulated": (names, combination(mode), combining)}
     if args.truth:
         models["truth"] = load_model(args.truth, "--truth", args.dtype, family.base.device, args.trust_remote_code)
         known = [tokenizer, load_tokenizer(args.truth, "--truth", args.trust_remote_code)]

@@ -7,6 +7,9 @@ import os
 import shutil
 import sys
 import textwrap
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TextIO
 
 BOLD, DIM, GREEN, YELLOW, CYAN = "1", "2", "32", "33", "36"
 
@@ -25,8 +28,9 @@ def ready_streams() -> None:
         raise Refused("standard output is closed")
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")
-    if hasattr(sys.stdout, "reconfigure"):  # a stream that replaces it may lack it
-        sys.stdout.reconfigure(errors="backslashreplace")
+    reconfigure = getattr(sys.stdout, "reconfigure", None)  # a stream that replaces it may lack it
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")
 
 
 def drop_output() -> None:
@@ -37,7 +41,7 @@ def drop_output() -> None:
         sys.stdout = open(os.devnull, "w")
 
 
-def json_line(value) -> str:
+def json_line(value: object) -> str:
     """JSON on one line, in characters that standard output has."""
     line = json.dumps(value, ensure_ascii=False)
     try:
@@ -47,7 +51,7 @@ def json_line(value) -> str:
     return line
 
 
-def paint(text: str, *codes: str, stream=None) -> str:
+def paint(text: str, *codes: str, stream: TextIO | None = None) -> str:
     stream = stream or sys.stdout
     if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
@@ -66,7 +70,7 @@ def table(header: list[str], rows: list[list[str]], best: int | None = None) -> 
     """First column left, the others right aligned; row number ``best`` in green."""
     widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
 
-    def line(cells):
+    def line(cells: Sequence[str]) -> str:
         return "  " + "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths))).rstrip()
 
     return "\n".join(
@@ -95,11 +99,13 @@ class Progress:
     def __init__(self, label: str, total: int):
         self.label, self.total, self.done, self.on = label, max(1, total), 0, sys.stderr.isatty()
 
-    def __enter__(self):
+    def __enter__(self) -> Progress:
         self._show()
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         if self.on:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 

@@ -5,19 +5,21 @@
 """
 
 from .columns import Columns, Model, OwnPrompt, take_columns
-from .loops import Decoded, Speculation, plain, speculative
-from .target import Target
+from .loops import Decoded, OnTokens, Speculation, plain, speculative
+from .target import Target, Value
 from .text import Prompt, Text
 
 __all__ = [
     "Columns",
     "Decoded",
     "Model",
+    "OnTokens",
     "OwnPrompt",
     "Prompt",
     "Speculation",
     "Target",
     "Text",
+    "Value",
     "plain",
     "speculative",
     "take_columns",

@@ -6,6 +6,7 @@ model family sees what it was trained on: a 2D mask and consecutive positions, w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -56,7 +57,7 @@ class Columns:
         positions = (columns[self.width :] - self.left[:, None]).clamp(min=0).minimum(self.last_position[:, None])
         return (columns >= self.left[:, None]).long() if any(self.left_host) else None, positions
 
-    def rollback(self, models: list[Model], count: int, kept: list[int], ended: list[bool]) -> None:
+    def rollback(self, models: Sequence[Model], count: int, kept: list[int], ended: list[bool]) -> None:
         """Of the ``count`` newest cached columns row b keeps the first ``kept[b]``; rows that ended do not matter.
 
         Rows that agree are cropped. Where they differ each row moves right until its text ends in the last column.
@@ -109,14 +110,16 @@ class OwnPrompt:
         ahead = self.columns.width - self.width if self.width else self.ids.shape[1] - self.shared
         return None if own is None else own - ahead
 
-    def __call__(self, ids, attention_mask, position_ids, keep):
+    def __call__(
+        self, ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor, keep: int
+    ) -> torch.Tensor:
         new = ids if self.width else torch.cat([self.ids, ids[:, self.shared :]], 1)
         logits = self.model(new, *self.columns.inputs(new.shape[1]), keep)
         self.columns.width += new.shape[1]
         self.width += ids.shape[1]
         return logits
 
-    def crop(self, count):
+    def crop(self, count: int) -> None:
         self.width -= count
         if self.width:
             self._back(count, [0] * len(self.ids))
@@ -124,7 +127,7 @@ class OwnPrompt:
             self.model.crop(self.columns.width)
             self._reset()
 
-    def realign(self, columns):
+    def realign(self, columns: torch.Tensor) -> None:
         last = columns[:, -1].tolist()  # a row that does not move keeps the last column
         shift = [max(last) - n for n in last]
         self._back(self.width - 1 - max(last), shift)

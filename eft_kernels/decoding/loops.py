@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .columns import Columns, Model
 from .target import Target
-from .text import Prompt, Text
+from .text import Prompt, Scores, Text
+
+OnTokens = Callable[[torch.Tensor, list[int]], None]  # new tokens [B, W] and how many of them each row keeps
 
 
 @dataclass
@@ -47,7 +49,7 @@ class Decoded:
 class Steps:
     """Scores per step of the text, from slots that rows reach at different times."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.steps: list[torch.Tensor] = []  # [B, V] each
 
     def add(self, slots: torch.Tensor, start: list[int], count: list[int]) -> None:
@@ -59,7 +61,10 @@ class Steps:
             rows = [b for b, (a, c) in enumerate(zip(start, count)) if a <= n < a + c]
             self.steps[n][rows] = slots[rows, [n - start[b] for b in rows]]
 
-    def close(self, length: list[int], pad: int | None) -> tuple[torch.Tensor, ...]:
+    def first(self, n: int) -> Scores:
+        return tuple(self.steps[:n])
+
+    def close(self, length: list[int], pad: int | None) -> Scores:
         """The steps; after a row's end a point mass on ``pad`` (None: zeros)."""
         self.steps = self.steps[: max(length)]
         for n, step in enumerate(self.steps):
@@ -73,25 +78,33 @@ class Steps:
 class Writer:
     """The part both loops share: the text, what is recorded beside it, and the caller's stream."""
 
-    def __init__(self, prompt: Prompt, target: Target, slots: int, on_tokens: Callable | None):
+    def __init__(self, prompt: Prompt, target: Target, slots: int, on_tokens: OnTokens | None):
         self.text, self.on_tokens = Text(prompt, slots), on_tokens
         self.logits = Steps() if target.keep_logits else None
         self.scores = Steps() if target.keep_scores else None
         self.length = [0] * prompt.ids.shape[0]  # the host's copy of text.length
         self.ended = [False] * prompt.ids.shape[0]
 
-    def write(self, tokens, emitted, valid, raw=None, scores=None) -> list[int]:
+    def write(
+        self,
+        tokens: torch.Tensor,
+        emitted: torch.Tensor,
+        valid: torch.Tensor,
+        raw: torch.Tensor | None = None,
+        scores: torch.Tensor | None = None,
+    ) -> list[int]:
         """Appends up to W tokens a row ([B, W], raw and scores [B, W, V]) and returns how many each row kept."""
         seen = None
-        if self.scores is not None:
+        if self.scores is not None and scores is not None:
             emit = torch.where(self.text.ended, 0, emitted)
             if self.text.prompt.criteria is not None:  # they may read the scores of the tokens they judge
                 self.scores.add(scores, self.length, emit.tolist())
-                seen = lambda n: tuple(self.scores.steps[:n])  # noqa: E731
-        kept = self.text.append(tokens, emitted, valid, seen)
-        kept, ended = torch.stack([kept, self.text.ended.long()]).tolist()  # the round's one synchronisation
+                seen = self.scores.first
+        taken = self.text.append(tokens, emitted, valid, seen)
+        host: list[list[int]] = torch.stack([taken, self.text.ended.long()]).tolist()  # the round's one synchronisation
+        kept, ended = host
         for record, slots in ((self.logits, raw), (self.scores, scores)):
-            if record is not None:
+            if record is not None and slots is not None:
                 record.add(slots, self.length, kept)
         if self.on_tokens is not None and any(kept):
             self.on_tokens(tokens, kept)
@@ -102,11 +115,9 @@ class Writer:
     def decoded(self, speculation: Speculation | None = None) -> Decoded:
         steps = max(self.length)
         failed = {b: n for b, n in enumerate(self.text.failed.tolist()) if n >= 0}
-        records = [
-            None if r is None else r.close(self.length, pad)
-            for r, pad in ((self.logits, None), (self.scores, self.text.prompt.pad))
-        ]
-        return Decoded(self.text.prefix(steps), self.text.length, failed, *records, speculation)
+        logits = None if self.logits is None else self.logits.close(self.length, None)
+        scores = None if self.scores is None else self.scores.close(self.length, self.text.prompt.pad)
+        return Decoded(self.text.prefix(steps), self.text.length, failed, logits, scores, speculation)
 
 
 def _layout(prompt: Prompt) -> tuple[Columns, torch.Tensor]:
@@ -117,7 +128,7 @@ def _layout(prompt: Prompt) -> tuple[Columns, torch.Tensor]:
 
 
 @torch.no_grad()
-def plain(models: list[Model], target: Target, prompt: Prompt, *, on_tokens: Callable | None = None) -> Decoded:
+def plain(models: Sequence[Model], target: Target, prompt: Prompt, *, on_tokens: OnTokens | None = None) -> Decoded:
     """One token per row and step: J forwards, one `sample`.
 
     on_tokens(tokens [B, W], kept): called with the new tokens of every step and how many of them each row keeps.
@@ -137,14 +148,14 @@ def plain(models: list[Model], target: Target, prompt: Prompt, *, on_tokens: Cal
 
 @torch.no_grad()
 def speculative(
-    models: list[Model],
+    models: Sequence[Model],
     target: Target,
     prompt: Prompt,
     *,
     draft: int,
     draft_tokens: int,
     method: str,
-    on_tokens: Callable | None = None,
+    on_tokens: OnTokens | None = None,
 ) -> Decoded:
     """Rounds of drafting by models[draft] and verification by all (Leviathan et al., arXiv 2211.17192).
 
@@ -168,18 +179,19 @@ def speculative(
         reach = [min(r, k + 1) for r in reach]
         lengths = (prompt.max_new_tokens - 1 - text.length).clamp(0, k).masked_fill(text.ended, 0)  # [B]
 
-        start, steps, drafts, step = columns.width, [], [], feed
-        alive = ~text.ended
+        start, step, alive = columns.width, feed, ~text.ended
+        steps: list[torch.Tensor] = []  # logits [B, 1, V] each
+        proposed: list[torch.Tensor] = []  # drafts [B] each
         for j in range(k + 1):
-            steps.append(models[draft](step, *columns.inputs(step.shape[1]), 1))  # [B, 1, V]
+            steps.append(models[draft](step, *columns.inputs(step.shape[1]), 1))
             columns.width += step.shape[1]
             if j < k:
                 tokens, valid = target.draft(steps[j][:, -1], text.length + j, j, method)
                 alive = alive & valid  # a row's drafts end where the drafting model fails
                 lengths = torch.where(alive, lengths, lengths.clamp(max=j))
-                drafts.append(tokens.clamp(min=0))
-                step = drafts[j][:, None]
-        drafts = torch.stack(drafts, 1) if k else text.ids[:, :0]  # [B, K]
+                proposed.append(tokens.clamp(min=0))
+                step = proposed[j][:, None]
+        drafts = torch.stack(proposed, 1) if k else text.ids[:, :0]  # [B, K]
         columns.width = start
         ids = torch.cat([feed, drafts], 1)
         inputs = columns.inputs(ids.shape[1])

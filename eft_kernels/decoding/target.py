@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from ..combination import Weights
-from ..ops import draft, logprobs, sample, verify
+from ..ops import VerifyOutput, draft, logprobs, sample, verify
 from ..parameters import GREEDY
 from .text import Text
+
+Value = float | torch.Tensor  # of a sampling parameter: a number, or a tensor [B]
 
 
 @dataclass
@@ -20,8 +23,8 @@ class Target:
     weights: Weights
     seeds: torch.Tensor  # int64 [B]
     # sampling parameters, numbers or tensors [B]: those of any scores, and those of the combination alone
-    filters: dict = field(default_factory=dict)
-    combining: dict = field(default_factory=dict)
+    filters: Mapping[str, float | torch.Tensor] = field(default_factory=dict)
+    combining: Mapping[str, float | torch.Tensor] = field(default_factory=dict)
     vocab_size: int | None = None  # needed where the models' logits differ in width: a draft must exist for all
     # process(ids [B, P + n], scores [B, V] float32) -> scores, before the filters; `verify` calls its method
     # of_rows(ids, scores, rows) instead, if it has one: only the rows of the mask [B] have n new tokens
@@ -29,9 +32,10 @@ class Target:
     keep_logits: bool = False  # record the scores before process ...
     keep_scores: bool = False  # ... and after process and filters
 
-    def __post_init__(self):
-        self.emulate = dict(self.combining, vocab_size=self.vocab_size)
-        self.noise = dict(self.filters, seed=self.seeds)
+    def __post_init__(self) -> None:
+        # keyword arguments of the operations
+        self.emulate: dict[str, Any] = dict(self.combining, vocab_size=self.vocab_size)
+        self.noise: dict[str, Any] = dict(self.filters, seed=self.seeds)
         self.materialise = self.process is not None or self.keep_logits or self.keep_scores
 
     def scores(self, logits: list[torch.Tensor]) -> torch.Tensor:
@@ -52,11 +56,14 @@ class Target:
         temperature = torch.as_tensor(self.filters.get("temperature", 1.0), dtype=torch.float32, device=scores.device)
         temperature = temperature.reshape(-1, 1).expand(scores.shape[0], 1)
         greedy = temperature < GREEDY
-        kept = logprobs([scores], [1.0], **self.filters) > float("-inf")
+        filters: dict[str, Any] = dict(self.filters)
+        kept = logprobs([scores], [1.0], **filters) > float("-inf")
         scores = torch.where(kept | greedy, scores, float("-inf"))
         return scores / torch.where(greedy, 1.0, temperature)
 
-    def sample(self, logits: list[torch.Tensor], text: Text, position: int):
+    def sample(
+        self, logits: list[torch.Tensor], text: Text, position: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """One token per row of logits [B, V_j]: (tokens, valid, raw scores or None, processed scores or None)."""
         if not self.materialise:
             out = sample(logits, self.weights, position=position, logprobs=False, **self.emulate, **self.noise)
@@ -67,7 +74,9 @@ class Target:
         out = sample([scores], [1.0], position=position, logprobs=False, **self.noise)
         return out.tokens, out.valid, raw, self.filtered(scores) if self.keep_scores else None
 
-    def draft(self, logits: torch.Tensor, position: torch.Tensor, slot: int, method: str):
+    def draft(
+        self, logits: torch.Tensor, position: torch.Tensor, slot: int, method: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """A draft per row from the drafting model's own logits [B, V]: (tokens, valid)."""
         out = draft(logits, slot=slot, method=method, position=position, vocab_size=self.vocab_size, **self.noise)
         return out.tokens, out.valid
@@ -81,7 +90,7 @@ class Target:
         reach: list[int],
         method: str,
         draft: int,
-    ):
+    ) -> tuple[VerifyOutput, torch.Tensor | None, torch.Tensor | None]:
         """`verify` of drafts [B, K] under logits [B, K+1, V_j]: (its output, raw scores, processed scores).
 
         reach[b]: how many slots of row b (from slot 0) can be emitted, 0 for a row that ended.
@@ -91,9 +100,10 @@ class Target:
             return verify(logits, self.weights, drafts, lengths, draft=draft, **self.emulate, **noise), None, None
         slots = drafts.shape[1] + 1
         raw = scores = torch.stack([self.scores([z[:, i] for z in logits]) for i in range(slots)], 1)  # [B, K+1, V]
-        if self.process is not None:
+        process = self.process
+        if process is not None:
             scores = raw.clone()
-            of_rows = getattr(self.process, "of_rows", lambda ids, scores, rows: self.process(ids, scores))
+            of_rows = getattr(process, "of_rows", lambda ids, scores, rows: process(ids, scores))
             counts = torch.tensor(reach, device=drafts.device)
             text.put(drafts, torch.arange(slots - 1, device=drafts.device) < counts[:, None] - 1)
             every, start = torch.arange(len(reach), device=drafts.device), text.length.tolist()

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+Scores = tuple[torch.Tensor, ...]  # float32 [B, V] of each step so far
+Criteria = Callable[[torch.Tensor, Scores | None], torch.Tensor]
+
 
 @dataclass
 class Prompt:
@@ -19,7 +22,7 @@ class Prompt:
     pad: int = 0  # fills a row after its end
     known: int = 0  # padding below this is given to the models as it is, the rest as id 0
     # criteria(ids [B, P + n], scores so far) -> bool [B]: whether each row ends with its newest token
-    criteria: Callable[[torch.Tensor, tuple | None], torch.Tensor] | None = None
+    criteria: Callable[[torch.Tensor, tuple[torch.Tensor, ...] | None], torch.Tensor] | None = None
 
     def readable(self) -> torch.Tensor:
         """ids with 0 where padding has an id that a model may not know."""
@@ -49,7 +52,13 @@ class Text:
         columns = self.start + self.length[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         self.ids.scatter_(1, columns, torch.where(there, tokens, self.prompt.pad))
 
-    def append(self, tokens: torch.Tensor, emitted: torch.Tensor, valid: torch.Tensor, scores=None) -> torch.Tensor:
+    def append(
+        self,
+        tokens: torch.Tensor,
+        emitted: torch.Tensor,
+        valid: torch.Tensor,
+        scores: Callable[[int], Scores] | None = None,
+    ) -> torch.Tensor:
         """Adds the first ``emitted[b]`` of tokens [B, W] to each row, up to the one that ends it.
 
         Rows that are not ``valid`` [B] end after their emitted tokens, marked in ``failed``. ``scores(n)`` gives the
@@ -60,7 +69,7 @@ class Text:
         ends = torch.isin(tokens, self.eos) | (self.length[:, None] + slots + 1 >= self.prompt.max_new_tokens)
         if self.prompt.criteria is not None:
             self.put(tokens, new)
-            ends |= self._criteria(new, scores)
+            ends |= self._judge(self.prompt.criteria, new, scores)
         ends &= new
         stops = ends.any(1)
         kept = torch.where(stops, ends.long().argmax(1) + 1, new.sum(1))
@@ -71,7 +80,7 @@ class Text:
         self.ended = self.ended | stops | failed
         return kept
 
-    def _criteria(self, new: torch.Tensor, scores) -> torch.Tensor:
+    def _judge(self, criteria: Criteria, new: torch.Tensor, scores: Callable[[int], Scores] | None) -> torch.Tensor:
         """Each new token judged with its own prefix: one call per length that occurs. bool [B, W]."""
         ends, count = torch.zeros_like(new), new.sum(1)
         lengths = [(a, a + c) for a, c in zip(self.length.tolist(), count.tolist()) if c]
@@ -80,6 +89,6 @@ class Text:
             here = (slot >= 0) & (slot < count)
             if not bool(here.any()):
                 continue
-            done = self.prompt.criteria(self.prefix(n), scores(n) if scores else None).to(ends.device)
+            done = criteria(self.prefix(n), scores(n) if scores else None).to(ends.device)
             ends |= (here & done)[:, None] & (torch.arange(new.shape[1], device=new.device) == slot[:, None])
         return ends

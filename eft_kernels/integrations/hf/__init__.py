@@ -1,7 +1,6 @@
 """Emulated fine-tuning inside transformers' ``generate``."""
 
-from .arguments import check_tokenizers
-from .endings import end_tokens
+from .arguments import check_tokenizers, end_tokens
 from .generate import EmulatedOutput, InvalidRowError, generate
 from .models import cache_name, logits_width
 

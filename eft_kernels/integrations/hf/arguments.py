@@ -1,25 +1,38 @@
-"""What `generate` is given: the combination, options, inputs and seeds, checked before anything is computed."""
+"""What `generate` is given: the combination, options, inputs and endings, checked before anything is computed."""
 
 from __future__ import annotations
 
-import inspect
 import itertools
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from torch import nn
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    MaxLengthCriteria,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from ...arguments import scalar_or_rows
 from ...checks import from_host, index
-from ...combination import Weights, downscale, interpolate, proxy, upscale
-from ...ops import row_seeds
+from ...combination import Number, Weights, downscale, interpolate, proxy, upscale
+from ...decoding import Value
+from ...ops import PerRow, row_seeds
 from ...parameters import MAX_MODELS
-from .models import CACHE_NAMES, device_of, logits_width
-from .peft import Off, layers_of, unwrapped
+from .frames import Call
+from .models import CACHE_NAMES, GenerativeModel, Off, device_of, layers_of, logits_width, unwrapped
+
+Models = list[nn.Module] | tuple[nn.Module, ...]  # of transformers, or a PeftModel over one
+# the prompt of one model: ids [n, columns], or a dict with an attention_mask, too; None: the prompt of all
+OwnIds = torch.Tensor | Mapping[str, torch.Tensor] | None
+T = TypeVar("T")
 
 # name: the strength it takes, and its weights for [model, tuned, ref] (interpolate: two tuned models)
-MODES = {
+MODES: dict[str, tuple[str | None, Callable[..., Weights]]] = {
     "upscale": ("beta", upscale),
     "proxy": ("alpha", proxy),
     "downscale": (None, downscale),
@@ -90,72 +103,68 @@ LEFTOVERS = frozenset(
         "max_matching_ngram_size",
     }
 )
-NEUTRAL = {"use_cache": True, "cache_implementation": "dynamic", "guidance_scale": 1}
+NEUTRAL: dict[str, object] = {"use_cache": True, "cache_implementation": "dynamic", "guidance_scale": 1}
 
 
-def refuse_unless(name: str, got, ok: bool, allowed: str) -> None:
+def refuse_unless(name: str, got: object, ok: bool, allowed: str) -> None:
     if not ok:
         raise ValueError(f"{name}: got {got!r}, allowed is {allowed}")
 
 
-def outer_arguments() -> dict:
-    """The arguments of the transformers ``generate`` that called us.
-
-    transformers drops streamer, assistant_model, synced_gpus and the negative prompt on the way to a callable; to
-    ignore them silently would be worse than to look. Empty where `generate` is called directly.
-    """
-    code, frame = inspect.unwrap(GenerationMixin.generate).__code__, sys._getframe(2)
-    for _ in range(4):  # a wrapper around our generate may lie between
-        if frame is None or frame.f_code is code:
-            break
-        frame = frame.f_back
-    if frame is None or frame.f_code is not code:
-        return {}
-    found = dict(frame.f_locals)
-    for _ in range(2):  # its decorator holds what was given before transformers took the tokenizer out
-        frame = frame.f_back
-        given = frame.f_locals.get("kwargs") if frame is not None else None
-        if isinstance(given, dict) and "custom_generate" in given:
-            return {**found, "given": given, "tokenizer": given.get("tokenizer")}
-    return found
+def on_device(name: str, value: T, device: torch.device) -> T | torch.Tensor:
+    """A list or an array as a tensor on ``device``, a tensor there; anything else as it is."""
+    found: T | torch.Tensor = from_host(name, value, device)
+    return found.to(device) if isinstance(found, torch.Tensor) else found
 
 
-def given_of(outer: dict) -> set[str] | None:
-    """Names of the generation options that the caller gave, not a checkpoint; None: unknown, so all."""
-    if not outer:
-        return None
-    given = outer.get("given", outer.get("kwargs", {}))
-    config = given.get("generation_config")
-    own = {} if config is None else {k for k, v in vars(config).items() if v is not None}
-    return {*given, *own}
-
-
-def on_device(name: str, value, device):
-    """A number, or what may be a list or an array as a tensor on ``device``."""
-    value = from_host(name, value, device)
-    return value.to(device) if isinstance(value, torch.Tensor) else value
-
-
-def per_row(name: str, value, rows: int, device):
+def per_row(name: str, value: PerRow, rows: int, device: torch.device) -> Value:
     """A sampling parameter or seed, checked: a number, or a tensor [rows] on ``device``."""
     value = value.to(device) if isinstance(value, torch.Tensor) else value
-    return scalar_or_rows(name, value, rows, device, check=True)
+    checked: Value = scalar_or_rows(name, value, rows, device, check=True)
+    return checked
 
 
-def combination_of(model, tuned, ref, mode, beta, alpha, lam):
-    """(models, their names, weights, index of the model that drafts)."""
+def seeds_of(seed: PerRow, rows: int, device: torch.device, greedy: bool) -> torch.Tensor:
+    """int64 [rows]; None: from torch's global generator."""
+    if seed is None:
+        seed = 0 if greedy else int(torch.randint(1 << 62, ()))
+    checked = per_row("seed", seed, rows, device)
+    return checked if isinstance(checked, torch.Tensor) else row_seeds(int(checked), rows, device)
+
+
+# --- models and weights ----------------------------------------------------------------------------------------------
+
+
+class Combination(NamedTuple):
+    """J models and what they are combined by."""
+
+    models: list[nn.Module | Off]
+    names: list[str]  # what errors call them
+    weights: Weights
+    draft: int  # the model that drafts unless the call says otherwise
+
+
+def combination_of(
+    model: nn.Module,
+    tuned: nn.Module | Models | None,
+    ref: nn.Module | Off | None,
+    mode: str | None,
+    beta: PerRow,
+    alpha: PerRow,
+    lam: PerRow,
+) -> Combination:
     two = isinstance(tuned, (list, tuple))
-    if tuned is None or (two and (len(tuned) != 2 or any(t is None for t in tuned))):
-        raise ValueError(
-            f"tuned: got {'None' if tuned is None else f'{len(tuned)} models'}, allowed is a model or a list of two"
-        )
+    several = [t for t in (tuned if isinstance(tuned, (list, tuple)) else [tuned]) if t is not None]
+    if len(several) != (2 if two else 1) or (isinstance(tuned, (list, tuple)) and len(tuned) != 2):
+        got = f"{len(tuned)} models" if isinstance(tuned, (list, tuple)) else "None"
+        raise ValueError(f"tuned: got {got}, allowed is a model or a list of two")
     if ref is None:
-        if two or not layers_of(unwrapped(tuned, "tuned")):
+        if two or not layers_of(unwrapped(several[0], "tuned")):
             raise ValueError(
                 "ref: got None, allowed is the model that tuned was fine-tuned from"
                 + ("" if two else ", or None where tuned is a model with an adapter (PEFT)")
             )
-        ref = Off(tuned)  # the same weights, held once
+        ref = Off(several[0])  # the same weights, held once
     mode = ("interpolate" if two else "upscale") if mode is None else mode
     refuse_unless("mode", mode, mode in MODES, f"one of {', '.join(MODES)}")
     if two != (mode == "interpolate"):
@@ -166,13 +175,16 @@ def combination_of(model, tuned, ref, mode, beta, alpha, lam):
         if name != own:
             owner = next(m for m, (strength, _) in MODES.items() if strength == name)
             raise ValueError(f"{name}: goes with mode={owner!r}, got mode={mode!r}")
-    weights: Weights = preset(*given.values())
-    models = [model, *(tuned if two else [tuned]), ref]
     names = ["model", "tuned[0]", "tuned[1]", "ref"] if two else ["model", "tuned", "ref"]
-    return models, names, weights, 0 if mode == "downscale" else 1
+    return Combination([model, *several, ref], names, preset(*given.values()), 0 if mode == "downscale" else 1)
 
 
-def free_combination_of(model, models, weights, given: dict):
+def free_combination_of(
+    model: nn.Module,
+    models: Models | None,
+    weights: Weights | Sequence[Number] | torch.Tensor | None,
+    given: Mapping[str, object],
+) -> Combination:
     """As `combination_of`, for any number of models with weights of their own: model drafts."""
     for name, value in given.items():
         if value is not None:
@@ -181,20 +193,79 @@ def free_combination_of(model, models, weights, given: dict):
     if not isinstance(models, (list, tuple)) or len(models) >= MAX_MODELS or any(m is None for m in models):
         got = f"{len(models)} models" if isinstance(models, (list, tuple)) else type(models).__name__
         raise ValueError(f"models: got {got}, allowed is a list of up to {MAX_MODELS - 1} beside model")
+    if weights is None:
+        raise ValueError(f"weights: got None, allowed are {1 + len(models)} numbers, for model and each of models")
     device = device_of(model)
-    if isinstance(weights, (list, tuple)):
-        weights = [on_device("weights", w, device) for w in weights]
-    elif isinstance(weights, Weights):
-        weights = list(weights.values) if weights.tensor is None else weights.tensor.to(device)
+    if isinstance(weights, Weights):
+        combined = weights if weights.tensor is None else Weights(weights.tensor.to(device))
+    elif isinstance(weights, (list, tuple)):
+        combined = Weights([on_device("weights", w, device) for w in weights])
     else:
-        weights = on_device("weights", weights, device)
-    weights = Weights(weights)
-    if len(weights) != 1 + len(models):
-        raise ValueError(f"weights: got {len(weights)} for {1 + len(models)} models, model and models")
-    return [model, *models], ["model", *(f"models[{j}]" for j in range(len(models)))], weights, 0
+        combined = Weights(on_device("weights", weights, device))
+    if len(combined) != 1 + len(models):
+        raise ValueError(f"weights: got {len(combined)} for {1 + len(models)} models, model and models")
+    return Combination([model, *models], ["model", *(f"models[{j}]" for j in range(len(models)))], combined, 0)
 
 
-def own_prompts(prompts, names, rows: int, device, vocab_size: int, pad=None):
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+def check_options(
+    config: GenerationConfig, call: Call | None, model_kwargs: Mapping[str, Any], sees: bool = False
+) -> None:
+    """Refuses what cannot be honoured; ``sees``: the model is one for images, too, and its prompt is text.
+
+    call: of transformers' generate; None: it was not called, so that every option is the caller's.
+    """
+    arguments, options = (call.arguments, call.options) if call else ({}, {})
+    defaults = {**vars(GenerationConfig()), **GenerationConfig._get_default_generation_params()}
+    for name, default in defaults.items():
+        value = getattr(config, name, None)
+        if name.startswith("_") or name in HONOURED or value is None or value == default:
+            continue
+        if name in LEFTOVERS and call and name not in call.given:
+            continue
+        if (value is False and name != "use_cache") or value == NEUTRAL.get(name, default):
+            continue
+        allowed = f"give {name}={NEUTRAL[name]!r}" if name in NEUTRAL else "leave it unset"
+        raise ValueError(f"{name}: got {value!r}, which emulated decoding cannot honour; {allowed}")
+    for name in ("assistant_model", "synced_gpus", "negative_prompt_ids", "negative_prompt_attention_mask"):
+        if arguments.get(name) is not None and arguments[name] is not False:
+            raise ValueError(f"{name}: emulated decoding cannot honour it; leave it unset")
+    # pixels that transformers encoded are told by the name that they were given by
+    encoded = {k: v for k, v in (model_kwargs.get("mm_encoder_outputs") or {}).items() if v is not None}
+    for name in options if encoded else ():
+        if name.startswith(("pixel_values", "image", "video")):
+            raise ValueError(f"{name}: emulated decoding reads text alone; leave it out")
+    # what transformers itself hands over: the mask, positions and a cache, empty and not used
+    for name, value in model_kwargs.items():
+        prepared = name in ("attention_mask", "position_ids", "use_cache") or (name == "logits_to_keep" and value == 1)
+        if name == "mm_encoder_outputs":
+            prepared = not encoded
+        if name in ("token_type_ids", "mm_token_type_ids"):  # 0 is text; without images that is what None is, too
+            prepared = sees and isinstance(value, torch.Tensor) and not bool(value.any())
+        if name in CACHE_NAMES:
+            prepared = not getattr(value, "_is_user_defined", False) and options.get(name) is None
+        if not prepared and value is not None and value is not False:
+            if call is None and hasattr(config, name):
+                raise ValueError(
+                    f"{name}: is an option of transformers' generate; call "
+                    "model.generate(..., custom_generate=eft.hf.generate)"
+                )
+            raise ValueError(f"{name}: emulated decoding does not support it; leave it out")
+
+
+# --- inputs ----------------------------------------------------------------------------------------------------------
+
+
+def own_prompts(
+    prompts: Sequence[OwnIds] | None,
+    names: Sequence[str],
+    rows: int,
+    device: torch.device,
+    vocab_size: int,
+    pad: torch.Tensor | None = None,
+) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
     """(ids int64 [rows, P] with 0 on padding, left int64 [rows]) or None, for model (None) and each of ``models``."""
     if prompts is None:
         return [None] * len(names)
@@ -204,7 +275,7 @@ def own_prompts(prompts, names, rows: int, device, vocab_size: int, pad=None):
             f"prompts: got {got}, allowed is a list of {len(names) - 1}, one for each of models (None: "
             "the prompt of model)"
         )
-    out: list = [None]
+    out: list[tuple[torch.Tensor, torch.Tensor] | None] = [None]
     for j, given in enumerate(prompts):
         name = f"prompts[{j}]"
         if given is None:
@@ -241,7 +312,7 @@ def own_prompts(prompts, names, rows: int, device, vocab_size: int, pad=None):
     return out
 
 
-def left_padding(mask: torch.Tensor, shape, name: str) -> torch.Tensor:
+def left_padding(mask: torch.Tensor, shape: Sequence[int], name: str) -> torch.Tensor:
     """Columns of padding before each row's prompt [B], by its mask."""
     if mask.shape != shape:
         raise ValueError(f"{name}: got {list(mask.shape)}, allowed is {list(shape)}, as input_ids")
@@ -254,51 +325,16 @@ def left_padding(mask: torch.Tensor, shape, name: str) -> torch.Tensor:
     return (~real).sum(1)
 
 
-def check_options(config, outer: dict, model_kwargs: dict, sees: bool = False) -> None:
-    """Refuses what cannot be honoured; ``sees``: the model is one for images, too, and its prompt is text."""
-    given = given_of(outer)
-    defaults = {**vars(GenerationConfig()), **GenerationConfig._get_default_generation_params()}
-    for name, default in defaults.items():
-        value = getattr(config, name, None)
-        if name.startswith("_") or name in HONOURED or value is None or value == default:
-            continue
-        if name in LEFTOVERS and given is not None and name not in given:
-            continue
-        if (value is False and name != "use_cache") or value == NEUTRAL.get(name, default):
-            continue
-        allowed = f"give {name}={NEUTRAL[name]!r}" if name in NEUTRAL else "leave it unset"
-        raise ValueError(f"{name}: got {value!r}, which emulated decoding cannot honour; {allowed}")
-    for name in ("assistant_model", "synced_gpus", "negative_prompt_ids", "negative_prompt_attention_mask"):
-        if outer.get(name) is not None and outer[name] is not False:
-            raise ValueError(f"{name}: emulated decoding cannot honour it; leave it unset")
-    # pixels that transformers encoded are told by the name that they were given by
-    encoded = {k: v for k, v in (model_kwargs.get("mm_encoder_outputs") or {}).items() if v is not None}
-    for name in outer.get("kwargs", {}) if encoded else ():
-        if name.startswith(("pixel_values", "image", "video")):
-            raise ValueError(f"{name}: emulated decoding reads text alone; leave it out")
-    # what transformers itself hands over: the mask, positions and a cache, empty and not used
-    for name, value in model_kwargs.items():
-        prepared = name in ("attention_mask", "position_ids", "use_cache") or (name == "logits_to_keep" and value == 1)
-        if name == "mm_encoder_outputs":
-            prepared = not encoded
-        if name in ("token_type_ids", "mm_token_type_ids"):  # 0 is text; without images that is what None is, too
-            prepared = sees and isinstance(value, torch.Tensor) and not bool(value.any())
-        if name in CACHE_NAMES:
-            prepared = not getattr(value, "_is_user_defined", False) and (outer.get("kwargs") or {}).get(name) is None
-        if not prepared and value is not None and value is not False:
-            if not outer and hasattr(config, name):
-                raise ValueError(
-                    f"{name}: is an option of transformers' generate; call "
-                    "model.generate(..., custom_generate=eft.hf.generate)"
-                )
-            raise ValueError(f"{name}: emulated decoding does not support it; leave it out")
-
-
-def check_inputs(models, names, input_ids, model_kwargs, vocab_size, tokenizers):
+def check_inputs(
+    models: Sequence[GenerativeModel],
+    names: Sequence[str],
+    input_ids: torch.Tensor,
+    model_kwargs: Mapping[str, Any],
+    vocab_size: int | None,
+    tokenizers: Sequence[PreTrainedTokenizerBase] | None,
+) -> tuple[torch.Tensor, int]:
     """(columns of left padding [B], V)."""
     for m, name in zip(models, names):
-        if not isinstance(m, GenerationMixin) or not hasattr(m, "config"):
-            raise ValueError(f"{name}: got {type(m).__name__}, allowed is a transformers causal language model")
         if m.config.is_encoder_decoder:
             raise ValueError(f"{name}: got {type(m).__name__}, an encoder-decoder model; allowed are decoders")
         if m.device.type == "meta" and not hasattr(m, "_hf_hook"):
@@ -335,7 +371,9 @@ def check_inputs(models, names, input_ids, model_kwargs, vocab_size, tokenizers)
     return left, shortest if vocab_size is None else vocab_size
 
 
-def check_tokenizers(tokenizers, names, vocab_size: int, tails: bool) -> None:
+def check_tokenizers(
+    tokenizers: Sequence[PreTrainedTokenizerBase], names: Sequence[str], vocab_size: int, tails: bool
+) -> None:
     """ids below vocab_size mean the same in all; with ``tails``, ids from there on are padding at most.
 
     A token that was added to one tokenizer (a chat model's) may be missing in another, or have the place of another
@@ -365,7 +403,9 @@ def check_tokenizers(tokenizers, names, vocab_size: int, tails: bool) -> None:
             )
 
 
-def check_context(models, names, prompts: list[int], max_new_tokens: int) -> None:
+def check_context(
+    models: Sequence[GenerativeModel], names: Sequence[str], prompts: Sequence[int], max_new_tokens: int
+) -> None:
     for m, name, prompt in zip(models, names, prompts):
         limit = getattr(m.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if isinstance(limit, int) and 0 < limit < prompt + max_new_tokens:
@@ -375,9 +415,58 @@ def check_context(models, names, prompts: list[int], max_new_tokens: int) -> Non
             )
 
 
-def seeds_of(seed, rows: int, device, greedy: bool) -> torch.Tensor:
-    """int64 [rows]; None: from torch's global generator."""
-    if seed is None:
-        seed = 0 if greedy else int(torch.randint(1 << 62, ()))
-    seed = per_row("seed", seed, rows, device)
-    return seed if isinstance(seed, torch.Tensor) else row_seeds(seed, rows, device)
+# --- the end of a text -----------------------------------------------------------------------------------------------
+
+
+def end_tokens(models: Iterable[GenerativeModel]) -> list[int]:
+    """Ids that end a text for any of the models, by their generation configs, ascending.
+
+    A chat model ends its turn with a token that the model it was trained from may never use.
+    """
+    ends: set[int] = set()
+    for model in models:
+        own = getattr(model.generation_config, "eos_token_id", None)
+        ends |= {own} if isinstance(own, int) else set(own or ())
+    return sorted(ends)
+
+
+def stop_strings_of(
+    models: Sequence[GenerativeModel],
+    names: Sequence[str],
+    given: str | Sequence[str] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> list[str]:
+    """Texts that end a row: ``given`` (a text, a list or None) or, where the call gives none, those of the generation
+    configs of ``models``, beside the model that transformers looked at itself."""
+    if given is not None:
+        return [given] if isinstance(given, str) else list(given)
+    found: list[str] = []
+    for model, name in zip(models, names):
+        own = getattr(model.generation_config, "stop_strings", None) or []
+        own = [own] if isinstance(own, str) else list(own)
+        if own and not tokenizer:
+            raise ValueError(
+                f"stop_strings: {name}'s generation config ends texts with {own}; give tokenizer=..., or "
+                "stop_strings=[] to go without"
+            )
+        found += own
+    return found
+
+
+def endings_of(
+    stopping_criteria: Iterable[StoppingCriteria], prompt_length: int
+) -> tuple[int, list[int], StoppingCriteriaList]:
+    """(max_new_tokens, end-of-text ids, the other criteria)."""
+    limits: list[int] = []
+    eos: list[int] = []
+    others = StoppingCriteriaList()
+    for criterion in stopping_criteria:
+        if type(criterion) is MaxLengthCriteria:
+            limits.append(criterion.max_length)
+        elif type(criterion) is EosTokenCriteria:
+            eos += criterion.eos_token_id.reshape(-1).tolist()
+        else:
+            others.append(criterion)
+    if not limits:
+        raise ValueError("max_new_tokens: got None, allowed is a length to stop at")
+    return max(1, min(limits) - prompt_length), eos, others

@@ -4,20 +4,33 @@
                   draft_tokens=4, verify="token", do_sample=True, temperature=0.8, max_new_tokens=64)
 
 transformers prepares the prompt, the logits processors and the stopping criteria and then calls `generate` here. It
-forwards only arguments that `generate` names or that the model's forward takes. Needs transformers >= 5.
+forwards only arguments that `generate` names or that the model's forward takes; frames.py finds the others. Needs
+transformers >= 5.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, StopStringCriteria
-from transformers.generation import GenerateDecoderOnlyOutput
+from torch import nn
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ...checks import index, one_of
-from ...decoding import OwnPrompt, Prompt, Speculation, Target, plain, speculative
+from ...combination import Number, Weights
+from ...decoding import Model, OnTokens, OwnPrompt, Prompt, Speculation, Target, plain, speculative
 from ...ops import PerRow, sample
 from ...parameters import GREEDY, MAX_SLOT, METHODS, OFF, PARAMETERS
 from .arguments import (
@@ -25,19 +38,19 @@ from .arguments import (
     check_inputs,
     check_options,
     combination_of,
+    end_tokens,
+    endings_of,
     free_combination_of,
     on_device,
-    outer_arguments,
     own_prompts,
     per_row,
     refuse_unless,
     seeds_of,
+    stop_strings_of,
 )
-from .endings import end_tokens, endings_of, hold_back, stop_strings_of
-from .grammar import RowProcessors
-from .models import CausalLM, check_boundaries, device_of, logits_width
-from .peft import calling, check_distinct, resolved
-from .processors import sampling_of
+from .frames import current_call, meant_model
+from .models import CausalLM, check_boundaries, check_distinct, device_of, logits_width, resolved
+from .processing import RowProcessors, hold_back, sampling_of
 
 
 @dataclass
@@ -57,11 +70,12 @@ class InvalidRowError(RuntimeError):
     """Rows became invalid: a model gave NaN or +inf, or no token was left. ``failed`` is {row: step}, step 0 the
     first new token; ``output`` is all that was generated, those rows padded from that step on."""
 
-    def __init__(self, failed: dict[int, int], output):
+    def __init__(self, failed: dict[int, int], output: torch.Tensor | EmulatedOutput):
         super().__init__(invalid_message(failed))
         self.failed, self.output = failed, output
 
-    def __reduce__(self):  # an exception is made anew from its message alone, and a pool that waits for it hangs
+    def __reduce__(self) -> tuple[Any, ...]:
+        # an exception is made anew from its message alone, and a pool that waits for it hangs
         return type(self), (self.failed, self.output)
 
 
@@ -70,19 +84,29 @@ def invalid_message(failed: dict[int, int]) -> str:
     return f"invalid scores (NaN, +inf or no token left): {where}; their text ends there, other rows are complete"
 
 
+def streaming(streamer: BaseStreamer) -> OnTokens:
+    """Gives the new tokens of the one row to ``streamer``."""
+
+    def on_tokens(tokens: torch.Tensor, kept: list[int]) -> None:
+        for token in tokens[0, : kept[0]].cpu():
+            streamer.put(token[None])
+
+    return on_tokens
+
+
 def generate(
-    model,
-    input_ids,
-    logits_processor=None,
-    stopping_criteria=None,
-    generation_config=None,
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    generation_config: GenerationConfig | None = None,
     *,
-    tuned=None,
-    ref=None,
-    models=None,
-    weights=None,
-    prompts=None,
-    mode=None,
+    tuned: nn.Module | list[nn.Module] | tuple[nn.Module, ...] | None = None,
+    ref: nn.Module | None = None,
+    models: list[nn.Module] | tuple[nn.Module, ...] | None = None,
+    weights: Weights | Sequence[Number] | torch.Tensor | None = None,
+    prompts: Sequence[torch.Tensor | Mapping[str, torch.Tensor] | None] | None = None,
+    mode: str | None = None,
     beta: PerRow = None,
     alpha: PerRow = None,
     lam: PerRow = None,
@@ -99,13 +123,13 @@ def generate(
     draft: int | None = None,
     seed: PerRow = None,
     vocab_size: int | None = None,
-    tokenizers=None,
+    tokenizers: Sequence[PreTrainedTokenizerBase] | None = None,
     on_invalid: str = "raise",
-    streamer=None,
-    stop_strings=None,
-    tokenizer=None,
-    **model_kwargs,
-):
+    streamer: BaseStreamer | None = None,
+    stop_strings: str | list[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **model_kwargs: Any,
+) -> torch.Tensor | EmulatedOutput:
     """Decodes as if ``model`` had been fine-tuned the way ``tuned`` was from ``ref`` (arXiv 2310.12962).
 
     Every strength and sampling parameter is a number or a tensor [rows], rows = batch * num_return_sequences.
@@ -155,7 +179,8 @@ def generate(
     Returns: int64 [rows, P + T], or `EmulatedOutput` with ``return_dict_in_generate``.
     Raises: ValueError naming the argument, before anything is computed; unsupported options raise it, too.
     """
-    outer = outer_arguments()
+    call = current_call()
+    arguments, options = (call.arguments, call.options) if call else ({}, {})
     device = device_of(model)
     # parameters: dict
     sampling = dict(
@@ -167,76 +192,80 @@ def generate(
         upscale_top_p=upscale_top_p,
     )
     # parameters: end
-    beta, alpha, lam = (on_device(name, x, device) for name, x in dict(beta=beta, alpha=alpha, lam=lam).items())
-    streamer = outer.get("streamer") if streamer is None else streamer
+    strengths = {name: on_device(name, x, device) for name, x in dict(beta=beta, alpha=alpha, lam=lam).items()}
+    streamer = arguments.get("streamer") if streamer is None else streamer
     config = generation_config if generation_config is not None else GenerationConfig()
     free = weights is not None or models is not None
     if free:
-        given = dict(tuned=tuned, ref=ref, mode=mode, beta=beta, alpha=alpha, lam=lam)
-        combination = free_combination_of(calling(model), models, weights, given)
+        unused = dict(tuned=tuned, ref=ref, mode=mode, **strengths)
+        combination = free_combination_of(meant_model(model), models, weights, unused)
     else:
-        combination = combination_of(calling(model), tuned, ref, mode, beta, alpha, lam)
-    models, names, weights, default_draft = combination
-    models, contexts, off = resolved(models, names)
-    model = models[0]
-    draft = default_draft if draft is None else draft
+        combination = combination_of(meant_model(model), tuned, ref, mode, **strengths)
+    names = combination.names
+    terms, contexts, off = resolved(combination.models, names)  # J models
+    base = terms[0]
+    draft = combination.draft if draft is None else draft
     home, input_ids = input_ids.device, input_ids.to(device)
 
     one_of("verify", verify, METHODS)
     draft_tokens = index("draft_tokens", draft_tokens, 0, MAX_SLOT, "an integer >= 0")
-    draft = index("draft", draft, 0, len(models) - 1, f"0 to {len(models) - 1}")
+    draft = index("draft", draft, 0, len(terms) - 1, f"0 to {len(terms) - 1}")
     one_of("on_invalid", on_invalid, ("raise", "warn"))
-    check_options(config, outer, model_kwargs, sees=model.config.get_text_config(decoder=True) is not model.config)
-    left, vocab_size = check_inputs(models, names, input_ids, model_kwargs, vocab_size, tokenizers)
+    check_options(config, call, model_kwargs, sees=base.config.get_text_config(decoder=True) is not base.config)
+    left, vocab_size = check_inputs(terms, names, input_ids, model_kwargs, vocab_size, tokenizers)
     input_ids = input_ids.long()
     rows = input_ids.shape[0]
     if streamer is not None and rows != 1:
         raise ValueError(f"streamer: got {rows} rows, allowed is one")
 
-    sampling = {name: per_row(name, x, rows, device) for name, x in sampling.items() if x is not None}
-    combining = {p.name: sampling.pop(p.name, p.off) for p in PARAMETERS if p.stage == "combine"}
-    for name, x in combining.items() if free or len(models) == 4 else ():
+    named = {name: per_row(name, x, rows, device) for name, x in sampling.items() if x is not None}
+    combining = {p.name: named.pop(p.name, p.off) for p in PARAMETERS if p.stage == "combine"}
+    for name, x in combining.items() if free or len(terms) == 4 else ():
         refuse_unless(
             name, x, not isinstance(x, torch.Tensor) and x == OFF[name], f"{OFF[name]} with weights or two tuned models"
         )
     if prompts is not None and not free:
         raise ValueError("prompts: go with models and weights; leave them out beside tuned and ref")
-    prompts = own_prompts(prompts, names, rows, device, vocab_size, getattr(config, "_pad_token_tensor", None))
+    pad: torch.Tensor | None = getattr(config, "_pad_token_tensor", None)
+    own = own_prompts(prompts, names, rows, device, vocab_size, pad)
     if free:
-        check_distinct(models, off, prompts, names)
-    tokenizer = tokenizer or outer.get("tokenizer") or (tokenizers[0] if tokenizers else None)
-    stop_strings = stop_strings_of(models[1:], names[1:], stop_strings, tokenizer)
-    if stop_strings:
+        check_distinct(terms, off, own, names)
+    tokenizer = tokenizer or options.get("tokenizer") or (tokenizers[0] if tokenizers else None)
+    stops = stop_strings_of(terms[1:], names[1:], stop_strings, tokenizer)
+    stopping: list[StoppingCriteria] = list(stopping_criteria or [])
+    if stops:
         if tokenizer is None:
             raise ValueError(
                 "stop_strings: needs a tokenizer; give tokenizer=... or tokenizers=[...], or put a "
                 "StopStringCriteria among stopping_criteria"
             )
-        stopping_criteria = [*(stopping_criteria or []), StopStringCriteria(tokenizer, stop_strings)]
-    max_new_tokens, eos, criteria = endings_of(stopping_criteria or [], input_ids.shape[1])
-    chosen = "eos_token_id" in outer.get("kwargs", {}) or config.eos_token_id != model.generation_config.eos_token_id
+        stopping.append(StopStringCriteria(tokenizer, stops))
+    max_new_tokens, eos, criteria = endings_of(stopping, input_ids.shape[1])
+    chosen = "eos_token_id" in options or config.eos_token_id != base.generation_config.eos_token_id
     if not chosen:
-        ends = {*eos, *end_tokens(models), *(getattr(t, "eos_token_id", None) for t in tokenizers or ())} - {None}
+        others = [getattr(t, "eos_token_id", None) for t in tokenizers or ()]
+        ends = {*eos, *end_tokens(terms), *(i for i in others if i is not None)}
         if ends != set(eos):
             eos = sorted(ends)
             logits_processor = hold_back(logits_processor or [], config, eos, input_ids.shape[1], device)
-    processors, filters = sampling_of(logits_processor or [], config, sampling, outer.get("logits_processor"))
+    processors, filters = sampling_of(logits_processor or [], config, named, arguments.get("logits_processor"))
     process = RowProcessors(processors, rows, speculating=draft_tokens > 0) if processors else None
     temperature = filters.get("temperature", 1.0)
     greedy = not isinstance(temperature, torch.Tensor) and temperature < GREEDY
     seeds = seeds_of(seed, rows, device, greedy=greedy)
     nothing = torch.zeros(rows, 1, dtype=torch.float32, device=device)
-    sample([nothing] * len(models), weights, seed=seeds, position=0, logprobs=False, check=True)  # checks the weights
+    sample(
+        [nothing] * len(terms), combination.weights, seed=seeds, position=0, logprobs=False, check=True
+    )  # checks the weights
 
-    lengths = [int((ids.shape[1] - pads).max()) for ids, pads in (p or (input_ids, left) for p in prompts)]
-    check_context(models, names, lengths, max_new_tokens)
-    pad = getattr(config, "_pad_token_tensor", None)
-    pad = int(pad) if pad is not None else eos[0] if eos else 0
-    known = min(map(logits_width, models))
-    prompt = Prompt(input_ids, left, max_new_tokens, eos, pad, known, criteria or None)
+    lengths = [int((ids.shape[1] - pads).max()) for ids, pads in (p or (input_ids, left) for p in own)]
+    check_context(terms, names, lengths, max_new_tokens)
+    filler = int(pad) if pad is not None else eos[0] if eos else 0
+    known = min(map(logits_width, terms))
+    prompt = Prompt(input_ids, left, max_new_tokens, eos, filler, known, criteria or None)
     verbose = bool(config.return_dict_in_generate)
     target = Target(
-        weights,
+        combination.weights,
         seeds,
         filters,
         combining,
@@ -245,38 +274,31 @@ def generate(
         keep_logits=bool(verbose and config.output_logits),
         keep_scores=bool(verbose and config.output_scores),
     )
-    adapters = [
+    causal = [
         CausalLM(m, name, rollback=draft_tokens > 0, context=context)
-        for m, name, context in zip(models, names, contexts)
+        for m, name, context in zip(terms, names, contexts)
     ]
     if draft_tokens:
-        check_boundaries(adapters, rows, max(lengths) + max_new_tokens)
+        check_boundaries(causal, rows, max(lengths) + max_new_tokens)
     shared = input_ids.shape[1] - int(left.min())
-    adapters = [m if p is None else OwnPrompt(m, shared, *p, max_new_tokens) for m, p in zip(adapters, prompts)]
-    on_tokens = None
-    if streamer is not None:
+    decoders: list[Model] = [
+        m if p is None else OwnPrompt(m, shared, *p, max_new_tokens=max_new_tokens) for m, p in zip(causal, own)
+    ]
 
-        def on_tokens(tokens, kept):
-            for token in tokens[0, : kept[0]].cpu():
-                streamer.put(token[None])
-
+    on_tokens = None if streamer is None else streaming(streamer)
     if draft_tokens:
         done = speculative(
-            adapters, target, prompt, draft=draft, draft_tokens=draft_tokens, method=verify, on_tokens=on_tokens
+            decoders, target, prompt, draft=draft, draft_tokens=draft_tokens, method=verify, on_tokens=on_tokens
         )
     else:
-        done = plain(adapters, target, prompt, on_tokens=on_tokens)
+        done = plain(decoders, target, prompt, on_tokens=on_tokens)
     if streamer is not None:
         streamer.end()
-    output = done.sequences.to(home)
+    output: torch.Tensor | EmulatedOutput = done.sequences.to(home)
     if verbose:
-        output = EmulatedOutput(
-            sequences=output,
-            scores=done.scores,
-            logits=done.logits,
-            speculation=done.speculation,
-            failed=done.failed or None,
-        )
+        # transformers annotates tuples of any length as those of one
+        records: dict[str, Any] = dict(sequences=output, scores=done.scores, logits=done.logits)
+        output = EmulatedOutput(**records, speculation=done.speculation, failed=done.failed or None)
     if done.failed and on_invalid == "raise":
         raise InvalidRowError(done.failed, output)
     if done.failed:

@@ -1,18 +1,29 @@
-"""A transformers model as the decoding loops see it, with a cache of its own.
+"""A transformers model as the decoding loops see it: with a cache of its own, and its adapter on or off.
 
 Inputs go through the model's own `prepare_inputs_for_generation`, and what its `_update_model_kwargs_for_generation`
 keeps is given back, because models do what their text needs there: Phi-3 drops its cache where its rotary embedding
 changes, Mamba its mask after the prompt, OpenAI GPT reads the whole text at every step.
+
+An adapter of PEFT changes its base module in place: the module that ``PeftModel.get_base_model()`` returns computes
+with the adapter on. Off is a state of the layers, entered for the forwards of one of the models alone.
 """
 
 from __future__ import annotations
 
 import inspect
-from contextlib import nullcontext
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, NoReturn, Protocol, TypeGuard
 
 import torch
-from transformers import DynamicCache, GenerationMixin
+from torch import nn
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.utils.generic import ModelOutput
 
 from ...decoding import take_columns
 
@@ -28,9 +39,49 @@ ONE_BY_ONE = {
 }
 # Older versions find new tokens by `cache_position`, newer ones by their number.
 CACHE_POSITION = "cache_position" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+# What these do lies in PeftModel's own forward, not in layers of the module.
+NOT_IN_LAYERS = {"ADAPTION_PROMPT", "POLY", "XLORA", "SHADOW"}
+# Initialisations that leave the base weights as they were; any other may move part of them into the adapter.
+PURE_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
-def cache_name(model) -> str:
+class GenerativeModel(Protocol):
+    """A causal language model of transformers: what we rely on of it.
+
+    Each is a PreTrainedModel and a GenerationMixin; transformers has no name for both together.
+    """
+
+    config: PreTrainedConfig
+    generation_config: GenerationConfig
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def base_model(self) -> nn.Module: ...
+    def forward(self, *args: Any, **kwargs: Any) -> Any: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def generate(self, *args: Any, **kwargs: Any) -> Any: ...
+    def get_output_embeddings(self) -> nn.Module | None: ...
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]: ...
+    def _update_model_kwargs_for_generation(
+        self, outputs: ModelOutput, model_kwargs: dict[str, Any], is_encoder_decoder: bool
+    ) -> dict[str, Any]: ...
+    def _supports_default_dynamic_cache(self) -> bool: ...
+
+
+def _is_generative(model: object) -> TypeGuard[GenerativeModel]:
+    return isinstance(model, GenerationMixin) and hasattr(model, "config")
+
+
+def generative(model: object, name: str) -> GenerativeModel:
+    """``model``, a causal language model of transformers; ValueError for anything else."""
+    if not _is_generative(model):
+        raise ValueError(f"{name}: got {type(model).__name__}, allowed is a transformers causal language model")
+    return model
+
+
+def cache_name(model: GenerativeModel) -> str:
     """What the model calls its cache, as an argument and in its output."""
     takes = inspect.signature(model.forward).parameters
     return next((name for name in CACHE_NAMES if name in takes), "past_key_values")
@@ -45,7 +96,13 @@ class CausalLM:
       context: gives what is entered for each of its passes, such as one that switches an adapter off.
     """
 
-    def __init__(self, model, name: str, rollback: bool, context=nullcontext):
+    def __init__(
+        self,
+        model: GenerativeModel,
+        name: str,
+        rollback: bool,
+        context: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ):
         self.model, self.name, self.rollback, self.context = model, name, rollback, context
         self.device = device_of(model)
         self.takes = inspect.signature(model.forward).parameters
@@ -53,8 +110,8 @@ class CausalLM:
         self.boundary, self.boundary_moves = rope_boundary(model)
         self.can_realign = can_realign(model)
         self.drops_cache = self.cache_name in inspect.signature(model.prepare_inputs_for_generation).parameters
-        self.ids = self.positions = None  # [B, S] of all columns
-        self.state: dict = {}  # what the model keeps from pass to pass, its cache among it
+        self.ids = self.positions = torch.zeros(0, 0, dtype=torch.int64)  # [B, S] of all columns
+        self.state: dict[str, Any] = {}  # what the model keeps from pass to pass, its cache among it
         if model._supports_default_dynamic_cache():
             self.state[self.cache_name] = self._new_cache()
         elif rollback:
@@ -63,13 +120,13 @@ class CausalLM:
         if rollback and (kind in ONE_BY_ONE or getattr(model, "_is_stateful", False)):
             self._refuse_rollback(ONE_BY_ONE.get(kind, "it is stateful"))
 
-    def _refuse_rollback(self, why: str):
+    def _refuse_rollback(self, why: str) -> NoReturn:
         raise ValueError(
             f"draft_tokens: {self.name} ({type(self.model).__name__}) cannot take back rejected tokens "
             f"({why}); use draft_tokens=0"
         )
 
-    def _new_cache(self):
+    def _new_cache(self) -> DynamicCache:
         cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
         if self.rollback:
             # a window's layer forgets what a rollback needs; a full layer is masked to the window by the model
@@ -82,12 +139,12 @@ class CausalLM:
                 self._refuse_rollback(", ".join(sorted(fixed)))
         return cache
 
-    def __call__(self, ids, attention_mask, position_ids, keep):
-        home, (ids, attention_mask, position_ids) = (
-            ids.device,
-            (x if x is None else x.to(self.device) for x in (ids, attention_mask, position_ids)),
-        )
-        past = 0 if self.ids is None else self.ids.shape[1]
+    def __call__(
+        self, ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor, keep: int
+    ) -> torch.Tensor:
+        home, past = ids.device, self.ids.shape[1]
+        ids, position_ids = ids.to(self.device), position_ids.to(self.device)
+        attention_mask = None if attention_mask is None else attention_mask.to(self.device)
         self.ids = torch.cat([self.ids, ids], 1) if past else ids
         self.positions = torch.cat([self.positions, position_ids], 1) if past else position_ids
         inputs = self._inputs(past, attention_mask, keep)
@@ -108,13 +165,13 @@ class CausalLM:
         self._keep(out)
         if out.logits.shape[-1] != self.width:
             raise ValueError(f"{self.name}: gives logits of width {out.logits.shape[-1]}, announces {self.width}")
-        logits = out.logits[:, -keep:].to(home)
+        logits: torch.Tensor = out.logits[:, -keep:].to(home)
         return logits.float() if logits.dtype is torch.float64 else logits
 
-    def _inputs(self, past: int, attention_mask, keep: int) -> dict:
+    def _inputs(self, past: int, attention_mask: torch.Tensor | None, keep: int) -> dict[str, Any]:
         """What the model's forward takes for the columns from ``past`` on."""
-        options = dict(attention_mask=attention_mask, position_ids=self.positions, logits_to_keep=keep)
-        options = {k: v for k, v in options.items() if k in self.takes}
+        known = dict(attention_mask=attention_mask, position_ids=self.positions, logits_to_keep=keep)
+        options: dict[str, Any] = {k: v for k, v in known.items() if k in self.takes}
         columns = self.ids.shape[1]
         if CACHE_POSITION:
             options["cache_position"] = torch.arange(past, columns, device=self.ids.device)
@@ -124,7 +181,7 @@ class CausalLM:
             self.ids, is_first_iteration=past == 0, use_cache=True, **options, **self.state
         )
 
-    def _keep(self, out) -> None:
+    def _keep(self, out: ModelOutput) -> None:
         """Holds on to what the model wants back at its next pass."""
         given = self.state.get(self.cache_name)
         self.state = self.model._update_model_kwargs_for_generation(
@@ -142,47 +199,51 @@ class CausalLM:
         if self.rollback and cache is not given:
             self._refuse_rollback("it keeps no cache" if cache is None else "it makes its own cache")
 
-    def _layers(self):
+    def _layers(self) -> list[Any]:
+        """The cache's layers that hold keys and values [B, heads, S, dim]."""
         return [layer for layer in self.state[self.cache_name].layers if layer.keys is not None]
 
-    def crop(self, count):
+    def crop(self, count: int) -> None:
         self.ids, self.positions = self.ids[:, :-count], self.positions[:, :-count]
         for layer in self._layers():
             layer.crop(-count)
 
-    def realign(self, columns):
+    def realign(self, columns: torch.Tensor) -> None:
         columns = columns.to(self.device)
         self.ids, self.positions = self.ids.gather(1, columns), self.positions.gather(1, columns)
         for layer in self._layers():
             layer.keys, layer.values = take_columns(layer.keys, columns), take_columns(layer.values, columns)
 
 
-def _holds_states(cache) -> bool:
+def _holds_states(cache: DynamicCache) -> bool:
     values = [x for layer in cache.layers for x in vars(layer).values()]
     values += [x for v in values if isinstance(v, dict) for x in v.values()]
     return any(isinstance(x, torch.Tensor) and x.numel() > 0 for x in values)
 
 
-def device_of(model) -> torch.device:
+# --- what a model says about itself ----------------------------------------------------------------------------------
+
+
+def device_of(model: object) -> torch.device:
     """Where a model takes its ids: its embedding's device, or where a hook of accelerate brings them."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embeddings = getattr(model, "get_input_embeddings", None)
+    embedding = None if embeddings is None else embeddings()
     weight = getattr(embedding, "weight", None)
-    device = weight.device if isinstance(weight, torch.Tensor) else getattr(model, "device", torch.device("cpu"))
+    own = weight.device if isinstance(weight, torch.Tensor) else getattr(model, "device", torch.device("cpu"))
+    device: torch.device = own
     if device.type == "meta":
         hooks = [getattr(m, "_hf_hook", None) for m in (embedding, model)]
-        device = next(
-            (torch.device(h.execution_device) for h in hooks if getattr(h, "execution_device", None) is not None),
-            torch.device("cpu"),
-        )
+        places = [getattr(hook, "execution_device", None) for hook in hooks]
+        device = next((torch.device(place) for place in places if place is not None), torch.device("cpu"))
     return device
 
 
-def logits_width(model) -> int:
+def logits_width(model: GenerativeModel) -> int:
     head = model.get_output_embeddings()
-    return getattr(head, "out_features", None) or model.config.get_text_config(decoder=True).vocab_size
+    return int(getattr(head, "out_features", None) or model.config.get_text_config(decoder=True).vocab_size)
 
 
-def can_realign(model) -> bool:
+def can_realign(model: GenerativeModel) -> bool:
     """Whether a row may move to other columns of the cache: nothing but its mask and positions says where a token is.
 
     Without position_ids positions are counted from the cache's length (unless they come from the mask: BLOOM); chunked
@@ -194,7 +255,7 @@ def can_realign(model) -> bool:
     return positions and not getattr(config, "attention_chunk_size", None)
 
 
-def rope_boundary(model) -> tuple[int | None, bool]:
+def rope_boundary(model: GenerativeModel) -> tuple[int | None, bool]:
     """The length of text beyond which another rotary embedding is used for all of it (None: there is none), and
     whether it changes again with every token beyond: "longrope" has two sets of frequencies, "dynamic" many."""
     config = model.config.get_text_config(decoder=True)
@@ -203,13 +264,13 @@ def rope_boundary(model) -> tuple[int | None, bool]:
     kinds = {r.get("rope_type") for r in ropes} & {"longrope", "dynamic"}
     if not kinds:
         return None, False
-    original = [getattr(config, "original_max_position_embeddings", None)]
-    original += [r.get("original_max_position_embeddings") for r in ropes]
-    original = min((n for n in original if n), default=getattr(config, "max_position_embeddings", None))
+    lengths = [getattr(config, "original_max_position_embeddings", None)]
+    lengths += [r.get("original_max_position_embeddings") for r in ropes]
+    original = min((n for n in lengths if n), default=getattr(config, "max_position_embeddings", None))
     return original, "dynamic" in kinds
 
 
-def check_boundaries(models: list[CausalLM], rows: int, longest: int) -> None:
+def check_boundaries(models: Sequence[CausalLM], rows: int, longest: int) -> None:
     """Refuses speculation where plain decoding would use another rotary embedding than a round of several tokens.
 
     One row stops its rounds at the boundary (`CausalLM.boundary`); rows of a batch reach it in different rounds, and a
@@ -222,3 +283,161 @@ def check_boundaries(models: list[CausalLM], rows: int, longest: int) -> None:
                 f"longer than {m.boundary} tokens, got up to {longest} in {rows} row(s); use draft_tokens=0"
                 + ("" if m.boundary_moves else " or one row")
             )
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+class Off:
+    """Stands for ``model`` with its adapters off, where a model is expected."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+
+def peft_models() -> tuple[type[nn.Module], ...]:
+    """The classes that hold an adapted module; none unless PEFT is imported."""
+    peft = sys.modules.get("peft")
+    names = ("PeftModel", "PeftMixedModel")
+    return tuple(getattr(peft, name) for name in names if hasattr(peft, name))
+
+
+def layers_of(module: object) -> list[Any]:
+    """The layers of a module that an adapter can be switched on and off in."""
+    if "peft" not in sys.modules or not isinstance(module, nn.Module):
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper, other
+
+    kinds = (BaseTunerLayer, ModulesToSaveWrapper, getattr(other, "AuxiliaryTrainingWrapper", BaseTunerLayer))
+    return [layer for layer in module.modules() if isinstance(layer, kinds)]
+
+
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
+def _lock(module: nn.Module) -> threading.RLock:
+    """One for each adapted module: whoever switches its adapters has it to himself until they are switched back."""
+    with _locks_lock:
+        return _locks.setdefault(module, threading.RLock())
+
+
+@contextmanager
+def switched(module: nn.Module, off: bool) -> Iterator[None]:
+    """The adapters of ``module`` off for a while, or (off=False) left as they are while nobody else switches them.
+
+    The state of the layers alone: PEFT's own switch also counts parameters and sets requires_grad.
+    """
+    with _lock(module):
+        layers = layers_of(module) if off else []
+        before = [layer._disable_adapters for layer in layers]
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer, state in zip(layers, before):
+                layer._disable_adapters = state
+
+
+def unwrapped(model: nn.Module, name: str) -> nn.Module:
+    """The transformers module that an adapter sits in; ``model`` itself where it is none of PEFT's."""
+    holders = peft_models()
+    if not holders:
+        return model
+    from peft.tuners.tuners_utils import BaseTuner
+
+    while isinstance(model, (*holders, BaseTuner)):
+        held: Any = model
+        for config in held.peft_config.values():
+            kind = getattr(config.peft_type, "value", config.peft_type)
+            if config.is_prompt_learning or kind in NOT_IN_LAYERS or getattr(config, "alora_invocation_tokens", None):
+                what = "virtual tokens" if config.is_prompt_learning else "a forward of its own"
+                raise ValueError(
+                    f"{name}: {kind} works by {what}, which emulated decoding cannot honour; allowed are "
+                    "adapters made of layers, such as LORA"
+                )
+        model = held.model if isinstance(model, BaseTuner) else held.get_base_model()
+    return model
+
+
+def resolved(
+    models: Sequence[nn.Module | Off], names: Sequence[str]
+) -> tuple[list[GenerativeModel], list[Callable[[], AbstractContextManager[None]]], list[bool]]:
+    """(transformers modules, a context for the forwards of each, whether its adapter is off there).
+
+    The base module on its own, beside a PeftModel over it, stands for the same weights with the adapter off.
+    """
+    held = [isinstance(m, peft_models()) for m in models]
+    inner = [unwrapped(m.model if isinstance(m, Off) else m, name) for m, name in zip(models, names)]
+    found = [generative(module, name) for module, name in zip(inner, names)]
+    adapted = {id(module) for module, holder in zip(inner, held) if holder}
+    off = [
+        isinstance(m, Off) or (id(module) in adapted and not holder) for m, module, holder in zip(models, inner, held)
+    ]
+    contexts: list[Callable[[], AbstractContextManager[None]]] = [nullcontext] * len(models)
+    for j, name in enumerate(names):
+        if off[j]:
+            _check_switch(inner[j], name)
+        if off[j] or layers_of(inner[j]):
+            contexts[j] = partial(switched, inner[j], off[j])
+    for j, name in enumerate(names):
+        if not name.startswith("tuned"):
+            continue
+        with contexts[j]() if not off[j] else nullcontext():
+            on = any(layer.active_adapters and not layer.disable_adapters for layer in layers_of(inner[j]))
+        if off[-1] and inner[j] is inner[-1] and not on:
+            raise ValueError(f"{name}: its adapter is switched off, so it has the weights of ref; switch it on")
+        for i in (*range(1, j), len(names) - 1):  # other tuned models, and ref
+            if off[i] == off[j] and same_weights(inner[i], inner[j]):
+                what = "the result would be model alone" if names[i] == "ref" else "two models are expected"
+                raise ValueError(
+                    f"{name}: has the same weights as {names[i]} (one module, or shared memory), so "
+                    f"{what}; give another model, or one with an adapter (PEFT) and ref=None"
+                )
+    return found, contexts, off
+
+
+def check_distinct(
+    models: Sequence[object], off: Sequence[bool], prompts: Sequence[object], names: Sequence[str]
+) -> None:
+    """No two terms of a combination may be one: the same weights, adapter and prompt."""
+    for j in range(1, len(models)):
+        for i in range(j):
+            if prompts[i] is None and prompts[j] is None and same_weights(models[i], models[j]) and off[i] == off[j]:
+                raise ValueError(
+                    f"{names[j]}: is {names[i]} (one module, or shared memory) with the same prompt; give "
+                    "it another prompt in prompts, or add their weights"
+                )
+
+
+def _check_switch(module: nn.Module, name: str) -> None:
+    pure = {"bias": (None, "none"), "init_lora_weights": PURE_INITS, "layer_replication": (None,)}
+    for config in getattr(module, "peft_config", {}).values():
+        for option, allowed in pure.items():
+            value = getattr(config, option, None)
+            if value not in allowed:
+                raise ValueError(
+                    f"{name}: an adapter with {option}={value!r} changes its base and cannot be switched "
+                    "off; load the model that it was trained from as ref"
+                )
+
+
+def _storage(parameter: torch.Tensor) -> object:
+    """What tells one parameter's memory from another's."""
+    try:
+        address = parameter.data_ptr()
+    except RuntimeError:  # a tensor subclass without memory of its own
+        address = 0
+    return (address, tuple(parameter.shape), tuple(parameter.stride())) if address else id(parameter)
+
+
+def same_weights(a: object, b: object) -> bool:
+    """Whether two models are one: the same module, or every parameter in the same memory."""
+    if a is b:
+        return True
+    if not isinstance(a, nn.Module) or not isinstance(b, nn.Module):
+        return False
+    ours, theirs = ({_storage(p) for p in m.parameters()} for m in (a, b))
+    return bool(ours) and ours == theirs
