@@ -105,6 +105,8 @@ def check_logits(logits, dims: int, vocab_size: int | None) -> tuple[list[torch.
         shortest = min(shortest, size[-1])
         out.append(z if z.stride(-1) == 1 else z.contiguous())
     if vocab_size is None:
+        if shortest == 0:
+            raise ValueError("logits: expected at least one token, got a vocabulary of 0")
         vocab_size = shortest
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, numbers.Integral) or not 1 <= vocab_size <= shortest:
         raise ValueError(
@@ -143,20 +145,22 @@ def check_mask(mask, shape: tuple[int, ...], device: torch.device) -> torch.Tens
 def check_bias(bias, lead: tuple[int, ...], device: torch.device) -> TokenBias | None:
     """``bias`` as int64 ids and float32 values, both contiguous [*lead, N]; leading sizes of 1 are repeated."""
     if not isinstance(bias, (tuple, list)) or len(bias) != 2:
-        raise ValueError(f"token_bias: expected a pair of tensors, ids and values, got {shown(bias)}")
-    named = {"token_bias.ids": bias[0], "token_bias.values": bias[1]}
+        got = f"{len(bias)} values" if isinstance(bias, (tuple, list)) else shown(bias)
+        raise ValueError(f"token_bias: expected a pair of tensors, ids and values, got {got}")
+    named = {"token_bias[0]": bias[0], "token_bias[1]": bias[1]}
     tensors = []
     for name, x in named.items():
         x = from_host(name, x, device)
-        kind, got = "an integer" if name.endswith("ids") else "a float", type(x).__name__
+        is_ids, got = name == "token_bias[0]", type(x).__name__
         wanted = False
         if isinstance(x, torch.Tensor):
             x = dense(name, x)
             got = f"{x.dtype} {list(x.shape)}"
-            wanted = x.dtype in INTEGERS if name.endswith("ids") else x.dtype.is_floating_point
+            wanted = x.dtype in INTEGERS if is_ids else x.dtype.is_floating_point
             wanted &= x.dim() == len(lead) + 1 and all(n in (1, want) for n, want in zip(x.shape, lead))
         if not wanted:
             shape = ", ".join([*map(str, lead), "N"])
+            kind = "ids, an integer" if is_ids else "values, a float"
             raise ValueError(f"{name}: expected {kind} tensor [{shape}] (sizes of 1 are repeated), got {got}")
         if x.device != device:
             raise ValueError(f"{name}: is on {x.device}, the logits are on {device}; move it there")

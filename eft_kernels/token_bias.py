@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from .arguments import check_logits, check_weights
-from .checks import INTEGERS, dense, from_host, shown
+from .arguments import MAX_WEIGHT, check_logits, check_weights
+from .checks import INTEGERS, dense, from_host, readable, shown
 from .combination import Weights
 from .parameters import TokenBias
 
@@ -64,15 +64,16 @@ def penalties(
     values = -taken
     if isinstance(repetition, torch.Tensor) or not isinstance(repetition, numbers.Real) or repetition != 1:
         factor = _column("repetition", repetition, rows, device)
-        if not isinstance(repetition, torch.Tensor) and not bool((factor > 0).all()):
+        if not isinstance(repetition, torch.Tensor) and readable(factor) and not bool((factor > 0).all()):
             raise ValueError(f"repetition: got {shown(repetition)}, allowed are numbers above 0")
         if logits is None or weights is None:
             raise ValueError("repetition: needs logits and weights, those that sample will be given")
         s = _scores_at(ids, logits, weights, rows, device)
         values = values + torch.where(s.isfinite(), torch.where(s > 0, s / factor, s * factor) - s, 0.0)
-    if logit_bias:
+    if logit_bias is not None:
         if not isinstance(logit_bias, Mapping) or not all(
-            isinstance(i, numbers.Integral) and isinstance(x, numbers.Real) for i, x in logit_bias.items()
+            isinstance(i, numbers.Integral) and abs(i) < 1 << 63 and isinstance(x, numbers.Real) and x < MAX_WEIGHT
+            for i, x in logit_bias.items()
         ):
             raise ValueError(f"logit_bias: expected a mapping of ids to numbers, got {shown(logit_bias)}")
         more = torch.tensor(list(logit_bias), dtype=torch.int64, device=device)
@@ -86,20 +87,24 @@ def _tokens(name: str, x: torch.Tensor | None) -> torch.Tensor | None:
     x = from_host(name, x, torch.device("cpu")) if x is not None else x
     if x is None:
         return None
+    x = dense(name, x) if isinstance(x, torch.Tensor) else x
     if not isinstance(x, torch.Tensor) or x.dim() != 2 or x.dtype not in INTEGERS:
         raise ValueError(f"{name}: expected an int64 tensor [B, n] or None, got {shown(x)}")
-    return dense(name, x).to(torch.int64)
+    return x.to(torch.int64)
 
 
 def _column(name: str, x: PerRow, rows: int, device: torch.device) -> torch.Tensor:
     """float32 [rows, 1], or [1, 1] of a number."""
     x = from_host(name, x, device, torch.float32)
     if isinstance(x, torch.Tensor):
+        x = dense(name, x)
         if x.is_complex() or x.shape not in ((rows,), ()):
             raise ValueError(f"{name}: expected a number or a tensor [{rows}], got {shown(x)}")
-        return x.to(device=device, dtype=torch.float32).reshape(-1, 1)
-    if isinstance(x, bool) or not isinstance(x, numbers.Real):
-        raise ValueError(f"{name}: expected a number or a tensor [{rows}], got {shown(x)}")
+        if x.device != device:
+            raise ValueError(f"{name}: is on {x.device}, the tokens are on {device}; move it there")
+        return x.to(torch.float32).reshape(-1, 1)
+    if isinstance(x, bool) or not isinstance(x, numbers.Real) or abs(x) >= MAX_WEIGHT:
+        raise ValueError(f"{name}: expected a float32 number or a tensor [{rows}], got {shown(x)}")
     return torch.full((1, 1), float(x), device=device)
 
 

@@ -197,14 +197,14 @@ struct Reader {
       const int64_t starts = (vocab + kChunkSize - 1) / kChunkSize + 1;
       dlpack::Tensor t;
       if (!view(PyTuple_GetItem(bias, 1), t) || !need(t.ndim == dims)) return;
-      c.bias_size = t.shape[dims - 1];
-      const auto part = [&](int at, auto type, dlpack::DataType dtype, int64_t size) {
+      const int64_t size = t.shape[dims - 1];
+      const auto part = [&](int at, auto type, dlpack::DataType dtype, int64_t n) {
         using T = decltype(type);
         PyObject* o = PyTuple_GetItem(bias, at);
-        return dims == 3 ? tensor<T>(o, dtype, {rows, slots, size}) : tensor<T>(o, dtype, {rows, size});
+        return dims == 3 ? tensor<T>(o, dtype, {rows, slots, n}) : tensor<T>(o, dtype, {rows, n});
       };
-      c.bias = {part(0, int32_t{}, kInt32, starts), part(1, int32_t{}, kInt32, c.bias_size),
-                part(2, float{}, kFloat32, c.bias_size)};
+      c.bias = {part(0, int32_t{}, kInt32, starts), part(1, int32_t{}, kInt32, size), part(2, float{}, kFloat32, size),
+                size};
       if (unusual) return;
     }
     const int64_t words = (vocab + 31) / 32;

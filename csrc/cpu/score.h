@@ -338,7 +338,7 @@ struct Scorer {
   bool add_bias(int c, int first, int n, float* out) const {
     bool ok = true;
     bias.each(c, [&](int token, float value) {
-      if (token < first || token >= first + n || out[token - first] == -kInf) return;
+      if (token < first || token >= first + n || !(out[token - first] > -kInf)) return;
       float& s = out[token - first];
       s += value;
       ok &= s < kInf;

@@ -25,13 +25,16 @@ struct PerRow {
 // token_bias of one row: the entries of chunk c are those from starts[c] to starts[c + 1]
 struct Bias {
   const int32_t* starts = nullptr;  // [chunks + 1], null: none
-  const int32_t* ids;               // rising
+  const int32_t* ids;               // [size], rising
   const float* values;
+  int64_t size;
+
   EFT_HD bool touches(int chunk) const { return starts && starts[chunk] < starts[chunk + 1]; }
-  // visit(token, value) of a chunk's entries, in order
+  // visit(token, value) of a chunk's entries, in order; whatever is in memory, none beyond their number
   template <class Visit>
   EFT_HD void each(int chunk, const Visit& visit) const {
-    for (int i = starts[chunk]; i < starts[chunk + 1]; ++i) visit(ids[i], values[i]);
+    const int64_t first = starts[chunk], end = starts[chunk + 1];
+    for (int64_t i = first < 0 ? 0 : first; i < (end < size ? end : size); ++i) visit(ids[i], values[i]);
   }
 };
 
@@ -50,14 +53,13 @@ struct Call : Sampling {
   float weight[kMaxModels];
   PerRow<int64_t> seed, position;  // seed: one value is expanded by row_seed()
   const int32_t* mask;             // [rows, slots, ceil(V / 32)] or null
-  Bias bias;                       // of row 0; each [rows, slots, ...]
-  int64_t bias_size;               // entries of a row
+  Bias bias;                       // of the first row; each is [rows, slots, ...]
   int threads;                     // of a CPU
 
   EFT_HD Bias bias_of(int64_t row, int64_t slot) const {
     const int64_t r = row * slots + slot, chunks = (vocab_size + kChunkSize - 1) / kChunkSize;
-    return bias.starts ? Bias{bias.starts + r * (chunks + 1), bias.ids + r * bias_size, bias.values + r * bias_size}
-                       : Bias{};
+    if (!bias.starts) return Bias{};
+    return {bias.starts + r * (chunks + 1), bias.ids + r * bias.size, bias.values + r * bias.size, bias.size};
   }
 };
 

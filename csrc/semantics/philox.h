@@ -7,7 +7,6 @@ namespace EFT_ISA {
 
 enum Kind : uint32_t { kChunk = 0, kToken = 1 };
 
-
 template <class U>
 struct Words {
   U r[4];

@@ -272,9 +272,9 @@ class Fuzz:
     def __init__(self):
         import eft_kernels
         from eft_kernels import ops, testing
-        from eft_kernels._backends import cpu
+        from eft_kernels._backends import cpu, workspace
 
-        self.eft, self.ops, self.testing, self.cpu = eft_kernels, ops, testing, cpu
+        self.eft, self.ops, self.testing, self.cpu, self.workspace = eft_kernels, ops, testing, cpu, workspace
 
     def usual(self, pick: random.Random):
         """A call as `testing.random_call` makes them, small."""
@@ -335,6 +335,44 @@ class Fuzz:
         if got is not None and want is not None:
             compare(got, want, call.operation)
 
+    def sorted_bias(self, pick: random.Random, call):
+        """token_bias as the extension takes it; its numbers may be any."""
+        bias = self.workspace.sorted_bias(call.params.token_bias, call.params.vocab_size)
+        if bias is None or pick.random() < 0.6:
+            return bias
+        return bias._replace(
+            starts=torch.randint(-(1 << 31), 1 << 31, bias.starts.shape).to(torch.int32) >> pick.choice([0, 8, 24]),
+            ids=torch.randint(-(1 << 31), 1 << 31, bias.ids.shape).to(torch.int32) >> pick.choice([0, 20]),
+        )
+
+    def penalties(self, seed: int):
+        """`eft.penalties` with arguments of any kind: ValueError that begins with one's name, or a `TokenBias`."""
+        pick = random.Random(seed)
+        B, V = pick.choice([0, 1, 3]), 50
+        tokens = [torch.randint(-1, V, (B, pick.choice([0, 1, 9]))) for _ in range(2)]
+        kwargs = dict(
+            prompt=pick.choice([None, tokens[0]]),
+            output=pick.choice([None, tokens[1], tokens[1]]),
+            presence=pick.choice([0.0, 0.5, torch.rand(B)]),
+            frequency=pick.choice([0.0, -0.5, torch.rand(B)]),
+            repetition=pick.choice([1.0, 1.2, torch.rand(B) + 0.5]),
+            logit_bias=pick.choice([None, {}, {3: 1.0, V + 5: -2.0}]),
+            logits=[torch.randn(B, V) for _ in range(3)],
+            weights=self.eft.upscale(),
+        )
+        for _ in range(pick.choice([0, 1, 1, 2])):
+            name = pick.choice(sorted(kwargs))
+            kwargs[name] = hostile(pick, kwargs[name], 3)
+        bias, error = attempt(lambda: self.eft.penalties(**kwargs), RAISED)
+        if isinstance(error, ValueError):
+            assert str(error).split(":")[0].split("[")[0] in kwargs, f"an error that names no argument: {error}"
+        elif error is not None:
+            assert isinstance(error, MemoryError), f"{type(error).__name__}: {error}"
+        elif bias.ids.device.type == "cpu" and bias.ids.shape[0] == B:
+            z = [torch.randn(B, V) for _ in range(3)]
+            out = self.eft.sample(z, self.eft.upscale(), seed=1, position=0, token_bias=bias)
+            assert out.tokens.shape == (B,)
+
     def bindings(self, seed: int):
         """The extension's own functions: None, or tokens of the vocabulary; never anything worse than an error."""
         pick = random.Random(seed)
@@ -347,7 +385,8 @@ class Fuzz:
         function = getattr(module, "logprobs" if "logprobs" in call.operation else call.operation)
         if call.operation == "logprobs":
             args = [None]
-        args = [pick.choice([1, 2, 3]), pick.random() < 0.5, call.logits, *call.params, *args]
+        params = call.params._replace(token_bias=self.sorted_bias(pick, call))
+        args = [pick.choice([1, 2, 3]), pick.random() < 0.5, call.logits, *params, *args]
         for _ in range(pick.choice([0, 1, 1, 2, 4])):
             at = pick.randrange(1, len(args))  # threads are the caller's business
             args[at] = hostile(pick, args[at], len(call.logits[0]))
@@ -452,7 +491,9 @@ class Fuzz:
             raise failures[0]
 
 
-TARGETS = dict(values=4, functions=8, operators=4, bindings=8, threads=0.02)  # and how often each is chosen
+TARGETS = dict(
+    values=4, functions=8, operators=4, bindings=8, penalties=2, threads=0.02
+)  # how often each is chosen
 
 
 def main(argv=None) -> int:
