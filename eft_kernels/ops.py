@@ -447,7 +447,7 @@ def draft(
       logits: the drafting model's own, [B, V].
       slot: the draft's place in its round, 0 to K - 1. method: as `verify` will be told.
       seed: the one that `verify` will be given. position: of this draft: the round's (that of slot 0) + slot.
-      temperature, top_k, top_p, min_p: of the drafts; they need not be the target's. The others: see `sample`.
+      The sampling parameters are the drafts' own; they need not be the target's. The others: see `sample`.
 
     Returns: `DraftOutput`; give `verify` a list of the round's. Raises: ValueError naming the argument.
     """
@@ -550,8 +550,8 @@ def verify(
         target's.
       draft: index of the model whose logits were the draft distribution's (it may have weight 0), under the same
         mask and bias; None for a deterministic proposer.
-      draft_temperature, draft_top_k, draft_top_p, draft_min_p: numbers or tensors [B], what the drafts were drawn by
-        where it is not the target's temperature, top_k, top_p, min_p. "coupled" compares tokens alone and takes none.
+      draft_temperature, draft_top_k, ...: numbers or tensors [B], what the drafts were drawn by where it is not the
+        target's temperature, top_k, ... "coupled" compares tokens alone and takes none.
       position: of slot 0; slot i is at position + i. token_mask: int32 [B, K+1, ceil(V / 32)],
         token_bias: [B, K+1, N]; both hold for the draft distribution, too. Others: see `sample`.
 

@@ -324,8 +324,9 @@ struct Row {
   void mass_group(const float* s, int32_t* q, int32_t* n) const {
     for (int i = 0; i < kGroup; i += W) {
       vf x = load(s + i);
-      vi shift, significand = mass_parts(x, broadcast(best), broadcast(filters.c), shift);
-      significand &= (x >= broadcast(kept.floor)) & (x <= broadcast(kept.ceiling));
+      const vi is_kept = (x >= broadcast(kept.floor)) & (x <= broadcast(kept.ceiling));
+      x = select(is_kept, x, broadcast(best));  // no NaN, which another thread may have written
+      vi shift, significand = mass_parts(x, broadcast(best), broadcast(filters.c), shift) & is_kept;
       shift = select_min(16 - shift, 63);
       memcpy(q + i, &significand, sizeof significand);
       memcpy(n + i, &shift, sizeof shift);

@@ -491,9 +491,7 @@ class Fuzz:
             raise failures[0]
 
 
-TARGETS = dict(
-    values=4, functions=8, operators=4, bindings=8, penalties=2, threads=0.02
-)  # how often each is chosen
+TARGETS = dict(values=4, functions=8, operators=4, bindings=8, penalties=2, threads=0.02)  # how often each is chosen
 
 
 def main(argv=None) -> int:
