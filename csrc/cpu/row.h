@@ -324,8 +324,8 @@ struct Row {
   void mass_group(const float* s, int32_t* q, int32_t* n) const {
     for (int i = 0; i < kGroup; i += W) {
       vf x = load(s + i);
-      const vi is_kept = (x >= broadcast(kept.floor)) & (x <= broadcast(kept.ceiling));
-      x = select(is_kept, x, broadcast(best));  // no NaN, which another thread may have written
+      const vi is_kept = (x >= broadcast(kept.floor)) & (x <= broadcast(std::min(kept.ceiling, best)));
+      x = select(is_kept, x, broadcast(best));  // another thread may have written NaN or +inf
       vi shift, significand = mass_parts(x, broadcast(best), broadcast(filters.c), shift) & is_kept;
       shift = select_min(16 - shift, 63);
       memcpy(q + i, &significand, sizeof significand);
