@@ -194,9 +194,9 @@ def cpu(target: str, folder: str) -> tuple[list[Step], str]:
 
 
 def cuda(target: str, folder: str) -> tuple[list[Step], str]:
-    nvcc, sources = cuda_compiler(), sorted(glob.glob("csrc/cuda/*.cu"))
+    nvcc, sources = cuda_compiler(), sorted(glob.glob("csrc/cuda/**/*.cu", recursive=True))
     if not sources:
-        raise RuntimeError("no csrc/cuda/*.cu")
+        raise RuntimeError("no csrc/cuda/**/*.cu")
     listed = subprocess.run([*nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     sass, ptx = cuda_targets(set(re.findall(r"compute_(\d+)", listed)), os.environ.get("EFT_KERNELS_CUDA_ARCHS"))
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in sass]

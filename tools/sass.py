@@ -1,7 +1,7 @@
 """What the CUDA kernels compile to, for GPUs that are not here: registers, spills, loads, instructions per token.
 
-    python -m tools sass                                 # csrc/cuda/*.cu, every architecture
-    python -m tools sass --arch 90a --kernel sample_stream --json FILE csrc/cuda/sample.cu
+    python -m tools sass                                 # csrc/cuda, every architecture
+    python -m tools sass --arch 90a --kernel sample_stream --json FILE csrc/cuda/row/sample.cu
 
 Findings: spills, a stack, local memory; a multiply-add rounded once; in a marked loop, logits loaded in less than 128
 bits, and more instructions a token than memory leaves time for.
@@ -628,8 +628,12 @@ def examine(unit: Unit, kernel: str | None = None, seen: set[Group] | None = Non
 
 
 def marked(files: list[Path]) -> dict[str, Group]:
-    """Every group in these files and in the headers beside them."""
-    paths = {p for f in files for p in [f, *f.parent.glob("*.h"), *f.parent.glob("*.cuh")]}
+    """Every group in these files and in the headers beside them; of csrc/cuda in all of its headers."""
+    ours = ROOT / "csrc" / "cuda"
+    folders = {f.parent for f in files}
+    if any(f.resolve().is_relative_to(ours) for f in files):
+        folders |= {ours, *(p for p in ours.iterdir() if p.is_dir())}
+    paths = {*files, *(p for folder in folders for p in [*folder.glob("*.h"), *folder.glob("*.cuh")])}
     groups = [m.group for p in sorted(paths) for m in marks_of(str(p), p.stat().st_mtime).values() if m.group]
     return {g.where: g for g in groups}
 
@@ -752,7 +756,7 @@ def render(rows: list[dict], command: str) -> str:
 
 def main(argv: list[str]) -> int:
     p = Parser(prog="python -m tools sass", description=__doc__.split("\n\n")[0])
-    p.add_argument("files", nargs="*", type=Path, metavar="FILE", help="default: csrc/cuda/*.cu")
+    p.add_argument("files", nargs="*", type=Path, metavar="FILE", help="default: those of csrc/cuda")
     p.add_argument("--arch", default=ARCHS, metavar="NAME,...", help=f"default: {ARCHS}")
     p.add_argument("--kernel", metavar="NAME", help="only this one")
     p.add_argument(
@@ -760,9 +764,9 @@ def main(argv: list[str]) -> int:
     )
     p.add_argument("--markdown", type=Path, metavar="FILE", help="save the tables")
     args = p.parse_args(argv)
-    files = args.files or sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    files = args.files or sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
     if not files:
-        raise Refused("no csrc/cuda/*.cu here; name a file")
+        raise Refused("no csrc/cuda/**/*.cu here; name a file")
     if missing := [str(f) for f in files if not f.is_file()]:
         raise Refused(f"{missing[0]}: no such file")
     tool("nvdisasm")

@@ -1,6 +1,6 @@
 // The operations as the bindings call them: which kernels a call takes.
 #include "kernels.h"
-#include "row.cuh"
+#include "row/row.cuh"
 
 namespace eft {
 namespace cuda {

@@ -34,11 +34,11 @@ FLAGS = [
 
 def build(folder: Path = ROOT / "build" / "simt", replace: dict[str, tuple[str, str]] | None = None) -> Path:
     """The library, made anew where a source or a flag is another; ``replace``: {file of csrc/cuda: (text, by what)}."""
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) + [
+    sources = sorted((ROOT / "csrc" / "cuda").rglob("*.cu")) + [
         ROOT / "tests/simt/simt.cpp",
         ROOT / "csrc/bindings/cuda_module.cpp",
     ]
-    headers = [*ROOT.glob("csrc/*/*.h"), *ROOT.glob("csrc/*/*.cuh"), *ROOT.glob("tests/simt/*.h")]
+    headers = [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh"), *ROOT.glob("tests/simt/*.h")]
     content = b"".join(p.read_bytes() for p in sorted([*sources, *headers]))
     key = hashlib.sha256(content + repr((FLAGS, CXX, sorted((replace or {}).items()))).encode()).hexdigest()[:16]
     library = folder / key / "_cuda.abi3.so"

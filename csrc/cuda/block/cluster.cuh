@@ -1,22 +1,11 @@
 // The blocks that share a row, and what all of their threads come to know.
 #pragma once
-#include "combine.cuh"
+#include "reduce.cuh"
 
 namespace eft {
 namespace cuda {
 
 constexpr int kMaxCluster = 16, kWords = 3;
-
-// What a row's first pass comes to: its best score, the least of its chunks' best ones, and sums of exponentials.
-struct RowStats {
-  float best = -kInf, least = kInf;
-  ExpSum sum;
-};
-
-EFT_DEVICE RowStats warp_reduce(RowStats x, float c) {
-  x.best = warp_max(x.best), x.least = -warp_max(-x.least), x.sum = warp_reduce(x.sum, c);
-  return x;
-}
 
 struct CountAndMass {  // sums
   int64_t a = 0, b = 0;
@@ -96,15 +85,6 @@ struct ClusterGroup {
       }
       return a;
     });
-  }
-  EFT_MEMBER RowStats start(const RowStats& x, float c) {
-    return all(x, RowStats(), [=](const RowStats& s) { return warp_reduce(s, c); });
-  }
-  EFT_MEMBER ExpSum sum(const ExpSum& x, float c) {
-    return all(x, ExpSum(), [=](const ExpSum& s) { return warp_reduce(s, c); });
-  }
-  EFT_MEMBER Winner best(const Winner& x) {
-    return all(x, Winner(), [](const Winner& w) { return warp_reduce(w); });
   }
 };
 

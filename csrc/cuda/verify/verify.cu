@@ -6,8 +6,8 @@
 // target and draft once more (from L2), where a sum can matter.
 #include <algorithm>
 
+#include "../kernels.h"
 #include "accept.cuh"
-#include "kernels.h"
 
 namespace eft {
 namespace cuda {

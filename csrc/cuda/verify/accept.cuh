@@ -4,8 +4,8 @@
 // draft i that is known to be rejected, or whose slot is invalid, else 0. The others count arrivals: of "token" each
 // draft's target and draft distribution, of "coupled" and "block" (the first of them) all of the row's slots.
 #pragma once
-#include "../semantics/accept.h"
-#include "row.cuh"
+#include "../../semantics/accept.h"
+#include "../row/row.cuh"
 
 namespace eft {
 namespace cuda {

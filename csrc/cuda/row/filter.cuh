@@ -1,6 +1,6 @@
 // What filters keep of a row whose scores are in the memory of the blocks of a group.
 #pragma once
-#include "cluster.cuh"
+#include "stats.cuh"
 
 namespace eft {
 namespace cuda {
@@ -455,6 +455,7 @@ EFT_DEVICE Kept keep_of(ClusterGroup& group, const Part& part, Search& search, c
 // Sampling under min-p and top-k or top-p, not both, does without their threshold: the winner of all that is left, if
 // it is kept, is the winner of what is kept; else nothing from its score down is, and the race goes on above. The
 // winner's own mass makes the first one likely to do. Whether it is kept (total: in shared memory):
+EFT_DEVICE bool can_reject(const RowParams& q) { return q.filtered() && (!q.use_k || !q.use_p) && q.typical_p == 1; }
 EFT_DEVICE bool is_kept(ClusterGroup& group, const Part& part, const RowParams& q, float score, float best,
                         Total& total) {
   if (!q.use_k && !q.use_p) return true;

@@ -8,9 +8,9 @@
 // a row to arrive merges: the order of keys is total, so that no split can change a token.
 #include <algorithm>
 
-#include "kernels.h"
+#include "../kernels.h"
+#include "../launch_config.h"
 #include "combine.cuh"
-#include "launch_config.h"
 
 namespace eft {
 namespace cuda {

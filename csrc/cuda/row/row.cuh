@@ -1,7 +1,7 @@
 // What a launch of a cluster a row is given and leaves behind (row.cu, verify.cu).
 #pragma once
+#include "../launch_config.h"
 #include "filter.cuh"
-#include "launch_config.h"
 
 namespace eft {
 namespace cuda {
