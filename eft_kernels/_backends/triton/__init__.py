@@ -19,7 +19,8 @@ from ...parameters import METHOD_CODES, NAMES, OFF, PARAMETERS, STREAM_CODES, Dr
 from .. import workspace
 from . import config, filter, outputs, race
 from . import verify as acceptance
-from .rows import Models, Sampling, Up
+from .config import TileConfig, tile_config
+from .rows import Models, Sampling, Upscale
 from .verify import Side
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -27,7 +28,7 @@ NO_STATE = filter.State(*[None] * len(filter.State._fields))
 OPTIONS = dict(enable_fp_fusion=False)  # tokens depend on it
 SLACK = 2e-5  # of a float32 sum of exponentials over a row, relative
 CHUNK = 256
-NO_UP = Up(None, 1.0, None, None, None, tl.constexpr(-1))
+NO_UPSCALE = Upscale(None, 1.0, None, None, None, tl.constexpr(-1))
 
 
 def status() -> tuple[bool, str]:
@@ -132,21 +133,22 @@ class Call:
         # every row is: its exact mass is known
         self.all_filtered = any(not isinstance(getattr(p, name), torch.Tensor) for name in on)
         self.nucleus, self.typical = "top_p" in on, "typical_p" in on
-        self.up = NO_UP
-        self.stream = self.split(config.pick(config.STREAM, self.device, self.rows * self.chunks))
+        self.up = NO_UPSCALE
+        self.stream = self.split(tile_config(config.STREAM, self.device, self.rows * self.chunks))
         self.cp, self.search = power_of_2(self.chunks), search(p.token_mask is not None)
         if upscales:
             on = _pair(p.upscale_top_p, 1.0)
-            self.up = Up(*on, *(self.empty() for _ in range(3)), tl.constexpr(tuned))
+            self.up = Upscale(*on, *(self.empty() for _ in range(3)), tl.constexpr(tuned))
             self.upscale()
 
     def empty(self, *shape, dtype=torch.float32):
         return torch.empty((self.rows, *shape), dtype=dtype, device=self.device)
 
-    def split(self, cut: config.Cut) -> dict:
-        """A cut as launch options: a program takes TILES * TC chunks, SPLITS programs a row."""
-        tiles = min(cut.tiles, power_of_2(ceil_div(self.chunks, cut.tc)))
-        return dict(SPLITS=ceil_div(self.chunks, tiles * cut.tc), TILES=tiles, TC=cut.tc, num_warps=cut.warps)
+    def split(self, tiling: TileConfig) -> dict:
+        """A tiling as launch options: a program takes TILES * TC chunks, SPLITS programs a row."""
+        tiles = min(tiling.tiles_per_program, power_of_2(ceil_div(self.chunks, tiling.chunks_per_tile)))
+        splits = ceil_div(self.chunks, tiles * tiling.chunks_per_tile)
+        return dict(SPLITS=splits, TILES=tiles, TC=tiling.chunks_per_tile, num_warps=tiling.num_warps)
 
     def launch(self, kernel, *args, **options):
         """A program a row, or SPLITS."""
@@ -158,7 +160,7 @@ class Call:
         self.launch(kernel, *args, **options, **self.stream)
 
     def upscale(self):
-        """Fills `Up`."""
+        """Fills `Upscale`."""
         J = len(self.models.z)
         top = torch.empty(J, self.rows, self.chunks, dtype=torch.float32, device=self.device)
         totals = torch.zeros(J, self.rows, dtype=torch.int64, device=self.device)
@@ -242,8 +244,8 @@ def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logpro
         state = call.state() if more else None
         call.row(domain, state, tokens, valid, lp, raw)
     else:
-        cut = config.pick(config.SAMPLE, device, B * call.chunks)
-        split = call.split(cut)
+        tiling = tile_config(config.SAMPLE, device, B * call.chunks)
+        split = call.split(tiling)
         splits = split["SPLITS"]
         part_key = call.empty(splits, dtype=torch.int64)
         part = call.empty(splits, 4) if logprobs else None
@@ -259,7 +261,7 @@ def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logpro
             part_key,
             part,
             PARTS=power_of_2(splits),
-            DIRECT=cut.direct,
+            DIRECT=tiling.single_tile,
             PROCESSED=call.processed,
             **split,
         )
