@@ -108,7 +108,13 @@ def _column(name: str, x: PerRow, rows: int, device: torch.device) -> torch.Tens
     return torch.full((1, 1), float(x), device=device)
 
 
-def _scores_at(ids: torch.Tensor, logits, weights, rows: int, device: torch.device) -> torch.Tensor:
+def _scores_at(
+    ids: torch.Tensor,
+    logits: Sequence[torch.Tensor],
+    weights: Weights | Sequence[float] | torch.Tensor,
+    rows: int,
+    device: torch.device,
+) -> torch.Tensor:
     """sum_j w_j z_j of some tokens, float32 like ids [rows, N]; what is at -1 does not matter."""
     logits, vocab_size = check_logits(logits, 2, None)
     if logits[0].shape[0] != rows or logits[0].device != device:
