@@ -20,9 +20,11 @@ class TileConfig(NamedTuple):
     single_tile: bool = False  # one tile a program, kept in registers
 
 
+Table = dict[str, tuple[tuple[int, TileConfig], ...]]  # by the device's name
+
 # sample without filters: (rows * chunks, tiling). Not measured: chosen so that about eight programs fall to each of
 # 132 multiprocessors, and that noise for every token (about 100 instructions each) stays below a launch's latency.
-SAMPLE = {
+SAMPLE: Table = {
     "default": (
         (512, TileConfig(1, 4, single_tile=True)),  # one row of 128256 tokens: 126 programs
         (8192, TileConfig(1, 8, single_tile=True)),
@@ -33,7 +35,7 @@ SAMPLE = {
     ),
 }
 # passes that leave statistics, masses or log-probs behind: the same, without noise
-STREAM = {
+STREAM: Table = {
     "default": (
         (512, TileConfig(1, 4)),
         (8192, TileConfig(1, 8)),
@@ -49,7 +51,7 @@ def device_name(index: int | None) -> str:
     return torch.cuda.get_device_name(index) if torch.cuda.is_available() else "default"
 
 
-def tile_config(table: dict, device: torch.device, work: int) -> TileConfig:
+def tile_config(table: Table, device: torch.device, work: int) -> TileConfig:
     """The tiling of ``work`` = rows * chunks on ``device``."""
     rows = table.get(device_name(device.index) if len(table) > 1 else "default", table["default"])
     return next(tiling for limit, tiling in rows if work <= limit)
