@@ -1,5 +1,7 @@
 """eft_kernels: emulated fine-tuning (arXiv 2310.12962) and other products of experts, fused down to the token."""
 
+from types import ModuleType
+
 from .combination import Weights, downscale, interpolate, proxy, upscale, weights
 from .dispatch import backends
 from .ops import DraftOutput, SampleOutput, VerifyOutput, draft, logprobs, row_seeds, sample, token_logprobs, verify
@@ -31,7 +33,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> ModuleType:
     if name == "hf":  # transformers is imported only when it is used
         from .integrations import hf
 

@@ -6,12 +6,12 @@ NumPy arrays become tensors on the logits' device.
 
 from __future__ import annotations
 
-import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
-from .checks import INTEGERS, dense, from_host, index, is_array, readable, shown
+from .checks import INTEGERS, dense, from_host, index, is_array, is_integer, is_real, readable, shown
 from .combination import Weights
 from .parameters import MAX_MODELS, MAX_VOCAB, PARAMETERS, ROWS, Parameter, Params, TokenBias
 
@@ -29,23 +29,23 @@ def dtype_of(p: Parameter) -> torch.dtype:
     return torch.int64 if p.type is int else torch.float32
 
 
-def scalar(name: str, value, rows: int):
+def scalar(name: str, value: object, rows: int) -> float:
     """``value`` as a Python number in range, integers as signed 64 bits; ValueError names ``name``."""
     p = row_of(name)
     integer = p.type is int
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if not is_real(value):
         raise ValueError(f"{name}: expected a number or a tensor [{rows}], got {type(value).__name__}")
     if not p.low <= value <= p.high or (integer and value % 1):
         raise ValueError(f"{name}: got {value}, allowed is {p.allowed}")
     if not integer:
         return float(value)
-    value = int(value)
+    n = int(value)
     if p.stage == "filter":
-        return max(value, 0)  # -1 is off, too
-    return value - (1 << 64) if value >= 1 << 63 else value
+        return max(n, 0)  # -1 is off, too
+    return n - (1 << 64) if n >= 1 << 63 else n
 
 
-def scalar_or_rows(name: str, value, rows: int, device: torch.device, check: bool):
+def scalar_or_rows(name: str, value: object, rows: int, device: torch.device, check: bool) -> float | torch.Tensor:
     """``value`` as a Python scalar or a contiguous tensor [rows] on ``device``; ValueError names ``name``."""
     p = row_of(name)
     dtype = dtype_of(p)
@@ -79,36 +79,33 @@ def scalar_or_rows(name: str, value, rows: int, device: torch.device, check: boo
     return value
 
 
-def check_logits(logits, dims: int, vocab_size: int | None) -> tuple[list[torch.Tensor], int]:
+def check_logits(logits: object, dims: int, vocab_size: object) -> tuple[list[torch.Tensor], int]:
     """The logits as a list of tensors with unit last stride, and V; ValueError says which model is wrong and how."""
     if isinstance(logits, torch.Tensor) or not isinstance(logits, (list, tuple)) or not 1 <= len(logits) <= MAX_MODELS:
         got = type(logits).__name__ if not isinstance(logits, (list, tuple)) else f"{len(logits)} tensors"
         raise ValueError(f"logits: expected a list of 1 to {MAX_MODELS} tensors, one per model, got {got}")
-    lead, device, shortest, out = None, None, None, []
+    out: list[torch.Tensor] = []
+    shortest = 0
     for j, z in enumerate(logits):
-        if isinstance(z, torch.Tensor):
-            z = dense(f"logits[{j}]", z)
-        size = z.shape if isinstance(z, torch.Tensor) else ()
-        if j == 0:
-            lead, device, shortest = size[:-1], getattr(z, "device", None), size[-1] if size else 0
-        if len(size) != dims or size[:-1] != lead:
+        x = dense(f"logits[{j}]", z) if isinstance(z, torch.Tensor) else None
+        if x is None or x.dim() != dims or (out and x.shape[:-1] != out[0].shape[:-1]):
             shape = "[B, V]" if dims == 2 else "[B, K+1, V]"
-            got = list(size) if isinstance(z, torch.Tensor) else type(z).__name__
             raise ValueError(
-                f"logits[{j}]: expected a tensor {shape}, every model with the same rows, got {got}"
+                f"logits[{j}]: expected a tensor {shape}, every model with the same rows, got "
+                + (type(z).__name__ if x is None else str(list(x.shape)))
                 + (f" beside {list(out[0].shape)}" if j else "")
             )
-        if z.dtype not in DTYPES:
-            raise ValueError(f"logits[{j}]: expected float32, float16 or bfloat16, got {z.dtype}")
-        if z.device != device:
-            raise ValueError(f"logits[{j}]: is on {z.device}, logits[0] is on {device}; move them together")
-        shortest = min(shortest, size[-1])
-        out.append(z if z.stride(-1) == 1 else z.contiguous())
+        if x.dtype not in DTYPES:
+            raise ValueError(f"logits[{j}]: expected float32, float16 or bfloat16, got {x.dtype}")
+        if out and x.device != out[0].device:
+            raise ValueError(f"logits[{j}]: is on {x.device}, logits[0] is on {out[0].device}; move them together")
+        shortest = min(shortest, x.shape[-1]) if out else x.shape[-1]
+        out.append(x if x.stride(-1) == 1 else x.contiguous())
     if vocab_size is None:
         if shortest == 0:
             raise ValueError("logits: expected at least one token, got a vocabulary of 0")
         vocab_size = shortest
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, numbers.Integral) or not 1 <= vocab_size <= shortest:
+    if not is_integer(vocab_size) or not 1 <= vocab_size <= shortest:
         raise ValueError(
             f"vocab_size: got {shown(vocab_size)}, allowed is 1 to {shortest} (the shortest model's logits)"
         )
@@ -117,7 +114,7 @@ def check_logits(logits, dims: int, vocab_size: int | None) -> tuple[list[torch.
     return out, int(vocab_size)
 
 
-def check_mask(mask, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def check_mask(mask: object, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """``mask`` as contiguous int32 words of this shape; leading sizes of 1 are repeated."""
     mask = from_host("token_mask", mask, device)
     got = type(mask).__name__
@@ -142,7 +139,7 @@ def check_mask(mask, shape: tuple[int, ...], device: torch.device) -> torch.Tens
     return mask.expand(shape).contiguous()
 
 
-def check_bias(bias, lead: tuple[int, ...], device: torch.device) -> TokenBias | None:
+def check_bias(bias: object, lead: Sequence[int], device: torch.device) -> TokenBias | None:
     """``bias`` as int64 ids and float32 values, both contiguous [*lead, N]; leading sizes of 1 are repeated."""
     if not isinstance(bias, (tuple, list)) or len(bias) != 2:
         got = f"{len(bias)} values" if isinstance(bias, (tuple, list)) else shown(bias)
@@ -173,17 +170,21 @@ def check_bias(bias, lead: tuple[int, ...], device: torch.device) -> TokenBias |
     return TokenBias(ids, values) if ids.shape[-1] else None
 
 
-def check_weights(weights, models: int, rows: int, device: torch.device, check: bool):
+def check_weights(
+    weights: Weights | Sequence[float] | torch.Tensor, models: int, rows: int, device: torch.device, check: bool
+) -> tuple[float, ...] | torch.Tensor:
     """Weights of so many models as a tuple of floats, or a float32 tensor [J] or [rows, J]; ValueError."""
     weights = weights if isinstance(weights, Weights) else Weights(weights)
     if len(weights) != models:
         raise ValueError(f"weights: got {len(weights)} values for {models} models' logits")
     if weights.values is not None:
-        for w in weights.values:
-            if not abs(w) < MAX_WEIGHT:
-                raise ValueError(f"weights: got {w}, allowed are finite float32 numbers")
+        for value in weights.values:
+            if not abs(value) < MAX_WEIGHT:
+                raise ValueError(f"weights: got {value}, allowed are finite float32 numbers")
         return weights.values
-    w = weights.tensor.to(device) if weights.on_host else weights.tensor
+    w = weights.tensor
+    assert w is not None  # where there are no values
+    w = w.to(device) if weights.on_host else w
     if w.device != device:
         raise ValueError(f"weights: is on {w.device}, the logits are on {device}; move it there")
     if weights.per_row and w.shape[0] != rows:
@@ -194,42 +195,40 @@ def check_weights(weights, models: int, rows: int, device: torch.device, check: 
 
 
 def check_params(
-    logits,
-    weights,
-    rows,
-    vocab_size,
-    sampling: Mapping,
+    logits: Sequence[torch.Tensor],
+    weights: Weights | Sequence[float] | torch.Tensor,
+    rows: int,
+    vocab_size: int,
+    sampling: Mapping[str, object],
     *,
-    seed=0,
-    position=0,
-    token_mask=None,
-    token_bias=None,
-    tuned=1,
-    check=False,
-    needs_tuned=False,
+    seed: object = 0,
+    position: object = 0,
+    token_mask: object = None,
+    token_bias: object = None,
+    tuned: object = 1,
+    check: bool = False,
+    needs_tuned: bool = False,
 ) -> Params:
     """All arguments beside the logits, checked, as `Params`. ``logits`` are already checked; what ``sampling`` lacks or
     has None for is off."""
     device = logits[0].device
     w = check_weights(weights, len(logits), rows, device, check)
-    if token_mask is not None:
-        token_mask = check_mask(token_mask, (*logits[0].shape[:-1], (vocab_size + 31) // 32), device)
-    if token_bias is not None:
-        token_bias = check_bias(token_bias, logits[0].shape[:-1], device)
-
+    lead = logits[0].shape[:-1]
+    mask = None if token_mask is None else check_mask(token_mask, (*lead, (vocab_size + 31) // 32), device)
+    bias = None if token_bias is None else check_bias(token_bias, lead, device)
     given = {**sampling, "seed": seed, "position": position}
-    values = {
+    values: dict[str, Any] = {  # of the types that the table says
         name: scalar_or_rows(name, p.off if given.get(name) is None else given[name], rows, device, check)
         for name, p in ROWS.items()
     }
     combines = any(
         isinstance(values[p.name], torch.Tensor) or values[p.name] != p.off for p in PARAMETERS if p.stage == "combine"
     )
-    tuned = index(
+    model = index(
         "tuned",
         tuned,
         0,
         len(logits) - 1 if needs_tuned or combines else MAX_MODELS - 1,
         f"the index of one of the {len(logits)} models",
     )
-    return Params(w, **values, token_mask=token_mask, token_bias=token_bias, vocab_size=vocab_size, tuned=tuned)
+    return Params(w, **values, token_mask=mask, token_bias=bias, vocab_size=vocab_size, tuned=model)

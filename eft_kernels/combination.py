@@ -10,23 +10,33 @@ from collections.abc import Sequence
 
 import torch
 
-from .checks import dense, from_host, is_array
+from .checks import dense, from_host, is_array, is_real
 from .parameters import MAX_MODELS
 
 Number = float | int | torch.Tensor | Sequence[float]
+CPU = torch.device("cpu")
 
 
-def _per_row(value: Number):
-    """Lists and arrays as tensors; numbers as they are."""
-    return from_host("weights", value, torch.device("cpu"), torch.float64)
+def _per_row(value: Number) -> float | torch.Tensor:
+    """Lists and arrays as tensors; numbers and tensors as they are; ValueError."""
+    x = from_host("weights", value, CPU, torch.float64)
+    if isinstance(x, torch.Tensor) or is_real(x):
+        return x
+    raise ValueError(f"weights: expected numbers, got {type(value).__name__}")
 
 
-def _real(value) -> float | torch.Tensor:
+def _real_tensor(x: torch.Tensor) -> torch.Tensor:
+    """A dense tensor of real numbers; ValueError."""
+    x = dense("weights", x)
+    if x.is_complex() or x.dtype is torch.bool:
+        raise ValueError(f"weights: expected real numbers, got {x.dtype}")
+    return x
+
+
+def _real(value: object) -> float | torch.Tensor:
     """A float, or a float32 tensor with dimensions; ValueError for what is neither."""
     if isinstance(value, torch.Tensor):
-        value = dense("weights", value)
-        if value.is_complex() or value.dtype is torch.bool:
-            raise ValueError(f"weights: expected real numbers, got {value.dtype}")
+        value = _real_tensor(value)
         if value.dim():
             return value.to(torch.float32)
     elif isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -37,6 +47,19 @@ def _real(value) -> float | torch.Tensor:
         raise ValueError(f"weights: {error}") from error
 
 
+def _columns(values: Sequence[float | torch.Tensor]) -> torch.Tensor:
+    """float32 [rows, J] of a value or a tensor [rows] for each model, one of them a tensor; ValueError."""
+    rows = [v for v in values if isinstance(v, torch.Tensor)]
+    if any(v.dim() != 1 or v.shape != rows[0].shape for v in rows):
+        raise ValueError(f"weights: per-row values must share one length, got {[list(v.shape) for v in rows]}")
+    n, device = rows[0].shape[0], rows[0].device
+    if any(v.device.type != device.type for v in rows):
+        raise ValueError(
+            f"weights: got values on {', '.join(sorted({str(v.device) for v in rows}))}; move them together"
+        )
+    return torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device).expand(n) for v in values], dim=1)
+
+
 class Weights:
     """Weights of J models: ``values`` (a tuple of J floats) or ``tensor`` ([J] or [rows, J] float32).
 
@@ -45,56 +68,53 @@ class Weights:
     ``on_host``: calls move it to the logits' device.
     """
 
-    def __init__(self, values: Sequence[Number] | torch.Tensor, on_host: bool = False):
+    def __init__(self, values: Sequence[Number] | torch.Tensor, on_host: bool = False) -> None:
         self.values: tuple[float, ...] | None = None
         self.tensor: torch.Tensor | None = None
         self.on_host = on_host
+        given: object = values
         if is_array(values) or (
             isinstance(values, (list, tuple)) and values and all(isinstance(v, (list, tuple)) for v in values)
         ):
-            values, self.on_host = _per_row(values), True
+            given, self.on_host = from_host("weights", values, CPU, torch.float64), True
         elif isinstance(values, (list, tuple)):
             self.on_host |= any(isinstance(v, (list, tuple)) or is_array(v) for v in values)
-            values = [_per_row(v) for v in values]
-        if isinstance(values, torch.Tensor):
-            if values.dim() not in (1, 2):
-                raise ValueError(f"weights: expected a tensor [J] or [rows, J], got shape {list(values.shape)}")
-            self.tensor = _real(values)
-        elif not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
-            raise ValueError(f"weights: expected J numbers, a tensor or Weights, got {type(values).__name__}")
+            given = [from_host("weights", v, CPU, torch.float64) for v in values]
+        if isinstance(given, torch.Tensor):
+            if given.dim() not in (1, 2):
+                raise ValueError(f"weights: expected a tensor [J] or [rows, J], got shape {list(given.shape)}")
+            self.tensor = _real_tensor(given).to(torch.float32)
+        elif not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
+            raise ValueError(f"weights: expected J numbers, a tensor or Weights, got {type(given).__name__}")
         else:
-            values = [_real(v) for v in values]
-            rows = [v for v in values if isinstance(v, torch.Tensor)]
-            if any(v.dim() != 1 or v.shape != rows[0].shape for v in rows):
-                raise ValueError(f"weights: per-row values must share one length, got {[list(v.shape) for v in rows]}")
-            if rows:
-                n, device = rows[0].shape[0], rows[0].device
-                if any(v.device.type != device.type for v in rows):
-                    raise ValueError(
-                        f"weights: got values on {', '.join(sorted({str(v.device) for v in rows}))}; move them together"
-                    )
-                columns = [torch.as_tensor(v, dtype=torch.float32, device=device).expand(n) for v in values]
-                self.tensor = torch.stack(columns, dim=1)
+            reals = [_real(v) for v in given]
+            floats = [v for v in reals if isinstance(v, float)]
+            if len(floats) == len(reals):
+                self.values = tuple(floats)
             else:
-                self.values = tuple(values)
+                self.tensor = _columns(reals)
         if not 1 <= len(self) <= MAX_MODELS:
             raise ValueError(f"weights: expected 1 to {MAX_MODELS} models, got {len(self)}")
 
     def __len__(self) -> int:
-        return len(self.values) if self.values is not None else self.tensor.shape[-1]
+        return len(self.values or ()) if self.tensor is None else self.tensor.shape[-1]
 
     @property
     def per_row(self) -> bool:
         """True when each row has its own weights (``tensor`` is [rows, J])."""
         return self.tensor is not None and self.tensor.dim() == 2
 
-    def rows(self, index) -> Weights:
+    def rows(self, index: torch.Tensor | slice) -> Weights:
         """The weights of the rows ``index`` (a tensor of indices, a mask or a slice); unchanged unless per row."""
-        return Weights(self.tensor[index], self.on_host) if self.per_row else self
+        if self.tensor is None or not self.per_row:
+            return self
+        return Weights(self.tensor[index], self.on_host)
 
     def repeat_interleave(self, n: int) -> Weights:
         """Each row's weights ``n`` times in a row, as generate() expands ``num_return_sequences``."""
-        return Weights(self.tensor.repeat_interleave(n, dim=0), self.on_host) if self.per_row else self
+        if self.tensor is None or not self.per_row:
+            return self
+        return Weights(self.tensor.repeat_interleave(n, dim=0), self.on_host)
 
     def __repr__(self) -> str:
         return f"Weights({list(self.values) if self.values is not None else self.tensor!r})"
@@ -112,14 +132,14 @@ def upscale(beta: Number = 1.0) -> Weights:
     ``beta = 1`` is emulated fine-tuning (Mitchell et al., arXiv 2310.12962, eq. 3); ``beta > 1`` amplifies what
     the large model knows more than the small one.
     """
-    beta = _per_row(beta)
-    return Weights([beta, 1.0, -beta])
+    x = _per_row(beta)
+    return Weights([x, 1.0, -x])
 
 
 def proxy(alpha: Number = 1.0) -> Weights:
     """Proxy-tuning, for logits [base, tuned, ref]: ``base + alpha * (tuned - ref)`` (Liu et al., arXiv 2401.08565)."""
-    alpha = _per_row(alpha)
-    return Weights([1.0, alpha, -alpha])
+    x = _per_row(alpha)
+    return Weights([1.0, x, -x])
 
 
 def downscale() -> Weights:
@@ -130,5 +150,5 @@ def downscale() -> Weights:
 def interpolate(lam: Number = 0.5) -> Weights:
     """Two behaviours mixed at test time, for logits [base, tuned_a, tuned_b, ref]:
     ``base + lam * (tuned_a - ref) + (1 - lam) * (tuned_b - ref)`` (arXiv 2310.12962, section 4.3)."""
-    lam = _per_row(lam)
-    return Weights([1.0, lam, 1.0 - lam, -1.0])
+    x = _per_row(lam)
+    return Weights([1.0, x, 1.0 - x, -1.0])

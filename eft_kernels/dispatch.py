@@ -1,7 +1,6 @@
 """The table of backends: which module implements the operations, where it runs, and why it is not here.
 
-A backend is a module with ``sample``, ``verify``, ``logprobs``, ``token_logprobs`` (the signatures of
-`eft_kernels.reference`) and ``status() -> (available, why_or_what)``. Adding one is a row in `TABLE` and that file.
+A backend is a module that has what `BackendModule` says. Adding one is a row in `TABLE` and that file.
 """
 
 from __future__ import annotations
@@ -9,14 +8,69 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from collections.abc import Callable, Sequence
 from functools import cache
-from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast, overload
 
 import torch
 
 from ._backends import extension
 from .checks import one_of
+from .parameters import DraftParams, Params
+
+MaybeTensor = torch.Tensor | None
+# tokens, valid, logprobs, raw_logprobs, top_ids, top_logprobs, entropy, tv; None where it was not asked for
+Sampled = tuple[
+    torch.Tensor, torch.Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor
+]
+# tokens, num_emitted, valid, logprobs, raw_logprobs
+Verified = tuple[torch.Tensor, torch.Tensor, torch.Tensor, MaybeTensor, MaybeTensor]
+
+
+class BackendModule(Protocol):
+    """What the module of a backend has. Arguments were checked by `eft_kernels.arguments`; values of tensors may be
+    anything. The meaning is `eft_kernels.reference`'s."""
+
+    __name__: str
+
+    def status(self) -> tuple[bool, str]:
+        """(available, what it is or why it is not here)."""
+
+    def sample(
+        self,
+        logits: Sequence[torch.Tensor],
+        p: Params,
+        stream: str,
+        slot: int,
+        logprobs: bool,
+        top_logprobs: int,
+        diagnostics: bool,
+        /,
+    ) -> Sampled: ...
+
+    def verify(
+        self,
+        logits: Sequence[torch.Tensor],
+        p: Params,
+        draft_tokens: torch.Tensor,
+        draft_lengths: torch.Tensor,
+        method: str,
+        draft: int,
+        drawn_by: DraftParams,
+        logprobs: bool,
+        /,
+    ) -> Verified: ...
+
+    def logprobs(self, logits: Sequence[torch.Tensor], p: Params, /) -> torch.Tensor: ...
+
+    def token_logprobs(self, logits: Sequence[torch.Tensor], p: Params, ids: torch.Tensor, /) -> torch.Tensor: ...
+
+
+if TYPE_CHECKING:  # where mypy holds the modules to it
+    from . import reference
+    from ._backends import cpu, cuda, triton
+
+    MODULES: tuple[BackendModule, ...] = (cpu, cuda, triton, reference)
 
 
 class Backend(NamedTuple):
@@ -41,8 +95,8 @@ TABLE = (
 
 
 @cache
-def load(name: str) -> ModuleType:
-    return importlib.import_module(next(b.module for b in TABLE if b.name == name))
+def load(name: str) -> BackendModule:
+    return cast(BackendModule, importlib.import_module(next(b.module for b in TABLE if b.name == name)))
 
 
 @cache
@@ -52,10 +106,10 @@ def status(name: str) -> tuple[bool, str]:
         module = load(name)
     except (ImportError, ValueError) as error:
         return False, str(error)
-    return module.status() if hasattr(module, "status") else (True, "always here")
+    return module.status()
 
 
-def backends() -> dict[str, dict]:
+def backends() -> dict[str, dict[str, Any]]:
     """The backends, and why those that are unavailable are: ``{name: {available, devices, summary, reason}}``."""
     rows = {}
     for b in TABLE:
@@ -70,7 +124,7 @@ def not_allowed(reason: str) -> bool:
 
 
 @cache
-def _choose(name: str, device_type: str) -> ModuleType:
+def _choose(name: str, device_type: str) -> BackendModule:
     names = [b.name for b in TABLE]
     if name == "auto":
         name = os.environ.get("EFT_KERNELS_BACKEND") or "auto"
@@ -100,19 +154,27 @@ def _choose(name: str, device_type: str) -> ModuleType:
     raise AssertionError("the reference backend is always available")
 
 
-def choose(name: str, device: torch.device) -> ModuleType:
+def choose(name: str, device: torch.device) -> BackendModule:
     """The module that runs ``name`` ("auto" or a backend) for tensors on ``device``; ValueError says why it cannot."""
     one_of("backend", name, ("auto", *(b.name for b in TABLE)))
     return _choose(name, device.type)
 
 
-def shortcut(function: str, name: str, device_type: str = "cpu"):
+@overload
+def shortcut(
+    function: Literal["try_sample"], name: str, device_type: str = ...
+) -> Callable[..., Sampled | None] | None: ...
+@overload
+def shortcut(
+    function: Literal["try_verify"], name: str, device_type: str = ...
+) -> Callable[..., Verified | None] | None: ...
+def shortcut(function: str, name: str, device_type: str = "cpu") -> Callable[..., Any] | None:
     """What the backend for such tensors offers to call before arguments are checked (backends/cpu.py), or None."""
     return _shortcut(function, name, device_type) if type(name) is str else None
 
 
 @cache
-def _shortcut(function: str, name: str, device_type: str):
+def _shortcut(function: str, name: str, device_type: str) -> Callable[..., Any] | None:
     try:
         return getattr(_choose(name, device_type), function, None)
     except ValueError:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import copy
 import functools
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch._subclasses.fake_tensor import is_fake
@@ -33,6 +33,7 @@ from .parameters import (
     STREAM_CODES,
     STREAMS,
     DraftParams,
+    Parameter,
     Params,
     TokenBias,
 )
@@ -42,9 +43,10 @@ from .reference import row_seed
 NAMESPACE = re.sub(r"\W", "_", __package__)
 STREAM_NAMES = STREAMS[:2]  # those that are for a caller to choose
 PerRow = float | Sequence[float] | torch.Tensor | None  # a number, or one for each row; None: it is off
+Value = float | torch.Tensor  # the same, checked
 
 
-def _pairs(rows, prefix: str = "", optional: str = "") -> str:
+def _pairs(rows: Iterable[Parameter], prefix: str = "", optional: str = "") -> str:
     """The arguments of a schema for parameters: of each an optional tensor, which wins, and a number."""
     return ", ".join(f"Tensor? {prefix}{p.name}, {p.type.__name__}{optional} {prefix}{p.name}_value" for p in rows)
 
@@ -69,10 +71,10 @@ _F, _I, _B = torch.float32, torch.int64, torch.bool
 _RETURNS = {"sample": (_I, _B, _F, _F, _I, _F, _F, _F), "verify": (_I, _I, _B, _F, _F)}
 
 
-def _flatten(p: Params, *args) -> list:
+def _flatten(p: Params, *args: object) -> list[object]:
     """`Params` and an operation's own arguments (`DraftParams` among them) as the operator's."""
     tensor = isinstance(p.weights, torch.Tensor)
-    flat = [p.weights if tensor else None, [] if tensor else list(p.weights)]
+    flat: list[object] = [p.weights if tensor else None, [] if tensor else list(p.weights)]
     for name, row in ROWS.items():
         value = getattr(p, name)
         flat += [value, row.type(0)] if isinstance(value, torch.Tensor) else [None, value]
@@ -85,34 +87,37 @@ def _flatten(p: Params, *args) -> list:
     return flat
 
 
-def _values_of(pairs) -> list:
+def _values_of(pairs: Sequence[Any]) -> list[Any]:
     return [pairs[i + 1] if pairs[i] is None else pairs[i] for i in range(0, len(pairs), 2)]
 
 
-def _params(flat) -> Params:
+def _params(flat: Sequence[Any]) -> Params:
     """The inverse of `_flatten`."""
     weights = tuple(flat[1]) if flat[0] is None else flat[0]
     token_mask, ids, values, *rest = flat[-5:]
     bias = None if ids is None and values is None else TokenBias(ids, values)
-    return Params(weights, *_values_of(flat[2:-5]), token_mask, bias, *rest)
+    fields = [weights, *_values_of(flat[2:-5]), token_mask, bias, *rest]
+    return Params(*fields)
 
 
-def _checked(name: str, logits, p: Params, args: tuple):
+def _checked(name: str, logits: object, p: Params, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """An operator's arguments as a backend relies on them. Values of tensors are not looked at; ValueError."""
     fields = p._asdict()
-    logits, vocab_size = check_logits(logits, 3 if name == "verify" else 2, fields.pop("vocab_size"))
-    (rows, *slots), device = logits[0].shape[:-1], logits[0].device
+    z, vocab_size = check_logits(logits, 3 if name == "verify" else 2, fields.pop("vocab_size"))
+    (rows, *slots), device = z[0].shape[:-1], z[0].device
     if name == "sample":
-        _check_draw(*args[:2], args[3])
+        _check_draw(args[0], args[1], args[3])
     elif name == "verify":
         drafts, lengths, method, draft, drawn_by, logprobs = args
-        _check_method(logits, method, None if draft == -1 else draft)
+        _check_method(z, method, None if draft == -1 else draft)
         args = (
             _integers("draft_tokens", drafts, (rows, slots[0] - 1), device),
             _integers("draft_lengths", lengths, (rows,), device),
             method,
             draft,
-            _own_params(drawn_by, rows, device, False, _no_distribution(method, None if draft == -1 else draft)),
+            _own_params(
+                drawn_by._asdict(), rows, device, False, _no_distribution(method, None if draft == -1 else draft)
+            ),
             logprobs,
         )
     elif name == "token_logprobs":
@@ -122,13 +127,13 @@ def _checked(name: str, logits, p: Params, args: tuple):
         args = (_integers("ids", ids, (rows, ids.shape[1]), device),)
     sampling = {name: fields.pop(name) for name in NAMES}
     p = check_params(
-        logits, fields.pop("weights"), rows, vocab_size, sampling, **fields, needs_tuned=name == "sample" and args[4]
+        z, fields.pop("weights"), rows, vocab_size, sampling, **fields, needs_tuned=name == "sample" and args[4]
     )
-    return logits, p, *args
+    return z, p, *args
 
 
-def _implementation(name: str):
-    def run(logits, *args):
+def _implementation(name: str) -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]:
+    def run(logits: list[torch.Tensor], *args: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
         own = args[_COUNT:-1]
         if name == "verify":
             own = *args[_COUNT : _DRAFT.start], DraftParams(*_values_of(args[_DRAFT])), *args[_DRAFT.stop : -1]
@@ -151,14 +156,26 @@ def _plain() -> bool:
     )
 
 
-def _device_type(logits) -> str:
+def _device_type(logits: Sequence[torch.Tensor]) -> str:
     try:
         return "cuda" if logits[0].is_cuda else "cpu"
     except (TypeError, AttributeError, LookupError, RuntimeError):
         return "cpu"  # whoever looks closer will say what is wrong
 
 
-def _call(name: str, logits, p: Params, *args, backend: str):
+@overload
+def _call(
+    name: Literal["sample"], logits: list[torch.Tensor], p: Params, *args: object, backend: str
+) -> dispatch.Sampled: ...
+@overload
+def _call(
+    name: Literal["verify"], logits: list[torch.Tensor], p: Params, *args: object, backend: str
+) -> dispatch.Verified: ...
+@overload
+def _call(
+    name: Literal["logprobs", "token_logprobs"], logits: list[torch.Tensor], p: Params, *args: object, backend: str
+) -> torch.Tensor: ...
+def _call(name: str, logits: list[torch.Tensor], p: Params, *args: object, backend: str) -> Any:
     """The operator; without the dispatcher where nothing listens to it."""
     plain = all(type(z) is torch.Tensor or type(z) is torch.nn.Parameter for z in logits)
     if plain and _plain() and logits[0].device.type != "meta":
@@ -175,16 +192,20 @@ def _call(name: str, logits, p: Params, *args, backend: str):
         ) from error
 
 
-def _values(weights):
-    weights = weights if type(weights) is Weights else Weights(weights)
+def _values(weights: Weights | Sequence[float] | torch.Tensor) -> tuple[float, ...] | torch.Tensor | None:
+    if type(weights) is not Weights:  # quicker than isinstance; mypy narrows less by it
+        weights = Weights(weights)  # type: ignore[arg-type]
     return weights.tensor if weights.values is None else weights.values
 
 
-def _shapes_alone(fake):
+Fake = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
+
+
+def _shapes_alone(fake: Fake) -> Fake:
     """A fake for tensors without values. One of them beside real logits would have it make up the results."""
 
     @functools.wraps(fake)
-    def run(logits, *args):
+    def run(logits: list[torch.Tensor], *args: object) -> torch.Tensor | tuple[torch.Tensor, ...]:
         if not logits:
             raise ValueError(f"logits: expected a list of 1 to {MAX_MODELS} tensors, one per model, got 0 tensors")
         if logits[0].device.type != "meta" and not is_fake(logits[0]):
@@ -194,31 +215,32 @@ def _shapes_alone(fake):
     return run
 
 
-def _fake_sample(logits, *args):
+def _fake_sample(logits: list[torch.Tensor], *args: Any) -> tuple[torch.Tensor, ...]:
     B, (_, _, logprobs, n, diagnostics, _) = logits[0].shape[0], args[_COUNT:]
-    shapes = [(B,), (B,)] + [(B if logprobs else 0,)] * 2 + [(B, n) if n else (0,)] * 2
+    shapes: list[tuple[int, ...]] = [(B,), (B,)] + [(B if logprobs else 0,)] * 2 + [(B, n) if n else (0,)] * 2
     shapes += [(B if diagnostics else 0,)] * 2
     return tuple(logits[0].new_empty(s, dtype=d) for s, d in zip(shapes, _RETURNS["sample"]))
 
 
-def _fake_verify(logits, *args):
+def _fake_verify(logits: list[torch.Tensor], *args: Any) -> tuple[torch.Tensor, ...]:
     B, S = logits[0].shape[:2]
-    shapes = [(B, S), (B,), (B,)] + [(B, S) if args[-2] else (0,)] * 2
+    shapes: list[tuple[int, ...]] = [(B, S), (B,), (B,)] + [(B, S) if args[-2] else (0,)] * 2
     return tuple(logits[0].new_empty(s, dtype=d) for s, d in zip(shapes, _RETURNS["verify"]))
 
 
-def _fake_logprobs(logits, *args):
+def _fake_logprobs(logits: list[torch.Tensor], *args: Any) -> torch.Tensor:
     return logits[0].new_empty((logits[0].shape[0], args[_COUNT - 2]), dtype=torch.float32)
 
 
-def _fake_token_logprobs(logits, *args):
+def _fake_token_logprobs(logits: list[torch.Tensor], *args: Any) -> torch.Tensor:
     return logits[0].new_empty(args[-2].shape, dtype=torch.float32)
 
 
 library = torch.library.Library(NAMESPACE, "DEF")
-for _name, _fake in dict(
+_FAKES: dict[str, Fake] = dict(
     sample=_fake_sample, verify=_fake_verify, logprobs=_fake_logprobs, token_logprobs=_fake_token_logprobs
-).items():
+)
+for _name, _fake in _FAKES.items():
     library.define(_name + SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
     for _key in ("CPU", "CUDA", "XPU", "MPS"):
         library.impl(_name, _implementation(_name), _key)
@@ -256,20 +278,20 @@ class DraftOutput(NamedTuple):
     logprobs: torch.Tensor | None  # float32 [B], nats, under the distribution that was drawn from
     method: str
     slot: int
-    seed: int | torch.Tensor
-    position: int | torch.Tensor
+    seed: PerRow
+    position: PerRow
     params: DraftParams
     vocab_size: int
     token_mask: torch.Tensor | None
     token_bias: TokenBias | None
 
 
-def _eager_cpu(device) -> bool:
+def _eager_cpu(device: torch.device) -> bool:
     """Looking at values costs no synchronisation."""
     return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def row_seeds(seed: int, rows: int, device=None) -> torch.Tensor:
+def row_seeds(seed: int, rows: int, device: torch.device | str | None = None) -> torch.Tensor:
     """A seed per row from one, int64 [rows]: row 0 keeps ``seed``, row i gets splitmix64(seed + i * golden ratio).
 
     `sample` and `verify` do the same to a ``seed`` that is one number.
@@ -279,7 +301,7 @@ def row_seeds(seed: int, rows: int, device=None) -> torch.Tensor:
     return row_seed(seed - (1 << 64) if seed >= 1 << 63 else seed, torch.arange(rows, device=device))
 
 
-def _noise(seed, position, rows: int, device) -> tuple:
+def _noise(seed: PerRow, position: PerRow, rows: int, device: torch.device) -> tuple[PerRow, PerRow]:
     """(seed, position) as given, or fresh seeds; ValueError where a seed would repeat its noise at every step."""
     if position is None:
         if seed is not None:
@@ -460,11 +482,14 @@ def draft(
     slot = _slot(slot)
     if seed is None:
         raise ValueError("seed: got None; give the seed that verify will be given")
-    noise = dict(stream="sample") if method == "coupled" else dict(stream="draft", slot=slot)
+    noise: dict[str, Any] = dict(stream="sample") if method == "coupled" else dict(stream="draft", slot=slot)
+    given: dict[str, Any] = {  # verify takes None for the target's value
+        name: ROWS[name].off if x is None else x for name, x in zip(DraftParams._fields, sampling)
+    }
     out = sample(
         [logits],
         (1.0,),
-        **dict(zip(DraftParams._fields, sampling)),
+        **given,
         seed=seed,
         position=position,
         vocab_size=vocab_size,
@@ -477,14 +502,15 @@ def draft(
         **noise,
     )
     vocab_size = logits.shape[1] if vocab_size is None else vocab_size
+    # copies: what their owner writes there until verify looks at them does not count
+    mask = bias = None
     if token_mask is not None:
-        token_mask = check_mask(token_mask, (logits.shape[0], (vocab_size + 31) // 32), logits.device)
+        mask = check_mask(token_mask, (logits.shape[0], (vocab_size + 31) // 32), logits.device).clone()
     if token_bias is not None:
-        token_bias = check_bias(token_bias, logits.shape[:1], logits.device)
-        token_bias = token_bias and TokenBias(token_bias.ids.clone(), token_bias.values.clone())
-    # what their owner writes there until verify looks at them does not count
-    *sampling, seed, position, token_mask = (
-        x.clone() if isinstance(x, torch.Tensor) else copy.copy(x) for x in (*sampling, seed, position, token_mask)
+        bias = check_bias(token_bias, logits.shape[:1], logits.device)
+        bias = bias and TokenBias(bias.ids.clone(), bias.values.clone())
+    *own, seed, position = (
+        x.clone() if isinstance(x, torch.Tensor) else copy.copy(x) for x in (*given.values(), seed, position)
     )
     return DraftOutput(
         out.tokens,
@@ -494,10 +520,10 @@ def draft(
         slot,
         seed,
         position,
-        DraftParams(*sampling),
+        DraftParams(*own),
         vocab_size,
-        token_mask,
-        token_bias,
+        mask,
+        bias,
     )
 
 
@@ -625,9 +651,9 @@ def verify(
             "the round's outputs of eft.draft, got a list of tensors"
         )
     refused = "draft_tokens say what they were drawn by" if drafts is not None else _no_distribution(method, draft)
-    drawn_by = _own_params(DraftParams(*drawn_by), rows, device, look, refused)
+    params = _own_params(dict(zip(DraftParams._fields, drawn_by)), rows, device, look, refused)
     if drafts is not None:
-        drawn_by = _drawn_by(drafts, p, rows, device, method, draft, look)
+        params = _drawn_by(drafts, p, rows, device, method, draft, look)
         if drafts:  # a row's drafts end at its first invalid one
             there = torch.stack([d.valid for d in drafts], 1).long().cumprod(1).sum(1)
             draft_lengths = (
@@ -653,7 +679,7 @@ def verify(
         draft_lengths,
         method,
         -1 if draft is None else draft,
-        drawn_by,
+        params,
         logprobs,
         backend=backend,
     )
@@ -661,16 +687,16 @@ def verify(
     return VerifyOutput(tokens, num_emitted, valid, *((lp, raw) if logprobs else (None, None)))
 
 
-def _slot(slot) -> int:
+def _slot(slot: object) -> int:
     return index("slot", slot, 0, MAX_SLOT, "an integer from 0 to 2^24 - 1")
 
 
-def _check_draw(stream, slot, top_logprobs) -> tuple[int, int]:
+def _check_draw(stream: object, slot: object, top_logprobs: object) -> tuple[int, int]:
     one_of("stream", stream, STREAM_NAMES)
     return (_slot(slot), index("top_logprobs", top_logprobs, 0, MAX_VOCAB, f"an integer from 0 to {MAX_VOCAB}"))
 
 
-def _check_method(logits, method, draft) -> int | None:
+def _check_method(logits: Sequence[torch.Tensor], method: object, draft: object) -> int | None:
     if logits[0].shape[1] < 1:
         raise ValueError("logits[0]: expected [B, K+1, V] with K >= 0, got 0 slots")
     one_of("method", method, METHODS)
@@ -690,20 +716,20 @@ def _no_distribution(method: str, draft: int | None) -> str | None:
     )
 
 
-def _own_params(params: DraftParams, rows: int, device, look: bool, refused: str | None = None) -> DraftParams:
+def _own_params(
+    params: Mapping[str, object], rows: int, device: torch.device, look: bool, refused: str | None = None
+) -> DraftParams:
     """Parameters that drafts were drawn by, checked; ``refused``: why none may be given."""
-    for name, x in params._asdict().items():
+    for name, x in params.items():
         if refused and x is not None:
             raise ValueError(f"draft_{name}: got a value, allowed is None: {refused}")
-    return DraftParams(
-        *(
-            x if x is None else scalar_or_rows(f"draft_{name}", x, rows, device, look)
-            for name, x in params._asdict().items()
-        )
-    )
+    checked: list[Any] = [  # of the types that the table says
+        x if x is None else scalar_or_rows(f"draft_{name}", x, rows, device, look) for name, x in params.items()
+    ]
+    return DraftParams(*checked)
 
 
-def _tokens_of(drafts, rows: int, K: int, device) -> torch.Tensor:
+def _tokens_of(drafts: DraftOutput | Sequence[DraftOutput], rows: int, K: int, device: torch.device) -> torch.Tensor:
     """int64 [B, K] of K outputs of `draft`."""
     if isinstance(drafts, DraftOutput) or len(drafts) != K:
         got = "one of them" if isinstance(drafts, DraftOutput) else len(drafts)
@@ -714,25 +740,33 @@ def _tokens_of(drafts, rows: int, K: int, device) -> torch.Tensor:
     return torch.stack(tokens, 1) if tokens else torch.empty(rows, 0, dtype=torch.int64, device=device)
 
 
-def _differ(name: str, a, b, rows: int, look: bool) -> bool:
+def _differ(name: str, a: Value, b: Value, rows: int, look: bool) -> bool:
     """Whether two values of a parameter, each a number or a tensor [B], are seen to differ."""
     if not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor):
         return a != b
     if not look:
         return False
-    device = (a if isinstance(a, torch.Tensor) else b).device
+    device = next(x.device for x in (a, b) if isinstance(x, torch.Tensor))
     if name == "seed":
-        a, b = (x if isinstance(x, torch.Tensor) else row_seeds(x, rows, device) for x in (a, b))
+        a, b = (x if isinstance(x, torch.Tensor) else row_seeds(int(x), rows, device) for x in (a, b))
     a, b = (torch.as_tensor(x, dtype=dtype_of(row_of(name)), device=device).expand(rows) for x in (a, b))
     return not torch.equal(a, b)
 
 
-def _drawn_by(drafts, p: Params, rows: int, device, method: str, draft: int | None, look: bool) -> DraftParams:
+def _drawn_by(
+    drafts: Sequence[DraftOutput],
+    p: Params,
+    rows: int,
+    device: torch.device,
+    method: str,
+    draft: int | None,
+    look: bool,
+) -> DraftParams:
     """What a round of `draft`s was drawn by; ValueError where `verify` by ``p`` and ``method`` would not judge it."""
     first = None
     for i, d in enumerate(drafts):
 
-        def bad(name, got, allowed, i=i):
+        def bad(name: str, got: object, allowed: str, i: int = i) -> ValueError:
             return ValueError(f"draft_tokens[{i}]: was drawn with {name} {got}, allowed is {allowed}")
 
         if d.method != method:
@@ -755,15 +789,15 @@ def _drawn_by(drafts, p: Params, rows: int, device, method: str, draft: int | No
             raise bad("vocab_size", d.vocab_size, f"verify's, {p.vocab_size}")
         mask = p.token_mask if p.token_mask is None else p.token_mask[:, i]
         if (d.token_mask is None) != (mask is None) or (
-            mask is not None and look and not torch.equal(d.token_mask, mask)
+            d.token_mask is not None and mask is not None and look and not torch.equal(d.token_mask, mask)
         ):
             raise bad("token_mask", "None" if d.token_mask is None else "another", "that of verify's slot")
         bias = p.token_bias and [x[:, i] for x in p.token_bias]
         if (d.token_bias is None) != (bias is None) or (
-            bias is not None and look and not all(map(torch.equal, d.token_bias, bias))
+            d.token_bias is not None and bias is not None and look and not all(map(torch.equal, d.token_bias, bias))
         ):
             raise bad("token_bias", "None" if d.token_bias is None else "another", "that of verify's slot")
-        own = _own_params(d.params, rows, device, False)
+        own = _own_params(d.params._asdict(), rows, device, False)
         first = first or own
         for name, x in own._asdict().items():
             if _differ(name, x, getattr(first, name), rows, look):
@@ -771,7 +805,7 @@ def _drawn_by(drafts, p: Params, rows: int, device, method: str, draft: int | No
     return first or DraftParams()
 
 
-def _text(x) -> str:
+def _text(x: Value) -> str:
     return (
         "a tensor on the device"
         if isinstance(x, torch.Tensor) and x.device.type != "cpu"
@@ -779,7 +813,7 @@ def _text(x) -> str:
     )
 
 
-def _integers(name: str, value, shape, device) -> torch.Tensor:
+def _integers(name: str, value: object, shape: Sequence[int], device: torch.device) -> torch.Tensor:
     value = from_host(name, value, device)
     if isinstance(value, torch.Tensor):
         value = dense(name, value)

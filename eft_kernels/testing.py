@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import itertools
 import random
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from . import ops, reference
 from .arguments import dtype_of
 from .combination import Weights, interpolate, upscale
-from .parameters import DRAFTED, INT64, OFF, PARAMETERS, ROWS, DraftParams, Parameter, Params, TokenBias
+from .parameters import DRAFTED, INT64, METHODS, OFF, PARAMETERS, ROWS, DraftParams, Parameter, Params, TokenBias
 
 TOLERANCE = 1e-5  # nats: float32 log-sum-exp against the fixed-point one
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+Device = torch.device | str
+AnyWeights = Weights | Sequence[float] | torch.Tensor
+PerRow = Callable[[int], torch.Tensor]  # of the number of rows
+Made = tuple[list[torch.Tensor], Weights, dict[str, Any]]  # logits, weights, the other arguments
 
 
 class Case(NamedTuple):
@@ -29,16 +34,16 @@ class Case(NamedTuple):
     rows: int = 4
     vocab: tuple[int, ...] = (1000,)  # per model, or one for all
     dtypes: tuple[torch.dtype, ...] = (F32,)  # per model, or one for all
-    weights: object = None  # default: upscale()
-    kwargs: dict = {}  # noqa: RUF012
+    weights: Weights | Sequence[float] | Callable[[int], AnyWeights] | None = None  # default: upscale()
+    kwargs: dict[str, Any] = {}  # noqa: RUF012
     scale: float = 3.0
     special: str = ""  # what is planted in the logits: ties, flat, hard, neg_inf, least, nan, bad, mask, strided, ...
     slots: int = 4  # K + 1, of verify
     bias: int = 0  # entries of token_bias a row
-    draft: dict = {}  # noqa: RUF012  # of verify: what the drafts are drawn by where it is not the target's
+    draft: dict[str, Any] = {}  # noqa: RUF012  # of verify: what the drafts are drawn by where it is not the target's
 
 
-def per_row(*values, dtype=None):
+def per_row(*values: float, dtype: torch.dtype | None = None) -> PerRow:
     """A parameter that differs from row to row: the values, repeated over the rows."""
     return lambda rows: torch.tensor([values[i % len(values)] for i in range(rows)], dtype=dtype)
 
@@ -241,7 +246,7 @@ def _hard(rows: int, vocab: int, g: torch.Generator) -> torch.Tensor:
     """[rows, V], thresholds hard to find: ties, neighbouring floats, ranges from a rounding to nearly all floats."""
     steps, ones = torch.arange(vocab - 10), torch.ones(300)
     below = torch.nextafter(ones, ones * 0)
-    kinds = [  # some scores, and what the others are
+    kinds: list[tuple[Iterable[torch.Tensor], float]] = [  # some scores, and what the others are
         ([], 0.5),
         ([ones, below], -9.0),
         ([torch.tensor([4000.0]), ones, below], -9.0),
@@ -255,14 +260,14 @@ def _hard(rows: int, vocab: int, g: torch.Generator) -> torch.Tensor:
     ]
     z = torch.empty(rows, vocab)
     for row in range(rows):
-        values, rest = kinds[row % len(kinds)]
-        values = torch.cat([torch.empty(0), *values])
+        parts, rest = kinds[row % len(kinds)]
+        values = torch.cat([torch.empty(0), *parts])
         z[row] = rest
         z[row, torch.randperm(vocab, generator=g)[: len(values)]] = values
     return z
 
 
-def _bias(case: Case, lead: tuple, vocab: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def _bias(case: Case, lead: tuple[int, ...], vocab: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """ids and values [*lead, N]: equal ids, padding, ids beyond the vocabulary, bans."""
     ids = torch.randint(0, vocab, (*lead, case.bias), generator=g)
     values = torch.randn(ids.shape, generator=g) * 3
@@ -282,12 +287,12 @@ def _bias(case: Case, lead: tuple, vocab: int, g: torch.Generator) -> tuple[torc
     return ids, values
 
 
-def make(case: Case, seed: int = 0, slots: int | None = None, device="cpu"):
+def make(case: Case, seed: int = 0, slots: int | None = None, device: Device = "cpu") -> Made:
     """(logits, weights, kwargs), the same on every device: [rows, V] logits, or [rows, slots, V] with ``slots``."""
     g = torch.Generator().manual_seed(seed * 1000 + sum(map(ord, case.name)))
-    weights = case.weights(case.rows) if callable(case.weights) else case.weights
-    weights = upscale() if weights is None else weights
-    weights = weights if isinstance(weights, Weights) else Weights(weights)
+    given = case.weights(case.rows) if callable(case.weights) else case.weights
+    given = upscale() if given is None else given
+    weights = given if isinstance(given, Weights) else Weights(given)
     if weights.tensor is not None:
         weights = Weights(weights.tensor.to(device))
     models = len(weights)
@@ -295,7 +300,7 @@ def make(case: Case, seed: int = 0, slots: int | None = None, device="cpu"):
     dtypes = case.dtypes * models if len(case.dtypes) == 1 else case.dtypes
     lead = (case.rows,) if slots is None else (case.rows, slots)
     shared = torch.randn(*lead, max(vocab), generator=g) * case.scale
-    logits = []
+    logits: list[torch.Tensor] = []
     for v, dtype in zip(vocab, dtypes):
         z = shared[..., :v] + torch.randn(*lead, v, generator=g)
         if case.special == "flat":
@@ -307,8 +312,8 @@ def make(case: Case, seed: int = 0, slots: int | None = None, device="cpu"):
         if case.special == "neg_inf":
             z = torch.where(torch.rand(z.shape, generator=g) < 0.2, float("-inf"), z)
         if case.special == "least":  # by which models a token is masked
-            for k, models in enumerate(((0, 1, 2), (0,), (1,), (2,), (0, 2))):
-                if len(logits) in models:
+            for k, masking in enumerate(((0, 1, 2), (0,), (1,), (2,), (0, 2))):
+                if len(logits) in masking:
                     z[..., k::7] = torch.finfo(dtype).min
         z = z.to(dtype).to(device)  # before its layout is made: a move would undo that
         if case.special == "transposed":
@@ -347,20 +352,27 @@ def make(case: Case, seed: int = 0, slots: int | None = None, device="cpu"):
     return logits, weights, kwargs
 
 
-def _close(name: str, got, want, case: str):
-    if want is None:
-        assert got is None, f"{case}: {name}"
+def _close(
+    name: str,
+    got: torch.Tensor | None,
+    want: torch.Tensor | None,
+    case: str,
+    rtol: float = 0,
+    atol: float = TOLERANCE,
+) -> None:
+    if got is None or want is None:
+        assert got is want, f"{case}: {name}"
         return
     torch.testing.assert_close(
-        got.cpu(), want.cpu(), rtol=0, atol=TOLERANCE, equal_nan=True, msg=lambda m: f"{case}: {name}: {m}"
+        got.cpu(), want.cpu(), rtol=rtol, atol=atol, equal_nan=True, msg=lambda m: f"{case}: {name}: {m}"
     )
 
 
-def _equal(name: str, got, want, case: str):
+def _equal(name: str, got: torch.Tensor, want: torch.Tensor, case: str) -> None:
     assert torch.equal(got.cpu(), want.cpu()), f"{case}: {name}: got {got.tolist()}, the reference has {want.tolist()}"
 
 
-def check_sample(case: Case, backend: str, seed: int = 0, device="cpu", **extra):
+def check_sample(case: Case, backend: str, seed: int = 0, device: Device = "cpu", **extra: Any) -> ops.SampleOutput:
     """`sample` on ``backend`` and ``device`` against the reference on the CPU, with everything it can return."""
     logits, weights, kwargs = make(case, seed)
     models = len(logits)
@@ -371,20 +383,23 @@ def check_sample(case: Case, backend: str, seed: int = 0, device="cpu", **extra)
     _equal("tokens", got.tokens, want.tokens, case.name)
     _equal("valid", got.valid, want.valid, case.name)
     for name in ("logprobs", "raw_logprobs", "top_logprobs", "entropy", "tv"):
-        g, w = getattr(got, name), getattr(want, name)
+        a, b = getattr(got, name), getattr(want, name)
         # sums over V terms, each within TOLERANCE of its log
-        _close(name, *((g / 20, w / 20) if name in ("entropy", "tv") and w is not None else (g, w)), case.name)
+        _close(name, *((a / 20, b / 20) if name in ("entropy", "tv") and b is not None else (a, b)), case.name)
     if want.top_ids is not None:
+        assert got.top_ids is not None
         _equal("top_ids", got.top_ids, want.top_ids, case.name)
     return got
 
 
-def draft_params(case: Case, device="cpu") -> dict:
+def draft_params(case: Case, device: Device = "cpu") -> dict[str, Any]:
     """`verify`'s draft_* of a case."""
     return {f"draft_{k}": v(case.rows).to(device) if callable(v) else v for k, v in case.draft.items()}
 
 
-def draft_tokens(logits, kwargs, method: str, draft: int | None, slots: int):
+def draft_tokens(
+    logits: Sequence[torch.Tensor], kwargs: dict[str, Any], method: str, draft: int | None, slots: int
+) -> torch.Tensor:
     """Drafts of model ``draft`` as `verify` expects them (None: of model 0 greedily, a deterministic proposer)."""
     kwargs = {k: v for k, v in kwargs.items() if k in (*DraftParams._fields, "seed", "position", "vocab_size")}
     vocab_size = kwargs.pop("vocab_size", None) or min(z.shape[-1] for z in logits)
@@ -398,7 +413,9 @@ def draft_tokens(logits, kwargs, method: str, draft: int | None, slots: int):
     return torch.stack(tokens, 1) if tokens else torch.empty(logits[0].shape[0], 0, dtype=torch.int64)
 
 
-def check_verify(case: Case, backend: str, method: str, draft: int | None = 1, seed: int = 0, device="cpu"):
+def check_verify(
+    case: Case, backend: str, method: str, draft: int | None = 1, seed: int = 0, device: Device = "cpu"
+) -> ops.VerifyOutput:
     """`verify` on ``backend`` and ``device`` against the reference on the CPU, with ragged draft lengths."""
     slots = case.slots
     (logits, weights, kwargs), (z, w, there) = (make(case, seed, slots, d) for d in ("cpu", device))
@@ -414,7 +431,7 @@ def check_verify(case: Case, backend: str, method: str, draft: int | None = 1, s
     kwargs, there = kwargs | own, there | draft_params(declared, device)
     lengths = (torch.arange(case.rows) * 3 + seed) % slots
     lengths[: case.rows // 2] = slots - 1
-    args = dict(method=method, draft=draft, logprobs=True)
+    args: dict[str, Any] = dict(method=method, draft=draft, logprobs=True)
     got = ops.verify(z, w, drafts.to(device), lengths.to(device), backend=backend, **args, **there)
     want = ops.verify(logits, weights, drafts, lengths, backend="reference", **args, **kwargs)
     name = f"{case.name}, {method}, draft {draft}"
@@ -426,7 +443,7 @@ def check_verify(case: Case, backend: str, method: str, draft: int | None = 1, s
     return got
 
 
-def check_logprobs(case: Case, backend: str, seed: int = 0, device="cpu"):
+def check_logprobs(case: Case, backend: str, seed: int = 0, device: Device = "cpu") -> torch.Tensor:
     """`logprobs` and `token_logprobs` on ``backend`` and ``device`` against the reference on the CPU."""
     (logits, weights, kwargs), (z, w, there) = (make(case, seed, device=d) for d in ("cpu", device))
     for options in (kwargs, there):
@@ -450,12 +467,12 @@ class Call(NamedTuple):
     operation: str
     logits: list[torch.Tensor]
     params: Params
-    args: tuple = ()  # what the operator takes beside these
+    args: tuple[Any, ...] = ()  # what the operator takes beside these
 
-    def to(self, device) -> Call:
+    def to(self, device: Device) -> Call:
         """The call with its tensors on ``device``."""
 
-        def move(x):
+        def move(x: Any) -> Any:
             if isinstance(x, torch.Tensor):
                 return x.to(device)
             return type(x)(*map(move, x)) if isinstance(x, (Params, DraftParams)) else x
@@ -473,12 +490,20 @@ class Call(NamedTuple):
         return dict(zip((ops.SampleOutput if self.operation == "sample" else ops.VerifyOutput)._fields, out))
 
 
-def unchecked(operation: str, logits, weights=(1.0, 1.0, -1.0), *args, name: str = "", drawn_by=None, **params) -> Call:
+def unchecked(
+    operation: str,
+    logits: list[torch.Tensor],
+    weights: tuple[float, ...] | torch.Tensor = (1.0, 1.0, -1.0),
+    *args: Any,
+    name: str = "",
+    drawn_by: DraftParams | None = None,
+    **params: Any,
+) -> Call:
     """A `Call` with these parameters, the others off; drawn_by: of verify's drafts, where they have a distribution."""
     if operation == "verify":
         drawn_by = None if args[2] == "coupled" or args[3] < 0 else drawn_by
         args = (*args[:4], drawn_by or DraftParams(), *args[4:])
-    off = dict(
+    off: dict[str, Any] = dict(
         OFF,
         seed=1,
         position=2,
@@ -490,7 +515,7 @@ def unchecked(operation: str, logits, weights=(1.0, 1.0, -1.0), *args, name: str
     return Call(name or operation, operation, logits, Params(weights, **off | params), args)
 
 
-def out_of_range(p: Parameter) -> tuple:
+def out_of_range(p: Parameter) -> tuple[float, ...]:
     """Values that the checks refuse; of an integer also those that are off because of the vocabulary."""
     if p.type is int:
         return tuple(x for x in (-1, *INT64) if not 0 <= x < p.high)
@@ -503,9 +528,18 @@ def odd_calls() -> list[Call]:
     nan, inf, (low, high) = float("nan"), float("inf"), INT64
     values = {p: (p.tried[1], *out_of_range(p)) for p in PARAMETERS if p.type is float}
     draw, V = ("sample", 0, True, 3, True), 300
-    calls = []
+    calls: list[Call] = []
 
-    def add(name, logits, weights=(1.0, 1.0, -1.0), rows=0, drafts=None, lengths=None, only="", **params):
+    def add(
+        name: str,
+        logits: list[torch.Tensor],
+        weights: tuple[float, ...] | torch.Tensor = (1.0, 1.0, -1.0),
+        rows: int = 0,
+        drafts: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
+        only: str = "",
+        **params: Any,
+    ) -> None:
         """The call of every operation."""
         rows = rows or logits[0].shape[0]
         logits = [z.expand(rows, -1) for z in logits]
@@ -520,7 +554,7 @@ def odd_calls() -> list[Call]:
             unchecked("logprobs", logits, weights, name=f"{name}, logprobs", **params),
             unchecked("token_logprobs", logits, weights, ids, name=f"{name}, ids", **params),
         ]
-        for method, draft in itertools.product(ops.METHODS, (len(logits) // 2, -1)):
+        for method, draft in itertools.product(METHODS, (len(logits) // 2, -1)):
             made.append(
                 unchecked(
                     "verify",
@@ -538,26 +572,20 @@ def odd_calls() -> list[Call]:
         calls.extend(call for call in made if only in call.operation)
 
     usual = [torch.randn(1, V, generator=torch.Generator().manual_seed(j)) for j in range(3)]
+    given: dict[str, Any]
     for p, odd in values.items():
-        add(f"{p.name} out of range", usual, rows=len(odd), **{p.name: torch.tensor(odd)})
-        add(
-            f"{p.name} out of range, filtered",
-            usual,
-            rows=len(odd),
-            **dict(top_p=0.5, top_k=9) | {p.name: torch.tensor(odd)},
-        )
+        given = {p.name: torch.tensor(odd)}
+        add(f"{p.name} out of range", usual, rows=len(odd), **given)
+        given = dict(top_p=0.5, top_k=9) | given
+        add(f"{p.name} out of range, filtered", usual, rows=len(odd), **given)
     beyond = {ROWS["top_k"]: (0, -1, low, high, V)}
     for p, odd in beyond.items():
-        add(f"{p.name} below 0 and beyond V", usual, rows=len(odd), **{p.name: torch.tensor(odd)})
+        given = {p.name: torch.tensor(odd)}
+        add(f"{p.name} below 0 and beyond V", usual, rows=len(odd), **given)
     for p, odd in (values | beyond).items():
         if p in DRAFTED:
-            add(
-                f"drafts drawn with any {p.name}",
-                usual,
-                rows=len(odd),
-                only="verify",
-                drawn_by=DraftParams(**{p.name: torch.tensor(odd)}),
-            )
+            drawn_by = DraftParams(**{p.name: torch.tensor(odd)})
+            add(f"drafts drawn with any {p.name}", usual, rows=len(odd), only="verify", drawn_by=drawn_by)
     add(
         "any seed and position",
         usual,
@@ -583,13 +611,13 @@ def odd_calls() -> list[Call]:
         ("+inf", [big, big, 0, 0]),
         ("nothing", [-big] * 4),
     ):
-        for p in (1.0, 0.3, 0.9):
+        for mass in (1.0, 0.3, 0.9):
             for beta in (1.0, 1.02, 1.5):
                 add(
-                    f"overflow to {name}, weight {beta}, {p}",
+                    f"overflow to {name}, weight {beta}, {mass}",
                     [torch.tensor([base]), zero, -torch.tensor([base])],
                     (beta, 1.0, -beta),
-                    upscale_top_p=p,
+                    upscale_top_p=mass,
                     top_p=0.5,
                 )
     add("zeros, zeros, overflow", [zero, zero, torch.tensor([[big, -big, 0, 0]])], upscale_top_p=0.3, top_p=0.5)
@@ -613,26 +641,19 @@ def odd_calls() -> list[Call]:
     return calls
 
 
-def check_call(call: Call, backend: str, want: dict | None = None):
+def check_call(call: Call, backend: str, want: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     """``call`` on ``backend`` against the reference (or what it gave: ``want``)."""
     got, want = call.run(backend), want or call.run("reference")
     for name in got:
         if got[name].is_floating_point():
             scale = 20 if name in ("entropy", "tv") else 1  # as in `check_sample`
-            torch.testing.assert_close(
-                got[name].cpu(),
-                want[name].cpu(),
-                rtol=1e-5,
-                atol=scale * TOLERANCE,
-                equal_nan=True,
-                msg=lambda m, name=name: f"{call.name}: {name}: {m}",
-            )
+            _close(name, got[name], want[name], call.name, rtol=1e-5, atol=scale * TOLERANCE)
         else:
             _equal(name, got[name], want[name], call.name)
     return got
 
 
-def _random_values(pick: random.Random, shape, dtype, g: torch.Generator) -> torch.Tensor:
+def _random_values(pick: random.Random, shape: tuple[int, ...], dtype: torch.dtype, g: torch.Generator) -> torch.Tensor:
     """Logits: usual ones, ties, far apart, extremes, and some that are not finite."""
     most, tiny = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
     z = torch.randn(shape, generator=g)
@@ -684,14 +705,14 @@ def random_call(seed: int, largest: int = 1000) -> Call:
     operation = pick.choice(["sample", "sample", "verify", "verify", "logprobs", "token_logprobs"])
     rows, models = pick.choice([0, 1, 1, 2, 3, 5]), pick.choice([1, 2, 3, 3, 3, 4, 8])
     V = min(largest, pick.choice([1, 2, 31, 33, 255, 256, 257, 300, 519, 777, 1000]))
-    lead = (rows, pick.randint(1, 4)) if operation == "verify" else (rows,)
+    lead: tuple[int, ...] = (rows, pick.randint(1, 4)) if operation == "verify" else (rows,)
     dtypes = [pick.choice((F32, F16, BF16))] * models
     if pick.random() < 0.3:
         dtypes = [pick.choice((F32, F16, BF16)) for _ in range(models)]
     lengths = [V + pick.choice([0, 0, 0, 1, 24]) for _ in range(models)]
     logits = [_random_layout(pick, _random_values(pick, (*lead, v), d, g)) for v, d in zip(lengths, dtypes)]
 
-    def per_row(p: Parameter):
+    def per_row(p: Parameter) -> float | torch.Tensor:
         """A number, mostly off, or a tensor with values out of range among them."""
         usual, odd = (p.tried[0], *p.tried), out_of_range(p) + ((V, V + 1) if p.type is int else ())
         if pick.random() < 0.4:
@@ -701,7 +722,7 @@ def random_call(seed: int, largest: int = 1000) -> Call:
 
     nan, inf, (low, high) = float("nan"), float("inf"), INT64
     values = [0.0, 1.0, -1.0, 0.5, 2.0, 1e-3]
-    weights = tuple(pick.choice(values) for _ in range(models))
+    weights: tuple[float, ...] | torch.Tensor = tuple(pick.choice(values) for _ in range(models))
     if pick.random() < 0.4:
         weights = (*(1.0,) * (models - 1), -1.0)
     if pick.random() < 0.4:
@@ -714,7 +735,7 @@ def random_call(seed: int, largest: int = 1000) -> Call:
         mask = torch.randint(-(1 << 31), 1 << 31, (*lead, (V + 31) // 32), generator=g).to(torch.int32)
         mask *= torch.rand(mask.shape, generator=g) < pick.choice([0.1, 0.9])
 
-    params = {name: per_row(p) for name, p in ROWS.items()}
+    params: dict[str, Any] = {name: per_row(p) for name, p in ROWS.items()}
     params |= dict(token_mask=mask, vocab_size=pick.choice([V, V, (V + 1) // 2]), tuned=pick.randrange(models))
     if mask is not None:
         params["vocab_size"] = V
@@ -723,7 +744,7 @@ def random_call(seed: int, largest: int = 1000) -> Call:
         ids = torch.randint(-2, V + 3, (*lead, n), generator=g)
         ids[torch.rand(ids.shape, generator=g) < 0.1] = pick.choice([low, high, 0])
         params["token_bias"] = TokenBias(ids, _random_values(pick, (*lead, n), F32, g)) if n else None
-    args = ()
+    args: tuple[Any, ...] = ()
     if operation == "sample":
         args = (
             pick.choice(ops.STREAM_NAMES),
@@ -741,6 +762,7 @@ def random_call(seed: int, largest: int = 1000) -> Call:
         drafts[torch.rand(drafts.shape, generator=g) < pick.choice([0.0, 0.2])] = pick.choice([low, high, -1, V])
         counts = torch.randint(-1, lead[1] + 2, (rows,), generator=g)
         counts[torch.rand(rows, generator=g) < 0.1] = pick.choice([low, high])
-        args = (drafts, counts, pick.choice(ops.METHODS), pick.randint(-1, models - 1), pick.random() < 0.7)
-        params["drawn_by"] = DraftParams(**{p.name: per_row(p) for p in DRAFTED if pick.random() < 0.4})
+        args = (drafts, counts, pick.choice(METHODS), pick.randint(-1, models - 1), pick.random() < 0.7)
+        drawn_by: dict[str, Any] = {p.name: per_row(p) for p in DRAFTED if pick.random() < 0.4}
+        params["drawn_by"] = DraftParams(**drawn_by)
     return unchecked(operation, logits, weights, *args, name=f"random_call({seed})", **params)

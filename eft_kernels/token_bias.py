@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from .arguments import MAX_WEIGHT, check_logits, check_weights
-from .checks import INTEGERS, dense, from_host, readable, shown
+from .checks import INTEGERS, dense, from_host, is_real, readable, shown
 from .combination import Weights
 from .parameters import TokenBias
 
@@ -103,12 +103,18 @@ def _column(name: str, x: PerRow, rows: int, device: torch.device) -> torch.Tens
         if x.device != device:
             raise ValueError(f"{name}: is on {x.device}, the tokens are on {device}; move it there")
         return x.to(torch.float32).reshape(-1, 1)
-    if isinstance(x, bool) or not isinstance(x, numbers.Real) or abs(x) >= MAX_WEIGHT:
+    if not is_real(x) or abs(x) >= MAX_WEIGHT:
         raise ValueError(f"{name}: expected a float32 number or a tensor [{rows}], got {shown(x)}")
     return torch.full((1, 1), float(x), device=device)
 
 
-def _scores_at(ids: torch.Tensor, logits, weights, rows: int, device: torch.device) -> torch.Tensor:
+def _scores_at(
+    ids: torch.Tensor,
+    logits: Sequence[torch.Tensor],
+    weights: Weights | Sequence[float] | torch.Tensor,
+    rows: int,
+    device: torch.device,
+) -> torch.Tensor:
     """sum_j w_j z_j of some tokens, float32 like ids [rows, N]; what is at -1 does not matter."""
     logits, vocab_size = check_logits(logits, 2, None)
     if logits[0].shape[0] != rows or logits[0].device != device:

@@ -53,6 +53,17 @@ def test_the_noise_is_the_one_that_verify_needs(backend):
     assert not torch.equal(first, third)
 
 
+def test_drafts_without_a_parameter_are_not_judged_by_the_targets(backend):
+    z, off = logits(), dict(temperature=None, top_k=None, top_p=None, min_p=None, typical_p=None)
+    outputs, usual = drafts(z, "token", params=off), drafts(z, "token", params={})
+    assert outputs[0].params == usual[0].params == DraftParams(1.0, 0, 1.0, 0.0, 1.0)
+    got, want = (
+        eft.verify(z, eft.upscale(), round, method="token", logprobs=True, backend=backend, **TARGET, **NOISE)
+        for round in (outputs, usual)
+    )
+    same(got, want)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_outputs_say_what_they_were_drawn_by(method, backend):
     """A list of outputs is their tokens with the same declared by hand."""

@@ -86,7 +86,7 @@ MIXED = dict(
     "name, launch", [(name, launch) for name in BACKENDS if name != "reference" for launch in sanitize.launches(name)]
 )
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in sanitize.NAMES], ids=lambda case: case.name)
-def test_cuts_of_launches(case, name, launch):
+def test_configurations_of_launches(case, name, launch):
     """What the memory checkers look at: with several tiles a program, too, and programs that share a row."""
     assert sanitize.calls(case, name, launch, DEVICE)
 

@@ -591,6 +591,13 @@ def test_masks_repeat_sizes_of_one(backend):
     refused(sample, "token_mask", "[3, 2]", "[3, 1]", token_mask=mask(B)[:, :1])
 
 
+@pytest.mark.parametrize("preset", [eft.upscale, eft.proxy, eft.interpolate])
+@pytest.mark.parametrize("value", ["2", None, range(3), True, 1j], ids=repr)
+def test_presets_take_numbers(preset, value):
+    with pytest.raises(ValueError, match=f"weights: expected numbers, got {type(value).__name__}"):
+        preset(value)
+
+
 def test_weights_as_lists_and_arrays(backend):
     betas = [0.5, 1.0, 2.0]
     rows = [[b, 1.0, -b] for b in betas]

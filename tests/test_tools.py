@@ -19,7 +19,7 @@ def test_sanitize_runs_its_cases_through_the_backends_of_a_device(capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures there")
-def test_cuts_are_measured_on_a_gpu(capsys):
+def test_launches_are_measured_on_a_gpu(capsys):
     assert command.main(["launch_config"]) == 2
     assert "the cuda backend is not available" in capsys.readouterr().err
 

@@ -41,7 +41,7 @@ FAST = (
     "one seed for all rows",
 )
 JUDGED = ("a chunk and one", "everything", "all masked", "top-p ties", "one seed for all rows", "drafts drawn per row")
-CUTS = ("latency", "stream")
+TILINGS = ("latency", "stream")
 
 
 def chosen(*names, largest=1 << 22, most=1 << 10):
@@ -82,13 +82,13 @@ def test_torchs_default_dtype_changes_nothing():
 
 
 @pytest.fixture
-def cut(request, monkeypatch):
-    """The cuts of few rows (one tile a program), or small tiles many a program, as with many rows."""
+def tiling(request, monkeypatch):
+    """The tilings of few rows (one tile a program), or small tiles many a program, as with many rows."""
     from eft_kernels._backends.triton import config
 
     if request.param == "stream":
-        monkeypatch.setattr(config, "SAMPLE", {"default": ((1 << 62, config.Cut(4, 1)),)})
-        monkeypatch.setattr(config, "STREAM", {"default": ((1 << 62, config.Cut(2, 2)),)})
+        monkeypatch.setattr(config, "SAMPLE", {"default": ((1 << 62, config.TileConfig(4, 1)),)})
+        monkeypatch.setattr(config, "STREAM", {"default": ((1 << 62, config.TileConfig(2, 2)),)})
     return request.param
 
 
@@ -96,26 +96,26 @@ def cut(request, monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("cut", CUTS, indirect=True)
+@pytest.mark.parametrize("tiling", TILINGS, indirect=True)
 @pytest.mark.parametrize("case", chosen(*FAST), ids=name_of)
-def test_sample(case, cut):
+def test_sample(case, tiling):
     """With all there is to return the filters' kernels run; with less, where nothing is filtered, the one launch."""
-    extra = {} if cut == "latency" else dict(logprobs=WHOLE)
+    extra = {} if tiling == "latency" else dict(logprobs=WHOLE)
     check_sample(case, "triton", seed=len(extra), **extra)
 
 
 @interpreted
-@pytest.mark.parametrize("cut", CUTS[1:], indirect=True)
+@pytest.mark.parametrize("tiling", TILINGS[1:], indirect=True)
 @pytest.mark.parametrize("case", chosen(*JUDGED), ids=name_of)
-def test_logprobs(case, cut):
+def test_logprobs(case, tiling):
     check_logprobs(case, "triton")
 
 
 @interpreted
-@pytest.mark.parametrize("cut", CUTS[1:], indirect=True)
+@pytest.mark.parametrize("tiling", TILINGS[1:], indirect=True)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("case", chosen(*JUDGED, largest=5000, most=12), ids=name_of)
-def test_verify(case, method, cut):
+def test_verify(case, method, tiling):
     check_verify(case, "triton", method)
 
 
@@ -148,9 +148,9 @@ def test_random_calls(part):
 
 
 @interpreted
-@pytest.mark.parametrize("cut", CUTS, indirect=True)
+@pytest.mark.parametrize("tiling", TILINGS, indirect=True)
 @pytest.mark.parametrize("weights", [(0.0, 0.0), torch.zeros(3, 2)], ids=("numbers", "per row"))
-def test_models_of_weight_0_are_not_read(weights, cut):
+def test_models_of_weight_0_are_not_read(weights, tiling):
     dead = torch.full((3, 700), float("nan"))
     dead[1], dead[2] = float("-inf"), float("inf")
     for kwargs in ({}, dict(top_p=0.5), dict(logprobs=False)):
@@ -176,19 +176,19 @@ def test_diagnostics_are_those_of_float64(offset):
 
 @interpreted
 @pytest.mark.parametrize("tiles, tc, direct", [(1, 2, True), (1, 8, True), (1, 2, False), (2, 4, False), (8, 1, False)])
-def test_no_cut_changes_a_token(monkeypatch, tiles, tc, direct):
+def test_no_tiling_changes_a_token(monkeypatch, tiles, tc, direct):
     """A vocabulary of a dozen chunks, whatever the split; the winners are not all in one place."""
     from eft_kernels._backends.triton import config
 
-    case = Case("triton cuts", rows=6, vocab=(2800,), dtypes=(BF16, F32, F16), scale=1.0)
-    monkeypatch.setattr(config, "SAMPLE", {"default": ((1 << 62, config.Cut(tiles, tc, direct=direct)),)})
+    case = Case("triton tilings", rows=6, vocab=(2800,), dtypes=(BF16, F32, F16), scale=1.0)
+    monkeypatch.setattr(config, "SAMPLE", {"default": ((1 << 62, config.TileConfig(tiles, tc, single_tile=direct)),)})
     assert len(set((check_sample(case, "triton", logprobs=True).tokens // 1024).tolist())) > 1
 
 
 @interpreted
-@pytest.mark.parametrize("cut", CUTS, indirect=True)
+@pytest.mark.parametrize("tiling", TILINGS, indirect=True)
 @pytest.mark.parametrize("kwargs", [{}, dict(top_p=0.9), dict(upscale_top_p=0.8)], ids=("triton-plain", "top-p", "up"))
-def test_a_row_is_checked_wherever_it_is_bad(cut, kwargs):
+def test_a_row_is_checked_wherever_it_is_bad(tiling, kwargs):
     """NaN, +inf and -inf in whole tiles and in the last one, in a model with negative weight and in others."""
     logits = [torch.randn(12, 1700, generator=torch.Generator().manual_seed(j)) for j in range(3)]
     places = itertools.product((0, 2), (3, 1699), (float("nan"), float("inf"), float("-inf")))

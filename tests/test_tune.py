@@ -1,4 +1,4 @@
-"""tools/tune.py: which cuts are candidates, the table chosen from times, what is printed; times are made up."""
+"""tools/tune.py: which tilings are candidates, the table chosen from times, what is printed; times are made up."""
 
 import json
 import os
@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from eft_kernels._backends.triton import config
-from eft_kernels._backends.triton.config import Cut
+from eft_kernels._backends.triton.config import TileConfig
 from eft_kernels.bench import run, shapes
 from eft_kernels.bench.shapes import Shape
 from tools import ROOT, tune
 from tools import __main__ as command
 from tools.tune import Point, Times
 
-A, B, C = Cut(1, 4, direct=True), Cut(4, 8, 8), Cut(32, 8)
+A, B, C = TileConfig(1, 4, single_tile=True), TileConfig(4, 8, 8), TileConfig(32, 8)
 
 
 def times(**medians):
@@ -26,25 +26,26 @@ def times(**medians):
 
 
 class Machine:
-    """A GPU with a law in place of a clock: a cut costs more the further its share of a row is from the best."""
+    """A GPU with a law in place of a clock: a tiling costs more the further its share of a row is from the best."""
 
     processors = 132
 
     def __init__(self):
         self.absent, self.asked, self.compiled = {}, [], []
 
-    def compile(self, name, vocab, cuts):
-        self.compiled += [(name, vocab, cut) for cut in cuts]
+    def compile(self, name, vocab, tilings):
+        self.compiled += [(name, vocab, tiling) for tiling in tilings]
 
-    def time(self, name, p, cuts, until):
-        assert {(name, p.vocab, cut) for cut in cuts} <= set(self.compiled), "only what was compiled"
-        self.asked.append((name, p, cuts))
+    def time(self, name, p, tilings, until):
+        assert {(name, p.vocab, tiling) for tiling in tilings} <= set(self.compiled), "only what was compiled"
+        self.asked.append((name, p, tilings))
         wanted = max(4, p.work // (8 * 132))
         out = {}
-        for cut in cuts:
-            share = cut.tiles * cut.tc
-            x = (2 + p.work / 1000) * (1 + 0.2 * abs(share - wanted) / max(share, wanted)) * (0.9 if cut.direct else 1)
-            out[cut] = Times(x, x * 0.999, x * 1.001, 7)
+        for tiling in tilings:
+            share = tiling.tiles_per_program * tiling.chunks_per_tile
+            x = (2 + p.work / 1000) * (1 + 0.2 * abs(share - wanted) / max(share, wanted))
+            x *= 0.9 if tiling.single_tile else 1
+            out[tiling] = Times(x, x * 0.999, x * 1.001, 7)
         return out
 
 
@@ -52,28 +53,29 @@ class Machine:
 
 
 @pytest.mark.parametrize("p", tune.POINTS, ids=str)
-@pytest.mark.parametrize("direct", [True, False])
-def test_candidates(direct, p):
-    cuts = tune.candidates(direct, p)
-    assert cuts and len(set(cuts)) == len(cuts)
-    for cut in cuts:
-        assert cut == tune.clamp(cut, p.vocab) and tune.programs(cut, p) <= 64 * 132
-        assert cut.tiles == 1 and direct and p.work <= tune.DIRECT_WORK if cut.direct else True
-        assert 4 <= cut.tc * 256 / (cut.warps * 32) <= 32
-    assert any(c.direct for c in cuts) == (direct and p.work <= tune.DIRECT_WORK)
-    assert max(tune.programs(c, p) for c in cuts) >= min(132, p.work // 4), "every multiprocessor has one"
+@pytest.mark.parametrize("single_tile", [True, False])
+def test_candidates(single_tile, p):
+    tilings = tune.candidates(single_tile, p)
+    assert tilings and len(set(tilings)) == len(tilings)
+    for tiling in tilings:
+        assert tiling == tune.clamp(tiling, p.vocab) and tune.programs(tiling, p) <= 64 * 132
+        if tiling.single_tile:
+            assert tiling.tiles_per_program == 1 and single_tile and p.work <= tune.SINGLE_TILE_WORK
+        assert 4 <= tiling.chunks_per_tile * 256 / (tiling.num_warps * 32) <= 32
+    assert any(c.single_tile for c in tilings) == (single_tile and p.work <= tune.SINGLE_TILE_WORK)
+    assert max(tune.programs(c, p) for c in tilings) >= min(132, p.work // 4), "every multiprocessor has one"
 
 
 def test_a_launch_takes_no_more_tiles_than_a_row_has():
-    assert tune.clamp(Cut(64, 8, 8), 32000) == Cut(16, 8, 8), "125 chunks are 16 tiles of 8"
-    assert tune.clamp(Cut(64, 8, 8), 262144) == Cut(64, 8, 8)
-    assert tune.clamp(Cut(4, 16), 1) == Cut(1, 16)
+    assert tune.clamp(TileConfig(64, 8, 8), 32000) == TileConfig(16, 8, 8), "125 chunks are 16 tiles of 8"
+    assert tune.clamp(TileConfig(64, 8, 8), 262144) == TileConfig(64, 8, 8)
+    assert tune.clamp(TileConfig(4, 16), 1) == TileConfig(1, 16)
 
 
 def test_what_config_takes_now_is_a_candidate():
-    with tune.tile_config("sample", Cut(64, 2)):
-        cuts = tune.wanted("sample", 32000, Machine())
-    assert {p: c[0] for p, c in cuts.items()} == {p: Cut(64, 2) for p in tune.POINTS if p.vocab == 32000}
+    with tune.forced("sample", TileConfig(64, 2)):
+        tilings = tune.wanted("sample", 32000, Machine())
+    assert {p: c[0] for p, c in tilings.items()} == {p: TileConfig(64, 2) for p in tune.POINTS if p.vocab == 32000}
 
 
 def test_contenders():
@@ -126,13 +128,15 @@ def test_equal_work_of_two_vocabularies_is_one_choice():
 
 
 def test_an_entry_is_what_config_holds():
-    text = tune.entry("NVIDIA H200", [(512, A), (8192, B), (1 << 62, Cut(2, 16, 8, True))])
-    assert eval("{" + text + "}", {"Cut": Cut}) == {
-        "NVIDIA H200": ((512, A), (8192, B), (1 << 62, Cut(2, 16, 8, True)))
+    text = tune.entry("NVIDIA H200", [(512, A), (8192, B), (1 << 62, TileConfig(2, 16, 8, True))])
+    assert eval("{" + text + "}", {"TileConfig": TileConfig}) == {
+        "NVIDIA H200": ((512, A), (8192, B), (1 << 62, TileConfig(2, 16, 8, True)))
     }
-    assert text.splitlines()[1] == "        (512, Cut(1, 4, direct=True))," and "(1 << 62, Cut(2, 16, 8," in text
+    assert text.splitlines()[1] == "        (512, TileConfig(1, 4, single_tile=True)),"
+    assert "(1 << 62, TileConfig(2, 16, 8," in text
     for table in (config.SAMPLE, config.STREAM):
-        assert eval("{" + tune.entry("default", table["default"]) + "}", {"Cut": Cut})["default"] == table["default"]
+        text = tune.entry("default", table["default"])
+        assert eval("{" + text + "}", {"TileConfig": TileConfig})["default"] == table["default"]
 
 
 def test_tune(capsys, tmp_path):
@@ -147,16 +151,18 @@ def test_tune(capsys, tmp_path):
     for name, text in zip(tune.TABLES, out.split("\nconfig.")[1:]):
         part = [r for r in rows if r["table"] == name]
         block = "\n".join(line for line in text.splitlines() if line.startswith("    "))
-        table = eval("{" + block + "}", {"Cut": Cut})["NVIDIA H200"]
+        table = eval("{" + block + "}", {"TileConfig": TileConfig})["NVIDIA H200"]
         assert len(table) >= 3 and table[-1][0] == 1 << 62 and sorted(table)[0] == table[0]
-        assert any(cut.direct for _, cut in table) == (name == "sample")
+        assert any(tiling.single_tile for _, tiling in table) == (name == "sample")
         for p in tune.POINTS:
             here = [r for r in part if (r["batch"], r["vocab"]) == (p.rows, p.vocab)]
             chosen = [r for r in here if r["chosen"]]
             assert len(chosen) == 1 and chosen[0]["work"] == p.work and chosen[0]["device"] == "NVIDIA H200"
             assert chosen[0]["median_us"] < 1.1 * min(r["median_us"] for r in here), p
             now = tune.now(name)(p)
-            assert any(Cut(r["tiles"], r["tc"], r["warps"], r["direct"]) == now for r in here), "what is used now, too"
+            assert any(TileConfig(*(r[field] for field in TileConfig._fields)) == now for r in here), (
+                "what is used now, too"
+            )
     assert "not measured" not in out and (config.SAMPLE, config.STREAM) == was
 
 
@@ -165,7 +171,9 @@ def test_what_there_is_no_time_for_is_said(capsys):
     results, skipped = tune.measure_points("sample", Machine(), 5.5, clock=lambda: next(clock))
     assert list(results) == tune.POINTS[:6] and skipped == tune.POINTS[6:]
     text = tune.render("sample", "X", results, skipped, {(Point(1), B): "out of registers"}, tune.now("sample"))
-    assert "not measured, no time left: 128 x 128256" in text and "Cut(4, 8, 8) at 1 x 128256: out of reg" in text
+    assert (
+        "not measured, no time left: 128 x 128256" in text and "TileConfig(4, 8, 8) at 1 x 128256: out of reg" in text
+    )
 
 
 def test_nothing_measured_fails(capsys):
@@ -180,14 +188,14 @@ def test_nothing_measured_fails(capsys):
 
 def test_forced():
     was = dict(config.SAMPLE), dict(config.STREAM)
-    with pytest.raises(KeyError), tune.tile_config("sample", B):
-        assert config.pick(config.SAMPLE, torch.device("cpu"), 1) == B
-        assert config.pick(config.STREAM, torch.device("cpu"), 1) != B
+    with pytest.raises(KeyError), tune.forced("sample", B):
+        assert config.tile_config(config.SAMPLE, torch.device("cpu"), 1) == B
+        assert config.tile_config(config.STREAM, torch.device("cpu"), 1) != B
         raise KeyError
     assert (config.SAMPLE, config.STREAM) == was
 
 
-def test_tokens_of_the_cuts_must_be_equal():
+def test_tokens_of_the_tilings_must_be_equal():
     tokens, lp = torch.tensor([1, 2]), torch.tensor([-0.5, float("nan")])
     tune.check("this", Shape(), tokens, tokens.clone())
     tune.check("this", Shape(), (tokens, lp), (tokens, lp + 1e-6))
@@ -201,7 +209,7 @@ def test_times_of_several_calls_add_up():
 
 
 class Here(tune.Gpu):
-    """The same on this CPU, whose backend knows no cuts; kernels are compiled for a GPU."""
+    """The same on this CPU, whose backend knows no tilings; kernels are compiled for a GPU."""
 
     ours, backend = tune.OURS[0], "auto"
 
@@ -213,7 +221,7 @@ class Here(tune.Gpu):
         return Shape(op, variant, p.rows, p.vocab, rounds=1)
 
 
-def test_every_cut_is_timed_behind_the_gate(monkeypatch):
+def test_every_tiling_is_timed_behind_the_gate(monkeypatch):
     p, seen, gated = Point(2, 3000), [], []
     gate, ours = run.gate, shapes.ours
     monkeypatch.setattr(run, "gate", lambda s, *args: gated.append((s.op, s.variant)) or gate(s, *args))
@@ -225,19 +233,21 @@ def test_every_cut_is_timed_behind_the_gate(monkeypatch):
         machine.time("stream", Point(1, 3000), [A, B], 0)
     assert list(got) == [A, B, C] and not machine.absent and gated == [("sample", "top_p"), ("logprobs", "plain")]
     assert all(0 < t.p20 <= t.median <= t.p80 and t.repetitions >= 3 for t in got.values())
-    assert dict.fromkeys(seen) == dict.fromkeys(((1 << 62, cut),) for cut in (A, B, C)), "each with its own cut"
+    assert dict.fromkeys(seen) == dict.fromkeys(((1 << 62, tiling),) for tiling in (A, B, C)), (
+        "each with its own tiling"
+    )
 
 
-def test_a_cut_that_fails_is_absent_and_one_with_other_tokens_stops_all(monkeypatch):
+def test_a_tiling_that_fails_is_absent_and_one_with_other_tokens_stops_all(monkeypatch):
     p, ours = Point(2, 3000), shapes.ours
 
     def make(*args, **kwargs):
-        call, cut = ours(*args, **kwargs), config.SAMPLE["default"][0][1]
+        call, tiling = ours(*args, **kwargs), config.SAMPLE["default"][0][1]
 
         def other(z):
-            if cut == B:
+            if tiling == B:
                 raise MemoryError("out of registers")
-            return call(z) + (cut == C)
+            return call(z) + (tiling == C)
 
         return other
 
@@ -246,7 +256,7 @@ def test_a_cut_that_fails_is_absent_and_one_with_other_tokens_stops_all(monkeypa
     assert list(machine.time("sample", p, [A, B], 0)) == [A]
     assert machine.absent == {(p, B): "MemoryError: out of registers"}
     assert machine.time("sample", p, [B], 0) == {}
-    with pytest.raises(run.WrongTokens, match=r"Cut\(32, 8\) is not what the first"):
+    with pytest.raises(run.WrongTokens, match=r"TileConfig\(32, 8\) is not what the first"):
         machine.time("sample", p, [A, C], 0)
     monkeypatch.setattr(run, "gate", lambda *_: (_ for _ in ()).throw(run.WrongTokens("red")))
     with pytest.raises(run.WrongTokens, match="red"):
@@ -257,7 +267,7 @@ def test_processes_compile_ahead(tmp_path, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    p, impossible = Point(1, 3000), Cut(1, 3)
+    p, impossible = Point(1, 3000), TileConfig(1, 3)
     with Here("sm_90") as machine:
         machine.compile("sample", p.vocab, [A, impossible])
         assert machine.compiled("sample", p, [A, impossible], time.monotonic() + 300) == [A]
@@ -270,15 +280,15 @@ def test_processes_compile_ahead(tmp_path, monkeypatch):
 AHEAD = """
 import torch
 from eft_kernels.bench import shapes
-from eft_kernels._backends.triton.config import Cut
+from eft_kernels._backends.triton.config import TileConfig
 from tools import tune
 seen = tune.start("sm_90")
 for name in tune.TABLES:
-    tune.build(name, 3000, Cut(2, 2))
+    tune.build(name, 3000, TileConfig(2, 2))
 hashes = {kernel.hash for *_, kernel in seen}
 for name in tune.TABLES:
     for rows in (2, 8, 64):
-        with tune.tile_config(name, Cut(2, 2)):
+        with tune.forced(name, TileConfig(2, 2)):
             for op, variant in tune.TABLES[name].calls:
                 z = [torch.empty(rows, 3000, dtype=torch.bfloat16) for _ in range(3)]
                 shapes.ours(op, variant, shapes.problem(shapes.Shape(op, variant, rows, 3000)))(z)

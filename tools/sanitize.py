@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 
 from eft_kernels import dispatch, ops
-from eft_kernels._backends.triton.config import Cut
+from eft_kernels._backends.triton.config import TileConfig
 from eft_kernels.cli.options import Parser
 from eft_kernels.testing import BF16, CASES, Case, check_logprobs, check_sample, check_verify
 
 from .launch_config import launch_config
-from .tune import tile_config
+from .tune import forced
 
 NAMES = (
     "one token",
@@ -31,7 +31,10 @@ NAMES = (
 MANY = Case("many chunks", rows=80, vocab=(16000,), dtypes=(BF16,))
 # tiles of the Triton kernels, by table: None is what the work asks for; with many rows several small ones. CUDA
 # launches are configured for many rows by `LaunchConfig`.
-LAUNCHES = {"few rows": dict(sample=None, stream=None), "many rows": dict(sample=Cut(4, 1), stream=Cut(2, 2))}
+LAUNCHES = {
+    "few rows": dict(sample=None, stream=None),
+    "many rows": dict(sample=TileConfig(4, 1), stream=TileConfig(2, 2)),
+}
 
 
 def backends(device: str) -> list[str]:
@@ -56,7 +59,7 @@ def calls(case, name: str, launch: str, device) -> int:
     with contextlib.ExitStack() as stack:
         for table, value in LAUNCHES[launch].items():
             if value:
-                stack.enter_context(tile_config(table, value))
+                stack.enter_context(forced(table, value))
         check_sample(case, name, device=device, logprobs=False)
         check_sample(case, name, device=device, logprobs=True)
         check_logprobs(case, name, device=device)

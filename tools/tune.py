@@ -1,4 +1,4 @@
-"""Which `Cut` is quickest for each amount of work on the GPU that is here: rows for the Triton backend's config.py.
+"""Which `TileConfig` is quickest for each amount of work on this GPU: rows for the Triton backend's config.py.
 
     python -m tools tune                                   # both tables
     python -m tools tune --table sample --seconds 60 --json FILE
@@ -30,7 +30,7 @@ import torch
 from benchmarks import provenance, report
 from eft_kernels import dispatch
 from eft_kernels._backends.triton import config
-from eft_kernels._backends.triton.config import Cut
+from eft_kernels._backends.triton.config import TileConfig
 from eft_kernels.bench import device, run, shapes
 from eft_kernels.bench.run import WrongTokens, error_line
 from eft_kernels.bench.shapes import OURS, Shape
@@ -45,13 +45,13 @@ NOISE = 0.01  # of a median: less than that is never a difference
 ROW = 0.02  # what a further row of the table must save, as a share of the time at some work
 FAR = 1.2  # times the best: such a candidate is left out between two works where it is so far behind
 NEAR = 8  # times the work: how far apart those may be
-DIRECT_WORK = 16384  # noise for every token takes longer than reading it, beyond this many chunks
+SINGLE_TILE_WORK = 16384  # noise for every token takes longer than reading it, beyond this many chunks
 
 
 class Table(NamedTuple):
-    cuts: dict  # of config
+    tilings: dict  # of config
     calls: tuple  # (op, variant) timed; their sum counts
-    direct: bool  # whether direct cuts are candidates
+    single_tile: bool  # whether tilings of a single tile are candidates
 
 
 TABLES = {
@@ -97,107 +97,118 @@ def power(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def clamp(cut: Cut, vocab: int) -> Cut:
-    """The cut as a launch on this vocabulary takes it: no more tiles than the row has."""
-    return cut._replace(tiles=min(cut.tiles, power(math.ceil(chunks(vocab) / cut.tc))))
+def clamp(tiling: TileConfig, vocab: int) -> TileConfig:
+    """The tiling as a launch on this vocabulary takes it: no more tiles than the row has."""
+    tiles = power(math.ceil(chunks(vocab) / tiling.chunks_per_tile))
+    return tiling._replace(tiles_per_program=min(tiling.tiles_per_program, tiles))
 
 
-def programs(cut: Cut, p: Point) -> int:
-    return p.rows * math.ceil(chunks(p.vocab) / (cut.tiles * cut.tc))
+def programs(tiling: TileConfig, p: Point) -> int:
+    return p.rows * math.ceil(chunks(p.vocab) / (tiling.tiles_per_program * tiling.chunks_per_tile))
 
 
-def candidates(direct: bool, p: Point, processors: int = 132) -> list[Cut]:
-    """Cuts whose programs keep every multiprocessor busy without being 64 to one, and whose tile is 4 (direct) or 8
-    tokens a thread and more."""
-    cuts = [Cut(tiles, tc, warps) for tiles in (1, 2, 4, 8, 16, 32, 64) for tc in (4, 8, 16) for warps in (4, 8)]
-    if direct and p.work <= DIRECT_WORK:
-        cuts = [Cut(1, tc, warps, True) for tc in (2, 4, 8, 16) for warps in (4, 8)] + cuts
-    most = max(programs(Cut(1, 4), p), 1)
+def candidates(single_tile: bool, p: Point, processors: int = 132) -> list[TileConfig]:
+    """Tilings whose programs keep every multiprocessor busy without being 64 to one, and whose tile is 8 tokens
+    a thread and more (a single one: 4)."""
+    tilings = [
+        TileConfig(tiles, tc, warps) for tiles in (1, 2, 4, 8, 16, 32, 64) for tc in (4, 8, 16) for warps in (4, 8)
+    ]
+    if single_tile and p.work <= SINGLE_TILE_WORK:
+        tilings = [TileConfig(1, tc, warps, True) for tc in (2, 4, 8, 16) for warps in (4, 8)] + tilings
+    most = max(programs(TileConfig(1, 4), p), 1)
     enough, many = min(most, processors // 3), 64 * processors
-    cuts = [c for c in cuts if c == clamp(c, p.vocab) and c.tc * 8 // c.warps >= (4 if c.direct else 8)]
-    return [c for c in cuts if enough <= programs(c, p) <= many] or [max(cuts, key=lambda c: programs(c, p))]
+    tilings = [c for c in tilings if c == clamp(c, p.vocab)]
+    tilings = [c for c in tilings if c.chunks_per_tile * 8 // c.num_warps >= (4 if c.single_tile else 8)]
+    return [c for c in tilings if enough <= programs(c, p) <= many] or [max(tilings, key=lambda c: programs(c, p))]
 
 
-def contenders(cuts: list[Cut], p: Point, results: dict) -> list[Cut]:
+def contenders(tilings: list[TileConfig], p: Point, results: dict) -> list[TileConfig]:
     """The first, and the others but those that were far behind at the next work below and at the next above."""
     works = sorted((q for q in results if p.work / NEAR <= q.work <= p.work * NEAR), key=lambda q: q.work)
     below, above = [q for q in works if q.work <= p.work][-1:], [q for q in works if q.work > p.work][:1]
 
-    def behind(cut, q):
-        here, best = results[q].get(clamp(cut, q.vocab)), min(t.median for t in results[q].values())
+    def behind(tiling, q):
+        here, best = results[q].get(clamp(tiling, q.vocab)), min(t.median for t in results[q].values())
         return here is not None and here.median > FAR * best
 
     if not (below and above):
-        return cuts
-    return [c for c in cuts if c == cuts[0] or not (behind(c, below[0]) and behind(c, above[0]))]
+        return tilings
+    return [c for c in tilings if c == tilings[0] or not (behind(c, below[0]) and behind(c, above[0]))]
 
 
 # --- the choice ----------------------------------------------------------------------------------------------------
 
 
-def losses(times: dict[Cut, Times]) -> dict[Cut, float]:
-    """How much slower than the best each cut is: a share of its time, almost nothing inside the noise."""
+def losses(times: dict[TileConfig, Times]) -> dict[TileConfig, float]:
+    """How much slower than the best each tiling is: a share of its time, almost nothing inside the noise."""
     best = min(times.values(), key=lambda t: t.median)
     noise = max(NOISE, (best.p80 - best.p20) / best.median)
-    over = {cut: t.median / best.median - 1 for cut, t in times.items()}
-    return {cut: max(0.0, x - noise) + x * ROW for cut, x in over.items()}
+    over = {tiling: t.median / best.median - 1 for tiling, t in times.items()}
+    return {tiling: max(0.0, x - noise) + x * ROW for tiling, x in over.items()}
 
 
-def choose(results: dict[Point, dict[Cut, Times]]) -> list[tuple[int, Cut]]:
-    """The table with the least loss over all points, each further row counted as a loss of `ROW`: (limit, cut)."""
+def choose(results: dict[Point, dict[TileConfig, Times]]) -> list[tuple[int, TileConfig]]:
+    """The table with the least loss over all points, each further row counted as a loss of `ROW`: (limit, tiling)."""
     works = sorted({p.work for p in results})
     points = [[(p, losses(results[p])) for p in results if p.work == w] for w in works]
-    cuts = dict.fromkeys(cut for times in results.values() for cut in times)
+    tilings = dict.fromkeys(tiling for times in results.values() for tiling in times)
 
-    def loss(cut, i):  # over the points of works[i]; infinite where it was not measured
-        return sum(lost.get(clamp(cut, p.vocab), math.inf) for p, lost in points[i])
+    def loss(tiling, i):  # over the points of works[i]; infinite where it was not measured
+        return sum(lost.get(clamp(tiling, p.vocab), math.inf) for p, lost in points[i])
 
-    best = [(0.0, [])]  # of the first i works: loss, rows as (number of works, cut)
+    best = [(0.0, [])]  # of the first i works: loss, rows as (number of works, tiling)
     for i in range(1, len(works) + 1):
-        sums, options = dict.fromkeys(cuts, 0.0), []
+        sums, options = dict.fromkeys(tilings, 0.0), []
         for j in reversed(range(i)):
-            sums = {cut: total for cut, x in sums.items() if (total := x + loss(cut, j)) < math.inf}
-            options += [(best[j][0] + ROW + x, [*best[j][1], (i, cut)]) for cut, x in sums.items()]
+            sums = {tiling: total for tiling, x in sums.items() if (total := x + loss(tiling, j)) < math.inf}
+            options += [(best[j][0] + ROW + x, [*best[j][1], (i, tiling)]) for tiling, x in sums.items()]
         best.append(min(options, key=lambda x: x[0]))
     rows = best[-1][1]
-    return [(1 << 62 if i == len(works) else (works[i - 1] + works[i]) // 2, cut) for i, cut in rows]
+    return [(1 << 62 if i == len(works) else (works[i - 1] + works[i]) // 2, tiling) for i, tiling in rows]
 
 
-def pick(rows: list[tuple[int, Cut]], p: Point) -> Cut:
-    return clamp(next(cut for limit, cut in rows if p.work <= limit), p.vocab)
+def pick(rows: list[tuple[int, TileConfig]], p: Point) -> TileConfig:
+    return clamp(next(tiling for limit, tiling in rows if p.work <= limit), p.vocab)
 
 
 # --- what is printed -----------------------------------------------------------------------------------------------
 
 
-def source(cut: Cut) -> str:
+def source(tiling: TileConfig) -> str:
     """As config.py writes it."""
-    return f"Cut({cut.tiles}, {cut.tc}" + f", {cut.warps}" * (cut.warps != 4) + ", direct=True" * cut.direct + ")"
+    arguments = f"{tiling.tiles_per_program}, {tiling.chunks_per_tile}"
+    if tiling.num_warps != 4:
+        arguments += f", {tiling.num_warps}"
+    if tiling.single_tile:
+        arguments += ", single_tile=True"
+    return f"TileConfig({arguments})"
 
 
-def entry(name: str, rows: list[tuple[int, Cut]]) -> str:
+def entry(name: str, rows: list[tuple[int, TileConfig]]) -> str:
     """An entry of config.SAMPLE or config.STREAM."""
     limits = ["1 << 62" if limit == 1 << 62 else str(limit) for limit, _ in rows]
-    lines = [f"        ({limit}, {source(cut)})," for limit, (_, cut) in zip(limits, rows)]
+    lines = [f"        ({limit}, {source(tiling)})," for limit, (_, tiling) in zip(limits, rows)]
     return "\n".join([f'    "{name}": (', *lines, "    ),"])
 
 
 def medians(results: dict) -> list[str]:
-    """A line for each cut, a column for each point."""
+    """A line for each tiling, a column for each point."""
     points = sorted(results, key=lambda p: (p.vocab != Point(1).vocab, p.vocab, p.rows))
     head = ["µs", *(f"{p.rows} x {p.vocab}" for p in points)]
     lines = [
-        [source(cut), *(f"{results[p][cut].median:.2f}" if cut in results[p] else "-" for p in points)]
-        for cut in sorted({cut for times in results.values() for cut in times}, key=lambda c: (not c.direct, c))
+        [source(tiling), *(f"{results[p][tiling].median:.2f}" if tiling in results[p] else "-" for p in points)]
+        for tiling in sorted(
+            {tiling for times in results.values() for tiling in times}, key=lambda c: (not c.single_tile, c)
+        )
     ]
     return report.table(head, lines, left=1)
 
 
-def choices(results: dict, rows: list, now: Callable[[Point], Cut]) -> list[str]:
+def choices(results: dict, rows: list, now: Callable[[Point], TileConfig]) -> list[str]:
     """A line for each point: the best, what the new table takes, what config.py takes now."""
 
-    def cell(times, cut, best):
-        return f"{source(cut)} {times[cut].median / best:.2f}x" if cut in times else f"{source(cut)} ?"
+    def cell(times, tiling, best):
+        return f"{source(tiling)} {times[tiling].median / best:.2f}x" if tiling in times else f"{source(tiling)} ?"
 
     lines = []
     for p in sorted(results, key=lambda p: p.work):
@@ -216,7 +227,9 @@ def choices(results: dict, rows: list, now: Callable[[Point], Cut]) -> list[str]
     return report.table(["rows * chunks", "rows x V", "best", "this table", "config.py now"], lines, left=5)
 
 
-def render(name: str, gpu: str, results: dict, skipped: list[Point], absent: dict, now: Callable[[Point], Cut]) -> str:
+def render(
+    name: str, gpu: str, results: dict, skipped: list[Point], absent: dict, now: Callable[[Point], TileConfig]
+) -> str:
     rows = choose(results)
     lines = [
         f"{name.upper()}: medians of " + " + ".join(" ".join(c) for c in TABLES[name].calls),
@@ -225,42 +238,42 @@ def render(name: str, gpu: str, results: dict, skipped: list[Point], absent: dic
         *choices(results, rows, now),
     ]
     lines += [f"not measured, no time left: {', '.join(f'{p.rows} x {p.vocab}' for p in skipped)}"] * bool(skipped)
-    lines += [f"{source(cut)} at {p.rows} x {p.vocab}: {why}" for (p, cut), why in absent.items()]
+    lines += [f"{source(tiling)} at {p.rows} x {p.vocab}: {why}" for (p, tiling), why in absent.items()]
     return "\n".join(
         [*lines, f"config.{name.upper()} in eft_kernels/_backends/triton/config.py:", "", entry(gpu, rows), ""]
     )
 
 
 def rows_of(name: str, results: dict, absent: dict, about: dict) -> list[dict]:
-    """A JSON row for each point and cut; ``chosen``: what the new table takes there."""
+    """A JSON row for each point and tiling; ``chosen``: what the new table takes there."""
     table, out = choose(results), []
     for p, times in results.items():
-        for cut, t in times.items():
+        for tiling, t in times.items():
             out.append(
                 dict(
                     table=name,
                     batch=p.rows,
                     vocab=p.vocab,
                     work=p.work,
-                    **cut._asdict(),
+                    **tiling._asdict(),
                     status="measured",
                     why=None,
                     median_us=t.median,
                     p20_us=t.p20,
                     p80_us=t.p80,
                     repetitions=t.repetitions,
-                    chosen=cut == pick(table, p),
+                    chosen=tiling == pick(table, p),
                     **about,
                 )
             )
-    for (p, cut), why in absent.items():
+    for (p, tiling), why in absent.items():
         out.append(
             dict(
                 table=name,
                 batch=p.rows,
                 vocab=p.vocab,
                 work=p.work,
-                **cut._asdict(),
+                **tiling._asdict(),
                 status="absent",
                 why=why,
                 median_us=None,
@@ -278,12 +291,12 @@ def rows_of(name: str, results: dict, absent: dict, about: dict) -> list[dict]:
 
 
 @contextlib.contextmanager
-def tile_config(name: str, cut: Cut):
-    """Launches of a table's kernels take this cut, whatever the device and the work."""
-    table = TABLES[name].cuts
+def forced(name: str, tiling: TileConfig):
+    """Launches of a table's kernels take this tiling, whatever the device and the work."""
+    table = TABLES[name].tilings
     was = dict(table)
     table.clear()
-    table["default"] = ((1 << 62, cut),)
+    table["default"] = ((1 << 62, tiling),)
     try:
         yield
     finally:
@@ -291,39 +304,39 @@ def tile_config(name: str, cut: Cut):
         table.update(was)
 
 
-def now(name: str) -> Callable[[Point], Cut]:
-    """What config.py takes on this device, read before any cut is forced."""
+def now(name: str) -> Callable[[Point], TileConfig]:
+    """What config.py takes on this device, read before any tiling is forced."""
     where = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    return lambda p: clamp(config.pick(TABLES[name].cuts, where, p.work), p.vocab)
+    return lambda p: clamp(config.tile_config(TABLES[name].tilings, where, p.work), p.vocab)
 
 
-def wanted(name: str, vocab: int, machine) -> dict[Point, list[Cut]]:
-    """The cuts for each point over a vocabulary: what config.py takes now, then the candidates."""
+def wanted(name: str, vocab: int, machine) -> dict[Point, list[TileConfig]]:
+    """The tilings for each point over a vocabulary: what config.py takes now, then the candidates."""
     current = now(name)
     return {
-        p: list(dict.fromkeys([current(p), *candidates(TABLES[name].direct, p, machine.processors)]))
+        p: list(dict.fromkeys([current(p), *candidates(TABLES[name].single_tile, p, machine.processors)]))
         for p in POINTS
         if p.vocab == vocab
     }
 
 
-def union(cuts: dict[Point, list[Cut]]) -> list[Cut]:
-    return list(dict.fromkeys(c for part in cuts.values() for c in part))
+def union(tilings: dict[Point, list[TileConfig]]) -> list[TileConfig]:
+    return list(dict.fromkeys(c for part in tilings.values() for c in part))
 
 
 def measure_points(name: str, machine, until: float, tell=None, clock=time.monotonic) -> tuple[dict, list[Point]]:
-    """({point: {cut: Times}}, points there was no time for). ``machine``: `Gpu`, or what a test puts in its place."""
+    """({point: {tiling: Times}}, points there was no time for). ``machine``: `Gpu`, or what a test has instead."""
     results, skipped = {}, []
     for vocab in dict.fromkeys(p.vocab for p in POINTS):
-        cuts = {p: contenders(c, p, results) for p, c in wanted(name, vocab, machine).items()}
-        machine.compile(name, vocab, union(cuts))
-        for p in cuts:
+        tilings = {p: contenders(c, p, results) for p, c in wanted(name, vocab, machine).items()}
+        machine.compile(name, vocab, union(tilings))
+        for p in tilings:
             if clock() >= until:
                 skipped.append(p)
                 continue
             if tell:
                 tell(f"{name}: {p.rows} x {p.vocab}")
-            if times := machine.time(name, p, contenders(cuts[p], p, results), until):
+            if times := machine.time(name, p, contenders(tilings[p], p, results), until):
                 results[p] = times
             else:
                 skipped.append(p)
@@ -354,37 +367,37 @@ class Gpu:
     def shape(self, p: Point, op: str = "sample", variant: str = "plain") -> Shape:
         return Shape(op, variant, p.rows, p.vocab, threads=None, device="cuda", launch="graph")
 
-    def compile(self, name: str, vocab: int, cuts: list[Cut]) -> None:
+    def compile(self, name: str, vocab: int, tilings: list[TileConfig]) -> None:
         """Into Triton's cache on disk, in the background, in this order."""
-        for key in ((name, vocab, cut) for cut in cuts):
+        for key in ((name, vocab, tiling) for tiling in tilings):
             if self.pool and key not in self.jobs:
                 self.jobs[key] = self.pool.submit(build, *key)
 
-    def compiled(self, name: str, p: Point, cuts: list[Cut], until: float) -> list[Cut]:
-        """Those of the cuts that compile in time."""
-        jobs, out = {cut: self.jobs.get((name, p.vocab, cut)) for cut in cuts}, []
+    def compiled(self, name: str, p: Point, tilings: list[TileConfig], until: float) -> list[TileConfig]:
+        """Those of the tilings that compile in time."""
+        jobs, out = {tiling: self.jobs.get((name, p.vocab, tiling)) for tiling in tilings}, []
         concurrent.futures.wait([job for job in jobs.values() if job], max(0.0, until - time.monotonic()))
-        for cut, job in jobs.items():
+        for tiling, job in jobs.items():
             if job and not job.done():
-                self.absent[p, cut] = "not compiled in time"
+                self.absent[p, tiling] = "not compiled in time"
             elif job and job.exception():
-                self.absent[p, cut] = error_line(job.exception())
+                self.absent[p, tiling] = error_line(job.exception())
             else:
-                out.append(cut)
+                out.append(tiling)
         return out
 
-    def time(self, name: str, p: Point, cuts: list[Cut], until: float) -> dict[Cut, Times]:
-        """Of every cut that compiles in time; raises `WrongTokens`."""
-        cuts = self.compiled(name, p, cuts, until)
+    def time(self, name: str, p: Point, tilings: list[TileConfig], until: float) -> dict[TileConfig, Times]:
+        """Of every tiling that compiles in time; raises `WrongTokens`."""
+        tilings = self.compiled(name, p, tilings, until)
         sets = run.inputs_for(self.shape(p))
         timers, want = {}, {}
-        for cut in cuts:
+        for tiling in tilings:
             try:
-                timers |= self.timers(name, p, cut, sets, want)
+                timers |= self.timers(name, p, tiling, sets, want)
             except WrongTokens:
                 raise
             except Exception as error:  # of the compiler, or out of resources
-                self.absent[p, cut] = error_line(error)
+                self.absent[p, tiling] = error_line(error)
         if not timers:
             return {}
         gc.disable()
@@ -393,24 +406,24 @@ class Gpu:
         finally:
             gc.enable()
         return {
-            cut: added([times[cut, call] for call in TABLES[name].calls])
-            for cut in dict.fromkeys(cut for cut, _ in timers)
+            tiling: added([times[tiling, call] for call in TABLES[name].calls])
+            for tiling in dict.fromkeys(tiling for tiling, _ in timers)
         }
 
-    def timers(self, name: str, p: Point, cut: Cut, sets: list, want: dict) -> dict:
-        """A warm timer for each call of the table. ``want``: outputs of the point's first cut, filled by it."""
+    def timers(self, name: str, p: Point, tiling: TileConfig, sets: list, want: dict) -> dict:
+        """A warm timer for each call of the table. ``want``: outputs of the point's first tiling, filled by it."""
         out = {}
-        with tile_config(name, cut):
+        with forced(name, tiling):
             for op, variant in TABLES[name].calls:
                 s = self.shape(p, op, variant)
                 if (name, op) not in self.gated:
                     run.gate(s, sets[:1], self.ours)
                     self.gated.add((name, op))
                 call = shapes.ours(op, variant, shapes.problem(s), self.backend)
-                check(source(cut), s, call(*sets[0]), want.setdefault(op, call(*sets[0])))
+                check(source(tiling), s, call(*sets[0]), want.setdefault(op, call(*sets[0])))
                 timer = device.timer(call, sets, s.device, s.launch)
                 timer(1)
-                out[cut, (op, variant)] = timer
+                out[tiling, (op, variant)] = timer
         return out
 
 
@@ -450,10 +463,10 @@ def start(target: str) -> list:
     return aot.launches(target)
 
 
-def build(name: str, vocab: int, cut: Cut) -> None:
-    """Compiles what the table's calls launch with a cut; the number of rows is no part of it."""
+def build(name: str, vocab: int, tiling: TileConfig) -> None:
+    """Compiles what the table's calls launch with a tiling; the number of rows is no part of it."""
     z = [torch.empty(1, vocab, dtype=torch.bfloat16) for _ in range(3)]
-    with tile_config(name, cut):
+    with forced(name, tiling):
         for op, variant in TABLES[name].calls:
             shapes.ours(op, variant, shapes.problem(Shape(op, variant, vocab=vocab)))(z)
 
@@ -464,7 +477,7 @@ def build(name: str, vocab: int, cut: Cut) -> None:
 def refusal() -> str | None:
     """Why nothing can be measured here, in a line."""
     if not torch.cuda.is_available():
-        return "no CUDA device is here, and a cut is measured on the GPU it is for"
+        return "no CUDA device is here, and a tiling is measured on the GPU it is for"
     available, why = dispatch.status("triton")
     return None if available else f"the triton backend is not available: {why}"
 
@@ -498,8 +511,8 @@ def tune(
             name, machine, start + seconds * i / len(names), lambda text: print(text, file=sys.stderr, flush=True)
         )
         if not results:
-            for (p, cut), why in machine.absent.items():
-                print(f"{source(cut)} at {p.rows} x {p.vocab}: {why}", file=sys.stderr)
+            for (p, tiling), why in machine.absent.items():
+                print(f"{source(tiling)} at {p.rows} x {p.vocab}: {why}", file=sys.stderr)
             print(f"{name}: nothing could be timed", file=sys.stderr)
             return 1
         print(render(name, about["device"], results, skipped, machine.absent, now(name)), flush=True)

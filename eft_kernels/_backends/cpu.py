@@ -6,11 +6,16 @@ Threads: torch.get_num_threads(). EFT_KERNELS_CPU_ISA=baseline|avx2|avx512 force
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
+from ..dispatch import Sampled, Verified
 from ..parameters import METHOD_CODES, STREAM_CODES, DraftParams, Params
 from . import extension, workspace
+
+Outputs = TypeVar("Outputs")
 
 _cpu = extension.load(
     "_cpu", "C++", "no C++ compiler was found at install time, or EFT_KERNELS_CPU=0 was set; install g++ and reinstall"
@@ -21,7 +26,8 @@ def _chosen_isa() -> str:
     """The instruction set of EFT_KERNELS_CPU_ISA, else the best one here."""
     name = os.environ.get("EFT_KERNELS_CPU_ISA") or None
     try:
-        return _cpu.set_isa(name)
+        isa: str = _cpu.set_isa(name)
+        return isa
     except ValueError:
         raise ValueError(f"EFT_KERNELS_CPU_ISA: got {name!r}, allowed here are {', '.join(_isas())}") from None
 
@@ -36,7 +42,7 @@ def _isas() -> list[str]:
     return names
 
 
-_isa = _chosen_isa()
+_isa: str = _chosen_isa()
 
 
 def status() -> tuple[bool, str]:
@@ -50,27 +56,44 @@ def set_isa(name: str | None) -> str:
     return _isa
 
 
-def _run(function, logits, p: Params, *args):
+def _run(function: Callable[..., Outputs | None], logits: Sequence[torch.Tensor], p: Params, *args: object) -> Outputs:
     """The tensors of a call whose arguments were checked."""
-    p = p._replace(token_bias=workspace.sorted_bias(p.token_bias, p.vocab_size))
-    out = function(torch.get_num_threads(), False, logits, *p, *args)
+    *values, bias, vocab_size, tuned = p
+    params = (*values, workspace.sorted_bias(bias, vocab_size), vocab_size, tuned)
+    out = function(torch.get_num_threads(), False, logits, *params, *args)
     if out is None:  # a subclass of torch.Tensor
         logits = [z.detach().as_subclass(torch.Tensor) for z in logits]
-        out = function(torch.get_num_threads(), False, logits, *p, *args)
+        out = function(torch.get_num_threads(), False, logits, *params, *args)
         assert out is not None, "the extension takes other arguments than eft_kernels.arguments makes"
     return out
 
 
-def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logprobs: int, diagnostics: bool):
-    return _run(
+def sample(
+    logits: Sequence[torch.Tensor],
+    p: Params,
+    stream: str,
+    slot: int,
+    logprobs: bool,
+    top_logprobs: int,
+    diagnostics: bool,
+) -> Sampled:
+    out: Sampled = _run(
         _cpu.sample, logits, p, STREAM_CODES[stream], int(slot), bool(logprobs), int(top_logprobs), bool(diagnostics)
     )
+    return out
 
 
 def verify(
-    logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, drawn_by: DraftParams, logprobs: bool
-):
-    return _run(
+    logits: Sequence[torch.Tensor],
+    p: Params,
+    draft_tokens: torch.Tensor,
+    draft_lengths: torch.Tensor,
+    method: str,
+    draft: int,
+    drawn_by: DraftParams,
+    logprobs: bool,
+) -> Verified:
+    out: Verified = _run(
         _cpu.verify,
         logits,
         p,
@@ -81,14 +104,17 @@ def verify(
         *drawn_by,
         bool(logprobs),
     )
+    return out
 
 
-def logprobs(logits, p: Params):
-    return _run(_cpu.logprobs, logits, p, None)[0]
+def logprobs(logits: Sequence[torch.Tensor], p: Params) -> torch.Tensor:
+    out: tuple[torch.Tensor] = _run(_cpu.logprobs, logits, p, None)
+    return out[0]
 
 
-def token_logprobs(logits, p: Params, ids):
-    return _run(_cpu.logprobs, logits, p, ids)[0]
+def token_logprobs(logits: Sequence[torch.Tensor], p: Params, ids: torch.Tensor) -> torch.Tensor:
+    out: tuple[torch.Tensor] = _run(_cpu.logprobs, logits, p, ids)
+    return out[0]
 
 
 # The same on arguments that nobody has checked: the extension does, in their usual forms, because that takes Python
@@ -96,9 +122,11 @@ def token_logprobs(logits, p: Params, ids):
 # wrong.
 
 
-def try_sample(logits, *args):
-    return _cpu.sample(torch.get_num_threads(), True, logits, *args)
+def try_sample(logits: Sequence[torch.Tensor], *args: object) -> Sampled | None:
+    out: Sampled | None = _cpu.sample(torch.get_num_threads(), True, logits, *args)
+    return out
 
 
-def try_verify(logits, *args):
-    return _cpu.verify(torch.get_num_threads(), True, logits, *args)
+def try_verify(logits: Sequence[torch.Tensor], *args: object) -> Verified | None:
+    out: Verified | None = _cpu.verify(torch.get_num_threads(), True, logits, *args)
+    return out

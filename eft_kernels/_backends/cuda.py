@@ -6,12 +6,16 @@ CPU.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 
+from ..dispatch import Sampled, Verified
 from ..parameters import METHOD_CODES, STREAM_CODES, DraftParams, Params
 from . import extension, workspace
+
+Outputs = TypeVar("Outputs")
 
 _cuda = extension.load(
     "_cuda",
@@ -24,11 +28,11 @@ try:
     from torch._C import _cuda_getCurrentRawStream as _stream
 except ImportError:
 
-    def _stream(index: int) -> int:
-        return torch.cuda.current_stream(index).cuda_stream
+    def _stream(device: int) -> int:
+        return torch.cuda.current_stream(device).cuda_stream
 
 
-_SIMT = _cuda.simt
+_SIMT: bool = _cuda.simt
 
 
 def status() -> tuple[bool, str]:
@@ -62,37 +66,56 @@ def set_launch_config(config: LaunchConfig) -> None:
     _cuda.set_launch_config(*config)
 
 
-def _launch(function, logits, p: Params, *args):
+def _launch(
+    function: Callable[..., Outputs | None], logits: Sequence[torch.Tensor], p: Params, *args: object
+) -> Outputs:
     """The tensors of a call whose arguments were checked; the logits' device is the current one."""
     z = logits[0]
-    p = p._replace(token_bias=workspace.sorted_bias(p.token_bias, p.vocab_size))
+    *values, bias, vocab_size, tuned = p
+    params = (*values, workspace.sorted_bias(bias, vocab_size), vocab_size, tuned)
     counters = workspace.counters(2 * z.shape[:-1].numel(), z.device, None if _SIMT else _stream(z.device.index))
-    out = function(counters, False, logits, *p, *args)
+    out = function(counters, False, logits, *params, *args)
     if out is None:  # a subclass of torch.Tensor
         logits = [z.detach().as_subclass(torch.Tensor) for z in logits]
-        out = function(counters, False, logits, *p, *args)
+        out = function(counters, False, logits, *params, *args)
         assert out is not None, "the extension takes other arguments than eft_kernels.arguments makes"
     return out
 
 
-def _run(function, logits, *args):
+def _run(function: Callable[..., Outputs | None], logits: Sequence[torch.Tensor], p: Params, *args: object) -> Outputs:
     device = logits[0].device
     if _SIMT or device.index == torch.cuda.current_device():
-        return _launch(function, logits, *args)
+        return _launch(function, logits, p, *args)
     with torch.cuda.device(device):
-        return _launch(function, logits, *args)
+        return _launch(function, logits, p, *args)
 
 
-def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logprobs: int, diagnostics: bool):
-    return _run(
+def sample(
+    logits: Sequence[torch.Tensor],
+    p: Params,
+    stream: str,
+    slot: int,
+    logprobs: bool,
+    top_logprobs: int,
+    diagnostics: bool,
+) -> Sampled:
+    out: Sampled = _run(
         _cuda.sample, logits, p, STREAM_CODES[stream], int(slot), bool(logprobs), int(top_logprobs), bool(diagnostics)
     )
+    return out
 
 
 def verify(
-    logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, drawn_by: DraftParams, logprobs: bool
-):
-    return _run(
+    logits: Sequence[torch.Tensor],
+    p: Params,
+    draft_tokens: torch.Tensor,
+    draft_lengths: torch.Tensor,
+    method: str,
+    draft: int,
+    drawn_by: DraftParams,
+    logprobs: bool,
+) -> Verified:
+    out: Verified = _run(
         _cuda.verify,
         logits,
         p,
@@ -103,12 +126,13 @@ def verify(
         *drawn_by,
         bool(logprobs),
     )
+    return out
 
 
 # The same on arguments that nobody has checked, as in backends/cpu.py. Values of tensors are not looked at.
 
 
-def _try(function, logits, *args):
+def _try(function: Callable[..., Outputs | None], logits: Sequence[torch.Tensor], *args: object) -> Outputs | None:
     z = logits[0]
     device = z.device
     if _SIMT:
@@ -120,17 +144,19 @@ def _try(function, logits, *args):
     return function(workspace.counters(2 * z.shape[:-1].numel(), device, stream), True, logits, *args)
 
 
-def try_sample(logits, *args):
+def try_sample(logits: Sequence[torch.Tensor], *args: object) -> Sampled | None:
     return _try(_cuda.sample, logits, *args)
 
 
-def try_verify(logits, *args):
+def try_verify(logits: Sequence[torch.Tensor], *args: object) -> Verified | None:
     return _try(_cuda.verify, logits, *args)
 
 
-def logprobs(logits, p: Params):
-    return _run(_cuda.logprobs, logits, p, None)[0]
+def logprobs(logits: Sequence[torch.Tensor], p: Params) -> torch.Tensor:
+    out: tuple[torch.Tensor] = _run(_cuda.logprobs, logits, p, None)
+    return out[0]
 
 
-def token_logprobs(logits, p: Params, ids):
-    return _run(_cuda.logprobs, logits, p, ids)[0]
+def token_logprobs(logits: Sequence[torch.Tensor], p: Params, ids: torch.Tensor) -> torch.Tensor:
+    out: tuple[torch.Tensor] = _run(_cuda.logprobs, logits, p, ids)
+    return out[0]

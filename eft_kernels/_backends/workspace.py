@@ -10,11 +10,11 @@ from ..parameters import TokenBias
 
 CHUNK = 256
 ARENA = 1 << 16  # counters a device has for captured graphs
-_counters: dict = {}
-_arenas: list = []  # graphs hold pointers into them
+_counters: dict[tuple[torch.device, object], torch.Tensor] = {}
+_arenas: list[torch.Tensor] = []  # graphs hold pointers into them
 
 
-def counters(rows: int, device: torch.device, stream=None) -> torch.Tensor:
+def counters(rows: int, device: torch.device, stream: object = None) -> torch.Tensor:
     """int32 zeros [at least ``rows``] that nothing else uses while the launch runs; the kernel leaves them zero.
 
     One buffer a ``stream`` (the current one, anything that tells it from the device's others). A graph may be replayed

@@ -296,7 +296,7 @@ def profile(call: Callable[..., object], args: tuple[Any, ...], kind: str) -> tu
 
 def own_scratch() -> int:
     """Bytes that our CPU kernels hold beyond what torch allocated."""
-    scratch = getattr(dispatch.load("cpu")._cpu, "scratch_bytes", None)
+    scratch = getattr(getattr(dispatch.load("cpu"), "_cpu", None), "scratch_bytes", None)
     return scratch() if scratch else 0
 
 

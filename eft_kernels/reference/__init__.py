@@ -36,6 +36,11 @@ from .operations import logprobs, sample, token_logprobs
 from .rows import LOG2E, NEG_INF, Rows, edge, mean_score
 from .verification import verify
 
+
+def status() -> tuple[bool, str]:
+    return True, "always here"
+
+
 __all__ = [
     "CHUNK",
     "KIND_CHUNK",
@@ -63,6 +68,7 @@ __all__ = [
     "row_seed",
     "sample",
     "split",
+    "status",
     "surprise",
     "token_logprobs",
     "uniform",

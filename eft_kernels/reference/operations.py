@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..dispatch import Sampled
 from ..parameters import STREAM_CODES, Params, TokenBias
 from .masses import log_total
 from .noise import race
@@ -36,8 +37,7 @@ def sample(
     logprobs: bool,
     top_logprobs: int,
     diagnostics: bool,
-) -> tuple[torch.Tensor | None, ...]:
-    """tokens, valid, logprobs, raw_logprobs, top_ids, top_logprobs, entropy, tv; None where not asked for."""
+) -> Sampled:
     B, device = logits[0].shape[0], logits[0].device
 
     def full(shape: tuple[int, ...], value: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:

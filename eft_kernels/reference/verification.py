@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..dispatch import Verified
 from ..parameters import STREAM_CODES, DraftParams, Params, TokenBias
 from .masses import MASS_BITS, RESIDUAL_BITS
 from .noise import accept_uniform, log, race
@@ -124,7 +125,7 @@ def accept_block(slots: list[Slot], drafts: torch.Tensor, lengths: torch.Tensor)
             rest = slots[slot.i + 1].residual(ratio).to(torch.int64).sum(1).to(torch.float64)
         whole = rest + (1.0 - ratio) * 2.0**RESIDUAL_BITS
         u = slot.uniform()
-        passes = torch.where(slot.i + 1 == lengths, u < ratio, (u * whole < rest) | (whole == 0))
+        passes = torch.where(lengths == slot.i + 1, u < ratio, (u * whole < rest) | (whole == 0))
         passes = passes & (slot.i < lengths)
         number = torch.where(passes, slot.i + 1, number)
         factor = torch.where(passes, ratio, factor)
@@ -144,8 +145,8 @@ def verify(
     draft: int,
     drawn_by: DraftParams,
     logprobs: bool,
-) -> tuple[torch.Tensor | None, ...]:
-    """tokens, emitted, valid, logprobs, raw_logprobs; ``draft`` is -1 for a deterministic proposer."""
+) -> Verified:
+    """``draft`` is -1 for a deterministic proposer."""
     B, S = logits[0].shape[:2]
     device = logits[0].device
     draft_lengths = draft_lengths.clamp(0, S - 1)

@@ -5,7 +5,9 @@ With TRITON_INTERPRET=1 (set before import) the kernels run on CPU tensors in Tr
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache, wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 
@@ -15,19 +17,25 @@ try:
 except ImportError as error:
     raise ImportError("triton is not installed (it comes with torch on GPU machines; pip install triton)") from error
 
+from ...dispatch import MaybeTensor, Sampled, Verified
 from ...parameters import METHOD_CODES, NAMES, OFF, PARAMETERS, STREAM_CODES, DraftParams, Params
 from .. import workspace
 from . import config, filter, outputs, race
 from . import verify as acceptance
-from .rows import Models, Sampling, Up
+from .config import TileConfig, tile_config
+from .rows import Models, Sampling, Upscale
 from .verify import Side
 
-INTERPRETED = triton.knobs.runtime.interpret
+Logits = Sequence[torch.Tensor]
+P = ParamSpec("P")
+T = TypeVar("T")
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
 NO_STATE = filter.State(*[None] * len(filter.State._fields))
 OPTIONS = dict(enable_fp_fusion=False)  # tokens depend on it
 SLACK = 2e-5  # of a float32 sum of exponentials over a row, relative
 CHUNK = 256
-NO_UP = Up(None, 1.0, None, None, None, tl.constexpr(-1))
+NO_UPSCALE = Upscale(None, 1.0, None, None, None, tl.constexpr(-1))
 
 
 def status() -> tuple[bool, str]:
@@ -42,7 +50,7 @@ def status() -> tuple[bool, str]:
 
 
 @cache
-def search(masked: bool) -> dict:
+def search(masked: bool) -> dict[str, int]:
     """Options of searches over a row: chunks and scores looked at together."""
     if INTERPRETED:
         return dict(TC=32, N=16384)
@@ -67,22 +75,23 @@ def counters(rows: int, device: torch.device) -> torch.Tensor:
     return workspace.counters(rows, device, stream)
 
 
-def on_device(function):
+def on_device(function: Callable[Concatenate[Logits, P], T]) -> Callable[Concatenate[Logits, P], T]:
     """Triton launches on the current device."""
 
     @wraps(function)
-    def run(logits, *args):
+    def run(logits: Logits, /, *args: P.args, **kwargs: P.kwargs) -> T:
         with torch.accelerator.device_index(logits[0].device.index):
-            return function(logits, *args)
+            return function(logits, *args, **kwargs)
 
     return run
 
 
-def _pair(x, number):
+def _pair(x: float | torch.Tensor, number: float) -> tuple[MaybeTensor, float]:
+    """A parameter as kernels take it: a pointer or None, and a number."""
     return (x, number) if isinstance(x, torch.Tensor) else (None, x)
 
 
-def _number(w: float):
+def _number(w: float) -> float | tl.constexpr:
     """A weight of 1 or -1 needs no product: it is part of the compiled kernel."""
     return tl.constexpr(float(w)) if w in (1, -1) else float(w)
 
@@ -96,69 +105,77 @@ def _varies(p: Params, name: str) -> bool:
 class Call:
     """One call's launch arguments, and its launches."""
 
-    def __init__(self, logits, p: Params):
+    def __init__(self, logits: Logits, p: Params) -> None:
         self.slots = logits[0].shape[1] if logits[0].dim() == 3 else 1
         self.rows, self.device = logits[0].shape[0] * self.slots, logits[0].device
         self.V, self.chunks = p.vocab_size, ceil_div(p.vocab_size, CHUNK)
         if not isinstance(p.top_k, torch.Tensor) and not 0 < p.top_k < self.V:
             p = p._replace(top_k=0)
         upscales = _varies(p, "upscale_top_p")
-        tuned, weights = p.tuned, p.weights
-        if not isinstance(weights, torch.Tensor):  # a model of weight 0 is not read
-            live = [j for j, w in enumerate(weights) if w != 0 or (upscales and j == tuned)]
-            logits, weights = [logits[j] for j in live], tuple(_number(weights[j]) for j in live)
+        tuned, stride = p.tuned, 0
+        weights: MaybeTensor = None
+        numbers: tuple[float | tl.constexpr, ...] = ()
+        if isinstance(p.weights, torch.Tensor):
+            weights = p.weights
+            stride = weights.stride(0) if weights.dim() == 2 else 0
+        else:  # a model of weight 0 is not read
+            live = [j for j, w in enumerate(p.weights) if w != 0 or (upscales and j == tuned)]
+            logits, numbers = [logits[j] for j in live], tuple(_number(p.weights[j]) for j in live)
             tuned = live.index(tuned) if tuned in live else -1
-        tensor = isinstance(weights, torch.Tensor)
         bias = workspace.sorted_bias(p.token_bias, self.V)
+        starts, ids, values = bias or (None, None, None)
         self.models = Models(
             tuple(logits),
             tuple(z.stride(0) for z in logits),
             tuple(z.stride(1) if z.dim() == 3 else 0 for z in logits),
-            weights if tensor else None,
-            weights.stride(0) if tensor and weights.dim() == 2 else 0,
-            () if tensor else weights,
+            weights,
+            stride,
+            numbers,
             p.token_mask,
             0 if p.token_mask is None else p.token_mask.shape[-1],
-            *(bias or (None, None, None)),
-            0 if bias is None else bias.ids.shape[-1],
+            starts,
+            ids,
+            values,
+            0 if ids is None else ids.shape[-1],
             self.V,
             self.slots,
         )
         (seed, seed_value), (position, at) = _pair(p.seed, 0), _pair(p.position, 0)
-        pointers, numbers = zip(*(_pair(getattr(p, name), off) for name, off in OFF.items()))
-        self.sampling = (Sampling(pointers, tuple(map(float, numbers)), seed, position), seed_value, at)
+        pointers, scalars = zip(*(_pair(getattr(p, name), off) for name, off in OFF.items()))
+        self.sampling = (Sampling(pointers, tuple(map(float, scalars)), seed, position), seed_value, at)
         on = [q.name for q in PARAMETERS if q.stage == "filter" and _varies(p, q.name)]
         self.filtered, self.processed = bool(on), _varies(p, "temperature")
         # every row is: its exact mass is known
         self.all_filtered = any(not isinstance(getattr(p, name), torch.Tensor) for name in on)
         self.nucleus, self.typical = "top_p" in on, "typical_p" in on
-        self.up = NO_UP
-        self.stream = self.split(config.pick(config.STREAM, self.device, self.rows * self.chunks))
+        self.up = NO_UPSCALE
+        self.stream = self.split(tile_config(config.STREAM, self.device, self.rows * self.chunks))
         self.cp, self.search = power_of_2(self.chunks), search(p.token_mask is not None)
         if upscales:
-            on = _pair(p.upscale_top_p, 1.0)
-            self.up = Up(*on, *(self.empty() for _ in range(3)), tl.constexpr(tuned))
+            top_p, value = _pair(p.upscale_top_p, 1.0)
+            self.up = Upscale(top_p, value, self.empty(), self.empty(), self.empty(), tl.constexpr(tuned))
             self.upscale()
 
-    def empty(self, *shape, dtype=torch.float32):
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty((self.rows, *shape), dtype=dtype, device=self.device)
 
-    def split(self, cut: config.Cut) -> dict:
-        """A cut as launch options: a program takes TILES * TC chunks, SPLITS programs a row."""
-        tiles = min(cut.tiles, power_of_2(ceil_div(self.chunks, cut.tc)))
-        return dict(SPLITS=ceil_div(self.chunks, tiles * cut.tc), TILES=tiles, TC=cut.tc, num_warps=cut.warps)
+    def split(self, tiling: TileConfig) -> dict[str, int]:
+        """A tiling as launch options: a program takes TILES * TC chunks, SPLITS programs a row."""
+        tiles = min(tiling.tiles_per_program, power_of_2(ceil_div(self.chunks, tiling.chunks_per_tile)))
+        splits = ceil_div(self.chunks, tiles * tiling.chunks_per_tile)
+        return dict(SPLITS=splits, TILES=tiles, TC=tiling.chunks_per_tile, num_warps=tiling.num_warps)
 
-    def launch(self, kernel, *args, **options):
+    def launch(self, kernel: triton.JITFunction, *args: object, **options: int) -> None:
         """A program a row, or SPLITS."""
         if self.rows:
             kernel[(self.rows * options.get("SPLITS", 1),)](self.models, self.up, *args, **options, **OPTIONS)
 
-    def launch_stream(self, kernel, *args, **options):
+    def launch_stream(self, kernel: triton.JITFunction, *args: object, **options: int) -> None:
         """A pass over all logits."""
         self.launch(kernel, *args, **options, **self.stream)
 
-    def upscale(self):
-        """Fills `Up`."""
+    def upscale(self) -> None:
+        """Fills `Upscale`."""
         J = len(self.models.z)
         top = torch.empty(J, self.rows, self.chunks, dtype=torch.float32, device=self.device)
         totals = torch.zeros(J, self.rows, dtype=torch.int64, device=self.device)
@@ -168,11 +185,11 @@ class Call:
             filter.own_row_kernel, top, totals, *self.scratch(), self.rows, self.chunks, CP=self.cp, **self.search
         )
 
-    def scratch(self):
+    def scratch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """For chunks that matter, int32 [rows, chunks], and their scores [rows, V]; only what is found is touched."""
         return self.empty(self.chunks, dtype=torch.int32), self.empty(self.V)
 
-    def stats(self, sum: bool, sum_c: bool):
+    def stats(self, sum: bool, sum_c: bool) -> None:
         """Maxima, sums and sums at temperature [rows, chunks]."""
         self.top = self.empty(self.chunks)
         self.sum = self.empty(self.chunks) if sum else None
@@ -186,7 +203,15 @@ class Call:
             self.chunks,
         )
 
-    def row(self, domain=0, state=None, tokens=None, valid=None, logprobs=None, raw=None):
+    def row(
+        self,
+        domain: int = 0,
+        state: filter.State | None = None,
+        tokens: MaybeTensor = None,
+        valid: MaybeTensor = None,
+        logprobs: MaybeTensor = None,
+        raw: MaybeTensor = None,
+    ) -> None:
         """Thresholds into ``state``; samples into ``tokens``."""
         scratch = self.scratch() if self.filtered else (None, None)
         self.launch(
@@ -210,40 +235,46 @@ class Call:
             **self.search,
         )
 
-    def masses(self, state):
+    def masses(self, state: filter.State) -> None:
         """Exact masses of the rows without filters."""
         if not self.all_filtered:
             self.launch_stream(acceptance.mass_kernel, *self.sampling, state)
 
-    def side(self, state):
+    def side(self, state: filter.State) -> Side:
         pointers, numbers, *_ = self.sampling[0]
         at = NAMES.index("temperature")
         return Side(self.models, self.up, state, pointers[at], numbers[at])
 
-    def state(self):
+    def state(self) -> filter.State:
         return filter.State(
-            *(self.empty() for _ in range(5)),
-            self.empty(dtype=torch.int64),
-            self.empty(dtype=torch.int64),
-            self.empty(dtype=torch.bool),
+            best=self.empty(),
+            floor=self.empty(),
+            ceiling=self.empty(),
+            lse=self.empty(),
+            log_kept=self.empty(),
+            total=self.empty(dtype=torch.int64),
+            greedy=self.empty(dtype=torch.int64),
+            valid=self.empty(dtype=torch.bool),
         )
 
 
 @on_device
-def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logprobs: int, diagnostics: bool):
+def sample(
+    logits: Logits, p: Params, stream: str, slot: int, logprobs: bool, top_logprobs: int, diagnostics: bool
+) -> Sampled:
     call = Call(logits, p)
     B, device = call.rows, call.device
     tokens, valid = call.empty(dtype=torch.int64), call.empty(dtype=torch.bool)
     lp, raw = (call.empty() if logprobs else None for _ in range(2))
     domain = STREAM_CODES[stream] << 1 | slot << 3
-    more = top_logprobs or diagnostics
+    more = bool(top_logprobs or diagnostics)
     if call.filtered or more:
-        call.stats(sum=logprobs or bool(more), sum_c=logprobs or call.nucleus)
+        call.stats(sum=logprobs or more, sum_c=logprobs or call.nucleus)
         state = call.state() if more else None
         call.row(domain, state, tokens, valid, lp, raw)
     else:
-        cut = config.pick(config.SAMPLE, device, B * call.chunks)
-        split = call.split(cut)
+        tiling = tile_config(config.SAMPLE, device, B * call.chunks)
+        split = call.split(tiling)
         splits = split["SPLITS"]
         part_key = call.empty(splits, dtype=torch.int64)
         part = call.empty(splits, 4) if logprobs else None
@@ -259,7 +290,7 @@ def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logpro
             part_key,
             part,
             PARTS=power_of_2(splits),
-            DIRECT=cut.direct,
+            DIRECT=tiling.single_tile,
             PROCESSED=call.processed,
             **split,
         )
@@ -287,7 +318,7 @@ def sample(logits, p: Params, stream: str, slot: int, logprobs: bool, top_logpro
     return tokens, valid, lp, raw, top_ids, top_lp, entropy, tv
 
 
-def _states(logits, p: Params):
+def _states(logits: Logits, p: Params) -> tuple[Call, filter.State]:
     """A `Call` and the state of its rows."""
     call = Call(logits, p)
     call.stats(sum=True, sum_c=True)
@@ -297,7 +328,7 @@ def _states(logits, p: Params):
 
 
 @on_device
-def logprobs(logits, p: Params):
+def logprobs(logits: Logits, p: Params) -> torch.Tensor:
     call, state = _states(logits, p)
     out = call.empty(call.V)
     call.launch_stream(outputs.logprobs_kernel, *call.sampling, state, out)
@@ -305,7 +336,7 @@ def logprobs(logits, p: Params):
 
 
 @on_device
-def token_logprobs(logits, p: Params, ids):
+def token_logprobs(logits: Logits, p: Params, ids: torch.Tensor) -> torch.Tensor:
     call, state = _states(logits, p)
     out = torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
     call.launch(outputs.ids_kernel, *call.sampling, state, ids, ids.shape[1], None, out, None, N=128)
@@ -314,8 +345,15 @@ def token_logprobs(logits, p: Params, ids):
 
 @on_device
 def verify(
-    logits, p: Params, draft_tokens, draft_lengths, method: str, draft: int, drawn_by: DraftParams, logprobs: bool
-):
+    logits: Logits,
+    p: Params,
+    draft_tokens: torch.Tensor,
+    draft_lengths: torch.Tensor,
+    method: str,
+    draft: int,
+    drawn_by: DraftParams,
+    logprobs: bool,
+) -> Verified:
     B, S = logits[0].shape[:2]
     device, judges, blocks = logits[0].device, method != "coupled", method == "block"
     call = Call(logits, p)
@@ -329,9 +367,10 @@ def verify(
         if draft >= 0:
             q = Call([logits[draft]], drawn_by.of(p))
             q.stats(sum=False, sum_c=q.nucleus)
-            other = q.side(q.state())
-            q.row(state=other.state)
-            q.masses(other.state)
+            drawn = q.state()
+            other = q.side(drawn)
+            q.row(state=drawn)
+            q.masses(drawn)
     tokens, valid = call.empty(dtype=torch.int64).view(B, S), torch.empty(B, dtype=torch.bool, device=device)
     emitted = torch.empty(B, dtype=torch.int64, device=device)
     lp, raw = (call.empty().view(B, S) if logprobs else None for _ in range(2))

@@ -1,4 +1,4 @@
-"""How launches are cut, by device: tables of (limit, value); the first row whose limit is not below the work counts.
+"""How rows are tiled, by device: tables of (limit, value); the first row whose limit is not below the work counts.
 
 Nothing here changes a token. ``python -m tools tune`` measures the candidates on a GPU and prints a table.
 """
@@ -11,35 +11,37 @@ from typing import NamedTuple
 import torch
 
 
-class Cut(NamedTuple):
-    """A program's share of a row: ``tiles`` tiles of ``tc`` chunks of 256 tokens; direct: one tile, in registers."""
+class TileConfig(NamedTuple):
+    """A program's share of a row."""
 
-    tiles: int
-    tc: int
-    warps: int = 4
-    direct: bool = False
+    tiles_per_program: int
+    chunks_per_tile: int  # of 256 tokens
+    num_warps: int = 4
+    single_tile: bool = False  # one tile a program, kept in registers
 
 
-# sample without filters: (rows * chunks, cut). Not measured: chosen so that about eight programs fall to each of 132
-# multiprocessors, and that noise drawn for every token (about 100 instructions each) stays below a launch's latency.
-SAMPLE = {
+Table = dict[str, tuple[tuple[int, TileConfig], ...]]  # by the device's name
+
+# sample without filters: (rows * chunks, tiling). Not measured: chosen so that about eight programs fall to each of
+# 132 multiprocessors, and that noise for every token (about 100 instructions each) stays below a launch's latency.
+SAMPLE: Table = {
     "default": (
-        (512, Cut(1, 4, direct=True)),  # one row of 128256 tokens: 126 programs
-        (8192, Cut(1, 8, direct=True)),
-        (40000, Cut(4, 8)),
-        (80000, Cut(8, 8)),
-        (160000, Cut(16, 8)),
-        (1 << 62, Cut(32, 8)),
+        (512, TileConfig(1, 4, single_tile=True)),  # one row of 128256 tokens: 126 programs
+        (8192, TileConfig(1, 8, single_tile=True)),
+        (40000, TileConfig(4, 8)),
+        (80000, TileConfig(8, 8)),
+        (160000, TileConfig(16, 8)),
+        (1 << 62, TileConfig(32, 8)),
     ),
 }
 # passes that leave statistics, masses or log-probs behind: the same, without noise
-STREAM = {
+STREAM: Table = {
     "default": (
-        (512, Cut(1, 4)),
-        (8192, Cut(1, 8)),
-        (40000, Cut(4, 8)),
-        (160000, Cut(8, 8)),
-        (1 << 62, Cut(16, 8)),
+        (512, TileConfig(1, 4)),
+        (8192, TileConfig(1, 8)),
+        (40000, TileConfig(4, 8)),
+        (160000, TileConfig(8, 8)),
+        (1 << 62, TileConfig(16, 8)),
     ),
 }
 
@@ -49,7 +51,7 @@ def device_name(index: int | None) -> str:
     return torch.cuda.get_device_name(index) if torch.cuda.is_available() else "default"
 
 
-def pick(table: dict, device: torch.device, work: int) -> Cut:
-    """The cut of ``work`` = rows * chunks on ``device``."""
+def tile_config(table: Table, device: torch.device, work: int) -> TileConfig:
+    """The tiling of ``work`` = rows * chunks on ``device``."""
     rows = table.get(device_name(device.index) if len(table) > 1 else "default", table["default"])
-    return next(cut for limit, cut in rows if work <= limit)
+    return next(tiling for limit, tiling in rows if work <= limit)

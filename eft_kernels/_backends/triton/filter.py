@@ -181,12 +181,12 @@ def find_threshold(
             least = tl.minimum(least, tl.where(over, o, 0x7FFFFFFF))
             most = tl.maximum(most, tl.where(over, -0x7FFFFFFF, o))
         sum = tl.sum(a, 0)
-        inside = sum < limit
-        above = tl.where(inside, sum, above)
-        below = tl.where(inside, below, sum)
+        under = sum < limit
+        above = tl.where(under, sum, above)
+        below = tl.where(under, below, sum)
         next = tl.maximum(low, tl.max(most, 0).to(tl.int64))
-        low = tl.where(inside, low, tl.minimum(high, tl.min(least, 0).to(tl.int64)))
-        high = tl.where(inside, next, high)
+        low = tl.where(under, low, tl.minimum(high, tl.min(least, 0).to(tl.int64)))
+        high = tl.where(under, next, high)
     return unordered(high.to(tl.int32)), above, below
 
 
@@ -420,7 +420,7 @@ def own_stats_kernel(m, up, top, rows, chunks, SPLITS: tl.constexpr, TILES: tl.c
     """Grid (rows * SPLITS): every model's own maximum of every chunk over tokens not excluded, [J, rows, chunks]."""
     r = (tl.program_id(0) // SPLITS).to(tl.int64)
     row = row_of(m, up, r)
-    if row.on:
+    if row.upscaled:
         first = (tl.program_id(0) % SPLITS) * (TILES * TC)
         whole, tiles = full_tiles(m, first, TILES, TC)
         size = tl.zeros([TC, CHUNK], tl.float32)
@@ -465,7 +465,7 @@ def own_mass_kernel(
     """Grid (rows * SPLITS): adds every model's exact mass to totals int64 [J, rows], which starts at 0."""
     r = (tl.program_id(0) // SPLITS).to(tl.int64)
     row = row_of(m, up, r)
-    if row.on:
+    if row.upscaled:
         bests = ()
         for j in tl.static_range(len(m.z)):
             best, high = own_best(top, j * rows + r, chunks, CP)
@@ -483,18 +483,18 @@ def own_mass_kernel(
 def own_row_kernel(
     m, up, top, totals, found, buffer, rows, chunks, CP: tl.constexpr, TC: tl.constexpr, N: tl.constexpr
 ):
-    """Grid (rows): `Up` from the masses: what to take off inside and outside, and the tuned model's own nucleus."""
+    """Grid (rows): `Upscale` from the masses: what to take off in nucleus and tail, and where the nucleus ends."""
     r = tl.program_id(0).to(tl.int64)
     row = row_of(m, up, r)
-    if row.on:
-        inside = tl.cast(0.0, tl.float32)
+    if row.upscaled:
+        shift = tl.cast(0.0, tl.float32)
         for j in tl.static_range(len(m.z)):
             best, high = own_best(top, j * rows + r, chunks, CP)
             lse = best + log_total(tl.maximum(tl.load(totals + j * rows + r), 1))
-            inside = tl.where(row.w[j] != 0, inside + times(row.w[j], lse), inside)
+            shift = tl.where(row.w[j] != 0, shift + times(row.w[j], lse), shift)
         all_mass = tl.maximum(tl.load(totals + row.tuned * rows + r), 1)
         best, high = own_best(top, row.tuned * rows + r, chunks, CP)
-        p = value(up.on, up.on_value, r // m.slots, tl.float32)
+        p = value(up.top_p, up.top_p_value, r // m.slots, tl.float32)
         share = all_mass.to(tl.float32) * 9.0949e-13  # a little below 2^-40
         low = cutoff(best, p, share, 1.0, row.V.to(tl.float32))
         count = gather(
@@ -507,7 +507,7 @@ def own_row_kernel(
             buffer + r * row.V,
             TC,
         )
-        tau, above, below = nucleus(buffer + r * row.V, count, low, best, LOG2E, mass_limit(p, all_mass), N)
-        tl.store(up.tau + r, tau)
-        tl.store(up.inside + r, inside)
-        tl.store(up.outside + r, best + log_total(all_mass))
+        floor, above, below = nucleus(buffer + r * row.V, count, low, best, LOG2E, mass_limit(p, all_mass), N)
+        tl.store(up.nucleus_floor + r, floor)
+        tl.store(up.nucleus_shift + r, shift)
+        tl.store(up.tail_shift + r, best + log_total(all_mass))

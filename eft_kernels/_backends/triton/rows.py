@@ -1,7 +1,7 @@
 """What a launch is given, and a row's scores from it.
 
 A row r of a launch is slot ``r % slots`` of batch row ``r // slots`` (`sample`: one slot). Rows of the tuned model's
-up-scaling filter carry `Up`.
+up-scaling filter carry `Upscale`.
 """
 
 from collections import namedtuple
@@ -54,14 +54,14 @@ class Sampling(NamedTuple):
     position: object
 
 
-class Up(NamedTuple):
+class Upscale(NamedTuple):
     """The up-scaling filter's state of every row (pointers [rows]), or Nones."""
 
-    on: object  # float32 upscale_top_p [B] or None, and a number
-    on_value: object
-    tau: object  # float32: the smallest tuned logit inside the nucleus
-    inside: object  # float32: sum_j w_j lse_j, taken from scores inside
-    outside: object  # float32: lse of the tuned model, taken from its logits outside
+    top_p: object  # float32 upscale_top_p [B] or None, and a number
+    top_p_value: object
+    nucleus_floor: object  # float32: the smallest of the tuned model's logits in its nucleus
+    nucleus_shift: object  # float32: sum_j w_j lse_j, taken off scores in the nucleus
+    tail_shift: object  # float32: lse of the tuned model, taken off its logits in the tail
     tuned: object  # constexpr: which model
 
 
@@ -77,10 +77,10 @@ class Row(NamedTuple):
     starts: object  # token_bias
     ids: object
     values: object
-    on: object  # up-scaling filter, as in Up
-    tau: object
-    inside: object
-    outside: object
+    upscaled: object  # whether the up-scaling filter is on; the rest of it as in Upscale
+    nucleus_floor: object
+    nucleus_shift: object
+    tail_shift: object
     tuned: object  # constexpr
     V: object
 
@@ -163,60 +163,64 @@ def row_of(m, up, r):
             w = w + (tl.cast(m.numbers[j], tl.float32),)
         else:
             w = w + (tl.load(m.w + b * m.w_stride + j).to(tl.float32),)
-    mask, starts, ids, values, on, tau, inside, outside = r, r, r, r, False, 0.0, 0.0, 0.0  # not None, as it returns
+    mask, starts, ids, values = r, r, r, r  # not None, as it returns
+    upscaled, nucleus_floor, nucleus_shift, tail_shift = False, 0.0, 0.0, 0.0
     if m.mask is not None:
         mask = m.mask + r * m.words
     if m.starts is not None:
         starts = m.starts + r * ((m.V + (CHUNK - 1)) // CHUNK + 1)
         ids, values = m.ids + r * m.entries, m.values + r * m.entries
-    if up.tau is not None:
-        p = value(up.on, up.on_value, b, tl.float32)
-        on = (p >= TINY) & (p < 1.0)
-        tau, inside, outside = tl.load(up.tau + r), tl.load(up.inside + r), tl.load(up.outside + r)
-    return Row(z, w, mask, starts, ids, values, on, tau, inside, outside, up.tuned, tl.cast(m.V, tl.int32))
+    if up.nucleus_floor is not None:
+        p = value(up.top_p, up.top_p_value, b, tl.float32)
+        upscaled = (p >= TINY) & (p < 1.0)
+        nucleus_floor = tl.load(up.nucleus_floor + r)
+        nucleus_shift = tl.load(up.nucleus_shift + r)
+        tail_shift = tl.load(up.tail_shift + r)
+    V = tl.cast(m.V, tl.int32)
+    return Row(z, w, mask, starts, ids, values, upscaled, nucleus_floor, nucleus_shift, tail_shift, up.tuned, V)
 
 
 @triton.jit
-def is_allowed(row, token, inside):
-    word = tl.load(row.mask + (token >> 5), mask=inside, other=0)
+def is_allowed(row, token, in_bounds):
+    word = tl.load(row.mask + (token >> 5), mask=in_bounds, other=0)
     return ((word >> (token & 31)) & 1) != 0
 
 
 @triton.jit
 def scaled(up, row, s, own):
-    """Scores under the up-scaling filter: inside the nucleus normalised, outside the tuned model's own."""
-    x = tl.where(own >= row.tau, s - row.inside, own - row.outside)
-    return tl.where(s > NEG_INF, tl.where(row.on, x, s), NEG_INF)
+    """Scores under the up-scaling filter: in the tuned model's nucleus normalised, in the tail its own."""
+    x = tl.where(own >= row.nucleus_floor, s - row.nucleus_shift, own - row.tail_shift)
+    return tl.where(s > NEG_INF, tl.where(row.upscaled, x, s), NEG_INF)
 
 
 @triton.jit
 def raw_scores(m, up, row, token):
-    """sum_j w_j z_j (-inf: excluded, or beyond V), where the row is bad, and the tuned model's logits (with `Up`)."""
+    """sum_j w_j z_j (-inf: excluded, or beyond V), where the row is bad, and the tuned model's logits (`Upscale`)."""
     tl.static_assert(row.tuned is not None)
-    inside = token < row.V
+    in_bounds = token < row.V
     s = tl.zeros(token.shape, tl.float32)
     low = tl.full(token.shape, INF, tl.float32)
     high = tl.full(token.shape, NEG_INF, tl.float32)
     own = s
     for j in tl.static_range(len(row.z)):
         w = row.w[j]
-        reads = inside
-        if up.tau is not None and j == row.tuned:
-            reads = tl.where((w != 0) | row.on, inside, False)
+        reads = in_bounds
+        if up.nucleus_floor is not None and j == row.tuned:
+            reads = tl.where((w != 0) | row.upscaled, in_bounds, False)
         elif m.w is not None:
-            reads = tl.where(w != 0, inside, False)
+            reads = tl.where(w != 0, in_bounds, False)
         z = tl.load(row.z[j] + token, mask=reads, other=0.0).to(tl.float32)
         low = tl.minimum(low, z)
         high = tl.maximum(high, z, propagate_nan=tl.PropagateNan.ALL)
-        if up.tau is not None and j == row.tuned:
+        if up.nucleus_floor is not None and j == row.tuned:
             own = z
             s = tl.where(w != 0, s + times(w, z), s)
         else:
             s = s + times(w, z)
-    s = tl.where((low == NEG_INF) | ((low <= MASKED) & ~(tl.abs(s) < LARGE)) | ~inside, NEG_INF, s)
+    s = tl.where((low == NEG_INF) | ((low <= MASKED) & ~(tl.abs(s) < LARGE)) | ~in_bounds, NEG_INF, s)
     bad = ~(high < INF) | ~(s < INF)
     if m.mask is not None:
-        allowed = is_allowed(row, token, inside)
+        allowed = is_allowed(row, token, in_bounds)
         s = tl.where(allowed, s, NEG_INF)
         bad = bad & allowed
     return s, bad, own
@@ -242,7 +246,7 @@ def biased(row, token, s):
 def combine(m, up, row, token):
     """Emulated scores of tokens (-inf: excluded, or beyond V), and where the row is bad."""
     s, bad, own = raw_scores(m, up, row, token)
-    if up.tau is not None:
+    if up.nucleus_floor is not None:
         s = scaled(up, row, s, own)
         bad = bad | ~(s < INF)  # overflown
     if m.starts is not None:
@@ -262,10 +266,10 @@ def quick_scores(m, up, row, token):
         z = tl.load(row.z[j] + token).to(tl.float32)
         if j > 0:
             s = s + times(row.w[j], z)
-        if up.tau is not None and j == row.tuned:
+        if up.nucleus_floor is not None and j == row.tuned:
             own = z
     plain = s
-    if up.tau is not None:
+    if up.nucleus_floor is not None:
         s = scaled(up, row, s, own)
         plain = tl.maximum(tl.abs(plain), tl.abs(s), propagate_nan=tl.PropagateNan.ALL)
     if m.mask is not None:

@@ -125,21 +125,21 @@ def ends_of(target, draft, b, length, slots, METHOD: tl.constexpr):
 
 
 @triton.jit
-def judged(target, draft, sampling, seed, position, b, i, slots, d, V):
-    """Masses and totals of draft d at slot i in target and draft, and the slot's uniform."""
+def draft_masses(target, draft, sampling, seed, position, b, i, slots, proposed, V):
+    """Masses and totals of the token proposed at slot i in target and draft, and the slot's uniform."""
     r = b * slots + i
     row_seed, at = noise_of(sampling, seed, position, b, i)
     u = accept_uniform(row_seed, at, tl.cast(i, tl.uint32))
-    inside = (d >= 0) & (d < V)
-    token = tl.where(inside, d, 0).to(tl.int32)
+    in_bounds = (proposed >= 0) & (proposed < V)
+    token = tl.where(in_bounds, proposed, 0).to(tl.int32)
     at_target = view(target, r)
-    t = tl.where(inside, mass_of(target, at_target, token), 0)
-    p, p_total = tl.cast(1 << 40, tl.int64), tl.cast(1 << 40, tl.int64)  # all on the draft
+    t = tl.where(in_bounds, mass_of(target, at_target, token), 0)
+    d, d_total = tl.cast(1 << 40, tl.int64), tl.cast(1 << 40, tl.int64)  # all on the draft
     if draft.state.best is not None:
         at_draft = view(draft, r)
-        p = mass_of(draft, at_draft, token)
-        p_total = at_draft.total
-    return t, at_target.total, tl.where(inside, p, 1), p_total, u
+        d = mass_of(draft, at_draft, token)
+        d_total = at_draft.total
+    return t, at_target.total, tl.where(in_bounds, d, 1), d_total, u
 
 
 @triton.jit(do_not_specialize=["seed", "position", "slots"])
@@ -169,20 +169,22 @@ def accept_kernel(
     if METHOD == BLOCK:
         ratio = tl.cast(1.0, tl.float64)
         for i in range(0, end):
-            d = tl.load(draft_tokens + b * (slots - 1) + i)
-            t, t_total, p, p_total, _ = judged(target, draft, sampling, seed, position, b, i, slots, d, V)
-            ratio = block_ratio(ratio, t, t_total, p, p_total)
+            proposed = tl.load(draft_tokens + b * (slots - 1) + i)
+            t, t_total, d, d_total, _ = draft_masses(target, draft, sampling, seed, position, b, i, slots, proposed, V)
+            ratio = block_ratio(ratio, t, t_total, d, d_total)
             tl.store(ratios + b * slots + i, ratio)
         tl.store(accepted + b, end)  # how many count; `block_kernel` says how many are accepted
     else:
         going = count < end
         while going:
-            d = tl.load(draft_tokens + b * (slots - 1) + count)
+            proposed = tl.load(draft_tokens + b * (slots - 1) + count)
             if METHOD == COUPLED:
-                going = (d >= 0) & (d == tl.load(own + b * slots + count))
+                going = (proposed >= 0) & (proposed == tl.load(own + b * slots + count))
             else:
-                t, t_total, p, p_total, u = judged(target, draft, sampling, seed, position, b, count, slots, d, V)
-                going = accept_token(u, t, t_total, p, p_total)
+                t, t_total, d, d_total, u = draft_masses(
+                    target, draft, sampling, seed, position, b, count, slots, proposed, V
+                )
+                going = accept_token(u, t, t_total, d, d_total)
             count += going.to(tl.int32)
             going = going & (count < end)
         tl.store(accepted + b, count)
@@ -198,11 +200,11 @@ class Rest(NamedTuple):
     at_draft: object
     a: object  # factor 2^58 / total of the target
     b: object  # 2^58 / total of the draft
-    d: object  # the draft, of a deterministic proposer
+    proposed: object  # of a deterministic proposer
 
 
 @triton.jit
-def rest_of(target, draft, r, factor, d):
+def rest_of(target, draft, r, factor):
     """`Rest` of row r."""
     at_target = view(target, r)
     b = tl.cast(RESIDUAL_ONE / MASS_ONE, tl.float64)
@@ -215,13 +217,13 @@ def rest_of(target, draft, r, factor, d):
 
 @triton.jit
 def residuals(c, token):
-    """max(0, factor p - q) of tokens in units of 2^-58, float64."""
+    """max(0, factor t / T - d / D) of tokens in units of 2^-58, float64."""
     t = mass_of(c.target, c.at_target, token)
     if c.draft.state.best is not None:
-        p = mass_of(c.draft, c.at_draft, token)
+        d = mass_of(c.draft, c.at_draft, token)
     else:
-        p = tl.where(token == c.d, 1 << 40, 0).to(tl.int64)
-    return residual(t, p, c.a, c.b)
+        d = tl.where(token == c.proposed, 1 << 40, 0).to(tl.int64)
+    return residual(t, d, c.a, c.b)
 
 
 @triton.jit
@@ -250,9 +252,9 @@ def rest_kernel(
     if i + 1 < tl.load(accepted + b):
         ratio = tl.load(ratios + at)
         if ratio > 0:
-            d = tl.load(draft_tokens + b * (slots - 1) + i + 1)
-            at_target, at_draft, x, y = rest_of(target, draft, at + 1, ratio, d)
-            c = Rest(target, draft, at_target, at_draft, x, y, d)
+            proposed = tl.load(draft_tokens + b * (slots - 1) + i + 1)
+            at_target, at_draft, x, y = rest_of(target, draft, at + 1, ratio)
+            c = Rest(target, draft, at_target, at_draft, x, y, proposed)
             a = tl.zeros([TC, 256], tl.int64)
             for t in range(TILES):
                 chunk = (tl.program_id(0) % SPLITS) * (TILES * TC) + t * TC + tl.arange(0, TC)
@@ -321,8 +323,8 @@ def last_kernel(
             high = tl.load(top + r * chunks + chunk, mask=chunk < chunks, other=NEG_INF)
             winner = tl.cast(NONE, tl.int64)
             if (i < length) & ~q.greedy:
-                d = tl.load(draft_tokens + b * (slots - 1) + i)
-                at_target, at_draft, x, y = rest_of(target, draft, r, tl.load(factor + b), d)
+                proposed = tl.load(draft_tokens + b * (slots - 1) + i)
+                at_target, at_draft, x, y = rest_of(target, draft, r, tl.load(factor + b))
                 domain = tl.cast((i << 3) | (RESIDUAL << 1), tl.uint32)
                 e, place = chunk_noise(q.seed, q.position, domain, chunk)
                 most = mass(high, at.best, q.c).to(tl.float64) * x
@@ -330,7 +332,7 @@ def last_kernel(
                 bound = tl.where((high >= at.floor) & (high > NEG_INF) & (most >= 1.0), bound, NEG_INF)
                 winner, _ = race(
                     residual_scores,
-                    Rest(target, draft, at_target, at_draft, x, y, d),
+                    Rest(target, draft, at_target, at_draft, x, y, proposed),
                     bound,
                     e,
                     place,
