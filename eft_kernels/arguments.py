@@ -102,8 +102,6 @@ def check_logits(logits: object, dims: int, vocab_size: object) -> tuple[list[to
         shortest = min(shortest, x.shape[-1]) if out else x.shape[-1]
         out.append(x if x.stride(-1) == 1 else x.contiguous())
     if vocab_size is None:
-        if shortest == 0:
-            raise ValueError("logits: expected at least one token, got a vocabulary of 0")
         vocab_size = shortest
     if not is_integer(vocab_size) or not 1 <= vocab_size <= shortest:
         raise ValueError(

@@ -116,7 +116,10 @@ def _scores_at(
     device: torch.device,
 ) -> torch.Tensor:
     """sum_j w_j z_j of some tokens, float32 like ids [rows, N]; what is at -1 does not matter."""
-    logits, vocab_size = check_logits(logits, 2, None)
+    try:
+        logits, vocab_size = check_logits(logits, 2, None)
+    except ValueError as error:  # there is no vocab_size to name here
+        raise ValueError(str(error).replace("vocab_size: got 0", "logits: got a vocabulary of 0")) from error
     if logits[0].shape[0] != rows or logits[0].device != device:
         raise ValueError(f"logits: expected {rows} rows on {device}, got {logits[0].shape[0]} on {logits[0].device}")
     w = check_weights(weights, len(logits), rows, device, False)
