@@ -36,6 +36,7 @@ class EftForCausalLM(nn.Module, SupportsPP):
         super().__init__()
         check_version()
         outer = vllm_config.model_config
+        self.config = outer.hf_config
         self.composition = Composition.parse(getattr(outer.hf_config, "eft", None), outer.model)
         folders = (self.composition.folders[0] or outer.model, *self.composition.folders[1:])
         configs = [get_config(folder, outer.trust_remote_code) for folder in folders]
