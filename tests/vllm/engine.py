@@ -92,8 +92,21 @@ class Engine:
 
 
 def pretend_driver() -> None:
-    """vLLM asks Triton whether a driver is active; in the interpreter none is needed."""
+    """vLLM asks Triton whether a driver is active; in the interpreter none is needed.
+
+    And it masks a store by integers, which a compiler takes for booleans and the interpreter does not.
+    """
     import triton.backends
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    store = builder.create_masked_store
+
+    def create_masked_store(self, ptrs, value, mask, cache_policy):
+        mask = interpreter.TensorHandle(mask.data.astype(bool), mask.dtype)
+        return store(self, ptrs, value, mask, cache_policy)
+
+    builder.create_masked_store = create_masked_store
 
     driver = SimpleNamespace(is_active=staticmethod(lambda: True))
     triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)

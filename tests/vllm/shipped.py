@@ -32,6 +32,11 @@ class Family:
     def ids(self, prompt) -> list[int]:
         return self.tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
 
+    def bad_word(self, text: str) -> list[list[int]]:
+        """The spellings that vLLM bans: at the start of a text and behind a space."""
+        spelled = [self.tokenizer(f"{space}{text}", add_special_tokens=False).input_ids for space in ("", " ")]
+        return spelled[:1] if spelled[0] == spelled[1] else spelled
+
     def generate(self, request: dict, tuned=("tuned-a",), **more) -> list[int]:
         """The new tokens of one request by `eft.hf.generate`, without its end token's padding."""
         prompt = torch.tensor([self.ids(request["prompt"])])
