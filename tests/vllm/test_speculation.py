@@ -68,11 +68,11 @@ def test_distribution_of_drawn_drafts(family, rule):
     """
     config = drafting(draft_sample_method="probabilistic", rejection_sample_method=rule)
     options = dict(hf_overrides=override(), speculative_config=config, max_num_seqs=16)
-    n, prompt = 600, "And the"
+    n, prompt = 400, "And the"
     request = dict(prompt=prompt, max_tokens=3, top_k=3, temperature=1.2, extra_args={"eft": {"alpha": -0.5}})
     with Engine("v2", model=str(FAMILY / "base"), **options) as engine:
         outputs = engine.generate([request | {"seed": i} for i in range(n)])
-        assert accepted(engine) > 50
+        assert accepted(engine) > 40
         check_greedy = requests_of(4, temperature=0)
         check(family, check_greedy, engine.generate(check_greedy))
     texts = Counter(tuple(o["tokens"]) for o in outputs)
