@@ -26,7 +26,7 @@ def test_random_lifecycle(family, runner, count):
         requests.append(request)
         arrivals.append(draw.randrange(count))
         aborts.append(arrivals[i] + draw.randrange(1, 30) if draw.random() < 0.15 else -1)
-    options = dict(max_num_seqs=8, max_num_batched_tokens=64, block_size=32, num_gpu_blocks_override=30)
+    options = dict(max_num_seqs=8, max_num_batched_tokens=64, block_size=32, num_gpu_blocks_override=12)
     with Engine(runner, model=str(FAMILY / "base"), hf_overrides=override(), **options) as engine:
         outputs = engine.generate(requests, arrivals=arrivals, aborts=aborts)
         metrics = engine.metrics

@@ -20,10 +20,10 @@ def mixed(tmp_path_factory, family):
     root = tmp_path_factory.mktemp("mixed")
     sizes = dict(num_key_value_heads=2, max_position_embeddings=256, eos_token_id=2, initializer_range=0.3)
     qwen = transformers.Qwen2Config(
-        vocab_size=2112, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, **sizes
+        vocab_size=2112, hidden_size=128, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, **sizes
     )
     llama = transformers.LlamaConfig(
-        vocab_size=2048, hidden_size=96, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6, **sizes
+        vocab_size=2048, hidden_size=192, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6, **sizes
     )
     for seed, (name, config) in enumerate([("base", qwen), ("tuned", llama), ("ref", llama)]):
         torch.manual_seed(seed)
