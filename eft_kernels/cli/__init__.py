@@ -1,4 +1,4 @@
-"""`eft-kernels demo | generate | score | bench | doctor`.
+"""`eft-kernels demo | generate | score | compose | bench | doctor`.
 
 Exit codes: 0 it worked, 1 a row or a check failed or the output cannot be written, 2 bad input (one line on stderr),
 130 interrupted.
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..parameters import DRAFTED, METHODS
+from . import compose
 from .options import REQUEST_OPTIONS, Parser, add_combination, add_models, add_parameters, count, positive
 from .term import Refused, drop_output, ready_streams
 
@@ -105,6 +106,7 @@ def parser() -> Parser:
     p.add_argument("--json", action="store_true")
     add_combination(p)
 
+    compose.add_command(command)
     p = command(
         "demo",
         "the example family: how much is recovered, how fast, what the models write",
