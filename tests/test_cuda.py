@@ -423,7 +423,11 @@ FAULTS = {
     "the lead is not set back": ("row/sample.cu", "counters[b] = counters[call.rows + b] = 0;", "counters[b] = 0;"),
     "another token's noise": ("row/race.cuh", "token & 1 ? w.r[1] : w.r[0]", "token & 1 ? w.r[0] : w.r[1]"),
     "a bound too low": ("row/race.cuh", "pack(high + q.temperature * g,", "pack(high + q.temperature * g - 3,"),
-    "-inf in models that cancel": ("row/score.cuh", "return low > -kLarge && high < kLarge ? high : NAN;", "return high;"),
+    "-inf in models that cancel": (
+        "row/score.cuh",
+        "return low > -kLarge && high < kLarge ? high : NAN;",
+        "return high;",
+    ),
     "vectors that are not aligned": ("row/score.cuh", "if (off & 4) x[0] = x[1],", "if (off & 2) x[0] = x[1],"),
     "no exact sum where it is in doubt": ("row/filter.cuh", "step == kNucleus && kept.needs_exact_total", "false"),
     "the first winner, kept or not": ("row/filter.cuh", "if (!q.use_k && !q.use_p) return true;", "return true;"),
@@ -443,13 +447,17 @@ FAULTS = {
     "more scores than there is room for": ("row/filter.cuh", "if (!direct || first->left <= kFew) break;", "break;"),
     "the nucleus of the k best": ("row/filter.cuh", "mass_limit(search.p, k.upto);", "mass_limit(search.p, k.above);"),
     "equal scores have one rank": (
-        "row/row.cu",
+        "row/outputs.cuh",
         "rank += search.keys[j] > key;",
         "rank += search.keys[j] >> 32 > key >> 32;",
     ),
-    "masses by another model's best": ("row/row.cu", "mass(z[k], own.best[j], kLog2e)", "mass(z[k], own.best[0], kLog2e)"),
+    "masses by another model's best": (
+        "row/upscale.cuh",
+        "mass(z[k], own.best[j], kLog2e)",
+        "mass(z[k], own.best[0], kLog2e)",
+    ),
     "the tuned model's nucleus": (
-        "row/row.cu",
+        "row/upscale.cuh",
         "{static_cast<double>(mass), 0}, row.vocab);",
         "{static_cast<double>(mass / 2), 0}, row.vocab);",
     ),

@@ -97,6 +97,6 @@ def probabilities(family, request) -> dict:
                 continue
             top = (loop.scores(loop.prompt + list(text))[0] / request["temperature"]).topk(request["top_k"])
             for i, q in zip(top.indices.tolist(), torch.softmax(top.values, 0).tolist()):
-                longer[*text, i] = p * q
+                longer[(*text, i)] = p * q
         found = longer
     return found
