@@ -1,9 +1,9 @@
 """`eft-kernels compose`: a folder that names base, tuned and ref, which vLLM serves as one model.
 
-    DIR/config.json              base's, with the architecture EftForCausalLM and the combination under "eft"
-    DIR/generation_config.json   base's, with the end tokens of all models
-    DIR/tokenizer*, chat_template.jinja, ...   the tuned model's
-    DIR/base, DIR/tuned, DIR/ref   links to the models' folders
+DIR/config.json              base's, with the architecture EftForCausalLM and the combination under "eft"
+DIR/generation_config.json   base's, with the end tokens of all models
+DIR/tokenizer*, chat_template.jinja, ...   the tuned model's
+DIR/base, DIR/tuned, DIR/ref   links to the models' folders
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def run(args) -> int:
     options = ["--base", *["--tuned"] * len(args.tuned), "--ref"]
     for tuned in args.tuned:
         if same_model(tuned, args.ref):
-            raise Refused(f"--tuned {tuned}: is the model of --ref; the two would cancel and leave the base model alone")
+            raise Refused(
+                f"--tuned {tuned}: is the model of --ref; the two would cancel and leave the base model alone"
+            )
     out = expand(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Refused(f"--out {args.out}: exists; name a folder that does not, or an empty one")

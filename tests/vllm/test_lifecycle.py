@@ -19,9 +19,7 @@ def test_random_lifecycle(family, runner, count):
         request = dict(prompt=prompt * draw.choice([1, 1, 1, 8, 20]), max_tokens=draw.randrange(1, 40))
         request["temperature"] = 0.0
         if runner == "v2":
-            request |= dict(
-                seed=i, temperature=draw.choice([0.0, 0.7, 1.0]), top_p=draw.choice([1.0, 0.9])
-            )
+            request |= dict(seed=i, temperature=draw.choice([0.0, 0.7, 1.0]), top_p=draw.choice([1.0, 0.9]))
             request["extra_args"] = {"eft": draw.choice([{}, {"beta": draw.uniform(0.5, 2)}])}
         requests.append(request)
         arrivals.append(draw.randrange(count))

@@ -26,7 +26,9 @@ def folder(tmp_path_factory):
 def compose(out: Path, tuned: list[str], *options) -> Path:
     models = [("--base", "base"), *(("--tuned", name) for name in tuned), ("--ref", "ref")]
     arguments = [x for option, name in models for x in (option, str(FAMILY / name))]
-    subprocess.run([sys.executable, "-m", "eft_kernels", "compose", *arguments, "--out", str(out), *options], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "eft_kernels", "compose", *arguments, "--out", str(out), *options], check=True
+    )
     return out
 
 

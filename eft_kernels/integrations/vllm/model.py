@@ -47,9 +47,7 @@ class EftForCausalLM(nn.Module, SupportsPP):
         for name, config in zip(self.composition.names, configs):
             own = expert_config(vllm_config, config, name)
             with set_model_tag(f"eft_{name}"):
-                self.experts[name] = initialize_model(
-                    vllm_config=own, prefix=maybe_prefix(prefix, f"experts.{name}")
-                )
+                self.experts[name] = initialize_model(vllm_config=own, prefix=maybe_prefix(prefix, f"experts.{name}"))
             if is_hybrid(self.experts[name]) or is_attention_free(self.experts[name]):
                 raise ValueError(f"eft: {name}: {config.architectures[0]} keeps states; allowed are attention models")
         self.widths = [text.hidden_size for text in texts]
@@ -73,9 +71,7 @@ class EftForCausalLM(nn.Module, SupportsPP):
         return self.experts["base"].embed_input_ids(input_ids)
 
     def make_empty_intermediate_tensors(self, batch_size, dtype, device) -> IntermediateTensors:
-        made = {
-            name: m.make_empty_intermediate_tensors(batch_size, dtype, device) for name, m in self.experts.items()
-        }
+        made = {name: m.make_empty_intermediate_tensors(batch_size, dtype, device) for name, m in self.experts.items()}
         return joined(made)
 
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kwargs):
