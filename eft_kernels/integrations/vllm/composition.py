@@ -62,7 +62,7 @@ class Composition:
         same = {os.path.realpath(f) if os.path.isdir(f) else f for f in folders[1:]}
         if len(same) < len(folders) - 1:
             raise ValueError(
-                f"eft: tuned and ref must be different models (equal ones cancel and leave base alone), got {folders[1:]}"
+                f"eft: tuned and ref must be different models (equal ones cancel), got {folders[1:]}"
             )
         mode = spec.get("mode", "upscale" if len(tuned) == 1 else "interpolate")
         if mode not in STRENGTHS or (mode == "interpolate") != (len(tuned) == 2):
