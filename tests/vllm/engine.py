@@ -146,7 +146,7 @@ def inputs_of(prompt):
 
 
 def run_lifecycle(llm, requests, arrivals, aborts) -> list[dict]:
-    """Request i is added before step arrivals[i] and aborted before step aborts[i] (-1: never); unfinished: none."""
+    """Request i is added before step arrivals[i] and aborted before step aborts[i] (-1: never)."""
     engine, done, step = llm.llm_engine, {}, 0
     waiting = sorted(range(len(requests)), key=lambda i: arrivals[i])
     running = set()

@@ -62,9 +62,9 @@ def test_logprobs(likeliest, family):
 
 @pytest.mark.parametrize("rule", ["standard", "block"])
 def test_distribution_of_drawn_drafts(family, rule):
-    """Chi-squared of the second and third token, which are verified drafts, given the first.
+    """Chi-squared of texts of three tokens, two of which are verified drafts.
 
-    Drafts are drawn from the negated strength's opposite: tuned, while the target leans away from it.
+    The target leans away from the model that drafts.
     """
     config = drafting(draft_sample_method="probabilistic", rejection_sample_method=rule)
     options = dict(hf_overrides=override(), speculative_config=config, max_num_seqs=16)

@@ -117,7 +117,7 @@ class EftSampler:
         w, p = self.weights.np[slots], self.upscale_top_p.np[slots]
         weights = tuple(w[0].tolist()) if (w == w[:1]).all() else self.weights.gpu[rows]
         upscale_top_p = float(p[0]) if (p == p[0]).all() else self.upscale_top_p.gpu[rows]
-        # vLLM writes a grammar's bitmask into what it was handed, as -inf. All models must see it (base may weigh 0)
+        # vLLM writes a grammar's bitmask into what it was handed as -inf: base's logits, and base may have weight 0
         mask = packed(handed != float("-inf")) if batch.has_structured_output_reqs else None
         return Logits(models, weights, upscale_top_p, mask)
 
