@@ -131,7 +131,7 @@ def test_wrong_tokens_are_not_timed(op, broken, says, monkeypatch, quick_rates):
         out = right(logits, *args, backend=backend, **kwargs)
         return out if backend == "reference" else broken(out, len(logits[0]))
 
-    monkeypatch.setattr(shapes.eft, op, wrong)
+    monkeypatch.setattr(ops, op, wrong)
     variant = dict(sample="with_logprobs", verify="token").get(op, "plain")
     with pytest.raises(run.WrongTokens, match=f"eft is not {says}.*nothing is timed"):
         run.run([shape(op, variant, batch=12)])
@@ -491,7 +491,7 @@ def test_run_saves(checkout, quick_rates, capsys):
 def test_red_gate_on_the_command_line(monkeypatch, quick_rates, capsys, tmp_path):
     right = eft.sample
     monkeypatch.setattr(
-        shapes.eft,
+        ops,
         "sample",
         lambda *args, backend="auto", **kwargs: right(
             *args, backend=backend, **kwargs | ({} if backend == "reference" else dict(position=1))

@@ -422,7 +422,11 @@ FAULTS = {
     ),
     "the lead is not set back": ("row/sample.cu", "counters[b] = counters[call.rows + b] = 0;", "counters[b] = 0;"),
     "another token's noise": ("row/race.cuh", "token & 1 ? w.r[1] : w.r[0]", "token & 1 ? w.r[0] : w.r[1]"),
-    "a bound too low": ("row/race.cuh", "pack(high + q.temperature * g,", "pack(high + q.temperature * g - 3,"),
+    "a bound too low": (
+        "row/race.cuh",
+        "pack(high + params.temperature * g,",
+        "pack(high + params.temperature * g - 3,",
+    ),
     "-inf in models that cancel": (
         "row/score.cuh",
         "return low > -kLarge && high < kLarge ? high : NAN;",
@@ -430,7 +434,11 @@ FAULTS = {
     ),
     "vectors that are not aligned": ("row/score.cuh", "if (off & 4) x[0] = x[1],", "if (off & 2) x[0] = x[1],"),
     "no exact sum where it is in doubt": ("row/filter.cuh", "step == kNucleus && kept.needs_exact_total", "false"),
-    "the first winner, kept or not": ("row/filter.cuh", "if (!q.use_k && !q.use_p) return true;", "return true;"),
+    "the first winner, kept or not": (
+        "row/filter.cuh",
+        "if (!params.use_k && !params.use_p)",
+        "return true;",
+    ),
     "a carry is lost": ("row/filter.cuh", "(before + low < before ? 1 : 0)", "(before > low ? 0 : 0)"),
     "bins are cleared before all have read them": (
         "row/filter.cuh",
@@ -453,8 +461,8 @@ FAULTS = {
     ),
     "masses by another model's best": (
         "row/upscale.cuh",
-        "mass(z[k], own.best[j], kLog2e)",
-        "mass(z[k], own.best[0], kLog2e)",
+        "mass(z[k], stats.best[j], kLog2e)",
+        "mass(z[k], stats.best[0], kLog2e)",
     ),
     "the tuned model's nucleus": (
         "row/upscale.cuh",

@@ -117,7 +117,7 @@ KERNELS = {  # None: reads no row from end to end
     "own_row_kernel": None,
     "mass_kernel": Kernel(budget=no_budget),
     "accept_kernel": None,
-    "rest_kernel": Kernel(both_sides, no_budget),
+    "residual_kernel": Kernel(both_sides, no_budget),
     "block_kernel": None,
     "last_kernel": None,
 }

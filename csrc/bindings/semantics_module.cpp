@@ -290,7 +290,7 @@ PYBIND11_MODULE(_semantics, m) {
   m.def("accept_token", py::vectorize(&accept_token), "u"_a, "t"_a, "t_total"_a, "d"_a, "d_total"_a);
   m.def("residual", py::vectorize(&residual_of), "factor"_a, "t"_a, "t_total"_a, "d"_a, "d_total"_a);
   m.def("block_ratio", py::vectorize(&block_ratio), "ratio"_a, "t"_a, "t_total"_a, "d"_a, "d_total"_a);
-  m.def("block_passes", py::vectorize(&block_passes), "u"_a, "ratio"_a, "rest"_a, "last"_a);
+  m.def("block_passes", py::vectorize(&block_passes), "u"_a, "ratio"_a, "residual_sum"_a, "last"_a);
 
   m.def("filters", &filters, "parameters"_a, "rows"_a, "vocab"_a, "best"_a = 0.0f,
         "what follows from each row's parameters; best: the row's largest score");

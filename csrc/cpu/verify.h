@@ -190,16 +190,16 @@ void verify(const VerifyCall& call) {
       for (int64_t i = 0; i < end; ++i) {
         const double u = accept_uniform(at(i, kAccept, i));
         const int64_t d = drafts[i];
-        int64_t rest = 0;
+        int64_t residual_sum = 0;
         ratio = d >= 0 ? slot->next_ratio(ratio, d) : 0;
         if (i + 1 < length) {
           slot.emplace(call, b, i + 1, threads, drafts[i + 1]);
           if (!slot->valid()) end = i + 1;
           else if (u <= ratio * 1.000001 &&
-                   (ratio < 1 || u > 0.999999))  // else none passes (rest <= ratio), or any does
-            rest = slot->residual_sum(ratio);
+                   (ratio < 1 || u > 0.999999))  // else none passes (residual_sum <= ratio), or any does
+            residual_sum = slot->residual_sum(ratio);
         }
-        if (block_passes(u, ratio, rest, i + 1 == end)) accepted = i + 1, factor = ratio;
+        if (block_passes(u, ratio, residual_sum, i + 1 == end)) accepted = i + 1, factor = ratio;
       }
       if (accepted < end) {
         slot.emplace(call, b, accepted, threads, drafts[accepted]);

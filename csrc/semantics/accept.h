@@ -35,11 +35,11 @@ EFT_HD double block_ratio(double ratio, int64_t t, int64_t t_total, int64_t d, i
   return next < 1 ? next : 1;
 }
 
-// ... and whether a prefix passes: rest is the residual at the next slot (each token's truncated to an integer, so that
-// the sum does not depend on order), last marks the last draft
-EFT_HD bool block_passes(double u, double ratio, int64_t rest, bool last) {
+// ... and whether a prefix passes: residual_sum is the residual at the next slot (each token's truncated to an integer,
+// so that the sum does not depend on order), last marks the last draft
+EFT_HD bool block_passes(double u, double ratio, int64_t residual_sum, bool last) {
   if (last) return u < ratio;
-  double r = static_cast<double>(rest), whole = r + (1.0 - ratio) * 0x1p58;
+  double r = static_cast<double>(residual_sum), whole = r + (1.0 - ratio) * 0x1p58;
   return u * whole < r || whole == 0;
 }
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from eft_kernels.parameters import OFF, PARAMETERS
+from ..parameters import OFF, PARAMETERS
 
 Logits = Sequence[torch.Tensor]  # J x [B, V], or [B, K+1, V]
 Call = Callable[..., Any]  # of an operation; what it takes and returns is said above

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-import eft_kernels as eft
-from eft_kernels import dispatch
+from .. import dispatch
+from ..version import __version__
 
 SCHEMA = 1
 Timer = Callable[[int], float]  # of n: seconds of one call, over at least n calls
@@ -86,7 +86,7 @@ def environment(command: str, kind: str | None = None) -> dict[str, Any]:
         name, isa = torch.cuda.get_device_name(), "sm_{}{}".format(*torch.cuda.get_device_capability())
     else:
         name = _read("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
-        about = eft.backends()["cpu"]
+        about = dispatch.backends()["cpu"]
         isa = about["reason"].split(",")[0] if about["available"] else None
     driver = _nvidia("driver_version") if kind == "cuda" else None
     return dict(
@@ -101,7 +101,7 @@ def environment(command: str, kind: str | None = None) -> dict[str, Any]:
         torch=torch.__version__,
         triton=_version("triton"),
         transformers=_version("transformers"),
-        eft_kernels=eft.__version__,
+        eft_kernels=__version__,
         commit=None,
         dirty=None,
         source=None,

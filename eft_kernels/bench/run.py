@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-import eft_kernels as eft
-
+from .. import ops
 from . import device
 from .baselines import BASELINES, Baseline, Call
 from .shapes import OURS, Arguments, Row, Shape, arguments, issue_slots, nbytes, problem
@@ -92,7 +91,7 @@ def agrees(s: Shape, other: Baseline, draws: int = 20000) -> str | None:
     ]
     mask = None if q.token_mask is None else q.token_mask[:1].expand(s.positions, -1).contiguous()
     params: dict[str, Any] = dict(q.params)
-    want = eft.logprobs(one, q.weights, token_mask=mask, backend="reference", **params)  # [positions, V]
+    want = ops.logprobs(one, q.weights, token_mask=mask, backend="reference", **params)  # [positions, V]
     many = [z.expand(draws, *z.shape).contiguous() for z in one]  # [draws, positions, V]
     if s.op != "verify":
         many = [z[:, 0] for z in many]
@@ -110,7 +109,7 @@ def agrees(s: Shape, other: Baseline, draws: int = 20000) -> str | None:
         else:
             tokens, *logprobs = as_tuple(call(many))
             tokens, emitted = tokens[:, None], torch.ones(draws, device=s.device)
-            raw = eft.logprobs(one, q.weights, token_mask=mask, backend="reference")
+            raw = ops.logprobs(one, q.weights, token_mask=mask, backend="reference")
             for name, got, table in zip(("log-probs", "raw log-probs"), logprobs, (want, raw)):
                 if what := far(name, got, table[0][tokens[:, 0]]):
                     return what

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-import eft_kernels as eft
-from eft_kernels import dispatch
-
+from .. import dispatch, ops
+from ..combination import weights as weights_of
 from . import device as machine
 from . import inputs
 from .baselines import EVERYTHING, SAMPLE, Baseline, Call, Logits, Problem
@@ -123,7 +122,7 @@ def problem(s: Shape) -> Problem:
     return Problem(
         inputs.WEIGHTS[s.models],
         params,
-        eft.row_seeds(1, s.batch, s.device),
+        ops.row_seeds(1, s.batch, s.device),
         bool(settings.get("logprobs")),
         mask,
         allowed,
@@ -136,9 +135,9 @@ def arguments(s: Shape, seed: int) -> Arguments:
         s.logits, s.batch, s.vocab, s.models, s.dtype, seed, s.device, s.positions if s.op == "verify" else None
     )
     if s.op == "verify":
-        rows = eft.row_seeds(1, s.batch, s.device)
+        rows = ops.row_seeds(1, s.batch, s.device)
         drafts = [
-            eft.draft(z[1][:, i], slot=i, method=s.variant, seed=rows, position=i).tokens
+            ops.draft(z[1][:, i], slot=i, method=s.variant, seed=rows, position=i).tokens
             for i in range(s.positions - 1)
         ]
         return z, torch.stack(drafts, 1)
@@ -149,23 +148,23 @@ def arguments(s: Shape, seed: int) -> Arguments:
 
 def ours(op: str, variant: str, q: Problem, backend: str = "auto", **override: float) -> Call:
     """Our operators as a baseline's ``make``."""
-    weights = eft.weights(q.weights)
+    weights = weights_of(q.weights)
     kwargs: dict[str, Any] = dict(q.params, backend=backend, **override)
     if op in ("sample", "verify"):
         kwargs = dict(position=0) | kwargs | dict(logprobs=q.logprobs, token_mask=q.token_mask, seed=q.seeds)
 
     def sample(logits: Logits) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
-        out = eft.sample(logits, weights, **kwargs)
+        out = ops.sample(logits, weights, **kwargs)
         return (out.tokens, out.logprobs, out.raw_logprobs) if q.logprobs else out.tokens
 
     def verify(logits: Logits, drafts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return eft.verify(logits, weights, drafts, method=variant, **kwargs)[:2]
+        return ops.verify(logits, weights, drafts, method=variant, **kwargs)[:2]
 
     calls: dict[str, Call] = dict(
         sample=sample,
         verify=verify,
-        logprobs=lambda logits: eft.logprobs(logits, weights, **kwargs),
-        token_logprobs=lambda logits, ids: eft.token_logprobs(logits, weights, ids, **kwargs),
+        logprobs=lambda logits: ops.logprobs(logits, weights, **kwargs),
+        token_logprobs=lambda logits, ids: ops.token_logprobs(logits, weights, ids, **kwargs),
     )
     return calls[op]
 

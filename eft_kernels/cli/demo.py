@@ -76,8 +76,7 @@ def alone(
     """What one model writes on its own, with the noise that `eft.hf.generate` uses for the same seed."""
     import torch
 
-    import eft_kernels as eft
-
+    from .. import sample
     from ..integrations.hf import cache_name
 
     out: list[int] = []
@@ -86,7 +85,7 @@ def alone(
     for position in range(new_tokens):
         o = model(input_ids=step, use_cache=True, **{name: cache})
         cache = getattr(o, name)
-        token = eft.sample(
+        token = sample(
             [o.logits[:, -1]], [1.0], temperature=temperature, seed=seed, position=position, logprobs=False
         ).tokens
         out.append(int(token))
@@ -102,14 +101,14 @@ def emulate(
     """`generate` of the emulated model: new tokens, what speculation did (None without) and seconds."""
     import torch
 
-    import eft_kernels as eft
+    from .. import hf
 
     tuned = family.tuned if len(family.tuned) > 1 else family.tuned[0]
     start = time.perf_counter()
     out = family.base.generate(
         input_ids=torch.tensor([ids]),
         attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-        custom_generate=eft.hf.generate,
+        custom_generate=hf.generate,
         tuned=tuned,
         ref=family.ref,
         seed=seed,
@@ -173,13 +172,13 @@ def scores_of(
     models: Models, tokenizer: PreTrainedTokenizerBase, texts: dict[str, str], args: argparse.Namespace
 ) -> dict[str, dict[str, Score]]:
     """Of every style, each model's and the emulated one's score on held-out text."""
-    import eft_kernels as eft
+    from .. import upscale
 
     scores = {}
     for style in STYLES:
         rows = heldout_windows(texts[style], tokenizer, args.heldout_tokens)
         small = f"tuned-{style}"
-        emulated: Emulation = (["base", small, "ref"], eft.upscale(), {})
+        emulated: Emulation = (["base", small, "ref"], upscale(), {})
         scores[style] = score(
             {n: models[n] for n in ("base", small, "ref", f"large-{style}")},
             rows,

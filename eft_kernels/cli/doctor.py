@@ -11,6 +11,7 @@ import platform
 import warnings
 from typing import Any
 
+from ..version import __version__
 from .models import cores
 from .term import BOLD, DIM, GREEN, YELLOW, paint
 
@@ -43,16 +44,16 @@ def check() -> tuple[bool, str]:
     """A few rows through the default backend against the definition."""
     import torch
 
-    import eft_kernels as eft
+    from .. import row_seeds, sample, upscale
 
     generator = torch.Generator().manual_seed(0)
     logits = [torch.randn(3, 1003, generator=generator) * 3 for _ in range(3)]
-    seeds = eft.row_seeds(7, 3)
+    seeds = row_seeds(7, 3)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            got = eft.sample(logits, eft.upscale(1.5), top_p=0.9, seed=seeds, position=0)
-            want = eft.sample(logits, eft.upscale(1.5), top_p=0.9, seed=seeds, position=0, backend="reference")
+            got = sample(logits, upscale(1.5), top_p=0.9, seed=seeds, position=0)
+            want = sample(logits, upscale(1.5), top_p=0.9, seed=seeds, position=0, backend="reference")
     except Exception as error:
         return False, f"{type(error).__name__}: {error}"
     if not torch.equal(got.tokens, want.tokens):
@@ -63,19 +64,17 @@ def check() -> tuple[bool, str]:
 def collect() -> dict[str, Any]:
     import torch
 
-    import eft_kernels as eft
-
     from ..dispatch import backends
 
     built, where = extension()
     works, what = check()
     forced = os.environ.get("EFT_KERNELS_BACKEND")
     return dict(
-        eft_kernels=eft.__version__,
+        eft_kernels=__version__,
         python=platform.python_version(),
         machine=platform.machine(),
         packages={name: version(name) for name in NEEDED_FOR},
-        folder=os.path.dirname(eft.__file__),
+        folder=os.path.dirname(os.path.dirname(__file__)),
         extension=dict(built=built, detail=where),
         threads=dict(torch=torch.get_num_threads(), cores=cores()),
         backends=backends(),

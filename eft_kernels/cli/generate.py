@@ -148,12 +148,12 @@ def run(args: argparse.Namespace) -> int:
         raise Refused("--stream: goes with one prompt and without --json")
 
     family = load_family(args)
-    import eft_kernels as eft
+    from .. import row_seeds
 
     seed = args.seed if args.seed is not None else secrets.randbits(31)
-    row_seeds = eft.row_seeds(seed, len(requests)).tolist()
+    seeds = row_seeds(seed, len(requests)).tolist()
     for i, r in enumerate(requests):
-        r.seed = row_seeds[i] if r.seed is None else r.seed
+        r.seed = seeds[i] if r.seed is None else r.seed
     encode(requests, family.tokenizer, args.chat)
     check_lengths(requests, family)
     ends = {*family.ends, *(token_id(e, family.tokenizer, family.vocab_size) for e in args.eos)}
@@ -206,7 +206,7 @@ def decode(
     """Generates for requests of one length limit and fills in their ids, text and error."""
     import torch
 
-    import eft_kernels as eft
+    from .. import hf
 
     tokenizer, device = family.tokenizer, family.base.device
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
@@ -224,7 +224,7 @@ def decode(
         out = family.base.generate(
             input_ids=ids,
             attention_mask=mask,
-            custom_generate=eft.hf.generate,
+            custom_generate=hf.generate,
             tuned=family.tuned if len(family.tuned) > 1 else family.tuned[0],
             ref=family.ref,
             draft_tokens=min(args.draft_tokens, new),
@@ -238,7 +238,7 @@ def decode(
             return_dict_in_generate=True,
             **settings,
         )
-    except eft.hf.InvalidRowError as error:
+    except hf.InvalidRowError as error:
         out, failed = error.output, error.failed
         for row, step in failed.items():
             batch[row].error = f"invalid scores (NaN, +inf or no token left) at step {step}; its text ends there"

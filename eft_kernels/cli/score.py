@@ -55,13 +55,13 @@ def windows(ids: list[int], bos: int | None, context: int, stride: int) -> list[
 
 
 def combination(mode: Mapping[str, Any]) -> Weights:
-    import eft_kernels as eft
+    from .. import downscale, interpolate, proxy, upscale
 
     if mode["mode"] == "upscale":
-        return eft.upscale(mode["beta"])
+        return upscale(mode["beta"])
     if mode["mode"] == "proxy":
-        return eft.proxy(mode["alpha"])
-    return eft.downscale() if mode["mode"] == "downscale" else eft.interpolate(mode["lam"])
+        return proxy(mode["alpha"])
+    return downscale() if mode["mode"] == "downscale" else interpolate(mode["lam"])
 
 
 def score(
@@ -74,7 +74,7 @@ def score(
     """Scores on windows, of each model and of each emulation ``name: (its models' names, weights, parameters)``."""
     import torch
 
-    import eft_kernels as eft
+    from .. import token_logprobs
 
     vocab = vocab_size or min(m.config.get_text_config().vocab_size for m in models.values())
     plans: dict[str, Emulation] = {**{name: ([name], [1.0], {}) for name in models}, **emulations}
@@ -99,7 +99,7 @@ def score(
                 logits[name] = model(input_ids=ids[:, :-1], use_cache=False).logits.flatten(0, 1)  # [n * (T - 1), V]
                 progress.step()
             for name, (parts, weights, settings) in plans.items():
-                lp = eft.token_logprobs([logits[p] for p in parts], weights, target, vocab_size=vocab, **settings)
+                lp = token_logprobs([logits[p] for p in parts], weights, target, vocab_size=vocab, **settings)
                 total[name] -= lp.double()[counted.reshape(-1)].sum().item()
             tokens += int(counted.sum())
     return {name: Score(tokens, nats / tokens) for name, nats in total.items()}

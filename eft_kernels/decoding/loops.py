@@ -97,7 +97,7 @@ class Writer:
         seen = None
         if self.scores is not None and scores is not None:
             emit = torch.where(self.text.ended, 0, emitted)
-            if self.text.prompt.criteria is not None:  # they may read the scores of the tokens they judge
+            if self.text.prompt.criteria is not None:  # they may read the scores of the tokens they stop at
                 self.scores.add(scores, self.length, emit.tolist())
                 seen = self.scores.first
         taken = self.text.append(tokens, emitted, valid, seen)
@@ -167,12 +167,12 @@ def speculative(
     """
     out = Writer(prompt, target, draft_tokens + 1, on_tokens)
     columns, feed = _layout(prompt)
-    text, careful = out.text, False
+    text, without_drafts = out.text, False
     together = not all(getattr(model, "can_realign", True) for model in models)
     rounds, drafted, accepted = (torch.zeros_like(text.length) for _ in range(3))
     while True:
         # K this round; a row near its end takes fewer, for one token more is emitted than accepted
-        most, read = 1 if careful else draft_tokens + 1, columns.width + feed.shape[1]
+        most, read = 1 if without_drafts else draft_tokens + 1, columns.width + feed.shape[1]
         reach = [0 if e else min(most, prompt.max_new_tokens - n) for n, e in zip(out.length, out.ended)]
         k = max(reach) - 1
         k = min([k, *(b - read for m in models if (b := getattr(m, "boundary", None)) and b >= read)])
@@ -203,13 +203,13 @@ def speculative(
         ver, raw, scores = target.verify(logits, text, drafts, lengths, reach, method, draft)
         # NaN at a draft reaches the slots before it through attention (0 * NaN), and their cached columns: a row is
         # invalid only if it is so without drafts, so a round without any follows
-        doubt = ~ver.valid & (lengths > 0)
-        if start == 0 and bool(doubt.any()):
+        suspect = ~ver.valid & (lengths > 0)
+        if start == 0 and bool(suspect.any()):
             for model in models:
                 model.crop(columns.width)
-            columns.width, careful = 0, True
+            columns.width, without_drafts = 0, True
             continue
-        writing, emitted, valid = ~text.ended, ver.num_emitted, ver.valid | doubt
+        writing, emitted, valid = ~text.ended, ver.num_emitted, ver.valid | suspect
         if together:  # what a row has beyond the others is judged again: drafts of another slot, so with fresh noise
             least = emitted.masked_fill(text.ended, k + 1).min()
             valid, emitted = valid | (emitted > least), emitted.clamp(max=least)
@@ -220,7 +220,7 @@ def speculative(
         if all(out.ended):
             stats = (rounds, drafted, accepted, text.length)
             return out.decoded(Speculation(*(s.cpu() for s in stats)))
-        careful = any(n == 0 and not e for n, e in zip(kept, out.ended))
+        without_drafts = any(n == 0 and not e for n, e in zip(kept, out.ended))
         newest = torch.tensor(kept, device=drafts.device)[:, None]
         feed = torch.where(newest > 0, ver.tokens.gather(1, (newest - 1).clamp(min=0)).clamp(min=0), feed[:, -1:])
         # of the K + 1 columns from the round's first token on, a row keeps all but those after its newest token's

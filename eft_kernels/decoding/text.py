@@ -69,7 +69,7 @@ class Text:
         ends = torch.isin(tokens, self.eos) | (self.length[:, None] + slots + 1 >= self.prompt.max_new_tokens)
         if self.prompt.criteria is not None:
             self.put(tokens, new)
-            ends |= self._judge(self.prompt.criteria, new, scores)
+            ends |= self._stops_at(self.prompt.criteria, new, scores)
         ends &= new
         stops = ends.any(1)
         kept = torch.where(stops, ends.long().argmax(1) + 1, new.sum(1))
@@ -80,8 +80,8 @@ class Text:
         self.ended = self.ended | stops | failed
         return kept
 
-    def _judge(self, criteria: Criteria, new: torch.Tensor, scores: Callable[[int], Scores] | None) -> torch.Tensor:
-        """Each new token judged with its own prefix: one call per length that occurs. bool [B, W]."""
+    def _stops_at(self, criteria: Criteria, new: torch.Tensor, scores: Callable[[int], Scores] | None) -> torch.Tensor:
+        """Which new tokens end their row, by their own prefixes: one call per length that occurs. bool [B, W]."""
         ends, count = torch.zeros_like(new), new.sum(1)
         lengths = [(a, a + c) for a, c in zip(self.length.tolist(), count.tolist()) if c]
         for n in range(min((a for a, _ in lengths), default=0) + 1, max((b for _, b in lengths), default=0) + 1):

@@ -64,12 +64,12 @@ class Slot:
         """max(0, factor t / T - d / D) in units of 2^-58, 0 below one unit; float64 [R, V]."""
         a = factor * (2.0**RESIDUAL_BITS / self.t_total.to(torch.float64))
         b = 2.0**RESIDUAL_BITS / self.d_total.to(torch.float64)
-        rest = self.t.to(torch.float64) * a[:, None] - self.d.to(torch.float64) * b[:, None]
-        return torch.where(rest >= 1, rest, 0.0)
+        residual = self.t.to(torch.float64) * a[:, None] - self.d.to(torch.float64) * b[:, None]
+        return torch.where(residual >= 1, residual, 0.0)
 
-    def sample_residual(self, rest: torch.Tensor) -> torch.Tensor:
+    def sample_residual(self, residual: torch.Tensor) -> torch.Tensor:
         r = self.target
-        score = torch.where(rest > 0, log(rest.clamp(min=1).to(torch.float32)), NEG_INF)
+        score = torch.where(residual > 0, log(residual.clamp(min=1).to(torch.float32)), NEG_INF)
         slot = torch.full_like(r.seed, self.i)
         return race(score, torch.ones_like(r.temperature), r.seed, r.position, STREAM_CODES["residual"], slot)
 
@@ -120,12 +120,12 @@ def accept_block(slots: list[Slot], drafts: torch.Tensor, lengths: torch.Tensor)
         t, t_total, d, d_total = masses_of_draft(slot, drafts)
         step = torch.where(d > 0, (t * d_total) / (d * t_total), torch.where(t > 0, float("inf"), 0.0))
         ratio = torch.where(ratio > 0, (ratio * step).clamp(max=1.0), 0.0)
-        rest = torch.zeros_like(ratio)
+        following = torch.zeros_like(ratio)
         if slot.i + 2 < len(slots):  # truncated one by one, so that the sum does not depend on order
-            rest = slots[slot.i + 1].residual(ratio).to(torch.int64).sum(1).to(torch.float64)
-        whole = rest + (1.0 - ratio) * 2.0**RESIDUAL_BITS
+            following = slots[slot.i + 1].residual(ratio).to(torch.int64).sum(1).to(torch.float64)
+        whole = following + (1.0 - ratio) * 2.0**RESIDUAL_BITS
         u = slot.uniform()
-        passes = torch.where(lengths == slot.i + 1, u < ratio, (u * whole < rest) | (whole == 0))
+        passes = torch.where(lengths == slot.i + 1, u < ratio, (u * whole < following) | (whole == 0))
         passes = passes & (slot.i < lengths)
         number = torch.where(passes, slot.i + 1, number)
         factor = torch.where(passes, ratio, factor)
@@ -169,9 +169,9 @@ def verify(
             continue
         last = slot.sample()
         if method != "coupled" and slot.i < S - 1:
-            rest = slot.residual(accepted.factor)
-            rejected = (slot.i < lengths) & (rest > 0).any(1)
-            last = torch.where(rejected, slot.sample_residual(rest), last)
+            residual = slot.residual(accepted.factor)
+            rejected = (slot.i < lengths) & (residual > 0).any(1)
+            last = torch.where(rejected, slot.sample_residual(residual), last)
         tokens[:, slot.i] = torch.where(here, torch.where(slot.valid, last, -1), tokens[:, slot.i])
         valid = torch.where(here, slot.valid, valid)
         emitted = torch.where(here, slot.i + slot.valid.to(torch.int64), emitted)

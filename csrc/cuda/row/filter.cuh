@@ -363,24 +363,24 @@ EFT_DEVICE Threshold find_threshold(ClusterGroup& group, const Part& part, Searc
 }
 
 // What typical_p keeps of the scores from `floor` on. The search is by the bits of |s - mean|, a byte at a time.
-EFT_DEVICE Interval typical_of(ClusterGroup& group, const Part& part, Search& search, const RowParams& q, float best,
-                               float floor) {
+EFT_DEVICE Interval typical_of(ClusterGroup& group, const Part& part, Search& search, const RowParams& params,
+                               float best, float floor) {
   const float low = floor == -kInf ? floor : below(floor);
   CountAndMass sums;  // of surprise and mass
   each_score(
       part, low, [&](float x) { return x > low; },
-      [&](float x) { sums.a += surprise(x, best, q.c), sums.b += mass(x, best, q.c); });
+      [&](float x) { sums.a += surprise(x, best, params.c), sums.b += mass(x, best, params.c); });
   sums = group.sum(sums);
-  const float mean = mean_score(best, q.c, sums.a, sums.b);
+  const float mean = mean_score(best, params.c, sums.a, sums.b);
   if (threadIdx.x == 0)
-    start_search(search, Key(best, 32), low, q.c, 0, q.typical_p, {static_cast<double>(sums.b), 0}, 0);
+    start_search(search, Key(best, 32), low, params.c, 0, params.typical_p, {static_cast<double>(sums.b), 0}, 0);
   const auto distance = [&](float x) { return static_cast<uint64_t>(bits(fabsf(x - mean))); };
   for (int level = 0; level < 4; ++level) {
     clear(search);
     each_score(
         part, low, [&](float x) { return x > low && distance(x) >> (32 - 8 * level) == search.bracket.prefix; },
         [&](float x) {
-          add_to_bin(search, static_cast<int>(distance(x) >> (24 - 8 * level) & 255), mass(x, best, q.c));
+          add_to_bin(search, static_cast<int>(distance(x) >> (24 - 8 * level) & 255), mass(x, best, params.c));
         });
     group.sync();
     select_bin(group, search, 0);
@@ -403,9 +403,9 @@ EFT_DEVICE float cutoff(float best, float p, float share, float temperature, int
 }
 
 // start: in shared memory, of the row's scores, its sum about right where top-p needs it
-EFT_DEVICE Kept keep_of(ClusterGroup& group, const Part& part, Search& search, const RowParams& q,
+EFT_DEVICE Kept keep_of(ClusterGroup& group, const Part& part, Search& search, const RowParams& params,
                         const RowStats& start, bool tempered, int chunks, int vocab) {
-  if (!q.filtered()) return {Interval(), 0};
+  if (!params.filtered()) return {Interval(), 0};
   const float& best = start.best;
   const auto within = [&](float otherwise) {
     const float spread = 3 * (best - start.least);
@@ -414,60 +414,64 @@ EFT_DEVICE Kept keep_of(ClusterGroup& group, const Part& part, Search& search, c
   Threshold kept{-kInf};
   Total total{-1, 0};
   enum { kTopK, kNucleus, kExactly, kDone };
-  for (int step = q.use_k ? kTopK : q.use_p ? kNucleus : kDone; step < kDone;) {
+  for (int step = params.use_k ? kTopK : params.use_p ? kNucleus : kDone; step < kDone;) {
     float low, range = within(32);
     bool direct = false;
     if (step == kTopK) {
-      low = kth_top(group, part, search, q.top_k, best, start.least, chunks);
-      direct = low > -kInf && q.top_k <= kFew / 2;
+      low = kth_top(group, part, search, params.top_k, best, start.least, chunks);
+      direct = low > -kInf && params.top_k <= kFew / 2;
       if (!direct) group.sync();  // bins have been read
     } else {
-      low = q.use_k ? kept.at
-                    : cutoff(best, q.top_p, (tempered ? start.sum.sum_c : start.sum.sum) * (1 - slack_of(vocab)),
-                             q.temperature, vocab);
+      low = params.use_k
+                ? kept.at
+                : cutoff(best, params.top_p, (tempered ? start.sum.sum_c : start.sum.sum) * (1 - slack_of(vocab)),
+                         params.temperature, vocab);
     }
     if (low > -kInf) low = below(low), range = fminf(best - low, within(kInf));
     if (threadIdx.x == 0)
-      start_search(search, Key(best, range), low, q.c, step == kTopK ? q.top_k : 0, q.top_p, total, vocab);
+      start_search(search, Key(best, range), low, params.c, step == kTopK ? params.top_k : 0, params.top_p, total,
+                   vocab);
     kept = find_threshold(group, part, search, direct);
     if (step == kTopK) {
       total = {static_cast<double>(kept.upto), 0};
-      step = q.use_p && !kept.settled ? kNucleus : kDone;
+      step = params.use_p && !kept.settled ? kNucleus : kDone;
     } else if (step == kNucleus && kept.needs_exact_total) {
-      total = total_exactly(group, part, best, q.c);
+      total = total_exactly(group, part, best, params.c);
       step = kExactly;
     } else {
       step = kDone;
     }
   }
-  const float least = q.least(best);
+  const float least = params.least(best);
   const float floor = fmaxf(kept.at, least);
-  if (q.typical_p < 1) {
-    const Interval scores = typical_of(group, part, search, q, best, floor);
-    const int64_t over = count_from(group, part, scores.ceiling, best, q.c, false).a;
-    return {scores, count_from(group, part, scores.floor, best, q.c, false).b - over};
+  if (params.typical_p < 1) {
+    const Interval scores = typical_of(group, part, search, params, best, floor);
+    const int64_t over = count_from(group, part, scores.ceiling, best, params.c, false).a;
+    return {scores, count_from(group, part, scores.floor, best, params.c, false).b - over};
   }
   const Interval scores{floor, kInf};
   if (kept.at > -kInf && kept.at >= least) return {scores, kept.upto};
-  return {scores, count_from(group, part, floor, best, q.c, false).b};
+  return {scores, count_from(group, part, floor, best, params.c, false).b};
 }
 
 // Sampling under min-p and top-k or top-p, not both, does without their threshold: the winner of all that is left, if
 // it is kept, is the winner of what is kept; else nothing from its score down is, and the race goes on above. The
 // winner's own mass makes the first one likely to do. Whether it is kept (total: in shared memory):
-EFT_DEVICE bool can_reject(const RowParams& q) { return q.filtered() && (!q.use_k || !q.use_p) && q.typical_p == 1; }
-EFT_DEVICE bool is_kept(ClusterGroup& group, const Part& part, const RowParams& q, float score, float best,
+EFT_DEVICE bool can_reject(const RowParams& params) {
+  return params.filtered() && (!params.use_k || !params.use_p) && params.typical_p == 1;
+}
+EFT_DEVICE bool is_kept(ClusterGroup& group, const Part& part, const RowParams& params, float score, float best,
                         Total& total) {
-  if (!q.use_k && !q.use_p) return true;
-  const int64_t over = count_from(group, part, score, best, q.c, q.use_k).a;
-  if (q.use_k) return over < q.top_k;
-  if ((over < mass_limit(q.top_p, total.units - total.error)) !=
-      (over < mass_limit(q.top_p, total.units + total.error))) {
-    const Total exact = total_exactly(group, part, best, q.c);
+  if (!params.use_k && !params.use_p) return true;
+  const int64_t over = count_from(group, part, score, best, params.c, params.use_k).a;
+  if (params.use_k) return over < params.top_k;
+  if ((over < mass_limit(params.top_p, total.units - total.error)) !=
+      (over < mass_limit(params.top_p, total.units + total.error))) {
+    const Total exact = total_exactly(group, part, best, params.c);
     if (threadIdx.x == 0) total = exact;
     __syncthreads();
   }
-  return over < mass_limit(q.top_p, total.units);
+  return over < mass_limit(params.top_p, total.units);
 }
 
 }  // namespace cuda

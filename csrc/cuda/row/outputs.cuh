@@ -98,22 +98,23 @@ EFT_DEVICE void write_diagnostics(ClusterGroup& group, const Row& row, const Par
 }
 
 // float32 [V]
-EFT_DEVICE void write_all_logprobs(const Row& row, const Part& part, const State& f, const RowParams& q, float* out) {
+EFT_DEVICE void write_all_logprobs(const Row& row, const Part& part, const State& f, const RowParams& params,
+                                   float* out) {
   for (int i = warp_id(); i < part.n; i += kWarps)
     for (int k = lane_id(); k < kChunkSize; k += kLanes) {
       const int token = (part.first + i) * kChunkSize + k;
-      if (token < row.vocab) out[token] = f.valid ? logprob(f, q, part.scores[i * kChunkSize + k], token) : NAN;
+      if (token < row.vocab) out[token] = f.valid ? logprob(f, params, part.scores[i * kChunkSize + k], token) : NAN;
     }
 }
 
 // float32 [n]; NaN for ids that are none of the vocabulary's
-EFT_DEVICE void write_id_logprobs(const ClusterGroup& group, const Row& row, const State& f, const RowParams& q,
+EFT_DEVICE void write_id_logprobs(const ClusterGroup& group, const Row& row, const State& f, const RowParams& params,
                                   const int64_t* ids, int64_t n, float* out) {
   for (int64_t i = group.rank * kThreads + threadIdx.x; i < n; i += group.size * kThreads) {
     const int64_t id = ids[i];
     const bool in_vocab = id >= 0 && id < row.vocab;
     const int token = in_vocab ? static_cast<int>(id) : 0;
-    out[i] = in_vocab && f.valid ? logprob(f, q, score_of(row, token), token) : NAN;
+    out[i] = in_vocab && f.valid ? logprob(f, params, score_of(row, token), token) : NAN;
   }
 }
 

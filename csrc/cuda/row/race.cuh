@@ -45,8 +45,8 @@ EFT_DEVICE int32_t word_of(unsigned lead) { return static_cast<int32_t>(lead ^ 0
 // Offers the keys of a lane's 8 scores s >= floor of a chunk that may still be `lead` or above; all lanes call this. e
 // and g: the chunk's smallest E, at `place`, and -log of it.
 EFT_DEVICE void race_chunk(const float (&s)[kPerLane], int chunk, float e, float g, int place, float floor, float lead,
-                           const RowParams& q, const Source& source, Winner& best) {
-  const float most = q.temperature * g;
+                           const RowParams& params, const Source& source, Winner& best) {
+  const float most = params.temperature * g;
   unsigned left = 0;  // of the 8, those that run
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i)
@@ -57,8 +57,8 @@ EFT_DEVICE void race_chunk(const float (&s)[kPerLane], int chunk, float e, float
     float x = s[0];
 #pragma unroll
     for (int i = 1; i < kPerLane; ++i) x = i == at ? s[i] : x;
-    const float own = q.greedy ? 0 : in_chunk == place ? g : gumbel_of(source, token, e, g);
-    if (left) best.offer(pack(x + q.temperature * own, token), x);
+    const float own = params.greedy ? 0 : in_chunk == place ? g : gumbel_of(source, token, e, g);
+    if (left) best.offer(pack(x + params.temperature * own, token), x);
     left &= left - 1;
   }
 }
@@ -68,8 +68,8 @@ EFT_DEVICE void race_chunk(const float (&s)[kPerLane], int chunk, float e, float
 // chunk; scores(chunk, s): a lane's 8 scores of it. The chunk with the highest bound comes first, until no bound
 // reaches the lead.
 template <class Top, class Scores>
-EFT_DEVICE Winner race_chunks(int first, int n, unsigned* lead, float floor, const RowParams& q, const Source& source,
-                              const Top& top, const Scores& scores) {
+EFT_DEVICE Winner race_chunks(int first, int n, unsigned* lead, float floor, const RowParams& params,
+                              const Source& source, const Top& top, const Scores& scores) {
   Winner best;
   for (int from = 0; from < n; from += kThreads) {
     const int i = from + lane_id() * kWarps + warp_id(), mine = first + i;
@@ -78,11 +78,11 @@ EFT_DEVICE Winner race_chunks(int first, int n, unsigned* lead, float floor, con
     float e = 1, g = 0;
     int place = 0;
     if (high >= floor && high > -kInf) {
-      if (!q.greedy) {
+      if (!params.greedy) {
         const ChunkNoise<float> noise = chunk_noise<float>(source, static_cast<uint32_t>(mine));
         e = noise.e, g = noise.g, place = static_cast<int>(noise.place);
       }
-      bound = pack(high + q.temperature * g, mine * kChunkSize);
+      bound = pack(high + params.temperature * g, mine * kChunkSize);
     }
     for (;;) {
       const int32_t word = static_cast<int32_t>(bound >> 32), most = __reduce_max_sync(kAll, word);
@@ -101,7 +101,7 @@ EFT_DEVICE Winner race_chunks(int first, int n, unsigned* lead, float floor, con
       if (lane_id() == lane) bound = kNone;
       if (__any_sync(kAll, best.key >= other)) continue;  // as high, but of lower ids
       race_chunk(s, chunk, __shfl_sync(kAll, e, lane), __shfl_sync(kAll, g, lane), __shfl_sync(kAll, place, lane),
-                 floor, unordered(least), q, source, best);
+                 floor, unordered(least), params, source, best);
     }
   }
   return best;

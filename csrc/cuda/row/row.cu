@@ -26,7 +26,7 @@ struct RowShared {
   State state;
   RowStats start;
   Total total;
-  PerModelStats own;
+  PerModelStats per_model;
   int b, slot, length;                  // length: of verify's drafts
   bool is_skipped, accepts_here, last;  // accepts_here: this block decides on drafts
   unsigned lead;                        // of the race; the row's blocks use the first one's
@@ -66,26 +66,26 @@ EFT_DEVICE RowStats stats_of(ClusterGroup& group, const RowShared& shared, const
   return cluster_reduce(group, stats, shared.params.c);
 }
 
-EFT_DEVICE bool is_valid(const RowParams& q, const RowStats& stats) {
-  return q.valid && stats.best > -kInf && stats.best < kInf;
+EFT_DEVICE bool is_valid(const RowParams& params, const RowStats& stats) {
+  return params.valid && stats.best > -kInf && stats.best < kInf;
 }
 
 // Every chunk's scores and their best into memory, under the up-scaling filter where it is on. A barrier ends it.
 EFT_DEVICE RowStats combine(ClusterGroup& group, RowShared& shared, const RowCall& call, Search& search,
                             bool tempered) {
   Row& row = shared.row;
-  const RowParams& q = shared.params;
+  const RowParams& params = shared.params;
   const Part& part = shared.part;
   const auto keep = [&](int chunk, const float* s) {
     if (call.keeps_scores) store8(part.scores + (chunk - part.first) * kChunkSize + lane_id() * kPerLane, s);
   };
   ExpSum sum;
-  const bool summed = !call.token_only || (q.use_p && !q.use_k);
-  stream_logits<true>(row, part.first, part.n, part.tops, summed, tempered, q.c, sum, keep);
+  const bool summed = !call.token_only || (params.use_p && !params.use_k);
+  stream_logits<true>(row, part.first, part.n, part.tops, summed, tempered, params.c, sum, keep);
   if (group.size > 1) cluster_wait();
   RowStats stats = stats_of(group, shared, sum);
-  if (is_valid(q, stats) && row.upscaled) {
-    find_nucleus(group, row, part, search, shared.own, q.upscale_top_p);
+  if (is_valid(params, stats) && row.upscaled) {
+    find_nucleus(group, row, part, search, shared.per_model, params.upscale_top_p);
     sum = ExpSum();
     for (int i = warp_id(); i < part.n; i += kWarps) {
       float s[kPerLane];
@@ -93,7 +93,7 @@ EFT_DEVICE RowStats combine(ClusterGroup& group, RowShared& shared, const RowCal
       const float high = top_or_nan(s);  // a normalised score may overflow
       const float top = __all_sync(kAll, high < kInf) ? warp_max(high) : kInf;
       if (lane_id() == 0) part.tops[i] = top;
-      if (high > -kInf) sum.add(s, high, q.c, tempered);
+      if (high > -kInf) sum.add(s, high, params.c, tempered);
       keep(part.first + i, s);
     }
     __syncthreads();
@@ -105,18 +105,18 @@ EFT_DEVICE RowStats combine(ClusterGroup& group, RowShared& shared, const RowCal
 // The scores that filters keep, into shared.state, too, with what follows from them.
 EFT_DEVICE Interval find_interval(ClusterGroup& group, RowShared& shared, const RowCall& call, Search& search,
                                   bool tempered) {
-  const RowParams& q = shared.params;
+  const RowParams& params = shared.params;
   const Part& part = shared.part;
   State& f = shared.state;
   const ExpSum& about = shared.start.sum;
   if (threadIdx.x == 0) f.lse = log(about.sum), f.log_kept = tempered ? log(about.sum_c) : f.lse;
-  Kept kept = keep_of(group, part, search, q, shared.start, tempered, shared.row.chunks, shared.row.vocab);
+  Kept kept = keep_of(group, part, search, params, shared.start, tempered, shared.row.chunks, shared.row.vocab);
   const bool nothing = kept.mass == 0;
-  if (q.greedy) kept.scores.floor = f.best, kept.mass = kWhole;
-  else if (nothing && call.exact) kept.mass = count_from(group, part, -kInf, f.best, q.c, false).b;
+  if (params.greedy) kept.scores.floor = f.best, kept.mass = kWhole;
+  else if (nothing && call.exact) kept.mass = count_from(group, part, -kInf, f.best, params.c, false).b;
   if (threadIdx.x == 0) {
     f.kept = kept.scores, f.mass = kept.mass;
-    if (q.greedy) f.log_kept = 0;
+    if (params.greedy) f.log_kept = 0;
     else if (!nothing) f.log_kept = log_total(kept.mass);
   }
   return kept.scores;
@@ -131,20 +131,20 @@ EFT_DEVICE float start_rejection(RowShared& shared, bool tempered) {
 
 // The winner of the scores in `kept`; by rejection: of those from kept.floor on, drawn until the filters keep it.
 EFT_DEVICE Winner draw(ClusterGroup& group, RowShared& shared, Interval kept, bool by_rejection) {
-  const RowParams& q = shared.params;
+  const RowParams& params = shared.params;
   const Part& part = shared.part;
   const float& best = shared.state.best;
   unsigned* lead = group.at(&shared.lead, 0);
   for (;;) {
     const Winner w = cluster_reduce(
         group, race_chunks(
-                   part.first, part.n, lead, kept.floor, q, shared.source, [&](int i) { return part.tops[i]; },
+                   part.first, part.n, lead, kept.floor, params, shared.source, [&](int i) { return part.tops[i]; },
                    [&](int chunk, float (&s)[kPerLane]) {
                      load8(part.scores + (chunk - part.first) * kChunkSize + lane_id() * kPerLane, s);
                      if (kept.ceiling < best) drop_above(kept.ceiling, s);
                    }));
     if (group.rank == 0 && threadIdx.x == 0) shared.lead = 0;
-    if (!by_rejection || w.key == kNone || is_kept(group, part, q, w.score, best, shared.total)) return w;
+    if (!by_rejection || w.key == kNone || is_kept(group, part, params, w.score, best, shared.total)) return w;
     kept.floor = above(w.score);
   }
 }
@@ -152,7 +152,7 @@ EFT_DEVICE Winner draw(ClusterGroup& group, RowShared& shared, Interval kept, bo
 // The sample and the row's state, by one thread; with the mass of the draft that verify judges here.
 EFT_DEVICE void write_sample(const ClusterGroup& group, RowShared& shared, const RowCall& call, const Winner& w) {
   State& f = shared.state;
-  const RowParams& q = shared.params;
+  const RowParams& params = shared.params;
   if (threadIdx.x != 0) return;
   if (w.key != kNone) f.token = packed_token(w.key), f.score = w.score;
   if (group.rank != 0) return;
@@ -160,12 +160,12 @@ EFT_DEVICE void write_sample(const ClusterGroup& group, RowShared& shared, const
   if (f.valid && shared.slot < shared.length) {
     const int64_t id = call.drafts.tokens[r - shared.b];
     if (id >= 0 && id < shared.row.vocab)
-      f.drafted = mass_at(f, q, score_of(shared.row, static_cast<int>(id)), static_cast<int>(id));
+      f.drafted = mass_at(f, params, score_of(shared.row, static_cast<int>(id)), static_cast<int>(id));
   }
   if (call.tokens) call.tokens[r] = f.token;
   if (call.valid) call.valid[r] = f.valid;
   if (call.logprobs) {
-    call.logprobs[r] = f.valid ? processed_logprob(f, q, w.score, static_cast<int>(f.token)) : NAN;
+    call.logprobs[r] = f.valid ? processed_logprob(f, params, w.score, static_cast<int>(f.token)) : NAN;
     call.raw_logprobs[r] = f.valid ? raw_logprob(f, w.score) : NAN;
   }
   if (call.states) call.states[r] = f;
@@ -174,7 +174,7 @@ EFT_DEVICE void write_sample(const ClusterGroup& group, RowShared& shared, const
 // Everything else that a call may want of the row.
 EFT_DEVICE void write_rest(ClusterGroup& group, RowShared& shared, const RowCall& call, Search& search) {
   const Row& row = shared.row;
-  const RowParams& q = shared.params;
+  const RowParams& params = shared.params;
   const Part& part = shared.part;
   const State& f = shared.state;
   const int64_t r = row_of(shared, call);
@@ -187,33 +187,34 @@ EFT_DEVICE void write_rest(ClusterGroup& group, RowShared& shared, const RowCall
       write_top(group, part, f, n, ids, logprobs, f.valid);
   }
   if (call.entropy) write_diagnostics(group, row, part, f, call.entropy + r, call.tv + r, f.valid);
-  if (call.all_logprobs) write_all_logprobs(row, part, f, q, call.all_logprobs + r * row.vocab);
+  if (call.all_logprobs) write_all_logprobs(row, part, f, params, call.all_logprobs + r * row.vocab);
   if (call.id_logprobs)
-    write_id_logprobs(group, row, f, q, call.ids + r * call.n_ids, call.n_ids, call.id_logprobs + r * call.n_ids);
+    write_id_logprobs(group, row, f, params, call.ids + r * call.n_ids, call.n_ids, call.id_logprobs + r * call.n_ids);
 }
 
 // A row's kernel but for what verify makes of it. All threads of its blocks call this, `shared` is set.
 EFT_DEVICE void run_row(ClusterGroup& group, RowShared& shared, const RowCall& call, int per) {
-  const RowParams& q = shared.params;
-  const bool tempered = !q.greedy && q.temperature != 1;
+  const RowParams& params = shared.params;
+  const bool tempered = !params.greedy && params.temperature != 1;
   if (group.size > 1) cluster_begin();
 
   Search& search = *reinterpret_cast<Search*>(shared_memory() + kHead + tops_bytes(per));
   const RowStats stats = combine(group, shared, call, search, tempered);
-  const bool ok = is_valid(q, stats);
+  const bool ok = is_valid(params, stats);
   if (threadIdx.x == 0) {
     const Row& row = shared.row;
     shared.start = stats;
-    shared.state = {stats.best, Interval(), 0, 0, 0, -1, -kInf, 0, row.tau, row.inside, row.outside, ok};
+    shared.state = {stats.best,        Interval(),     0, 0, 0, -1, -kInf, 0, row.nucleus_floor,
+                    row.nucleus_shift, row.tail_shift, ok};
   }
   __syncthreads();
 
   Interval kept;
-  const bool by_rejection = call.by_rejection && can_reject(q);
+  const bool by_rejection = call.by_rejection && can_reject(params);
   if (ok && by_rejection) kept.floor = start_rejection(shared, tempered);
   else if (ok) kept = find_interval(group, shared, call, search, tempered);
   Winner w;
-  if (ok && (call.samples || q.greedy)) w = draw(group, shared, kept, by_rejection);
+  if (ok && (call.samples || params.greedy)) w = draw(group, shared, kept, by_rejection);
 
   write_sample(group, shared, call, w);
   __syncthreads();

@@ -15,7 +15,7 @@ struct State {
   int64_t token;        // the row's own sample, of a greedy row always; -1: invalid or not asked for
   float score;          // the sample's
   int64_t drafted;      // mass of the draft that verify judges here
-  float tau, inside, outside;
+  float nucleus_floor, nucleus_shift, tail_shift;
   bool valid;
 };
 
@@ -37,9 +37,9 @@ struct Drafts {
   unsigned* counters;  // [B, S]
   Verified out;
   // of "block": the ratio after each draft, room for sums of residuals, which is set to 0, and how many drafts count
-  double* ratios;   // [B, S]
-  int64_t* rest;    // [B, S]
-  int* num_drafts;  // [B]
+  double* ratios;          // [B, S]
+  int64_t* residual_sums;  // [B, S]
+  int* num_drafts;         // [B]
 };
 
 // A call with everything that the operations return, null where it is not wanted.
@@ -67,13 +67,13 @@ struct RowCall : Call {
 // --- log-probs -----------------------------------------------------------------------------------------------------
 
 EFT_DEVICE float raw_logprob(const State& f, float s) { return (s - f.best) - f.lse; }
-EFT_DEVICE float processed_logprob(const State& f, const RowParams& q, float s, int token) {
-  if (q.greedy) return token == f.token ? 0 : -kInf;
-  return f.kept.holds(s) && s > -kInf ? (s - f.best) * q.inverse_temperature - f.log_kept : -kInf;
+EFT_DEVICE float processed_logprob(const State& f, const RowParams& params, float s, int token) {
+  if (params.greedy) return token == f.token ? 0 : -kInf;
+  return f.kept.holds(s) && s > -kInf ? (s - f.best) * params.inverse_temperature - f.log_kept : -kInf;
 }
 // the processed one where temperature or filters make it another
-EFT_DEVICE float logprob(const State& f, const RowParams& q, float s, int token) {
-  return q.processed() ? processed_logprob(f, q, s, token) : raw_logprob(f, s);
+EFT_DEVICE float logprob(const State& f, const RowParams& params, float s, int token) {
+  return params.processed() ? processed_logprob(f, params, s, token) : raw_logprob(f, s);
 }
 
 // --- launches ------------------------------------------------------------------------------------------------------

@@ -21,27 +21,28 @@ struct Part {
   float score, top, sum, sum_c;
 };
 
-EFT_DEVICE void write_row(const SampleCall& call, int64_t b, const RowParams& q, const Winner& w, const ExpSum& sum) {
+EFT_DEVICE void write_row(const SampleCall& call, int64_t b, const RowParams& params, const Winner& w,
+                          const ExpSum& sum) {
   const bool ok = w.key != kNone && w.key != kBad;
   call.tokens[b] = ok ? packed_token(w.key) : -1;
   call.valid[b] = ok;
   if (!call.logprobs) return;
   const float raw = ok ? (w.score - sum.top) - log(sum.sum) : NAN;
   call.raw_logprobs[b] = raw;
-  const bool tempered = !q.greedy && q.temperature != 1;
-  call.logprobs[b] = !ok        ? NAN
-                     : q.greedy ? 0
-                     : tempered ? (w.score - sum.top) * q.inverse_temperature - log(sum.sum_c)
-                                : raw;
+  const bool tempered = !params.greedy && params.temperature != 1;
+  call.logprobs[b] = !ok             ? NAN
+                     : params.greedy ? 0
+                     : tempered      ? (w.score - sum.top) * params.inverse_temperature - log(sum.sum_c)
+                                     : raw;
 }
 
 // The block's result to parts[split] of its row; of the row's blocks the last one to come here writes the row. Warp 0
 // calls this. counters: [2, rows], arrivals, then the lead of the row's race.
-EFT_DEVICE void arrive(const SampleCall& call, int64_t b, int splits, int split, const RowParams& q, Winner w,
+EFT_DEVICE void arrive(const SampleCall& call, int64_t b, int splits, int split, const RowParams& params, Winner w,
                        ExpSum sum, Part* parts, unsigned* counters) {
   const int lane = lane_id();
   if (splits == 1) {
-    if (lane == 0) write_row(call, b, q, w, sum), counters[call.rows + b] = 0;
+    if (lane == 0) write_row(call, b, params, w, sum), counters[call.rows + b] = 0;
     return;
   }
   unsigned before = 0;
@@ -55,12 +56,12 @@ EFT_DEVICE void arrive(const SampleCall& call, int64_t b, int splits, int split,
   sum = ExpSum();
   for (int i = lane; i < splits; i += kLanes) {
     w.offer(load_cg(&parts[i].key), load_cg(&parts[i].score));
-    sum.merge(load_cg(&parts[i].top), load_cg(&parts[i].sum), load_cg(&parts[i].sum_c), q.c);
+    sum.merge(load_cg(&parts[i].top), load_cg(&parts[i].sum), load_cg(&parts[i].sum_c), params.c);
   }
   w = warp_reduce(w);
-  if (call.logprobs) sum = warp_reduce(sum, q.c);
+  if (call.logprobs) sum = warp_reduce(sum, params.c);
   if (lane == 0) {
-    write_row(call, b, q, w, sum);
+    write_row(call, b, params, w, sum);
     counters[b] = counters[call.rows + b] = 0;
   }
 }
@@ -114,7 +115,7 @@ EFT_KERNEL void __launch_bounds__(kThreads, EFT_STREAM_BLOCKS)
   StreamShared& shared = *reinterpret_cast<StreamShared*>(shared_memory());
   float* tops = reinterpret_cast<float*>(shared_memory() + kStreamHead);
   Row& row = shared.row;
-  const RowParams& q = shared.params;
+  const RowParams& params = shared.params;
   const Piece& piece = shared.piece;
   if (threadIdx.x == 0) shared.next = blockIdx.x * per;
   do {
@@ -128,13 +129,13 @@ EFT_KERNEL void __launch_bounds__(kThreads, EFT_STREAM_BLOCKS)
     }
     __syncthreads();
     ExpSum sum;
-    stream_logits<false>(row, piece.first, piece.n, tops, call.logprobs != nullptr, !q.greedy && q.temperature != 1,
-                         q.c, sum, [](int, const float*) {});
+    stream_logits<false>(row, piece.first, piece.n, tops, call.logprobs != nullptr,
+                         !params.greedy && params.temperature != 1, params.c, sum, [](int, const float*) {});
     if (call.logprobs) {
-      sum = warp_reduce(sum, q.c);
+      sum = warp_reduce(sum, params.c);
       if (lane_id() == 0) shared.sums[warp_id()] = sum;
     }
-    bool bad = !q.valid;
+    bool bad = !params.valid;
     for (int i = threadIdx.x; i < piece.n; i += kThreads) bad |= tops[i] == kInf;
     bad = __syncthreads_or(bad);
     Winner best;
@@ -142,15 +143,16 @@ EFT_KERNEL void __launch_bounds__(kThreads, EFT_STREAM_BLOCKS)
       best.key = kBad;
     } else {
       best = race_chunks(
-          piece.first, piece.n, counters + call.rows + piece.b, -kInf, q, shared.source, [&](int i) { return tops[i]; },
-          [&](int chunk, float (&s)[kPerLane]) { scores_of<false>(row, chunk, s); });
+          piece.first, piece.n, counters + call.rows + piece.b, -kInf, params, shared.source,
+          [&](int i) { return tops[i]; }, [&](int chunk, float (&s)[kPerLane]) { scores_of<false>(row, chunk, s); });
       best = block_best(best, shared.winners);
     }
     sum = ExpSum();
     if (call.logprobs)
-      for (int i = 0; i < kWarps; ++i) sum.merge(shared.sums[i].top, shared.sums[i].sum, shared.sums[i].sum_c, q.c);
+      for (int i = 0; i < kWarps; ++i)
+        sum.merge(shared.sums[i].top, shared.sums[i].sum, shared.sums[i].sum_c, params.c);
     if (warp_id() == 0)
-      arrive(call, piece.b, piece.splits, piece.split, q, best, sum, parts + blockIdx.x - piece.split + piece.b,
+      arrive(call, piece.b, piece.splits, piece.split, params, best, sum, parts + blockIdx.x - piece.split + piece.b,
              counters);
   } while (!piece.last);
 }
@@ -218,13 +220,13 @@ EFT_KERNEL void __launch_bounds__(EFT_DIRECT_BOUNDS)
   const int64_t b = blockIdx.x / splits;
   const int split = blockIdx.x % splits, lane = lane_id();
   DirectShared& shared = *reinterpret_cast<DirectShared*>(shared_memory());
-  const RowParams q = row_params_of(call, b);
+  const RowParams params = row_params_of(call, b);
   const Source source = source_of(call, b, 0, call.stream, call.slot);
   const int chunk = split * kDirectWarps + warp_id(), token = chunk * kChunkSize + lane * kPerLane;
   float s[kPerLane];
   const float high = direct_sums(call, b, chunk, token, s);
   float key[kPerLane] = {};  // T g
-  if (!q.greedy) {
+  if (!params.greedy) {
     const ChunkNoise<float> noise = chunk_noise<float>(source, static_cast<uint32_t>(chunk));
 #pragma unroll
     for (int i = 0; i < kPerLane; i += 4) {
@@ -232,7 +234,7 @@ EFT_KERNEL void __launch_bounds__(EFT_DIRECT_BOUNDS)
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const bool here = lane * kPerLane + i + k == static_cast<int>(noise.place);
-        key[i + k] = q.temperature * (here ? noise.g : token_gumbel<float>(noise.e, noise.g, w.r[k]));
+        key[i + k] = params.temperature * (here ? noise.g : token_gumbel<float>(noise.e, noise.g, w.r[k]));
       }
     }
   }
@@ -249,13 +251,13 @@ EFT_KERNEL void __launch_bounds__(EFT_DIRECT_BOUNDS)
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i)
     if (s[i] > -kInf) best.offer(pack(s[i] + key[i], token + i), s[i]);
-  if (!ok || !q.valid) best.key = kBad;
+  if (!ok || !params.valid) best.key = kBad;
   best = warp_reduce(best);
   ExpSum sum;
   if (call.logprobs) {
     const float top = top_of(s);
-    if (top > -kInf && top < kInf) sum.add(s, top, q.c, !q.greedy && q.temperature != 1);
-    sum = warp_reduce(sum, q.c);
+    if (top > -kInf && top < kInf) sum.add(s, top, params.c, !params.greedy && params.temperature != 1);
+    sum = warp_reduce(sum, params.c);
   }
   if (lane == 0) shared.parts[warp_id()] = {best.key, best.score, sum.top, sum.sum, sum.sum_c};
   __syncthreads();
@@ -263,9 +265,9 @@ EFT_KERNEL void __launch_bounds__(EFT_DIRECT_BOUNDS)
   for (int i = 1; i < kDirectWarps; ++i) {
     const Part& p = shared.parts[i];
     best.offer(p.key, p.score);
-    sum.merge(p.top, p.sum, p.sum_c, q.c);
+    sum.merge(p.top, p.sum, p.sum_c, params.c);
   }
-  arrive(call, b, splits, split, q, best, sum, parts + b * splits, counters);
+  arrive(call, b, splits, split, params, best, sum, parts + b * splits, counters);
 }
 
 }  // namespace

@@ -29,7 +29,7 @@ struct Row {
   bool is_upscale;             // 16-bit models with weights 1, 1, -1, and dtype is not kMixed
   int vector_from, vector_to;  // chunks that may be read by vectors
   bool upscaled, is_upscaled;  // the up-scaling filter is on; and its nucleus is known
-  float tau, inside, outside;  // the up-scaling filter, once known (row.cuh)
+  float nucleus_floor, nucleus_shift, tail_shift;  // the up-scaling filter, once known (row.cuh)
 };
 
 constexpr int kMixed = 3;  // of Row::dtype
@@ -57,7 +57,7 @@ EFT_DEVICE void set_row(Row& row, const Call& call, int64_t b, int64_t slot) {
   row.chunks = (call.vocab_size + kChunkSize - 1) / kChunkSize;
   row.upscaled = call.upscale_top_p[b] < 1;
   row.is_upscaled = false;
-  row.tau = row.inside = row.outside = 0;
+  row.nucleus_floor = row.nucleus_shift = row.tail_shift = 0;
   row.mask = mask_of(call, b, slot);
   row.bias = call.bias_of(b, slot);
   row.is_biased = row.bias.starts && !row.upscaled;
@@ -297,7 +297,7 @@ EFT_DEVICE void upscale(const Row& row, int chunk, float* s) {
   own_logits(row, row.tuned, chunk, z);
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i)
-    if (s[i] > -kInf) s[i] = z[i] >= row.tau ? s[i] - row.inside : z[i] - row.outside;
+    if (s[i] > -kInf) s[i] = z[i] >= row.nucleus_floor ? s[i] - row.nucleus_shift : z[i] - row.tail_shift;
 }
 
 // Adds a chunk's entries of token_bias to the lanes' scores; false where one comes to NaN or +inf. All lanes call this.
@@ -346,7 +346,7 @@ EFT_DEVICE float score_of(const Row& row, int token) {
   if (excluded || !(s > -kInf) || (masked && !(fabsf(s) < kLarge))) return -kInf;
   if (row.is_upscaled) {
     const float z = logit(row.tuned, token);
-    s = z >= row.tau ? s - row.inside : z - row.outside;
+    s = z >= row.nucleus_floor ? s - row.nucleus_shift : z - row.tail_shift;
   }
   if (row.is_biased) row.bias.each(token / kChunkSize, [&](int id, float value) { s = id == token ? s + value : s; });
   return s;
@@ -364,11 +364,11 @@ EFT_DEVICE void drop_above(float ceiling, float (&s)[kPerLane]) {
 }
 
 EFT_DEVICE RowParams row_params_of(const Call& call, int64_t b) {
-  RowParams q;
-  static_cast<Filters&>(q) = filters_of(call, b);
-  q.use_k = q.top_k > 0;
-  q.use_p = q.top_p < 1;
-  return q;
+  RowParams params;
+  static_cast<Filters&>(params) = filters_of(call, b);
+  params.use_k = params.top_k > 0;
+  params.use_p = params.top_p < 1;
+  return params;
 }
 
 }  // namespace cuda

@@ -13,9 +13,9 @@ namespace cuda {
 constexpr int64_t kWhole = int64_t{1} << kMassBits;
 
 // the mass of a token of score s after filters; a greedy row has all of it at one token
-EFT_DEVICE int64_t mass_at(const State& state, const Filters& q, float s, int token) {
-  if (q.greedy) return token == state.token ? kWhole : 0;
-  return state.kept.holds(s) && s > -kInf ? mass(s, state.best, q.c) : 0;
+EFT_DEVICE int64_t mass_at(const State& state, const Filters& filters, float s, int token) {
+  if (filters.greedy) return token == state.token ? kWhole : 0;
+  return state.kept.holds(s) && s > -kInf ? mass(s, state.best, filters.c) : 0;
 }
 EFT_DEVICE int64_t total_of(const State& state) { return state.mass < 1 ? 1 : state.mass; }
 
@@ -63,7 +63,7 @@ EFT_DEVICE bool accept_draft(const RowCall& call, const State& f, int64_t b, int
 }
 
 // The tokens of "coupled": the target's own up to the first that is not the draft. All threads of a block call this.
-EFT_DEVICE void write_coupled(const RowCall& call, const RowParams& q, int64_t b, int length) {
+EFT_DEVICE void write_coupled(const RowCall& call, const RowParams& params, int64_t b, int length) {
   const Drafts& d = call.drafts;
   const int64_t S = call.slots;
   const int last = min(first_rejected(d, b, S), length);
@@ -74,7 +74,7 @@ EFT_DEVICE void write_coupled(const RowCall& call, const RowParams& q, int64_t b
     if (k <= last) f = d.target[r];
     d.out.tokens[r] = f.valid ? f.token : -1;
     if (d.out.logprobs) {
-      d.out.logprobs[r] = f.valid ? processed_logprob(f, q, f.score, static_cast<int>(f.token)) : NAN;
+      d.out.logprobs[r] = f.valid ? processed_logprob(f, params, f.score, static_cast<int>(f.token)) : NAN;
       d.out.raw_logprobs[r] = f.valid ? raw_logprob(f, f.score) : NAN;
     }
     if (k == last) d.out.emitted[b] = last + f.valid, d.out.valid[b] = f.valid;
@@ -87,7 +87,7 @@ EFT_DEVICE void write_ratios(const RowCall& call, int64_t b, int length) {
   const Drafts& d = call.drafts;
   const int64_t S = call.slots;
   const int lane = lane_id();
-  for (int k = threadIdx.x; k < S; k += kThreads) d.rest[b * S + k] = 0;
+  for (int k = threadIdx.x; k < S; k += kThreads) d.residual_sums[b * S + k] = 0;
   if (warp_id() != 0) return;
   int end = 0;
   double ratio = 1;

@@ -143,7 +143,7 @@ class Call:
         (seed, seed_value), (position, at) = _pair(p.seed, 0), _pair(p.position, 0)
         pointers, scalars = zip(*(_pair(getattr(p, name), off) for name, off in OFF.items()))
         self.sampling = (Sampling(pointers, tuple(map(float, scalars)), seed, position), seed_value, at)
-        on = [q.name for q in PARAMETERS if q.stage == "filter" and _varies(p, q.name)]
+        on = [row.name for row in PARAMETERS if row.stage == "filter" and _varies(p, row.name)]
         self.filtered, self.processed = bool(on), _varies(p, "temperature")
         # every row is: its exact mass is known
         self.all_filtered = any(not isinstance(getattr(p, name), torch.Tensor) for name in on)
@@ -355,22 +355,22 @@ def verify(
     logprobs: bool,
 ) -> Verified:
     B, S = logits[0].shape[:2]
-    device, judges, blocks = logits[0].device, method != "coupled", method == "block"
+    device, uses_masses, blocks = logits[0].device, method != "coupled", method == "block"
     call = Call(logits, p)
     call.stats(sum=logprobs, sum_c=logprobs or call.nucleus)
     state = call.state()
-    own, own_valid = (None, None) if judges else (call.empty(dtype=torch.int64), call.empty(dtype=torch.bool))
+    own, own_valid = (None, None) if uses_masses else (call.empty(dtype=torch.int64), call.empty(dtype=torch.bool))
     call.row(STREAM_CODES["sample"] << 1, state, own, own_valid)
     target, other = call.side(state), call.side(NO_STATE)
-    if judges:
+    if uses_masses:
         call.masses(state)
         if draft >= 0:
-            q = Call([logits[draft]], drawn_by.of(p))
-            q.stats(sum=False, sum_c=q.nucleus)
-            drawn = q.state()
-            other = q.side(drawn)
-            q.row(state=drawn)
-            q.masses(drawn)
+            drafting = Call([logits[draft]], drawn_by.of(p))
+            drafting.stats(sum=False, sum_c=drafting.nucleus)
+            drawn = drafting.state()
+            other = drafting.side(drawn)
+            drafting.row(state=drawn)
+            drafting.masses(drawn)
     tokens, valid = call.empty(dtype=torch.int64).view(B, S), torch.empty(B, dtype=torch.bool, device=device)
     emitted = torch.empty(B, dtype=torch.int64, device=device)
     lp, raw = (call.empty().view(B, S) if logprobs else None for _ in range(2))
@@ -396,11 +396,13 @@ def verify(
         **options,
     )
     if blocks:
-        rest = torch.zeros(B, S, dtype=torch.int64, device=device)
-        acceptance.rest_kernel[(B * S * call.stream["SPLITS"],)](
-            target, other, draft_tokens, accepted, ratios, rest, S, **call.stream, **OPTIONS
+        residual_sums = torch.zeros(B, S, dtype=torch.int64, device=device)
+        acceptance.residual_kernel[(B * S * call.stream["SPLITS"],)](
+            target, other, draft_tokens, accepted, ratios, residual_sums, S, **call.stream, **OPTIONS
         )
-        acceptance.block_kernel[(B,)](*call.sampling, accepted, factor, ratios, rest, S, num_warps=1, **OPTIONS)
+        acceptance.block_kernel[(B,)](
+            *call.sampling, accepted, factor, ratios, residual_sums, S, num_warps=1, **OPTIONS
+        )
     acceptance.last_kernel[(B,)](
         target,
         other,

@@ -256,7 +256,7 @@ def kept_interval(
     m,
     up,
     row,
-    q,
+    params,
     best,
     top,
     tops,
@@ -271,41 +271,41 @@ def kept_interval(
     TYPICAL: tl.constexpr,
 ):
     """The smallest and the largest score that filters keep, and the exact mass kept."""
-    use_k = q.top_k > 0
-    use_p = q.top_p < 1.0
+    use_k = params.top_k > 0
+    use_p = params.top_p < 1.0
     everything, ceiling = tl.cast(NEG_INF, tl.float32), tl.cast(INF, tl.float32)
     least = everything
-    if q.min_p > 0.0:
-        least = best + times(q.temperature, log(tl.maximum(q.min_p, 1.1754943508222875e-38)))
+    if params.min_p > 0.0:
+        least = best + times(params.temperature, log(tl.maximum(params.min_p, 1.1754943508222875e-38)))
     low = least
     if use_k:
         low = everything
-        if q.top_k <= chunks:  # no lower than the k-th largest maximum
-            low = kth(tops, chunks, q.top_k, low, best, N)
+        if params.top_k <= chunks:  # no lower than the k-th largest maximum
+            low = kth(tops, chunks, params.top_k, low, best, N)
     elif use_p:
-        low = cutoff(best, q.top_p, approximate * (1.0 - slack), q.temperature, row.V.to(tl.float32))
+        low = cutoff(best, params.top_p, approximate * (1.0 - slack), params.temperature, row.V.to(tl.float32))
     elif TYPICAL:
-        low = tl.maximum(low, best - tl.div_rn(41.0, q.c))  # what is lower has no mass
+        low = tl.maximum(low, best - tl.div_rn(41.0, params.c))  # what is lower has no mass
     count = gather(kept_scores, Kept(m, up, row, everything, ceiling), top, chunk, low, found, buffer, TC)
     floor = everything
     if use_k:
-        floor = kth(buffer, count, q.top_k, low, best, N)
+        floor = kth(buffer, count, params.top_k, low, best, N)
     if use_p:
         if use_k:
-            all_mass = mass_in(buffer, count, floor, ceiling, best, q.c, N)
-            floor, above, below = nucleus(buffer, count, floor, best, q.c, mass_limit(q.top_p, all_mass), N)
+            all_mass = mass_in(buffer, count, floor, ceiling, best, params.c, N)
+            floor, above, below = nucleus(buffer, count, floor, best, params.c, mass_limit(params.top_p, all_mass), N)
         else:
             units = (approximate * MASS_ONE).to(tl.float64)
             error = units * slack + row.V
-            floor, above, below = nucleus(buffer, count, low, best, q.c, mass_limit(q.top_p, units), N)
-            if (above >= mass_limit(q.top_p, units - error)) | (below < mass_limit(q.top_p, units + error)):
-                all_mass = mass_of_row(Kept(m, up, row, everything, ceiling), best, q.c, chunks, TC)
-                floor, above, below = nucleus(buffer, count, low, best, q.c, mass_limit(q.top_p, all_mass), N)
+            floor, above, below = nucleus(buffer, count, low, best, params.c, mass_limit(params.top_p, units), N)
+            if (above >= mass_limit(params.top_p, units - error)) | (below < mass_limit(params.top_p, units + error)):
+                all_mass = mass_of_row(Kept(m, up, row, everything, ceiling), best, params.c, chunks, TC)
+                floor, above, below = nucleus(buffer, count, low, best, params.c, mass_limit(params.top_p, all_mass), N)
     floor = tl.maximum(floor, least)
     if TYPICAL:
-        if q.typical_p < 1.0:
-            floor, ceiling = typical(buffer, count, floor, best, q.typical_p, q.c, N)
-    return floor, ceiling, mass_in(buffer, count, floor, ceiling, best, q.c, N)
+        if params.typical_p < 1.0:
+            floor, ceiling = typical(buffer, count, floor, best, params.typical_p, params.c, N)
+    return floor, ceiling, mass_in(buffer, count, floor, ceiling, best, params.c, N)
 
 
 @triton.jit(do_not_specialize=["seed", "position", "domain"])
@@ -341,13 +341,13 @@ def row_kernel(
     """
     r = tl.program_id(0).to(tl.int64)
     row = row_of(m, up, r)
-    q = params_of(sampling, seed, position, m.V, r // m.slots, r % m.slots)
+    params = params_of(sampling, seed, position, m.V, r // m.slots, r % m.slots)
     chunk = tl.arange(0, CP)
     here = chunk < chunks
     tops = top + r * chunks
     high = tl.load(tops + chunk, mask=here, other=NEG_INF)
     best = tl.max(high, 0)
-    ok = (best < INF) & (best > NEG_INF) & q.valid
+    ok = (best < INF) & (best > NEG_INF) & params.valid
     high = tl.where(ok, high, NEG_INF)
     best = tl.where(ok, best, 0.0)
     lse, approximate = 0.0, 1.0
@@ -355,17 +355,17 @@ def row_kernel(
         lse = log(tl.maximum(total(high, tl.load(sum + r * chunks + chunk, mask=here, other=0.0), best, LOG2E), 1.0))
     if sum_c is not None:
         parts = tl.load(sum_c + r * chunks + chunk, mask=here, other=0.0)
-        approximate = tl.maximum(total(high, parts, best, q.c), 1.0)
+        approximate = tl.maximum(total(high, parts, best, params.c), 1.0)
     floor, ceiling = tl.cast(NEG_INF, tl.float32), tl.cast(INF, tl.float32)
     mass_kept = tl.cast(0, tl.int64)
     log_kept = log(tl.cast(approximate, tl.float32))
     if FILTERED:
-        if ok & q.filtered:
+        if ok & params.filtered:
             floor, ceiling, mass_kept = kept_interval(
                 m,
                 up,
                 row,
-                q,
+                params,
                 best,
                 high,
                 tops,
@@ -381,11 +381,11 @@ def row_kernel(
             )
             if mass_kept > 0:
                 log_kept = log_total(mass_kept)
-    if q.greedy:
+    if params.greedy:
         floor, log_kept, mass_kept = best, 0.0, tl.cast(1 << 40, tl.int64)
     token = tl.cast(-1, tl.int64)
-    if (tokens is not None) or q.greedy:
-        winner, score = race_kept(m, up, row, high, chunk, floor, ceiling, q, tl.cast(domain, tl.uint32))
+    if (tokens is not None) or params.greedy:
+        winner, score = race_kept(m, up, row, high, chunk, floor, ceiling, params, tl.cast(domain, tl.uint32))
         token = tl.where(winner > NONE, packed_token(winner), -1).to(tl.int64)
         if tokens is not None:
             tl.store(tokens + r, token)
@@ -393,7 +393,9 @@ def row_kernel(
         if logprobs is not None:
             nan = tl.where(ok, 0.0, float("nan"))
             tl.store(raw + r, (score - best) - lse + nan)
-            tl.store(logprobs + r, tl.where(q.greedy, 0.0, (score - best) * q.inverse_temperature - log_kept) + nan)
+            tl.store(
+                logprobs + r, tl.where(params.greedy, 0.0, (score - best) * params.inverse_temperature - log_kept) + nan
+            )
     if state is not None:
         tl.store(state.best + r, best)
         tl.store(state.floor + r, floor)

@@ -13,12 +13,12 @@ from .semantics import CHUNK, INF, LOG2E, NEG_INF, NONE, log, packed_key, packed
 
 
 @triton.jit
-def processed_logprobs(s, token, state, r, q):
+def processed_logprobs(s, token, state, r, params):
     """After temperature and filters."""
-    lp = times(s - tl.load(state.best + r), q.inverse_temperature) - tl.load(state.log_kept + r)
+    lp = times(s - tl.load(state.best + r), params.inverse_temperature) - tl.load(state.log_kept + r)
     kept = (s >= tl.load(state.floor + r)) & (s <= tl.load(state.ceiling + r)) & (s > NEG_INF)
     lp = tl.where(kept, lp, NEG_INF)
-    return tl.where(q.greedy, tl.where(token == tl.load(state.greedy + r), 0.0, NEG_INF), lp)
+    return tl.where(params.greedy, tl.where(token == tl.load(state.greedy + r), 0.0, NEG_INF), lp)
 
 
 @triton.jit
@@ -28,9 +28,9 @@ def raw_logprobs(s, state, r):
 
 
 @triton.jit
-def changes(q):
+def changes(params):
     """Whether temperature or filters make the processed distribution another one."""
-    return (q.temperature != 1.0) | q.filtered
+    return (params.temperature != 1.0) | params.filtered
 
 
 @triton.jit(do_not_specialize=["seed", "position"])
@@ -40,15 +40,15 @@ def logprobs_kernel(
     """Grid (rows * SPLITS): out float32 [rows, V]."""
     r = (tl.program_id(0) // SPLITS).to(tl.int64)
     row = row_of(m, up, r)
-    q = params_of(sampling, seed, position, m.V, r // m.slots, r % m.slots)
+    params = params_of(sampling, seed, position, m.V, r // m.slots, r % m.slots)
     nan = tl.where(tl.load(state.valid + r), 0.0, float("nan"))
-    other = changes(q)
+    other = changes(params)
     for t in range(TILES):
         token = tokens_of((tl.program_id(0) % SPLITS) * (TILES * TC) + t * TC + tl.arange(0, TC))
         s, _ = combine(m, up, row, token)
         lp = raw_logprobs(s, state, r)
         if other:
-            lp = processed_logprobs(s, token, state, r, q)
+            lp = processed_logprobs(s, token, state, r, params)
         tl.store(out + r * row.V + token, lp + nan, mask=token < row.V)
 
 
@@ -61,7 +61,7 @@ def ids_kernel(m, up, sampling, seed, position, state, ids, number, emitted, log
     """
     r = tl.program_id(0).to(tl.int64)
     row = row_of(m, up, r)
-    q = params_of(sampling, seed, position, m.V, r // m.slots, r % m.slots)
+    params = params_of(sampling, seed, position, m.V, r // m.slots, r % m.slots)
     nan = tl.where(tl.load(state.valid + r), 0.0, float("nan"))
     length = 1
     if emitted is not None:
@@ -74,11 +74,11 @@ def ids_kernel(m, up, sampling, seed, position, state, ids, number, emitted, log
         token = tl.where(there, token, 0).to(tl.int32)
         s, _ = combine(m, up, row, token)
         full = raw_logprobs(s, state, r)
-        lp = processed_logprobs(s, token, state, r, q)
+        lp = processed_logprobs(s, token, state, r, params)
         if raw is not None:
             tl.store(raw + r * number + at, tl.where(there, full + nan, float("nan")), mask=at < number)
         else:
-            lp = tl.where(changes(q), lp, full)
+            lp = tl.where(changes(params), lp, full)
         tl.store(logprobs + r * number + at, tl.where(there, lp + nan, float("nan")), mask=at < number)
 
 
@@ -123,12 +123,12 @@ def diagnostics_kernel(m, up, state, z, stride, entropy, tv, chunks, TC: tl.cons
     row = row_of(m, up, r)
     z = z + r * stride
     best, sum = tl.full([TC, CHUNK], NEG_INF, tl.float32), tl.zeros([TC, CHUNK], tl.float32)
-    strange = tl.zeros([TC, CHUNK], tl.int32)  # NaN or +inf: a tuned model of weight 0 may hold them
+    nonfinite = tl.zeros([TC, CHUNK], tl.int32)  # NaN or +inf: a tuned model of weight 0 may hold them
     for t in range(0, chunks, TC):
         token = tokens_of(t + tl.arange(0, TC))
         s, _ = combine(m, up, row, token)
         x = tl.load(z + token, mask=s > NEG_INF, other=NEG_INF).to(tl.float32)
-        strange = tl.where(x < INF, strange, 1)
+        nonfinite = tl.where(x < INF, nonfinite, 1)
         higher = tl.maximum(best, x)
         shift = tl.where((higher > NEG_INF) & (higher < INF), higher, 0.0)
         sum = times(sum, tl.exp2((best - shift) * LOG2E)) + tl.exp2((x - shift) * LOG2E)
@@ -147,5 +147,5 @@ def diagnostics_kernel(m, up, state, z, stride, entropy, tv, chunks, TC: tl.cons
         d += tl.abs(p - tl.exp2(((x - high) - log_sum) * LOG2E))
     nan = tl.where(tl.load(state.valid + r), 0.0, float("nan"))
     tl.store(entropy + r, nan - tl.sum(tl.sum(h, 1), 0))
-    fine = tl.max(tl.max(strange, 1), 0) == 0
+    fine = tl.max(tl.max(nonfinite, 1), 0) == 0
     tl.store(tv + r, tl.where(fine, 0.5 * tl.sum(tl.sum(d, 1), 0) + nan, float("nan")))

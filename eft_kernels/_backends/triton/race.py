@@ -70,12 +70,12 @@ def race(scores: tl.constexpr, context, bound, e, place, chunk, temperature, see
 
 
 @triton.jit
-def race_kept(m, up, row, top, chunk, floor, ceiling, q, domain):
+def race_kept(m, up, row, top, chunk, floor, ceiling, params, domain):
     """`race` over the emulated scores from floor to ceiling of chunks whose maxima are ``top`` [N]."""
-    e, place = chunk_noise(q.seed, q.position, domain, chunk)
-    bound = tl.where(top >= floor, top + times(q.temperature, -log(e)), NEG_INF)
+    e, place = chunk_noise(params.seed, params.position, domain, chunk)
+    bound = tl.where(top >= floor, top + times(params.temperature, -log(e)), NEG_INF)
     kept = Kept(m, up, row, floor, ceiling)
-    return race(kept_scores, kept, bound, e, place, chunk, q.temperature, q.seed, q.position, domain)
+    return race(kept_scores, kept, bound, e, place, chunk, params.temperature, params.seed, params.position, domain)
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def total(top, sum, best, c):
 
 
 @triton.jit
-def finish(r, tokens, valid, logprobs, raw, best, score, top, sum, sum_c, q, PROCESSED: tl.constexpr):
+def finish(r, tokens, valid, logprobs, raw, best, score, top, sum, sum_c, params, PROCESSED: tl.constexpr):
     """Writes a row's outputs from its winner and its parts [N]: maxima and sums."""
     ok = (best != NONE) & (best != BAD)
     tl.store(tokens + r, tl.where(ok, packed_token(best), -1).to(tl.int64))
@@ -102,9 +102,11 @@ def finish(r, tokens, valid, logprobs, raw, best, score, top, sum, sum_c, q, PRO
         full = (score - high) - log(tl.where(ok, total(top, sum, high, LOG2E), 1.0))
         tl.store(raw + r, full + nan)
         if PROCESSED:
-            mass = total(top, sum_c, high, q.c)
+            mass = total(top, sum_c, high, params.c)
             full = tl.where(
-                q.greedy, 0.0, (score - high) * q.inverse_temperature - log(tl.where(ok & ~q.greedy, mass, 1.0))
+                params.greedy,
+                0.0,
+                (score - high) * params.inverse_temperature - log(tl.where(ok & ~params.greedy, mass, 1.0)),
             )
         tl.store(logprobs + r, full + nan)
 
@@ -138,17 +140,17 @@ def sample_kernel(
     r = (tl.program_id(0) // SPLITS).to(tl.int64)
     split = tl.program_id(0) % SPLITS
     row = row_of(m, up, r)
-    q = params_of(sampling, seed, position, m.V, r // m.slots, r % m.slots)
-    out_of_range = ~q.valid
+    params = params_of(sampling, seed, position, m.V, r // m.slots, r % m.slots)
+    out_of_range = ~params.valid
     domain = tl.cast(domain, tl.uint32)
     first = split * (TILES * TC)
     if DIRECT:
         chunk = first + tl.arange(0, TC)
         s, bad = combine(m, up, row, tokens_of(chunk))
-        e, place = chunk_noise(q.seed, q.position, domain, chunk)
-        word = tl.reshape(token_words(q.seed, q.position, domain, first, TC * CHUNK), [TC, CHUNK])
+        e, place = chunk_noise(params.seed, params.position, domain, chunk)
+        word = tl.reshape(token_words(params.seed, params.position, domain, first, TC * CHUNK), [TC, CHUNK])
         g = tl.where(tl.arange(0, CHUNK)[None, :] == place[:, None], -log(e)[:, None], token_gumbel(e[:, None], word))
-        key = tl.where(s > NEG_INF, pack(s + times(q.temperature, g), tokens_of(chunk)), NONE)
+        key = tl.where(s > NEG_INF, pack(s + times(params.temperature, g), tokens_of(chunk)), NONE)
         best = tl.max(tl.max(key, 1), 0)
         score = tl.max(tl.max(tl.where(key == best, s, NEG_INF), 1), 0)
         top = tl.max(s, 1)
@@ -156,7 +158,7 @@ def sample_kernel(
         if logprobs is not None:
             sum = sums(s, top, LOG2E)
             if PROCESSED:
-                sum_c = sums(s, top, q.c)
+                sum_c = sums(s, top, params.c)
         poisoned = out_of_range | (tl.max(tl.max(bad.to(tl.int32), 1), 0) > 0)
     else:
         tile = tl.arange(0, TILES)[:, None]
@@ -171,7 +173,7 @@ def sample_kernel(
             if logprobs is not None:
                 all_sum = tl.where(tile == t, sums(s, top, LOG2E)[None, :], all_sum)
                 if PROCESSED:
-                    all_sum_c = tl.where(tile == t, sums(s, top, q.c)[None, :], all_sum_c)
+                    all_sum_c = tl.where(tile == t, sums(s, top, params.c)[None, :], all_sum_c)
             tops = tl.where(tile == t, top[None, :], tops)
         # what is left, or all of it where a sum was not finite
         finite = tl.min(tl.min((size < LARGE).to(tl.int32), 1), 0) != 0
@@ -181,7 +183,7 @@ def sample_kernel(
             if logprobs is not None:
                 all_sum = tl.where(tile == t, sums(s, top, LOG2E)[None, :], all_sum)
                 if PROCESSED:
-                    all_sum_c = tl.where(tile == t, sums(s, top, q.c)[None, :], all_sum_c)
+                    all_sum_c = tl.where(tile == t, sums(s, top, params.c)[None, :], all_sum_c)
             tops = tl.where(tile == t, tl.max(tl.where(bad, INF, s), 1)[None, :], tops)
         top = tl.reshape(tops, [TILES * TC])
         sum = tl.reshape(all_sum, [TILES * TC])
@@ -195,12 +197,12 @@ def sample_kernel(
             first + tl.arange(0, TILES * TC),
             tl.cast(NEG_INF, tl.float32),
             tl.cast(INF, tl.float32),
-            q,
+            params,
             domain,
         )
     best = tl.where(poisoned, BAD, best)
     if SPLITS == 1:
-        finish(r, tokens, valid, logprobs, raw, best, score, top, sum, sum_c, q, PROCESSED)
+        finish(r, tokens, valid, logprobs, raw, best, score, top, sum, sum_c, params, PROCESSED)
     else:
         at = r * SPLITS + split
         tl.store(part_key + at, best)
@@ -210,7 +212,7 @@ def sample_kernel(
             tl.store(part + at * 4 + 1, high)
             tl.store(part + at * 4 + 2, total(top, sum, high, LOG2E))
             if PROCESSED:
-                tl.store(part + at * 4 + 3, total(top, sum_c, high, q.c))
+                tl.store(part + at * 4 + 3, total(top, sum_c, high, params.c))
         tl.debug_barrier()
         if tl.atomic_add(arrived + r, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
             tl.store(arrived + r, 0)
@@ -227,4 +229,4 @@ def sample_kernel(
                 sums_1 = tl.load(part + all_at * 4 + 2, mask=here, other=0.0, cache_modifier=".cg")
                 if PROCESSED:
                     sums_c = tl.load(part + all_at * 4 + 3, mask=here, other=0.0, cache_modifier=".cg")
-            finish(r, tokens, valid, logprobs, raw, winner, win, highs, sums_1, sums_c, q, PROCESSED)
+            finish(r, tokens, valid, logprobs, raw, winner, win, highs, sums_1, sums_c, params, PROCESSED)

@@ -187,9 +187,9 @@ def is_allowed(row, token, in_bounds):
 
 
 @triton.jit
-def scaled(up, row, s, own):
+def scaled(up, row, s, tuned_logits):
     """Scores under the up-scaling filter: in the tuned model's nucleus normalised, in the tail its own."""
-    x = tl.where(own >= row.nucleus_floor, s - row.nucleus_shift, own - row.tail_shift)
+    x = tl.where(tuned_logits >= row.nucleus_floor, s - row.nucleus_shift, tuned_logits - row.tail_shift)
     return tl.where(s > NEG_INF, tl.where(row.upscaled, x, s), NEG_INF)
 
 
@@ -201,7 +201,7 @@ def raw_scores(m, up, row, token):
     s = tl.zeros(token.shape, tl.float32)
     low = tl.full(token.shape, INF, tl.float32)
     high = tl.full(token.shape, NEG_INF, tl.float32)
-    own = s
+    tuned_logits = s
     for j in tl.static_range(len(row.z)):
         w = row.w[j]
         reads = in_bounds
@@ -213,7 +213,7 @@ def raw_scores(m, up, row, token):
         low = tl.minimum(low, z)
         high = tl.maximum(high, z, propagate_nan=tl.PropagateNan.ALL)
         if up.nucleus_floor is not None and j == row.tuned:
-            own = z
+            tuned_logits = z
             s = tl.where(w != 0, s + times(w, z), s)
         else:
             s = s + times(w, z)
@@ -223,7 +223,7 @@ def raw_scores(m, up, row, token):
         allowed = is_allowed(row, token, in_bounds)
         s = tl.where(allowed, s, NEG_INF)
         bad = bad & allowed
-    return s, bad, own
+    return s, bad, tuned_logits
 
 
 @triton.jit
@@ -245,9 +245,9 @@ def biased(row, token, s):
 @triton.jit
 def combine(m, up, row, token):
     """Emulated scores of tokens (-inf: excluded, or beyond V), and where the row is bad."""
-    s, bad, own = raw_scores(m, up, row, token)
+    s, bad, tuned_logits = raw_scores(m, up, row, token)
     if up.nucleus_floor is not None:
-        s = scaled(up, row, s, own)
+        s = scaled(up, row, s, tuned_logits)
         bad = bad | ~(s < INF)  # overflown
     if m.starts is not None:
         s = biased(row, token, s)
@@ -261,16 +261,16 @@ def quick_scores(m, up, row, token):
     s = tl.zeros(token.shape, tl.float32)
     if len(row.z) > 0:
         s = times(row.w[0], tl.load(row.z[0] + token).to(tl.float32))
-    own = s
+    tuned_logits = s
     for j in tl.static_range(len(row.z)):
         z = tl.load(row.z[j] + token).to(tl.float32)
         if j > 0:
             s = s + times(row.w[j], z)
         if up.nucleus_floor is not None and j == row.tuned:
-            own = z
+            tuned_logits = z
     plain = s
     if up.nucleus_floor is not None:
-        s = scaled(up, row, s, own)
+        s = scaled(up, row, s, tuned_logits)
         plain = tl.maximum(tl.abs(plain), tl.abs(s), propagate_nan=tl.PropagateNan.ALL)
     if m.mask is not None:
         s = tl.where(is_allowed(row, token, True), s, NEG_INF)
@@ -307,8 +307,8 @@ def kept_scores(k, token):
 @triton.jit
 def own_scores(k, token):
     """The tuned model's own logits over the tokens not excluded."""
-    s, _, own = raw_scores(k.m, k.up, k.row, token)
-    return tl.where(s > NEG_INF, own, NEG_INF)
+    s, _, tuned_logits = raw_scores(k.m, k.up, k.row, token)
+    return tl.where(s > NEG_INF, tuned_logits, NEG_INF)
 
 
 @triton.jit

@@ -229,8 +229,8 @@ def block_ratio(ratio, t, t_total, d, d_total):
 
 
 @triton.jit
-def block_passes(u, ratio, rest, last):
-    r = rest.to(tl.float64)
+def block_passes(u, ratio, residual_sum, last):
+    r = residual_sum.to(tl.float64)
     whole = r + (1.0 - ratio) * RESIDUAL_ONE
     return tl.where(last, u < ratio, (u * whole < r) | (whole == 0.0))
 

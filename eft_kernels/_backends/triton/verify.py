@@ -89,8 +89,8 @@ def mass_of(side, v, token):
 def mass_kernel(m, up, sampling, seed, position, state, SPLITS: tl.constexpr, TILES: tl.constexpr, TC: tl.constexpr):
     """Grid (rows * SPLITS): adds up the exact mass of the rows that no filter touched (state.total is 0 there)."""
     r = (tl.program_id(0) // SPLITS).to(tl.int64)
-    q = params_of(sampling, seed, position, m.V, r // m.slots, r % m.slots)
-    if ~q.greedy & ~q.filtered:
+    params = params_of(sampling, seed, position, m.V, r // m.slots, r % m.slots)
+    if ~params.greedy & ~params.filtered:
         row = row_of(m, up, r)
         best = tl.load(state.best + r)
         a = tl.zeros([TC, 256], tl.int64)
@@ -98,7 +98,7 @@ def mass_kernel(m, up, sampling, seed, position, state, SPLITS: tl.constexpr, TI
             s, _ = combine(
                 m, up, row, tokens_of((tl.program_id(0) % SPLITS) * (TILES * TC) + t * TC + tl.arange(0, TC))
             )
-            a += tl.where(s > NEG_INF, mass(s, best, q.c), 0)
+            a += tl.where(s > NEG_INF, mass(s, best, params.c), 0)
         tl.atomic_add(state.total + r, tl.sum(tl.sum(a, 1), 0), sem="relaxed")
 
 
@@ -191,7 +191,7 @@ def accept_kernel(
     tl.store(factor + b, 1.0)
 
 
-class Rest(NamedTuple):
+class SlotResidual(NamedTuple):
     """Context of `residual_scores`."""
 
     target: object
@@ -204,8 +204,8 @@ class Rest(NamedTuple):
 
 
 @triton.jit
-def rest_of(target, draft, r, factor):
-    """`Rest` of row r."""
+def slot_residual(target, draft, r, factor):
+    """`SlotResidual` of row r."""
     at_target = view(target, r)
     b = tl.cast(RESIDUAL_ONE / MASS_ONE, tl.float64)
     at_draft = at_target
@@ -233,37 +233,37 @@ def residual_scores(c, token):
 
 
 @triton.jit(do_not_specialize=["slots"])
-def rest_kernel(
+def residual_kernel(
     target,
     draft,
     draft_tokens,
     accepted,
     ratios,
-    rest,
+    residual_sums,
     slots,
     SPLITS: tl.constexpr,
     TILES: tl.constexpr,
     TC: tl.constexpr,
 ):
-    """Grid (B * slots * SPLITS), "block": rest int64 [B, slots], from 0: the whole residual at slot i + 1 after draft i
-    passed, each token's truncated to an integer."""
+    """Grid (B * slots * SPLITS), "block": adds to residual_sums, int64 [B, slots], the whole residual at slot i + 1
+    after draft i passed, each token's truncated to an integer."""
     at = (tl.program_id(0) // SPLITS).to(tl.int64)
     b, i = at // slots, at % slots
     if i + 1 < tl.load(accepted + b):
         ratio = tl.load(ratios + at)
         if ratio > 0:
             proposed = tl.load(draft_tokens + b * (slots - 1) + i + 1)
-            at_target, at_draft, x, y = rest_of(target, draft, at + 1, ratio)
-            c = Rest(target, draft, at_target, at_draft, x, y, proposed)
+            at_target, at_draft, x, y = slot_residual(target, draft, at + 1, ratio)
+            c = SlotResidual(target, draft, at_target, at_draft, x, y, proposed)
             a = tl.zeros([TC, 256], tl.int64)
             for t in range(TILES):
                 chunk = (tl.program_id(0) % SPLITS) * (TILES * TC) + t * TC + tl.arange(0, TC)
                 a += residuals(c, tokens_of(chunk)).to(tl.int64)
-            tl.atomic_add(rest + at, tl.sum(tl.sum(a, 1), 0), sem="relaxed")
+            tl.atomic_add(residual_sums + at, tl.sum(tl.sum(a, 1), 0), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["seed", "position", "slots"])
-def block_kernel(sampling, seed, position, accepted, factor, ratios, rest, slots):
+def block_kernel(sampling, seed, position, accepted, factor, ratios, residual_sums, slots):
     """Grid (B): the longest prefix that passes (Sun et al., algorithm 2)."""
     b = tl.program_id(0).to(tl.int64)
     end = tl.load(accepted + b)
@@ -272,7 +272,7 @@ def block_kernel(sampling, seed, position, accepted, factor, ratios, rest, slots
         row_seed, at = noise_of(sampling, seed, position, b, i)
         u = accept_uniform(row_seed, at, tl.cast(i, tl.uint32))
         ratio = tl.load(ratios + b * slots + i)
-        passes = block_passes(u, ratio, tl.load(rest + b * slots + i), i + 1 == end)
+        passes = block_passes(u, ratio, tl.load(residual_sums + b * slots + i), i + 1 == end)
         count = tl.where(passes, i + 1, count)
         f = tl.where(passes, ratio, f)
     tl.store(accepted + b, count)
@@ -317,34 +317,42 @@ def last_kernel(
         token = tl.where(ok, tl.load(own + r), -1)
     else:
         if ok:
-            q = params_of(sampling, seed, position, target.m.V, b, i)
+            params = params_of(sampling, seed, position, target.m.V, b, i)
             at = view(target, r)
             chunk = tl.arange(0, CP)
             high = tl.load(top + r * chunks + chunk, mask=chunk < chunks, other=NEG_INF)
             winner = tl.cast(NONE, tl.int64)
-            if (i < length) & ~q.greedy:
+            if (i < length) & ~params.greedy:
                 proposed = tl.load(draft_tokens + b * (slots - 1) + i)
-                at_target, at_draft, x, y = rest_of(target, draft, r, tl.load(factor + b))
+                at_target, at_draft, x, y = slot_residual(target, draft, r, tl.load(factor + b))
                 domain = tl.cast((i << 3) | (RESIDUAL << 1), tl.uint32)
-                e, place = chunk_noise(q.seed, q.position, domain, chunk)
-                most = mass(high, at.best, q.c).to(tl.float64) * x
+                e, place = chunk_noise(params.seed, params.position, domain, chunk)
+                most = mass(high, at.best, params.c).to(tl.float64) * x
                 bound = log(tl.maximum(most, 1.0).to(tl.float32)) + SLACK - log(e)
                 bound = tl.where((high >= at.floor) & (high > NEG_INF) & (most >= 1.0), bound, NEG_INF)
                 winner, _ = race(
                     residual_scores,
-                    Rest(target, draft, at_target, at_draft, x, y, proposed),
+                    SlotResidual(target, draft, at_target, at_draft, x, y, proposed),
                     bound,
                     e,
                     place,
                     chunk,
                     tl.cast(1.0, tl.float32),
-                    q.seed,
-                    q.position,
+                    params.seed,
+                    params.position,
                     domain,
                 )
             if winner == NONE:
                 winner, _ = race_kept(
-                    target.m, target.up, at.row, high, chunk, at.floor, at.ceiling, q, tl.cast(SAMPLE << 1, tl.uint32)
+                    target.m,
+                    target.up,
+                    at.row,
+                    high,
+                    chunk,
+                    at.floor,
+                    at.ceiling,
+                    params,
+                    tl.cast(SAMPLE << 1, tl.uint32),
                 )
             token = tl.where(winner > NONE, packed_token(winner), -1).to(tl.int64)
     slot = tl.arange(0, SP)
