@@ -4,7 +4,18 @@ from types import ModuleType
 
 from .combination import Weights, downscale, interpolate, proxy, upscale, weights
 from .dispatch import backends
-from .ops import DraftOutput, SampleOutput, VerifyOutput, draft, logprobs, row_seeds, sample, token_logprobs, verify
+from .ops import (
+    DraftOutput,
+    SampleOutput,
+    VerifyOutput,
+    combine,
+    draft,
+    logprobs,
+    row_seeds,
+    sample,
+    token_logprobs,
+    verify,
+)
 from .parameters import TokenBias
 from .token_bias import penalties
 from .version import __version__
@@ -17,6 +28,7 @@ __all__ = [
     "Weights",
     "__version__",
     "backends",
+    "combine",
     "downscale",
     "draft",
     "hf",

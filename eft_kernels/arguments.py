@@ -88,6 +88,8 @@ def check_logits(logits: object, dims: int, vocab_size: object) -> tuple[list[to
     shortest = 0
     for j, z in enumerate(logits):
         x = dense(f"logits[{j}]", z) if isinstance(z, torch.Tensor) else None
+        if x is not None and dims == 2 and x.dim() == 3 and x.shape[1] == 1:
+            x = x[:, 0]  # a model's logits at its newest token
         if x is None or x.dim() != dims or (out and x.shape[:-1] != out[0].shape[:-1]):
             shape = "[B, V]" if dims == 2 else "[B, K+1, V]"
             raise ValueError(
@@ -112,8 +114,28 @@ def check_logits(logits: object, dims: int, vocab_size: object) -> tuple[list[to
     return out, int(vocab_size)
 
 
+def check_row_index(index: object, dims: int, logits: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """``index``, rows of the logits [N, V], as contiguous int64 of so many dimensions; ValueError. None is none."""
+    if index is None:
+        return None
+    device = logits[0].device
+    index = from_host("row_index", index, device)
+    got = shown(index)
+    if isinstance(index, torch.Tensor):
+        index = dense("row_index", index)
+        got = f"{index.dtype} {list(index.shape)}"
+    if not isinstance(index, torch.Tensor) or index.dtype not in INTEGERS or index.dim() != dims:
+        shape = "[B]" if dims == 1 else "[B, K+1]"
+        raise ValueError(f"row_index: expected an int64 tensor {shape} of rows of the logits, got {got}")
+    if index.device != device:
+        raise ValueError(f"row_index: is on {index.device}, the logits are on {device}; move it there")
+    if index.numel() and not len(logits[0]):
+        raise ValueError("row_index: the logits have no rows")
+    return index.to(torch.int64).contiguous()
+
+
 def check_mask(mask: object, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """``mask`` as contiguous int32 words of this shape; leading sizes of 1 are repeated."""
+    """``mask`` as contiguous int32 words of this shape; leading sizes of 1 are repeated, further words dropped."""
     mask = from_host("token_mask", mask, device)
     got = type(mask).__name__
     if isinstance(mask, torch.Tensor):
@@ -121,12 +143,14 @@ def check_mask(mask: object, shape: tuple[int, ...], device: torch.device) -> to
         got = f"{mask.dtype} {list(mask.shape)}"
         if mask.dtype is torch.uint32:
             mask = mask.view(torch.int32)
+        if mask.dim() == len(shape) + 1 == 3 and mask.shape[1] == 1:
+            mask = mask[:, 0]
     if (
         not isinstance(mask, torch.Tensor)
         or mask.dtype is not torch.int32
         or mask.dim() != len(shape)
-        or mask.shape[-1] != shape[-1]
-        or any(n not in (1, want) for n, want in zip(mask.shape, shape))
+        or mask.shape[-1] < shape[-1]
+        or any(n not in (1, want) for n, want in zip(mask.shape[:-1], shape))
     ):
         raise ValueError(
             f"token_mask: expected an int32 tensor {list(shape)} (bit v % 32 of word v // 32 is 1 where "
@@ -134,7 +158,7 @@ def check_mask(mask: object, shape: tuple[int, ...], device: torch.device) -> to
         )
     if mask.device != device:
         raise ValueError(f"token_mask: is on {mask.device}, the logits are on {device}; move it there")
-    return mask.expand(shape).contiguous()
+    return mask[..., : shape[-1]].expand(shape).contiguous()
 
 
 def check_bias(bias: object, lead: Sequence[int], device: torch.device) -> TokenBias | None:
@@ -204,6 +228,7 @@ def check_params(
     token_mask: object = None,
     token_bias: object = None,
     tuned: object = 1,
+    row_index: torch.Tensor | None = None,
     check: bool = False,
     needs_tuned: bool = False,
 ) -> Params:
@@ -211,7 +236,11 @@ def check_params(
     has None for is off."""
     device = logits[0].device
     w = check_weights(weights, len(logits), rows, device, check)
-    lead = logits[0].shape[:-1]
+    lead = logits[0].shape[:-1] if row_index is None else row_index.shape
+    if check and row_index is not None and row_index.numel() and readable(row_index):
+        low, high = int(row_index.min()), int(row_index.max())
+        if low < 0 or high >= len(logits[0]):
+            raise ValueError(f"row_index: got a row outside 0 to {len(logits[0]) - 1}, the logits'")
     mask = None if token_mask is None else check_mask(token_mask, (*lead, (vocab_size + 31) // 32), device)
     bias = None if token_bias is None else check_bias(token_bias, lead, device)
     given = {**sampling, "seed": seed, "position": position}
@@ -229,4 +258,6 @@ def check_params(
         len(logits) - 1 if needs_tuned or combines else MAX_MODELS - 1,
         f"the index of one of the {len(logits)} models",
     )
-    return Params(w, **values, token_mask=mask, token_bias=bias, vocab_size=vocab_size, tuned=model)
+    return Params(
+        w, **values, token_mask=mask, token_bias=bias, vocab_size=vocab_size, tuned=model, row_index=row_index
+    )

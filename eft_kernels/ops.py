@@ -18,9 +18,18 @@ import torch
 from torch._subclasses.fake_tensor import is_fake
 
 from . import dispatch
-from .arguments import check_bias, check_logits, check_mask, check_params, dtype_of, row_of, scalar_or_rows
+from .arguments import (
+    check_bias,
+    check_logits,
+    check_mask,
+    check_params,
+    check_row_index,
+    dtype_of,
+    row_of,
+    scalar_or_rows,
+)
 from .checks import INTEGERS, dense, flag, from_host, index, one_of, readable, shown, stands_for_others
-from .combination import Weights
+from .combination import Weights, upscale
 from .parameters import (
     DRAFTED,
     MAX_MODELS,
@@ -53,7 +62,7 @@ def _pairs(rows: Iterable[Parameter], prefix: str = "", optional: str = "") -> s
 
 _PARAMS = (
     f"Tensor? weights, float[] weight_values, {_pairs(ROWS.values())}, Tensor? token_mask, Tensor? bias_ids, "
-    "Tensor? bias_values, int vocab_size, int tuned"
+    "Tensor? bias_values, int vocab_size, int tuned, Tensor? row_index"
 )
 SCHEMAS = {
     "sample": f"(Tensor[] logits, {_PARAMS}, str stream, int slot, bool logprobs, int top_logprobs, bool diagnostics, "
@@ -62,10 +71,10 @@ SCHEMAS = {
     "verify": f"(Tensor[] logits, {_PARAMS}, Tensor draft_tokens, Tensor draft_lengths, str method, int draft, "
     f"{_pairs(DRAFTED, 'draft_', '?')}, bool logprobs, str backend) -> (Tensor tokens, Tensor num_emitted, "
     "Tensor valid, Tensor logprobs, Tensor raw_logprobs)",
-    "logprobs": f"(Tensor[] logits, {_PARAMS}, str backend) -> Tensor",
+    "logprobs": f"(Tensor[] logits, {_PARAMS}, bool scores, str backend) -> Tensor",
     "token_logprobs": f"(Tensor[] logits, {_PARAMS}, Tensor ids, str backend) -> Tensor",
 }
-_COUNT = 2 + 2 * len(ROWS) + 5  # arguments of _PARAMS
+_COUNT = 2 + 2 * len(ROWS) + 6  # arguments of _PARAMS
 _DRAFT = slice(_COUNT + 4, _COUNT + 4 + 2 * len(DRAFTED))  # of verify's: what drafts were drawn by
 _F, _I, _B = torch.float32, torch.int64, torch.bool
 _RETURNS = {"sample": (_I, _B, _F, _F, _I, _F, _F, _F), "verify": (_I, _I, _B, _F, _F)}
@@ -78,7 +87,7 @@ def _flatten(p: Params, *args: object) -> list[object]:
     for name, row in ROWS.items():
         value = getattr(p, name)
         flat += [value, row.type(0)] if isinstance(value, torch.Tensor) else [None, value]
-    flat += [p.token_mask, *(p.token_bias or (None, None)), p.vocab_size, p.tuned]
+    flat += [p.token_mask, *(p.token_bias or (None, None)), p.vocab_size, p.tuned, p.row_index]
     for a in args:
         if type(a) is DraftParams:
             flat += [x for value in a for x in ((value, None) if isinstance(value, torch.Tensor) else (None, value))]
@@ -94,22 +103,24 @@ def _values_of(pairs: Sequence[Any]) -> list[Any]:
 def _params(flat: Sequence[Any]) -> Params:
     """The inverse of `_flatten`."""
     weights = tuple(flat[1]) if flat[0] is None else flat[0]
-    token_mask, ids, values, *rest = flat[-5:]
+    token_mask, ids, values, *rest = flat[-6:]
     bias = None if ids is None and values is None else TokenBias(ids, values)
-    fields = [weights, *_values_of(flat[2:-5]), token_mask, bias, *rest]
+    fields = [weights, *_values_of(flat[2:-6]), token_mask, bias, *rest]
     return Params(*fields)
 
 
 def _checked(name: str, logits: object, p: Params, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """An operator's arguments as a backend relies on them. Values of tensors are not looked at; ValueError."""
     fields = p._asdict()
-    z, vocab_size = check_logits(logits, 3 if name == "verify" else 2, fields.pop("vocab_size"))
-    (rows, *slots), device = z[0].shape[:-1], z[0].device
+    z, vocab_size = check_logits(logits, 3 if name == "verify" and p.row_index is None else 2, fields.pop("vocab_size"))
+    device = z[0].device
+    row_index = check_row_index(fields.pop("row_index"), 2 if name == "verify" else 1, z)
+    rows, *slots = z[0].shape[:-1] if row_index is None else row_index.shape
     if name == "sample":
         _check_draw(args[0], args[1], args[3])
     elif name == "verify":
         drafts, lengths, method, draft, drawn_by, logprobs = args
-        _check_method(z, method, None if draft == -1 else draft)
+        _check_method(z, slots[0], method, None if draft == -1 else draft)
         args = (
             _integers("draft_tokens", drafts, (rows, slots[0] - 1), device),
             _integers("draft_lengths", lengths, (rows,), device),
@@ -127,7 +138,14 @@ def _checked(name: str, logits: object, p: Params, args: tuple[Any, ...]) -> tup
         args = (_integers("ids", ids, (rows, ids.shape[1]), device),)
     sampling = {name: fields.pop(name) for name in NAMES}
     p = check_params(
-        z, fields.pop("weights"), rows, vocab_size, sampling, **fields, needs_tuned=name == "sample" and args[4]
+        z,
+        fields.pop("weights"),
+        rows,
+        vocab_size,
+        sampling,
+        row_index=row_index,
+        **fields,
+        needs_tuned=name == "sample" and args[4],
     )
     return z, p, *args
 
@@ -215,21 +233,25 @@ def _shapes_alone(fake: Fake) -> Fake:
     return run
 
 
+def _fake_lead(logits: list[torch.Tensor], args: Sequence[Any]) -> torch.Size:
+    return _params(args[:_COUNT]).lead(logits)
+
+
 def _fake_sample(logits: list[torch.Tensor], *args: Any) -> tuple[torch.Tensor, ...]:
-    B, (_, _, logprobs, n, diagnostics, _) = logits[0].shape[0], args[_COUNT:]
+    (B,), (_, _, logprobs, n, diagnostics, _) = _fake_lead(logits, args), args[_COUNT:]
     shapes: list[tuple[int, ...]] = [(B,), (B,)] + [(B if logprobs else 0,)] * 2 + [(B, n) if n else (0,)] * 2
     shapes += [(B if diagnostics else 0,)] * 2
     return tuple(logits[0].new_empty(s, dtype=d) for s, d in zip(shapes, _RETURNS["sample"]))
 
 
 def _fake_verify(logits: list[torch.Tensor], *args: Any) -> tuple[torch.Tensor, ...]:
-    B, S = logits[0].shape[:2]
+    B, S = _fake_lead(logits, args)
     shapes: list[tuple[int, ...]] = [(B, S), (B,), (B,)] + [(B, S) if args[-2] else (0,)] * 2
     return tuple(logits[0].new_empty(s, dtype=d) for s, d in zip(shapes, _RETURNS["verify"]))
 
 
 def _fake_logprobs(logits: list[torch.Tensor], *args: Any) -> torch.Tensor:
-    return logits[0].new_empty((logits[0].shape[0], args[_COUNT - 2]), dtype=torch.float32)
+    return logits[0].new_empty((*_fake_lead(logits, args), args[_COUNT - 3]), dtype=torch.float32)
 
 
 def _fake_token_logprobs(logits: list[torch.Tensor], *args: Any) -> torch.Tensor:
@@ -323,9 +345,12 @@ def _noise(seed: PerRow, position: PerRow, rows: int, device: torch.device) -> t
 
 
 def sample(
-    logits: Sequence[torch.Tensor],
-    weights: Weights | Sequence[float] | torch.Tensor,
+    logits: Sequence[torch.Tensor] | None = None,
+    weights: Weights | Sequence[float] | torch.Tensor | None = None,
     *,
+    base: torch.Tensor | None = None,
+    tuned: int | torch.Tensor = 1,
+    ref: torch.Tensor | None = None,
     # parameters: arguments
     temperature: PerRow = 1.0,
     top_k: PerRow = 0,
@@ -342,9 +367,10 @@ def sample(
     logprobs: bool = True,
     top_logprobs: int = 0,
     diagnostics: bool = False,
+    row_index: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
     stream: str = "sample",
     slot: int = 0,
-    tuned: int = 1,
     backend: str = "auto",
     check: bool = False,
 ) -> SampleOutput:
@@ -353,8 +379,10 @@ def sample(
     With ``weights = upscale()`` and logits [base, tuned, ref] this is emulated fine-tuning (arXiv 2310.12962).
 
     Args:
-      logits: J tensors [B, V_j], float32, float16 or bfloat16, any mix, any row stride.
+      logits: J tensors [B, V_j] (or [B, 1, V_j]), float32, float16 or bfloat16, any mix, any row stride.
       weights: `Weights`, J numbers, or a tensor [J] or [B, J]. A model of weight 0 is not read.
+      base, tuned, ref: instead of ``logits``, the three by name; weights are then `upscale()` if not given. Beside
+        ``logits``, tuned is the index of the tuned model (for upscale_top_p and diagnostics).
       The sampling parameters, numbers, or tensors, lists or NumPy arrays [B], in the order in which they apply:
         temperature: divides the scores; 0 (below 1e-5) is greedy, the lowest id on ties.
         top_k: keeps the k largest scores; 0 or -1 is off.
@@ -370,14 +398,17 @@ def sample(
         does; of a tensor [B], rows of equal seed and position share noise. A seed needs a ``position``, the step's
         number: without one every step would repeat its noise. seed=None draws fresh seeds from torch's generator.
       vocab_size: V, at most (and by default) the shortest V_j.
-      token_mask: int32 [B, ceil(V / 32)] or [1, ...], bit 1 = allowed (xgrammar's layout); applied before everything.
+      token_mask: int32 [B, ceil(V / 32)] or [1, ...], bit 1 = allowed (xgrammar's layout; further words are ignored);
+        applied before everything.
       token_bias: `TokenBias` or a pair of ids and values [B, N] or [1, N], added to the emulated scores of these tokens
         before temperature and filters; `penalties` makes it from the tokens so far.
       logprobs: return the token's log-probs; off saves the exponentials.
       top_logprobs: n most likely tokens of the emulated distribution, n up to 2^22. diagnostics: entropy and TV to
         ``tuned``.
+      row_index: int64 [B], which row of the logits, then [N, V_j], each row reads; one outside [0, N) is invalid. All
+        else is by row of the call.
+      out: int64 [B], contiguous; tokens are written there, and it is returned as ``tokens``.
       stream, slot: which of the position's noise. Drafts have noise of their own: use `draft`, which knows it.
-      tuned: which of the models is the tuned one (upscale_top_p, diagnostics).
       backend: "auto" or a name of `backends()`. check: also check the values of tensors on a GPU (synchronises).
 
     Returns: `SampleOutput`. A row with NaN, +inf, or nothing left gives token -1 and valid False, that row alone.
@@ -386,6 +417,9 @@ def sample(
     # parameters: values
     sampling = (temperature, top_k, top_p, min_p, typical_p, upscale_top_p)
     # parameters: end
+    logits, weights, tuned = _models(logits, weights, base, tuned, ref)
+    if isinstance(out, torch.Tensor):
+        dense("out", out)  # here: the shortcut does not see how much memory it has
     if (
         seed is not None
         and position is not None
@@ -394,8 +428,9 @@ def sample(
         and _plain()
         and (shortcut := dispatch.shortcut("try_sample", backend, _device_type(logits)))
     ):
-        out = shortcut(
+        found = shortcut(
             logits,
+            row_index,
             _values(weights),
             *sampling,
             seed,
@@ -409,11 +444,16 @@ def sample(
             logprobs,
             top_logprobs,
             diagnostics,
+            out,
         )
-        if out is not None:
-            return SampleOutput(*out)
+        if found is not None:
+            return SampleOutput(*found)
     logits, vocab_size = check_logits(logits, 2, vocab_size)
-    rows, device = logits[0].shape[0], logits[0].device
+    device = logits[0].device
+    row_index = check_row_index(row_index, 1, logits)
+    rows = len(logits[0] if row_index is None else row_index)
+    if out is not None:
+        _check_out(out, rows, device)
     slot, top_logprobs = _check_draw(stream, slot, top_logprobs)
     logprobs, diagnostics = flag("logprobs", logprobs), flag("diagnostics", diagnostics)
     seed, position = _noise(seed, position, rows, device)
@@ -428,11 +468,14 @@ def sample(
         token_mask=token_mask,
         token_bias=token_bias,
         tuned=tuned,
+        row_index=row_index,
         check=check or _eager_cpu(device),
         needs_tuned=diagnostics,
     )
-    out = _call("sample", logits, p, stream, slot, logprobs, top_logprobs, diagnostics, backend=backend)
-    tokens, valid, lp, raw, top_ids, top_lp, entropy, tv = out
+    found = _call("sample", logits, p, stream, slot, logprobs, top_logprobs, diagnostics, backend=backend)
+    tokens, valid, lp, raw, top_ids, top_lp, entropy, tv = found
+    if out is not None:
+        tokens = out.copy_(tokens)
     return SampleOutput(
         tokens,
         valid,
@@ -528,11 +571,15 @@ def draft(
 
 
 def verify(
-    logits: Sequence[torch.Tensor],
-    weights: Weights | Sequence[float] | torch.Tensor,
-    draft_tokens: torch.Tensor | Sequence[DraftOutput],
+    logits: Sequence[torch.Tensor] | None = None,
+    weights: Weights | Sequence[float] | torch.Tensor | None = None,
+    draft_tokens: torch.Tensor | Sequence[DraftOutput] | None = None,
     draft_lengths: torch.Tensor | None = None,
     *,
+    base: torch.Tensor | None = None,
+    tuned: int | torch.Tensor = 1,
+    ref: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
     method: str = "token",
     draft: int | None = 1,
     # parameters: arguments
@@ -556,17 +603,19 @@ def verify(
     draft_typical_p: PerRow = None,
     # parameters: end
     logprobs: bool = False,
-    tuned: int = 1,
     backend: str = "auto",
     check: bool = False,
 ) -> VerifyOutput:
     """Judge K drafted tokens per row against the emulated distribution and add one token of its own.
 
     Args:
-      logits: J tensors [B, K+1, V_j]: slot i holds the logits that follow the first i drafts.
+      logits: J tensors [B, K+1, V_j]: slot i holds the logits that follow the first i drafts. Or base, tuned and ref,
+        see `sample`.
+      offsets: int64 [B + 1] of ragged rounds: the logits are [N, V_j], and row b's slots are rows offsets[b] to
+        offsets[b + 1] - 1 of them, at most K + 1; so are those of token_mask [N, ...] and token_bias [N, n].
       draft_tokens: int64 [B, K], or the round's K outputs of `draft`: these say how they were drawn, and what cannot
         be judged is refused (of tensors on a GPU only with ``check``); a row's drafts end at its first invalid one.
-      draft_lengths: int64 [B], how many of them count (default K).
+      draft_lengths: int64 [B], how many of them count (default K, or what ``offsets`` have room for).
       method: "coupled": slot i's own sample with the noise of (seed, position + i), accepted while it equals the
         draft (of `draft` at the same positions): exactly the tokens of plain decoding for equal logits (a model's
         pass over K + 1 tokens rounds bfloat16 logits in another order than its pass over one).
@@ -589,8 +638,10 @@ def verify(
     # parameters: values draft_
     drawn_by = (draft_temperature, draft_top_k, draft_top_p, draft_min_p, draft_typical_p)
     # parameters: end
+    logits, weights, tuned = _models(logits, weights, base, tuned, ref)
     if (
-        seed is not None
+        offsets is None
+        and seed is not None
         and position is not None
         and not check
         and _plain()
@@ -600,6 +651,7 @@ def verify(
     ):
         out = shortcut(
             logits,
+            None,
             _values(weights),
             *sampling,
             seed,
@@ -617,11 +669,25 @@ def verify(
         )
         if out is not None:
             return VerifyOutput(*out)
-    logits, vocab_size = check_logits(logits, 3, vocab_size)
-    rows, slots = logits[0].shape[:2]
+    logits, vocab_size = check_logits(logits, 3 if offsets is None else 2, vocab_size)
     device = logits[0].device
-    draft, logprobs = _check_method(logits, method, draft), flag("logprobs", logprobs)
     look = check or _eager_cpu(device)
+    row_index = None
+    if offsets is None:
+        rows, slots = logits[0].shape[:2]
+    else:
+        row_index, room = _ragged(offsets, draft_tokens, logits, look)
+        rows, slots = row_index.shape
+        if draft_lengths is not None:
+            room = torch.minimum(room, _integers("draft_lengths", draft_lengths, (rows,), device))
+        draft_lengths = room
+        if token_mask is not None:
+            token_mask = _per_slot("token_mask", token_mask, row_index, device)
+        if isinstance(token_bias, (tuple, list)) and len(token_bias) == 2:
+            token_bias = TokenBias(
+                *(_per_slot(f"token_bias[{i}]", x, row_index, device) for i, x in enumerate(token_bias))
+            )
+    draft, logprobs = _check_method(logits, slots, method, draft), flag("logprobs", logprobs)
     seed, position = _noise(seed, position, rows, device)
     p = check_params(
         logits,
@@ -634,6 +700,7 @@ def verify(
         token_mask=token_mask,
         token_bias=token_bias,
         tuned=tuned,
+        row_index=row_index,
         check=look,
     )
     drafts = None
@@ -687,8 +754,78 @@ def verify(
     return VerifyOutput(tokens, num_emitted, valid, *((lp, raw) if logprobs else (None, None)))
 
 
+def _ragged(
+    offsets: object, drafts: object, logits: Sequence[torch.Tensor], look: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of ragged rounds the row of every slot, int64 [B, K+1] (-1 where a row has none), and room for drafts [B]."""
+    device = logits[0].device
+    offsets = from_host("offsets", offsets, device)
+    if not isinstance(offsets, torch.Tensor) or dense("offsets", offsets).dim() != 1 or not len(offsets):
+        raise ValueError(f"offsets: expected an int64 tensor [B + 1], got {shown(offsets)}")
+    offsets = _integers("offsets", offsets, offsets.shape, device)
+    if isinstance(drafts, torch.Tensor) and drafts.dim() == 2:
+        slots = drafts.shape[1] + 1
+    elif isinstance(drafts, (list, tuple)) and all(isinstance(d, DraftOutput) for d in drafts):
+        slots = len(drafts) + 1
+    else:
+        raise ValueError(
+            f"draft_tokens: expected an int64 tensor [{len(offsets) - 1}, K] or the round's outputs of eft.draft, got "
+            + shown(drafts)
+        )
+    counts = offsets.diff()
+    if look and readable(offsets):
+        n = len(logits[0])
+        if int(offsets[0]) < 0 or int(offsets[-1]) > n:
+            raise ValueError(f"offsets: got {offsets.tolist()}, allowed is 0 to {n}, the logits' rows")
+        if len(counts) and (int(counts.min()) < 1 or int(counts.max()) > slots):
+            raise ValueError(f"offsets: got rounds of {counts.tolist()} slots, allowed is 1 to {slots}")
+    at = torch.minimum(offsets[:-1, None] + torch.arange(slots, device=device), offsets[1:, None] - 1)
+    return torch.where(counts[:, None] > 0, at, -1), (counts - 1).clamp(0, slots - 1)
+
+
+def _per_slot(name: str, x: Any, row_index: torch.Tensor, device: torch.device) -> Any:
+    """What there is of each row of ragged logits, [N, n] or [1, n], as [B, K+1, n] or [1, 1, n]."""
+    x = from_host(name, x, device)
+    if not isinstance(x, torch.Tensor) or dense(name, x).dim() != 2 or x.device != device or not len(x):
+        return x  # is refused by whoever checks it
+    return x[:, None] if len(x) == 1 else x[row_index.clamp(0, len(x) - 1)]
+
+
+def _models(
+    logits: Sequence[torch.Tensor] | None,
+    weights: Weights | Sequence[float] | torch.Tensor | None,
+    base: torch.Tensor | None,
+    tuned: int | torch.Tensor,
+    ref: torch.Tensor | None,
+) -> tuple[Sequence[torch.Tensor], Weights | Sequence[float] | torch.Tensor, int]:
+    """(logits, weights, index of the tuned model), where base, tuned and ref may be given by name."""
+    if base is None and ref is None and not isinstance(tuned, torch.Tensor):
+        if logits is None:
+            raise ValueError("logits: got None; give a list of tensors, or base=, tuned= and ref=")
+        if weights is None:
+            raise ValueError("weights: got None; give one for each model, such as eft_kernels.upscale()")
+        return logits, weights, tuned
+    if logits is not None:
+        name = "base" if base is not None else "ref" if ref is not None else "tuned"
+        raise ValueError(f"{name}: got a model beside logits; give the list, or base=, tuned= and ref=")
+    if base is None or ref is None or not isinstance(tuned, torch.Tensor):
+        missing = "base" if base is None else "ref" if ref is None else "tuned"
+        raise ValueError(f"{missing}: is missing; base=, tuned= and ref= go together, each a tensor of logits")
+    return [base, tuned, ref], upscale() if weights is None else weights, 1
+
+
 def _slot(slot: object) -> int:
     return index("slot", slot, 0, MAX_SLOT, "an integer from 0 to 2^24 - 1")
+
+
+def _check_out(out: object, rows: int, device: torch.device) -> None:
+    got = f"{out.dtype} {list(out.shape)}" if isinstance(out, torch.Tensor) else type(out).__name__
+    if not isinstance(out, torch.Tensor) or out.dtype is not torch.int64 or out.shape != (rows,):
+        raise ValueError(f"out: expected an int64 tensor [{rows}], got {got}")
+    if out.device != device:
+        raise ValueError(f"out: is on {out.device}, the logits are on {device}")
+    if not out.is_contiguous():
+        raise ValueError(f"out: expected a contiguous tensor, got strides {list(out.stride())}")
 
 
 def _check_draw(stream: object, slot: object, top_logprobs: object) -> tuple[int, int]:
@@ -696,8 +833,8 @@ def _check_draw(stream: object, slot: object, top_logprobs: object) -> tuple[int
     return (_slot(slot), index("top_logprobs", top_logprobs, 0, MAX_VOCAB, f"an integer from 0 to {MAX_VOCAB}"))
 
 
-def _check_method(logits: Sequence[torch.Tensor], method: object, draft: object) -> int | None:
-    if logits[0].shape[1] < 1:
+def _check_method(logits: Sequence[torch.Tensor], slots: int, method: object, draft: object) -> int | None:
+    if slots < 1:
         raise ValueError("logits[0]: expected [B, K+1, V] with K >= 0, got 0 slots")
     one_of("method", method, METHODS)
     if draft is None:
@@ -826,9 +963,12 @@ def _integers(name: str, value: object, shape: Sequence[int], device: torch.devi
 
 
 def logprobs(
-    logits: Sequence[torch.Tensor],
-    weights: Weights | Sequence[float] | torch.Tensor,
+    logits: Sequence[torch.Tensor] | None = None,
+    weights: Weights | Sequence[float] | torch.Tensor | None = None,
     *,
+    base: torch.Tensor | None = None,
+    tuned: int | torch.Tensor = 1,
+    ref: torch.Tensor | None = None,
     # parameters: arguments
     temperature: PerRow = 1.0,
     top_k: PerRow = 0,
@@ -840,7 +980,7 @@ def logprobs(
     vocab_size: int | None = None,
     token_mask: torch.Tensor | None = None,
     token_bias: TokenBias | tuple[torch.Tensor, torch.Tensor] | None = None,
-    tuned: int = 1,
+    row_index: torch.Tensor | None = None,
     backend: str = "auto",
     check: bool = False,
 ) -> torch.Tensor:
@@ -852,26 +992,70 @@ def logprobs(
     # parameters: values
     sampling = (temperature, top_k, top_p, min_p, typical_p, upscale_top_p)
     # parameters: end
+    logits, weights, tuned = _models(logits, weights, base, tuned, ref)
     logits, vocab_size = check_logits(logits, 2, vocab_size)
+    row_index = check_row_index(row_index, 1, logits)
     p = check_params(
         logits,
         weights,
-        logits[0].shape[0],
+        len(logits[0] if row_index is None else row_index),
         vocab_size,
         dict(zip(NAMES, sampling)),
         token_mask=token_mask,
         token_bias=token_bias,
         tuned=tuned,
+        row_index=row_index,
         check=check or _eager_cpu(logits[0].device),
     )
-    return _call("logprobs", logits, p, backend=backend)
+    return _call("logprobs", logits, p, False, backend=backend)
+
+
+def combine(
+    logits: Sequence[torch.Tensor] | None = None,
+    weights: Weights | Sequence[float] | torch.Tensor | None = None,
+    *,
+    base: torch.Tensor | None = None,
+    tuned: int | torch.Tensor = 1,
+    ref: torch.Tensor | None = None,
+    upscale_top_p: PerRow = 1.0,
+    vocab_size: int | None = None,
+    token_mask: torch.Tensor | None = None,
+    token_bias: TokenBias | tuple[torch.Tensor, torch.Tensor] | None = None,
+    row_index: torch.Tensor | None = None,
+    backend: str = "auto",
+    check: bool = False,
+) -> torch.Tensor:
+    """The emulated scores ``sum_j w_j z_j``, float32 [B, V], for a sampler of your own; arguments as in `sample`.
+
+    They are log-probs but for a constant of each row. Tokens that are excluded, by a model's -inf or ``token_mask``,
+    are -inf; a row in which a model has NaN or +inf, or in which no token is left, is NaN. No gradient flows back.
+    """
+    logits, weights, tuned = _models(logits, weights, base, tuned, ref)
+    logits, vocab_size = check_logits(logits, 2, vocab_size)
+    row_index = check_row_index(row_index, 1, logits)
+    p = check_params(
+        logits,
+        weights,
+        len(logits[0] if row_index is None else row_index),
+        vocab_size,
+        dict(upscale_top_p=upscale_top_p),
+        token_mask=token_mask,
+        token_bias=token_bias,
+        tuned=tuned,
+        row_index=row_index,
+        check=check or _eager_cpu(logits[0].device),
+    )
+    return _call("logprobs", logits, p, True, backend=backend)
 
 
 def token_logprobs(
-    logits: Sequence[torch.Tensor],
-    weights: Weights | Sequence[float] | torch.Tensor,
-    ids: torch.Tensor,
+    logits: Sequence[torch.Tensor] | None = None,
+    weights: Weights | Sequence[float] | torch.Tensor | None = None,
+    ids: torch.Tensor | None = None,
     *,
+    base: torch.Tensor | None = None,
+    tuned: int | torch.Tensor = 1,
+    ref: torch.Tensor | None = None,
     # parameters: arguments
     temperature: PerRow = 1.0,
     top_k: PerRow = 0,
@@ -883,7 +1067,7 @@ def token_logprobs(
     vocab_size: int | None = None,
     token_mask: torch.Tensor | None = None,
     token_bias: TokenBias | tuple[torch.Tensor, torch.Tensor] | None = None,
-    tuned: int = 1,
+    row_index: torch.Tensor | None = None,
     backend: str = "auto",
     check: bool = False,
 ) -> torch.Tensor:
@@ -894,8 +1078,10 @@ def token_logprobs(
     # parameters: values
     sampling = (temperature, top_k, top_p, min_p, typical_p, upscale_top_p)
     # parameters: end
+    logits, weights, tuned = _models(logits, weights, base, tuned, ref)
     logits, vocab_size = check_logits(logits, 2, vocab_size)
-    rows, device = logits[0].shape[0], logits[0].device
+    row_index = check_row_index(row_index, 1, logits)
+    rows, device = len(logits[0] if row_index is None else row_index), logits[0].device
     ids = from_host("ids", ids, device)
     if not isinstance(ids, torch.Tensor) or dense("ids", ids).dim() not in (1, 2) or ids.shape[0] != rows:
         got = list(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
@@ -914,6 +1100,7 @@ def token_logprobs(
         token_mask=token_mask,
         token_bias=token_bias,
         tuned=tuned,
+        row_index=row_index,
         check=look,
     )
     return _call("token_logprobs", logits, p, ids, backend=backend).reshape(shape)

@@ -12,6 +12,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
 # --- limits and codes ----------------------------------------------------------------------------------------------
@@ -188,6 +190,12 @@ class Params(NamedTuple):
     token_bias: TokenBias | None
     vocab_size: int
     tuned: int
+    # int64 [rows] (verify: [rows, K+1]): the row of the logits [N, V] that each reads, one outside [0, N) is invalid
+    row_index: torch.Tensor | None = None
+
+    def lead(self, logits: Sequence[torch.Tensor]) -> torch.Size:
+        """[rows], or [rows, K+1] of `verify`."""
+        return logits[0].shape[:-1] if self.row_index is None else self.row_index.shape
 
 
 class DraftParams(NamedTuple):

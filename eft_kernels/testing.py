@@ -21,6 +21,7 @@ from .parameters import DRAFTED, INT64, METHODS, OFF, PARAMETERS, ROWS, DraftPar
 
 TOLERANCE = 1e-5  # nats: float32 log-sum-exp against the fixed-point one
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+INF = float("inf")
 Device = torch.device | str
 AnyWeights = Weights | Sequence[float] | torch.Tensor
 PerRow = Callable[[int], torch.Tensor]  # of the number of rows
@@ -41,6 +42,7 @@ class Case(NamedTuple):
     slots: int = 4  # K + 1, of verify
     bias: int = 0  # entries of token_bias a row
     draft: dict[str, Any] = {}  # noqa: RUF012  # of verify: what the drafts are drawn by where it is not the target's
+    indexed: bool = False  # rows are read by an index, verify's by offsets
 
 
 def per_row(*values: float, dtype: torch.dtype | None = None) -> PerRow:
@@ -236,6 +238,21 @@ CASES = [
             min_p=per_row(0.0, 0.1, 0.0),
         ),
     ),
+    Case("indexed rows", indexed=True, rows=5, dtypes=(BF16, F32, F16)),
+    Case("indexed rows filtered", indexed=True, rows=9, vocab=(700,), dtypes=(BF16,), kwargs=dict(top_p=0.9, top_k=60)),
+    Case(
+        "indexed rows and the rest",
+        indexed=True,
+        rows=6,
+        bias=20,
+        weights=lambda rows: upscale(torch.linspace(0, 2, rows)),
+        kwargs=dict(upscale_top_p=per_row(0.8, 1.0), top_p=per_row(0.9, 1.0, 0.5)),
+        draft=dict(temperature=0.6),
+        special="mask",
+        vocab=(2000, 2003, 2001),
+    ),
+    Case("indexed bad rows", indexed=True, special="bad", rows=8),
+    Case("no indexed rows", indexed=True, rows=0),
     Case("draft stream", kwargs=dict(stream="draft", slot=3)),
     Case("many rows", rows=70, vocab=(300,)),
     Case("large vocabulary", rows=2, vocab=(151936, 152064, 152064), dtypes=(BF16,), kwargs=dict(top_p=0.95)),
@@ -352,6 +369,26 @@ def make(case: Case, seed: int = 0, slots: int | None = None, device: Device = "
     return logits, weights, kwargs
 
 
+def scattered(logits: list[torch.Tensor], seed: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Logits [rows, V] among others, [N, V], and which row each is."""
+    rows, device = len(logits[0]), logits[0].device
+    at = torch.randperm(rows + 3, generator=torch.Generator().manual_seed(seed))[:rows].to(device)
+    return [z.new_full((rows + 3, z.shape[1]), float("nan")).index_copy(0, at, z) for z in logits], at
+
+
+def ragged(
+    logits: list[torch.Tensor], lengths: torch.Tensor, kwargs: dict[str, Any]
+) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """Logits [rows, slots, V] without the slots beyond each row's lengths [rows], [N, V]; the arguments for them."""
+    there = torch.arange(logits[0].shape[1], device=lengths.device) <= lengths[:, None]
+    kwargs = dict(kwargs, offsets=torch.nn.functional.pad((lengths + 1).cumsum(0), (1, 0)))
+    if "token_mask" in kwargs:
+        kwargs["token_mask"] = kwargs["token_mask"][there]
+    if "token_bias" in kwargs:
+        kwargs["token_bias"] = TokenBias(*(x[there] for x in kwargs["token_bias"]))
+    return [z[there] for z in logits], kwargs
+
+
 def _close(
     name: str,
     got: torch.Tensor | None,
@@ -378,6 +415,8 @@ def check_sample(case: Case, backend: str, seed: int = 0, device: Device = "cpu"
     models = len(logits)
     extra = dict(top_logprobs=5, diagnostics=models > 1) if not extra else extra
     z, w, there = make(case, seed, device=device)
+    if case.indexed:
+        z, there["row_index"] = scattered(z, seed)
     got = ops.sample(z, w, backend=backend, **there, **extra)
     want = ops.sample(logits, weights, backend="reference", **kwargs, **extra)
     _equal("tokens", got.tokens, want.tokens, case.name)
@@ -432,7 +471,10 @@ def check_verify(
     lengths = (torch.arange(case.rows) * 3 + seed) % slots
     lengths[: case.rows // 2] = slots - 1
     args: dict[str, Any] = dict(method=method, draft=draft, logprobs=True)
-    got = ops.verify(z, w, drafts.to(device), lengths.to(device), backend=backend, **args, **there)
+    if case.indexed:
+        z, there = ragged(z, lengths.to(device), there)
+    given = None if case.indexed else lengths.to(device)
+    got = ops.verify(z, w, drafts.to(device), given, backend=backend, **args, **there)
     want = ops.verify(logits, weights, drafts, lengths, backend="reference", **args, **kwargs)
     name = f"{case.name}, {method}, draft {draft}"
     _equal("num_emitted", got.num_emitted, want.num_emitted, name)
@@ -444,16 +486,24 @@ def check_verify(
 
 
 def check_logprobs(case: Case, backend: str, seed: int = 0, device: Device = "cpu") -> torch.Tensor:
-    """`logprobs` and `token_logprobs` on ``backend`` and ``device`` against the reference on the CPU."""
+    """`logprobs`, `token_logprobs` and `combine` on ``backend`` and ``device`` against the reference on the CPU."""
     (logits, weights, kwargs), (z, w, there) = (make(case, seed, device=d) for d in ("cpu", device))
     for options in (kwargs, there):
         for name in ("seed", "position", "stream", "slot"):
             options.pop(name, None)
+    if case.indexed:
+        z, there["row_index"] = scattered(z, seed)
     want = ops.logprobs(logits, weights, backend="reference", **kwargs)
     _close("logprobs", ops.logprobs(z, w, backend=backend, **there), want, case.name)
     ids = torch.randint(0, want.shape[1], (case.rows, 5), generator=torch.Generator().manual_seed(seed))
     got = ops.token_logprobs(z, w, ids.to(device), backend=backend, **there)
     _close("token_logprobs", got, want.gather(1, ids), case.name)
+    names = ("upscale_top_p", "vocab_size", "token_mask", "token_bias", "tuned", "row_index")
+    kwargs, there = ({k: v for k, v in given.items() if k in names} for given in (kwargs, there))
+    scores = ops.combine(z, w, backend=backend, **there).cpu()
+    wanted = ops.combine(logits, weights, backend="reference", **kwargs)
+    _equal("combine, rows", scores.isnan(), wanted.isnan(), case.name)
+    _equal("combine", scores.nan_to_num(0.0, INF, -INF), wanted.nan_to_num(0.0, INF, -INF), case.name)
     return got
 
 
@@ -542,16 +592,20 @@ def odd_calls() -> list[Call]:
     ) -> None:
         """The call of every operation."""
         rows = rows or logits[0].shape[0]
+        index = params.pop("row_index", None)
         logits = [z.expand(rows, -1) for z in logits]
         size = logits[0].shape[1]
         ids = torch.tensor([0, size - 1, -1, size, low, high]).expand(rows, -1)
         drafts = torch.full((rows, 3), size - 1) if drafts is None else drafts
         lengths = torch.full((rows,), 3) if lengths is None else lengths
-        slots = [z[:, None].expand(-1, 4, -1) for z in logits]
+        slots = logits if index is not None else [z[:, None].expand(-1, 4, -1) for z in logits]
+        of_verify = params if index is None else params | dict(row_index=index[:, None].expand(-1, 4).contiguous())
+        params = params | dict(row_index=index)
         made = [
             unchecked("sample", logits, weights, *draw, name=f"{name}, sample", **params),
             unchecked("sample", logits, weights, "draft", 1, False, 0, False, name=f"{name}, token", **params),
-            unchecked("logprobs", logits, weights, name=f"{name}, logprobs", **params),
+            unchecked("logprobs", logits, weights, False, name=f"{name}, logprobs", **params),
+            unchecked("logprobs", logits, weights, True, name=f"{name}, scores", **params),
             unchecked("token_logprobs", logits, weights, ids, name=f"{name}, ids", **params),
         ]
         for method, draft in itertools.product(METHODS, (len(logits) // 2, -1)):
@@ -566,7 +620,7 @@ def odd_calls() -> list[Call]:
                     draft,
                     True,
                     name=f"{name}, {method} {draft}",
-                    **params,
+                    **of_verify,
                 )
             )
         calls.extend(call for call in made if only in call.operation)
@@ -593,6 +647,10 @@ def odd_calls() -> list[Call]:
         seed=torch.tensor([1, low, high, -1]),
         position=torch.tensor([2, low, high, -1]),
     )
+    index = torch.tensor([2, -1, 5, low, high])
+    add("any row of the logits", [z.expand(5, -1) * torch.arange(1, 6)[:, None] for z in usual], row_index=index)
+    for weights in ((0.0, 0.0, 0.0), torch.tensor([1.0, 0.5, -0.5])):
+        add("any row of the logits, filtered", usual, weights, rows=5, row_index=index, top_p=0.5, upscale_top_p=0.9)
     for w in (nan, inf, -inf):
         add(f"weight {w}", usual, torch.tensor([[1.0, 1.0, -1.0], [1.0, w, -1.0], [w, 0.0, 0.0]]), rows=3)
     add(
@@ -710,7 +768,12 @@ def random_call(seed: int, largest: int = 1000) -> Call:
     if pick.random() < 0.3:
         dtypes = [pick.choice((F32, F16, BF16)) for _ in range(models)]
     lengths = [V + pick.choice([0, 0, 0, 1, 24]) for _ in range(models)]
-    logits = [_random_layout(pick, _random_values(pick, (*lead, v), d, g)) for v, d in zip(lengths, dtypes)]
+    index, source = None, lead  # of the logits
+    if pick.random() < 0.2:
+        source = (pick.choice([1, 2, 7]),)
+        index = torch.randint(-1 if pick.random() < 0.3 else 0, source[0], lead, generator=g)
+        index[torch.rand(lead, generator=g) < 0.05] = pick.choice([INT64[0], INT64[1], 0])
+    logits = [_random_layout(pick, _random_values(pick, (*source, v), d, g)) for v, d in zip(lengths, dtypes)]
 
     def per_row(p: Parameter) -> float | torch.Tensor:
         """A number, mostly off, or a tensor with values out of range among them."""
@@ -736,7 +799,9 @@ def random_call(seed: int, largest: int = 1000) -> Call:
         mask *= torch.rand(mask.shape, generator=g) < pick.choice([0.1, 0.9])
 
     params: dict[str, Any] = {name: per_row(p) for name, p in ROWS.items()}
-    params |= dict(token_mask=mask, vocab_size=pick.choice([V, V, (V + 1) // 2]), tuned=pick.randrange(models))
+    params |= dict(
+        row_index=index, token_mask=mask, vocab_size=pick.choice([V, V, (V + 1) // 2]), tuned=pick.randrange(models)
+    )
     if mask is not None:
         params["vocab_size"] = V
     if pick.random() < 0.3:
@@ -753,12 +818,15 @@ def random_call(seed: int, largest: int = 1000) -> Call:
             pick.choice([0, 0, 3, V + 2]),
             pick.random() < 0.3,
         )
+    elif operation == "logprobs":
+        args = (pick.random() < 0.4,)
     elif operation == "token_logprobs":
         args = (torch.randint(-2, V + 2, (rows, 3), generator=g),)
     elif operation == "verify":
         drafts = torch.randint(-1, V + 1, (rows, lead[1] - 1), generator=g)
         if pick.random() < 0.6:  # likely ones
-            drafts = torch.nan_to_num(logits[0][..., :V].float()).argmax(-1)[:, : lead[1] - 1]
+            likely = torch.nan_to_num(logits[0][..., :V].float()).argmax(-1)
+            drafts = (likely if index is None else likely[index.clamp(0, source[0] - 1)])[:, : lead[1] - 1]
         drafts[torch.rand(drafts.shape, generator=g) < pick.choice([0.0, 0.2])] = pick.choice([low, high, -1, V])
         counts = torch.randint(-1, lead[1] + 2, (rows,), generator=g)
         counts[torch.rand(rows, generator=g) < 0.1] = pick.choice([low, high])

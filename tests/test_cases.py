@@ -199,7 +199,8 @@ def test_every_parameter_is_in_the_table():
     specials = {case.special for case in CASES}
     assert any("mask" in s for s in specials)  # token_mask
     assert any(case.bias for case in CASES)  # token_bias
-    assert set(parameters.Params._fields) - {"token_mask", "token_bias"} <= given
+    assert any(case.indexed for case in CASES)  # row_index
+    assert set(parameters.Params._fields) - {"token_mask", "token_bias", "row_index"} <= given
     assert {"stream", "slot"} <= given
     assert {d for case in CASES for d in case.dtypes} == set(arguments.DTYPES)
 

@@ -416,7 +416,7 @@ def test_module(planted):
 
     def sample(counters=zeros, strict=True, z=z, weights=(1.0, 1.0), temperature=1.0):
         return module.sample(
-            counters, strict, z, weights, temperature, *FILTERS_OFF, 5, 0, None, None, 8, 1, 0, 0, False, 0, False
+            counters, strict, z, None, weights, temperature, *FILTERS_OFF, 5, 0, None, None, 8, 1, 0, 0, False, 0, False
         )
 
     tokens, valid, *rest = sample()
@@ -435,7 +435,7 @@ def test_module(planted):
     assert sample(z=[there(torch.zeros(0, 8))] * 2)[0].shape == (0,) and seen[0] == launches
 
     slots, drafts = [there(torch.zeros(3, 4, 8))], there(torch.zeros(3, 3, dtype=torch.int64))
-    options = ((1.0,), 1.0, *FILTERS_OFF, 5, 0, None, None, 8, 0)
+    options = (None, (1.0,), 1.0, *FILTERS_OFF, 5, 0, None, None, 8, 0)
     out = module.verify(zeros, False, slots, *options, drafts, None, 1, None, *[None] * len(DRAFTED), True)
     assert [tuple(x.shape) for x in out] == [(3, 4), (3,), (3,), (3, 4), (3, 4)] and seen[3] and seen[4] == seen[0]
     assert (
@@ -443,7 +443,7 @@ def test_module(planted):
     )
     for ids, count in ((None, 8), (there(torch.zeros(3, 5, dtype=torch.int64)), 5)):
         with pytest.raises(RuntimeError, match="logprobs: out of threads"):
-            module.logprobs(zeros, False, z[:1], *options, ids)
+            module.logprobs(zeros, False, z[:1], *options, ids, False)
         assert seen[5] == count
     zeros[4] = 1
     with pytest.raises(RuntimeError, match="verify: counters are not zero"):

@@ -401,6 +401,32 @@ BAD = [
     (verify, "draft_lengths", ("0 to 2", "3"), dict(lengths=long(1, 3, 0))),
     (verify, "draft_lengths", ("0 to 2", "-1"), dict(lengths=long(1, -1, 0))),
     (verify, "token_mask", ("[3, 3, 2]", "[3, 2]"), dict(token_mask=mask(B))),
+    (sample, "row_index", ("int64 tensor [B]", "float32 [3]"), dict(row_index=torch.zeros(3))),
+    (sample, "row_index", ("[B]", "int64 [3, 1]"), dict(row_index=torch.zeros(3, 1).long())),
+    (sample, "row_index", ("0 to 2",), dict(row_index=long(0, 3))),
+    (sample, "row_index", ("0 to 2",), dict(row_index=long(-1))),
+    (sample, "row_index", ("meta", "cpu"), dict(row_index=long(0).to("meta"))),
+    (sample, "row_index", ("no rows",), dict(z=models(0, V), row_index=long(0))),
+    (sample, "row_index", ("[B]", "'x'"), dict(row_index="x")),
+    (sample, "token_mask", ("[2, 2]", "[3, 2]"), dict(token_mask=mask(B), row_index=long(0, 1))),
+    (sample, "out", ("[3]", "int32 [3]"), dict(out=torch.zeros(B, dtype=torch.int32))),
+    (sample, "out", ("[3]", "int64 [4]"), dict(out=torch.zeros(4).long())),
+    (sample, "out", ("contiguous", "strides"), dict(out=torch.zeros(2 * B).long()[::2])),
+    (sample, "out", ("meta",), dict(out=torch.zeros(B, device="meta").long())),
+    (sample, "out", ("list",), dict(out=[0, 0, 0])),
+    (sample, "base", ("beside logits",), dict(base=torch.zeros(B, V))),
+    (sample, "ref", ("beside logits",), dict(ref=torch.zeros(B, V))),
+    (sample, "tuned", ("beside logits",), dict(tuned=torch.zeros(B, V))),
+    (verify, "offsets", ("[B + 1]", "[3, 1]"), dict(z=models(B, V), offsets=torch.zeros(3, 1).long())),
+    (verify, "offsets", ("int64", "float32"), dict(z=models(B, V), offsets=torch.zeros(4))),
+    (verify, "offsets", ("[B + 1]", "[0]"), dict(z=models(B, V), offsets=torch.zeros(0).long())),
+    (verify, "offsets", ("0 to 3",), dict(z=models(B, V), offsets=long(0, 1, 2, 4))),
+    (verify, "offsets", ("0 to 3",), dict(z=models(B, V), offsets=long(-1, 1, 2, 3))),
+    (verify, "offsets", ("[1, 0, 2]", "1 to 3"), dict(z=models(B, V), offsets=long(0, 1, 1, 3))),
+    (verify, "offsets", ("[4, 1, 1]", "1 to 3"), dict(z=models(6, V), offsets=long(0, 4, 5, 6))),
+    (verify, "draft_tokens", ("[2, K]", "'x'"), dict(z=models(B, V), drafts="x", offsets=long(0, 1, 3))),
+    (verify, "draft_tokens", ("[2, 2]", "[3, 2]"), dict(z=models(B, V), offsets=long(0, 1, 3))),
+    (verify, "logits[0]", ("[B, V]", "[3, 3, 40]"), dict(offsets=long(0, 1, 2, 3))),
     (token_logprobs, "ids", ("[3] or [3, n]", "[2]"), dict(ids=long(1, 2))),
     (token_logprobs, "ids", ("[3] or [3, n]", "[3, 1, 1]"), dict(ids=torch.zeros(B, 1, 1).long())),
     (token_logprobs, "ids", ("float32",), dict(ids=torch.zeros(B))),
@@ -896,7 +922,22 @@ VALUES = st.one_of(
     st.text(max_size=2),
     st.tuples(SHAPES, ANY_DTYPE, st.integers(-3, 3)),
 )
-ARGUMENTS = (*ROWS, "vocab_size", "token_mask", "tuned", "weights", "draft_tokens", "draft_lengths", "ids", "logits")
+ARGUMENTS = (
+    *ROWS,
+    "vocab_size",
+    "token_mask",
+    "tuned",
+    "weights",
+    "draft_tokens",
+    "draft_lengths",
+    "ids",
+    "logits",
+    "row_index",
+    "offsets",
+    "out",
+    "base",
+    "ref",
+)
 
 
 def tensor_of(value):
@@ -906,7 +947,7 @@ def tensor_of(value):
 @hypothesis.settings(
     max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck)
 )
-@hypothesis.given(st.sampled_from(sorted(ops.SCHEMAS)), st.sampled_from(ARGUMENTS), VALUES)
+@hypothesis.given(st.sampled_from([*sorted(ops.SCHEMAS), "combine"]), st.sampled_from(ARGUMENTS), VALUES)
 def test_any_argument_works_or_is_named(name, argument, value):
     """Whatever one argument is, the call works with the right shapes or raises ValueError that names it."""
     value = tensor_of(value)
@@ -917,17 +958,19 @@ def test_any_argument_works_or_is_named(name, argument, value):
         args["ids"] = torch.zeros(B, dtype=torch.int64)
     if argument == "seed":
         args["position"] = 0
+    if argument == "offsets":
+        args["logits"] = models(B, V)
     function = getattr(eft, name)
     hypothesis.assume(argument in inspect.signature(function).parameters)
     args[argument] = [value] * 3 if argument == "logits" and isinstance(value, torch.Tensor) else value
     try:
         out = function(**args)
     except ValueError as error:
-        others = ("vocab_size", "weights", "draft", "ids") if argument == "logits" else ()
+        others = {"logits": ("vocab_size", "weights", "draft", "ids"), "offsets": ("logits",)}.get(argument, ())
         assert str(error).startswith((argument, *others)), error
     else:
         tokens = out.tokens if hasattr(out, "tokens") else out
-        assert tokens.shape[0] == B or argument == "logits"
+        assert tokens.shape[0] == B or argument in ("logits", "row_index")
 
 
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -1052,7 +1095,7 @@ def test_one_seed_for_all_rows_is_row_seeds_of_it(seed, backend):
         )
         assert torch.equal(one.tokens, many.tokens)
     flat = [None, [1.0], *(x for p in PARAMETERS for x in (None, p.off))]
-    tail = [None, 6, None, None, None, V, 0, "sample", 0, False, 0, False, backend]
+    tail = [None, 6, None, None, None, V, 0, None, "sample", 0, False, 0, False, backend]
     op = torch.ops.eft_kernels.sample
     assert torch.equal(op(z, *flat, None, signed(int(seed)), *tail)[0], op(z, *flat, rows, 0, *tail)[0])
 

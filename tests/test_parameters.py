@@ -81,7 +81,17 @@ def test_schemas_have_every_parameter():
 
 
 def test_rows_of_the_table_are_sound():
-    assert Params._fields == ("weights", *NAMES, "seed", "position", "token_mask", "token_bias", "vocab_size", "tuned")
+    assert Params._fields == (
+        "weights",
+        *NAMES,
+        "seed",
+        "position",
+        "token_mask",
+        "token_bias",
+        "vocab_size",
+        "tuned",
+        "row_index",
+    )
     for p in ROWS.values():
         assert p.low <= p.off <= p.high and all(p.low <= x <= p.high for x in p.tried), p.name
         assert all(type(x) is p.type for x in (p.off, *p.tried)) and p.allowed and p.doc, p.name

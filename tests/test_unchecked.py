@@ -67,7 +67,7 @@ def test_a_row_with_a_parameter_out_of_range_is_invalid_alone(backend):
 
 def test_top_k_out_of_range_is_off(backend):
     z = [torch.randn(4, 100)]
-    out = unchecked("logprobs", z, (1.0,), top_k=torch.tensor([-1, -(1 << 63), (1 << 63) - 1, 100])).run(backend)
+    out = unchecked("logprobs", z, (1.0,), False, top_k=torch.tensor([-1, -(1 << 63), (1 << 63) - 1, 100])).run(backend)
     torch.testing.assert_close(out["logprobs"], z[0].log_softmax(1), rtol=0, atol=1e-5)
 
 
@@ -95,7 +95,7 @@ def test_a_normalised_score_that_overflows(backend):
     assert out["top_ids"].tolist() == [[-1, -1]]
     # base scores -big and 0: log-sum-exp 0; with weight 1.5 the first overflows
     z = [torch.tensor([[-big, 0.0, 1.0]]), torch.zeros(1, 3), torch.zeros(1, 3)]
-    lp = unchecked("logprobs", z, (1.5, 1.0, -1.5), upscale_top_p=0.99).run(backend)["logprobs"]
+    lp = unchecked("logprobs", z, (1.5, 1.0, -1.5), False, upscale_top_p=0.99).run(backend)["logprobs"]
     assert lp[0, 0] == -INF and lp[0, 1:].isfinite().all()
     z = [torch.full((1, 3), -big), torch.zeros(1, 3), torch.zeros(1, 3)]
     assert not unchecked("sample", z, (1.5, 1.0, -1.5), "sample", 0, True, 0, False).run(backend)["valid"].any()
@@ -207,16 +207,16 @@ WRONG = [  # what the error says, operation, logits, arguments, parameters
     ("logits", "sample", ZZ, DRAW, {}),
     ("logits", "verify", Z, JUDGE, {}),
     ("logits", "verify", [z[:, :0] for z in ZZ], JUDGE, {}),
-    ("logits", "logprobs", [z.double() for z in Z], (), {}),
+    ("logits", "logprobs", [z.double() for z in Z], (False,), {}),
     ("vocab_size", "sample", Z, DRAW, dict(vocab_size=41)),
-    ("vocab_size", "logprobs", Z, (), dict(vocab_size=0)),
+    ("vocab_size", "logprobs", Z, (False,), dict(vocab_size=0)),
     ("vocab_size", "token_logprobs", Z, (LENGTHS[:, None],), dict(vocab_size=-1)),
     ("weights", "sample", Z, DRAW, dict(weights=(1.0,))),
     ("weights", "sample", Z, DRAW, dict(weights=torch.ones(3, 3))),
     ("temperature", "sample", Z, DRAW, dict(temperature=torch.ones(3))),
     ("temperature", "sample", Z, DRAW, dict(temperature=-1.0)),
     ("top_k", "verify", ZZ, JUDGE, dict(top_k=torch.ones(2))),
-    ("top_p", "logprobs", Z, (), dict(top_p=torch.ones(2, 1))),
+    ("top_p", "logprobs", Z, (False,), dict(top_p=torch.ones(2, 1))),
     ("seed", "sample", Z, DRAW, dict(seed=torch.ones(1, dtype=torch.int64))),
     ("token_mask", "sample", Z, DRAW, dict(token_mask=torch.zeros(2, 1, dtype=torch.int32))),
     ("token_mask", "verify", ZZ, JUDGE, dict(token_mask=torch.zeros(2, 2, dtype=torch.int32))),
@@ -336,7 +336,8 @@ def test_values_that_change_while_a_kernel_runs(isa):
             deep = dict(some, token_mask=mask) if pick.random() < 0.3 else some
             for call in (unchecked("sample", rows, w, "sample", 0, pick.random() < 0.5, pick.choice([0, 5]),
                                    pick.random() < 0.3, **flat),
-                         unchecked("logprobs", rows, w, **flat), unchecked("token_logprobs", rows, w, ids, **flat),
+                         unchecked("logprobs", rows, w, pick.random() < 0.3, **flat),
+                         unchecked("token_logprobs", rows, w, ids, **flat),
                          unchecked("verify", z, w, drafts, lengths, pick.choice(eft.ops.METHODS),
                                    pick.choice([-1, 0, 1]), pick.random() < 0.5, **deep)):
                 out, calls = call.run("cpu"), calls + 1

@@ -226,7 +226,7 @@ def call(module, c: Case) -> None:
         drafts = torch.zeros(c.batch, slots[0] - 1, dtype=torch.int64)
         module.verify(z, p, drafts, torch.full((c.batch,), slots[0] - 1), c.method, c.draft, drawn_by, logprobs)
     elif c.op == "logprobs":
-        module.logprobs(z, p)
+        module.logprobs(z, p, False)
     else:
         module.token_logprobs(z, p, torch.zeros(c.batch, 1, dtype=torch.int64))
 

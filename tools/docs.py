@@ -35,7 +35,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 -->
 """
 GROUPS = {
-    "Operations": ["sample", "verify", "draft", "logprobs", "token_logprobs"],
+    "Operations": ["sample", "verify", "draft", "combine", "logprobs", "token_logprobs"],
     "Results": ["SampleOutput", "VerifyOutput", "DraftOutput"],
     "Combinations": ["upscale", "proxy", "interpolate", "downscale", "weights", "Weights"],
 }

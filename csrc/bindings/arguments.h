@@ -137,10 +137,11 @@ struct Reader {
     return given;
   }
 
-  // what every operation has: strict, logits [rows, (slots,) V], and the fields of parameters.py's Params
+  // what every operation has: strict, logits [rows, (slots,) V] and None, or [n, V] and an index [rows, (slots)], and
+  // the other fields of parameters.py's Params
   void call(Call& c, int dims) {
     strict = boolean();
-    PyObject* logits = next();
+    PyObject *logits = next(), *index = next();
     if (PyList_Check(logits)) {
       models = PyList_AsTuple(logits);
       if (!models) PyErr_Clear();
@@ -151,19 +152,33 @@ struct Reader {
     const Py_ssize_t count = PyTuple_Size(models);
     if (!need(count >= 1 && count <= kMaxModels)) return;
     c.models = static_cast<int>(count);
+    if (index != Py_None) {
+      dlpack::Tensor t;
+      if (!view(index, t) || !need(t.ndim == dims - 1)) return;
+      rows = t.shape[0], slots = dims == 3 ? t.shape[1] : 1;
+      c.row_index = dims == 3 ? tensor<int64_t>(index, kInt64, {rows, slots}) : tensor<int64_t>(index, kInt64, {rows});
+      if (!c.row_index) return;
+    }
+    const int logit_dims = c.row_index ? 2 : dims;
     int64_t vocab = INT64_MAX;
     for (int j = 0; j < c.models; ++j) {
       dlpack::Tensor t;
       if (!view(PyTuple_GetItem(models, j), t)) return;
-      if (!need(t.ndim == dims && (t.strides[dims - 1] == 1 || t.shape[dims - 1] < 2 || t.shape[0] == 0))) return;
-      if (j == 0) rows = t.shape[0], slots = dims == 3 ? t.shape[1] : 1;
-      need(t.shape[0] == rows && (dims == 2 || t.shape[1] == slots) && slots >= 1);
-      c.model[j] = {t.data, t.strides[0], dims == 3 ? t.strides[1] : 0, kF32};
+      const int last = logit_dims - 1;
+      if (!need(t.ndim == logit_dims && (t.strides[last] == 1 || t.shape[last] < 2 || t.shape[0] == 0))) return;
+      if (j == 0) c.logit_rows = t.shape[0];
+      if (j == 0 && !c.row_index) rows = t.shape[0], slots = dims == 3 ? t.shape[1] : 1;
+      need(t.shape[0] == c.logit_rows && (logit_dims == 2 || t.shape[1] == slots) && slots >= 1);
+      c.model[j] = {t.data, t.strides[0], logit_dims == 3 ? t.strides[1] : 0, kF32};
       if (t.dtype == kFloat16) c.model[j].dtype = kF16;
       else if (t.dtype == kBfloat16) c.model[j].dtype = kBF16;
       else need(t.dtype == kFloat32);
-      vocab = std::min(vocab, t.shape[dims - 1]);
+      vocab = std::min(vocab, t.shape[last]);
     }
+    // a row is read even where the index names none
+    if (c.row_index && !need(c.logit_rows > 0 || rows == 0)) return;
+    if (c.row_index && values())
+      for (int64_t k = 0; k < rows * slots; ++k) need(c.row_index[k] >= 0 && c.row_index[k] < c.logit_rows);
     c.rows = rows;
     c.slots = slots;
     PyObject* w = next();
@@ -279,6 +294,11 @@ class Outputs {
     objects_[n_++] = o;
     return static_cast<T*>(data);
   }
+  // one of the caller's
+  void adopt(PyObject* tensor) {
+    Py_IncRef(tensor);
+    objects_[n_++] = tensor;
+  }
   bool failed() const { return failed_; }
   PyObject* tuple() {
     PyObject* t = PyTuple_New(n_);
@@ -305,9 +325,12 @@ inline bool prepare(Reader& r, SampleCall& c, Outputs& out) {
   c.top_n = r.integer(0, kMaxVocab);
   const bool diagnostics = r.boolean();
   r.needs_tuned(c, diagnostics);
-  if (!r.done()) return false;
   const int64_t B = c.rows;
-  c.tokens = out.make<int64_t>(true, r.device, kInt64, {B});
+  PyObject* tokens = r.i < r.n ? r.next() : Py_None;  // where to write them
+  if (tokens != Py_None) c.tokens = const_cast<int64_t*>(r.tensor<int64_t>(tokens, kInt64, {B}));
+  if (!r.done()) return false;
+  if (tokens != Py_None) out.adopt(tokens);
+  else c.tokens = out.make<int64_t>(true, r.device, kInt64, {B});
   c.valid = out.make<bool>(true, r.device, kBool8, {B});
   c.logprobs = out.make<float>(logprobs, r.device, kFloat32, {B});
   c.raw_logprobs = out.make<float>(logprobs, r.device, kFloat32, {B});
@@ -351,7 +374,7 @@ inline bool prepare(Reader& r, VerifyCall& c, Outputs& out) {
   return true;
 }
 
-// log-probs of the ids [rows, n], or of all tokens where ids is None
+// log-probs of the ids [rows, n], or of all tokens where ids is None: log-probs, or scores
 inline bool prepare(Reader& r, LogprobsCall& c, Outputs& out) {
   r.call(c, 2);
   PyObject* ids = r.next();
@@ -360,6 +383,8 @@ inline bool prepare(Reader& r, LogprobsCall& c, Outputs& out) {
     dlpack::Tensor t;
     if (r.view(ids, t) && r.need(t.ndim == 2)) c.ids = r.tensor<int64_t>(ids, kInt64, {c.rows, c.n_ids = t.shape[1]});
   }
+  c.scores = r.boolean();
+  r.need(!c.scores || !c.ids);
   if (!r.done()) return false;
   c.out = out.make<float>(true, r.device, kFloat32, {c.rows, c.n_ids});
   return true;

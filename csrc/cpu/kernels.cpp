@@ -103,10 +103,19 @@ void logprobs(const LogprobsCall& call) {
     Row r = row_of(call, b, 0, threads);
     const Filters& f = r.filters;
     const bool filtered = f.filtered(), processed = !f.greedy && f.processed();
-    r.score(!processed && !f.greedy, processed && !filtered);
+    r.score(!call.scores && !processed && !f.greedy, processed && !filtered);
     const int64_t width = call.ids ? call.n_ids : call.vocab_size;
     float* out = call.out + b * width;
     if (!r.valid) return std::fill(out, out + width, kNaN);
+    if (call.scores)
+      return r.each_block([&](int, int from, int to) {
+        alignas(64) float s[kChunkSize];
+        for (int c = from; c < to; ++c) {
+          r.chunk(c, s);
+          memcpy(out + int64_t{c} * kChunkSize, s,
+                 std::min(kChunkSize, call.vocab_size - c * kChunkSize) * sizeof(float));
+        }
+      });
     r.filter(true);
     if (filtered) r.know_mass();
     const int64_t argmax = f.greedy ? r.draw({}).id : -1;

@@ -406,14 +406,14 @@ struct Row {
 
 Input input_of(const Call& call, int model, int64_t row, int64_t slot, float w) {
   const Model& m = call.model[model];
-  int64_t offset = (row * m.row_stride + slot * m.slot_stride) * item_size(m.dtype);
-  return {static_cast<const char*>(m.data) + offset, m.dtype, w};
+  return {static_cast<const char*>(m.data) + call.offset_of(m, row, slot) * item_size(m.dtype), m.dtype, w};
 }
 
 // only: -1 for the product of all models, else that model alone (a draft distribution)
 Row row_of(const Call& call, int64_t row, int64_t slot, int threads, int only = -1) {
   Row r(scratch(only >= 0), threads);
   r.filters = filters_of(call, row);
+  r.filters.valid = r.filters.valid && call.has_row(row, slot);
   Scorer& s = r.scorer;
   s.vocab = call.vocab_size;
   if (call.mask)

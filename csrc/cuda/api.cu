@@ -38,7 +38,7 @@ RowCall row_call(const SampleCall& c) {
 RowCall row_call(const LogprobsCall& c) {
   RowCall r{};
   static_cast<Call&>(r) = c;
-  r.ids = c.ids, r.n_ids = c.n_ids;
+  r.ids = c.ids, r.n_ids = c.n_ids, r.scores = c.scores;
   // log-probs of given tokens, where nothing is filtered and no row is greedy, need no score but theirs
   r.keeps_scores = !c.ids || filters(c) || c.temperature.data || c.temperature.value < kGreedy;
   (c.ids ? r.id_logprobs : r.all_logprobs) = c.out;

@@ -40,7 +40,8 @@ struct LaunchConfig {
 inline LaunchConfig launch_config;
 
 inline bool is_direct(const Call& call, const Device& device) {
-  return call.rows * chunks_of(call) <= int64_t{launch_config.direct_chunks_per_sm} * device.multiprocessors;
+  return !call.row_index &&
+         call.rows * chunks_of(call) <= int64_t{launch_config.direct_chunks_per_sm} * device.multiprocessors;
 }
 
 // blocks of sample_stream that a multiprocessor runs at once, by its launch bounds

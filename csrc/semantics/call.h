@@ -45,7 +45,9 @@ struct Sampling {
 };
 
 struct Call : Sampling {
-  int64_t rows, slots;  // slots: 1, or K + 1 for verify
+  int64_t rows, slots;       // slots: 1, or K + 1 for verify
+  const int64_t* row_index;  // [rows, slots]: which row of the logits each reads; null: its own
+  int64_t logit_rows;        // how many they have, where there is an index
   int vocab_size, models, tuned;
   Model model[kMaxModels];
   const float* weights;    // null: `weight`
@@ -56,6 +58,18 @@ struct Call : Sampling {
   Bias bias;                       // of the first row; each is [rows, slots, ...]
   int threads;                     // of a CPU
 
+  // whether the index names a row of the logits; it may hold anything
+  EFT_HD bool has_row(int64_t row, int64_t slot) const {
+    if (!row_index) return true;
+    const int64_t at = row_index[row * slots + slot];
+    return at >= 0 && at < logit_rows;
+  }
+  // where a row of logits begins, in elements
+  EFT_HD int64_t offset_of(const Model& m, int64_t row, int64_t slot) const {
+    if (!row_index) return row * m.row_stride + slot * m.slot_stride;
+    const int64_t at = row_index[row * slots + slot];  // read once: another thread may write there
+    return at >= 0 && at < logit_rows ? at * m.row_stride : 0;
+  }
   EFT_HD Bias bias_of(int64_t row, int64_t slot) const {
     const int64_t r = row * slots + slot, chunks = (vocab_size + kChunkSize - 1) / kChunkSize;
     if (!bias.starts) return Bias{};
@@ -88,6 +102,7 @@ struct VerifyCall : Call {
 struct LogprobsCall : Call {
   const int64_t* ids;  // null: all of the vocabulary
   int64_t n_ids;
+  bool scores;  // not log-probs: the emulated scores of the vocabulary
   float* out;
 };
 

@@ -58,8 +58,8 @@ def set_isa(name: str | None) -> str:
 
 def _run(function: Callable[..., Outputs | None], logits: Sequence[torch.Tensor], p: Params, *args: object) -> Outputs:
     """The tensors of a call whose arguments were checked."""
-    *values, bias, vocab_size, tuned = p
-    params = (*values, workspace.sorted_bias(bias, vocab_size), vocab_size, tuned)
+    *values, bias, vocab_size, tuned, row_index = p
+    params = (row_index, *values, workspace.sorted_bias(bias, vocab_size), vocab_size, tuned)
     out = function(torch.get_num_threads(), False, logits, *params, *args)
     if out is None:  # a subclass of torch.Tensor
         logits = [z.detach().as_subclass(torch.Tensor) for z in logits]
@@ -107,13 +107,13 @@ def verify(
     return out
 
 
-def logprobs(logits: Sequence[torch.Tensor], p: Params) -> torch.Tensor:
-    out: tuple[torch.Tensor] = _run(_cpu.logprobs, logits, p, None)
+def logprobs(logits: Sequence[torch.Tensor], p: Params, scores: bool) -> torch.Tensor:
+    out: tuple[torch.Tensor] = _run(_cpu.logprobs, logits, p, None, bool(scores))
     return out[0]
 
 
 def token_logprobs(logits: Sequence[torch.Tensor], p: Params, ids: torch.Tensor) -> torch.Tensor:
-    out: tuple[torch.Tensor] = _run(_cpu.logprobs, logits, p, ids)
+    out: tuple[torch.Tensor] = _run(_cpu.logprobs, logits, p, ids, False)
     return out[0]
 
 

@@ -71,9 +71,9 @@ def _launch(
 ) -> Outputs:
     """The tensors of a call whose arguments were checked; the logits' device is the current one."""
     z = logits[0]
-    *values, bias, vocab_size, tuned = p
-    params = (*values, workspace.sorted_bias(bias, vocab_size), vocab_size, tuned)
-    counters = workspace.counters(2 * z.shape[:-1].numel(), z.device, None if _SIMT else _stream(z.device.index))
+    *values, bias, vocab_size, tuned, row_index = p
+    params = (row_index, *values, workspace.sorted_bias(bias, vocab_size), vocab_size, tuned)
+    counters = workspace.counters(2 * p.lead(logits).numel(), z.device, None if _SIMT else _stream(z.device.index))
     out = function(counters, False, logits, *params, *args)
     if out is None:  # a subclass of torch.Tensor
         logits = [z.detach().as_subclass(torch.Tensor) for z in logits]
@@ -132,8 +132,11 @@ def verify(
 # The same on arguments that nobody has checked, as in backends/cpu.py. Values of tensors are not looked at.
 
 
-def _try(function: Callable[..., Outputs | None], logits: Sequence[torch.Tensor], *args: object) -> Outputs | None:
+def _try(
+    function: Callable[..., Outputs | None], logits: Sequence[torch.Tensor], row_index: object, *args: object
+) -> Outputs | None:
     z = logits[0]
+    rows = (row_index.shape if isinstance(row_index, torch.Tensor) else z.shape[:-1]).numel()
     device = z.device
     if _SIMT:
         stream = None
@@ -141,7 +144,7 @@ def _try(function: Callable[..., Outputs | None], logits: Sequence[torch.Tensor]
         stream = _stream(device.index)
     else:
         return None
-    return function(workspace.counters(2 * z.shape[:-1].numel(), device, stream), True, logits, *args)
+    return function(workspace.counters(2 * rows, device, stream), True, logits, row_index, *args)
 
 
 def try_sample(logits: Sequence[torch.Tensor], *args: object) -> Sampled | None:
@@ -152,11 +155,11 @@ def try_verify(logits: Sequence[torch.Tensor], *args: object) -> Verified | None
     return _try(_cuda.verify, logits, *args)
 
 
-def logprobs(logits: Sequence[torch.Tensor], p: Params) -> torch.Tensor:
-    out: tuple[torch.Tensor] = _run(_cuda.logprobs, logits, p, None)
+def logprobs(logits: Sequence[torch.Tensor], p: Params, scores: bool) -> torch.Tensor:
+    out: tuple[torch.Tensor] = _run(_cuda.logprobs, logits, p, None, bool(scores))
     return out[0]
 
 
 def token_logprobs(logits: Sequence[torch.Tensor], p: Params, ids: torch.Tensor) -> torch.Tensor:
-    out: tuple[torch.Tensor] = _run(_cuda.logprobs, logits, p, ids)
+    out: tuple[torch.Tensor] = _run(_cuda.logprobs, logits, p, ids, False)
     return out[0]

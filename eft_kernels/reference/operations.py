@@ -10,7 +10,7 @@ from ..dispatch import Sampled
 from ..parameters import STREAM_CODES, Params, TokenBias
 from .masses import log_total
 from .noise import race
-from .rows import NEG_INF, Rows
+from .rows import NEG_INF, Rows, read_rows
 
 NAN = float("nan")
 
@@ -22,10 +22,13 @@ def blocks(rows: int, vocab_size: int) -> list[slice]:
 
 
 def rows_of(logits: Sequence[torch.Tensor], p: Params, part: slice) -> Rows:
-    index = torch.arange(logits[0].shape[0], device=logits[0].device)[part]
+    index = torch.arange(*p.lead(logits), device=logits[0].device)[part]
     mask = None if p.token_mask is None else p.token_mask[part]
     bias = None if p.token_bias is None else TokenBias(*(x[part] for x in p.token_bias))
-    return Rows([z[part] for z in logits], p, index, mask, bias)
+    if p.row_index is None:
+        return Rows([z[part] for z in logits], p, index, mask, bias)
+    read, there = read_rows(logits, p.row_index[part])
+    return Rows(read, p, index, mask, bias, there)
 
 
 @torch.no_grad()
@@ -38,7 +41,7 @@ def sample(
     top_logprobs: int,
     diagnostics: bool,
 ) -> Sampled:
-    B, device = logits[0].shape[0], logits[0].device
+    (B,), device = p.lead(logits), logits[0].device
 
     def full(shape: tuple[int, ...], value: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.full(shape, value, dtype=dtype, device=device)
@@ -91,15 +94,15 @@ def diagnose(r: Rows, s: torch.Tensor, emulated: torch.Tensor) -> tuple[torch.Te
 
 
 @torch.no_grad()
-def logprobs(logits: Sequence[torch.Tensor], p: Params) -> torch.Tensor:
-    """float32 [R, V]: after temperature and filters where a row has them, else emulated."""
-    out = torch.empty(logits[0].shape[0], p.vocab_size, dtype=torch.float32, device=logits[0].device)
+def logprobs(logits: Sequence[torch.Tensor], p: Params, scores: bool = False) -> torch.Tensor:
+    """float32 [R, V]: after temperature and filters where a row has them, else emulated; or the emulated ``scores``."""
+    out = torch.empty(*p.lead(logits), p.vocab_size, dtype=torch.float32, device=logits[0].device)
     for part in blocks(*out.shape):
         r = rows_of(logits, p, part)
         s, ok = r.combine()
         processed = (r.temperature != 1) | r.filtered()
-        lp = r.log_softmax(s, False)
-        if bool(processed.any()):
+        lp = s if scores else r.log_softmax(s, False)
+        if not scores and bool(processed.any()):
             lp = torch.where(processed[:, None], r.log_softmax(s, True), lp)
         out[part] = torch.where(ok[:, None], lp, NAN)
     return out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..arguments import dtype_of
@@ -13,8 +15,16 @@ NEG_INF = float("-inf")
 LOG2E = 1.44269504  # float32(log2 e)
 
 
+def read_rows(logits: Sequence[torch.Tensor], row_index: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The rows of logits [N, V] that ``row_index`` [R] names, [R, V], and whether it names one (else the first)."""
+    there = (row_index >= 0) & (row_index < logits[0].shape[0])
+    at = torch.where(there, row_index, 0)
+    return [z[at] for z in logits], there
+
+
 class Rows:
-    """Rows with every parameter as a tensor [R]; ``index`` maps rows to the batch when rows are (row, slot) pairs.
+    """Rows with every parameter as a tensor [R]; ``index`` maps rows to the batch when rows are (row, slot) pairs;
+    ``there`` is False where `Params.row_index` names no row.
 
     Values need not have been checked. A row is invalid, that row alone, where a parameter of float32 is outside the
     range of `PARAMETERS` (NaN is) or a weight is not finite; all its parameters are off then. ``top_k`` <= 0 or >= V is
@@ -38,6 +48,7 @@ class Rows:
         index: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
         bias: TokenBias | None = None,
+        there: torch.Tensor | None = None,
     ) -> None:
         rows, device = logits[0].shape[0], logits[0].device
         self.logits, self.vocab_size, self.tuned = logits, p.vocab_size, p.tuned
@@ -53,6 +64,8 @@ class Rows:
         w = w.expand(rows, -1) if w.dim() == 1 else w if index is None else w[index]
         self.weights = torch.where(w.isfinite(), w, 0.0)  # [R, J]
         self.in_range = w.isfinite().all(1)
+        if there is not None:
+            self.in_range = self.in_range & there
         self.set_parameters({q: per_row(getattr(p, q.name), dtype_of(q)) for q in PARAMETERS})
         self.seed = per_row(p.seed, torch.int64) if isinstance(p.seed, torch.Tensor) else row_seed(p.seed, row)
         self.position = per_row(p.position, torch.int64)

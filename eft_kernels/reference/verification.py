@@ -12,7 +12,7 @@ from ..dispatch import Verified
 from ..parameters import STREAM_CODES, DraftParams, Params, TokenBias
 from .masses import MASS_BITS, RESIDUAL_BITS
 from .noise import accept_uniform, log, race
-from .rows import NEG_INF, Rows
+from .rows import NEG_INF, Rows, read_rows
 
 NAN = float("nan")
 
@@ -31,17 +31,22 @@ class Slot:
         draft: int,
         drawn_by: DraftParams,
     ) -> None:
-        rows = torch.arange(logits[0].shape[0], device=logits[0].device)
+        rows = torch.arange(p.lead(logits)[0], device=logits[0].device)
         mask = None if p.token_mask is None else p.token_mask[:, i]
         bias = None if p.token_bias is None else TokenBias(*(x[:, i] for x in p.token_bias))
+        there = None
+        if p.row_index is None:
+            logits = [z[:, i] for z in logits]
+        else:
+            logits, there = read_rows(logits, p.row_index[:, i])
         self.i = i
-        self.target = Rows([z[:, i] for z in logits], p, rows, mask, bias)
+        self.target = Rows(logits, p, rows, mask, bias, there)
         self.target.position = self.target.position + i
         self.scores, self.valid = self.target.combine()
         _, self.t = self.target.process(self.scores)
         self.t_total = self.t.sum(1).clamp(min=1)
         if draft >= 0:
-            drafter = Rows([logits[draft][:, i]], drawn_by.of(p), rows, mask, bias)
+            drafter = Rows([logits[draft]], drawn_by.of(p), rows, mask, bias, there)
             scores, valid = drafter.combine()
             _, self.d = drafter.process(scores)
             if method != "coupled":
@@ -147,7 +152,7 @@ def verify(
     logprobs: bool,
 ) -> Verified:
     """``draft`` is -1 for a deterministic proposer."""
-    B, S = logits[0].shape[:2]
+    B, S = p.lead(logits)
     device = logits[0].device
     draft_lengths = draft_lengths.clamp(0, S - 1)
     slots = [

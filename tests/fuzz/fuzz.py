@@ -14,6 +14,7 @@ import faulthandler
 import fractions
 import importlib.machinery
 import importlib.util
+import inspect
 import random
 import sys
 import threading
@@ -237,7 +238,7 @@ def tame(call):
     """``call`` with its values in range, so that what is hostile in it is what was put there later."""
     from eft_kernels.parameters import ROWS
 
-    K = call.logits[0].shape[1] - 1
+    K = call.params.lead(call.logits)[-1] - 1
     V, p = call.params.vocab_size, call.params
     changed = {}
     for name, row in ROWS.items():
@@ -252,6 +253,8 @@ def tame(call):
         changed["position"] = max(0, p.position)
     if isinstance(p.weights, torch.Tensor):
         changed["weights"] = p.weights.nan_to_num(1.0, 1.0, 1.0)
+    if p.row_index is not None:
+        changed["row_index"] = p.row_index.clamp(0, len(call.logits[0]) - 1)
     args = list(call.args)
     if call.operation == "verify":
         args[:2] = args[0].clamp(0, V - 1), args[1].clamp(0, K)
@@ -288,18 +291,31 @@ class Fuzz:
         """`eft.sample` and the others: ValueError that begins with an argument's name, or what the reference gives."""
         pick = random.Random(seed)
         call = tame(self.usual(pick))
-        function = getattr(self.eft, call.operation)
+        scores = call.operation == "logprobs" and call.args[0]
+        function = getattr(self.eft, "combine" if scores else call.operation)
         kwargs = dict(call.params._asdict(), logits=call.logits)
+        if scores:
+            kwargs = {k: v for k, v in kwargs.items() if k in inspect.signature(function).parameters}
         if call.operation == "sample":
             kwargs.update(zip(("stream", "slot", "logprobs", "top_logprobs", "diagnostics"), call.args))
         elif call.operation == "verify":
             kwargs.update(zip(("draft_tokens", "draft_lengths", "method", "draft"), call.args), logprobs=call.args[-1])
             kwargs.update({f"draft_{name}": None for name in call.args[4]._fields})
             kwargs["draft"] = None if kwargs["draft"] == -1 else kwargs["draft"]
+            index = kwargs.pop("row_index")
+            if index is not None:  # as rounds one after the other
+                at, lead = index.flatten(), index.shape
+                kwargs["logits"] = [z[at] for z in call.logits]
+                kwargs["offsets"] = torch.arange(lead[0] + 1) * lead[1]
+                for name in ("token_mask", "token_bias"):
+                    if isinstance(kwargs[name], torch.Tensor):
+                        kwargs[name] = kwargs[name].flatten(0, 1)
+                    elif kwargs[name] is not None:
+                        kwargs[name] = tuple(x.flatten(0, 1) for x in kwargs[name])
         elif call.operation == "token_logprobs":
             kwargs["ids"] = call.args[0]
         if call.operation not in ("sample", "verify"):
-            del kwargs["seed"], kwargs["position"]
+            kwargs = {name: x for name, x in kwargs.items() if name not in ("seed", "position")}
         for _ in range(pick.choice([1, 1, 1, 2, 3])):
             name = pick.choice(sorted(kwargs))
             kwargs[name] = hostile(pick, kwargs[name], len(call.logits[0]))
@@ -382,11 +398,15 @@ class Fuzz:
             args[0] = self.ops.STREAM_NAMES.index(args[0])
         elif call.operation == "verify":
             args[2:5] = self.ops.METHODS.index(args[2]), None if args[3] < 0 else args[3], *args[4]
+        elif call.operation == "logprobs":
+            args = [None, *args]
+        elif call.operation == "token_logprobs":
+            args = [*args, False]
         function = getattr(module, "logprobs" if "logprobs" in call.operation else call.operation)
-        if call.operation == "logprobs":
-            args = [None]
-        params = call.params._replace(token_bias=self.sorted_bias(pick, call))
-        args = [pick.choice([1, 2, 3]), pick.random() < 0.5, call.logits, *params, *args]
+        if call.operation == "sample" and pick.random() < 0.3:  # where to write the tokens
+            args.append(torch.empty(call.params.lead(call.logits), dtype=torch.int64))
+        *params, index = call.params._replace(token_bias=self.sorted_bias(pick, call))
+        args = [pick.choice([1, 2, 3]), pick.random() < 0.5, call.logits, index, *params, *args]
         for _ in range(pick.choice([0, 1, 1, 2, 4])):
             at = pick.randrange(1, len(args))  # threads are the caller's business
             args[at] = hostile(pick, args[at], len(call.logits[0]))

@@ -97,13 +97,14 @@ EFT_DEVICE void write_diagnostics(ClusterGroup& group, const Row& row, const Par
   }
 }
 
-// float32 [V]
+// float32 [V]: log-probs, or scores
 EFT_DEVICE void write_all_logprobs(const Row& row, const Part& part, const State& f, const RowParams& params,
-                                   float* out) {
+                                   bool scores, float* out) {
   for (int i = warp_id(); i < part.n; i += kWarps)
     for (int k = lane_id(); k < kChunkSize; k += kLanes) {
       const int token = (part.first + i) * kChunkSize + k;
-      if (token < row.vocab) out[token] = f.valid ? logprob(f, params, part.scores[i * kChunkSize + k], token) : NAN;
+      const float s = part.scores[i * kChunkSize + k];
+      if (token < row.vocab) out[token] = !f.valid ? NAN : scores ? s : logprob(f, params, s, token);
     }
 }
 

@@ -187,7 +187,7 @@ EFT_DEVICE void write_rest(ClusterGroup& group, RowShared& shared, const RowCall
       write_top(group, part, f, n, ids, logprobs, f.valid);
   }
   if (call.entropy) write_diagnostics(group, row, part, f, call.entropy + r, call.tv + r, f.valid);
-  if (call.all_logprobs) write_all_logprobs(row, part, f, params, call.all_logprobs + r * row.vocab);
+  if (call.all_logprobs) write_all_logprobs(row, part, f, params, call.scores, call.all_logprobs + r * row.vocab);
   if (call.id_logprobs)
     write_id_logprobs(group, row, f, params, call.ids + r * call.n_ids, call.n_ids, call.id_logprobs + r * call.n_ids);
 }
@@ -254,6 +254,7 @@ EFT_KERNEL void __launch_bounds__(kThreads, EFT_ROW_BLOCKS)
     shared.accepts_here = drafts.target && group.rank == 0;
     set_row(shared.row, call, b, slot);
     shared.params = row_params_of(call, b);
+    shared.params.valid &= call.has_row(b, slot);
     shared.source = source_of(call, b, slot, call.stream, call.slot);
     const int first = group.rank * per;
     shared.part = {staged ? staged + (int64_t{at} * shared.row.chunks + first) * kChunkSize

@@ -60,6 +60,7 @@ struct RowCall : Call {
   const int64_t* ids;  // [rows, n_ids]
   int64_t n_ids;
   float *id_logprobs, *all_logprobs;  // [rows, n_ids], [rows, V]
+  bool scores;                        // all_logprobs: the emulated scores
   State* states;
   float* tops;  // [rows, chunks], the best score of each
 };

@@ -125,6 +125,7 @@ EFT_KERNEL void __launch_bounds__(kThreads, EFT_STREAM_BLOCKS)
       shared.next += piece.n;
       set_row(row, call, piece.b, 0);
       shared.params = row_params_of(call, piece.b);
+      shared.params.valid &= call.has_row(piece.b, 0);
       shared.source = source_of(call, piece.b, 0, call.stream, call.slot);
     }
     __syncthreads();
@@ -175,7 +176,7 @@ EFT_DEVICE float direct_sums(const Call& call, int64_t b, int chunk, int token, 
 #pragma unroll
   for (int j = 0; j < kAhead; ++j)
     if (j < call.models) {
-      const Input in = input_of(call, j, b, 0);
+      const Input in = input_of(call, j, b, b * call.model[j].row_stride);  // a call without an index
       z[j] = in.z, w[j] = in.w;
       aligned &= reinterpret_cast<uintptr_t>(in.z) % 16 == 0;
     }

@@ -37,10 +37,9 @@ constexpr int kAhead = 4;  // models whose logits are in flight together
 
 EFT_DEVICE int item_size(int dtype) { return dtype == kF32 ? 4 : 2; }
 
-EFT_DEVICE Input input_of(const Call& call, int j, int64_t b, int64_t slot) {
+EFT_DEVICE Input input_of(const Call& call, int j, int64_t b, int64_t offset) {
   const Model& m = call.model[j];
-  const int64_t at = b * m.row_stride + slot * m.slot_stride;
-  return {static_cast<const char*>(m.data) + at * item_size(m.dtype),
+  return {static_cast<const char*>(m.data) + offset * item_size(m.dtype),
           call.weights ? call.weights[b * call.weights_stride + j] : call.weight[j], m.dtype};
 }
 
@@ -64,7 +63,7 @@ EFT_DEVICE void set_row(Row& row, const Call& call, int64_t b, int64_t slot) {
   int n = 0, dtype = kMixed;
   bool aligned = true;
   for (int j = 0; j < call.models; ++j) {
-    const Input in = input_of(call, j, b, slot);
+    const Input in = input_of(call, j, b, call.offset_of(call.model[j], b, slot));
     if (j == call.tuned) row.tuned = in, row.tuned_at = n;
     if (in.w == 0 && !(row.upscaled && j == call.tuned)) continue;
     dtype = n == 0 || dtype == in.dtype ? in.dtype : kMixed;

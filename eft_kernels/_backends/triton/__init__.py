@@ -106,8 +106,9 @@ class Call:
     """One call's launch arguments, and its launches."""
 
     def __init__(self, logits: Logits, p: Params) -> None:
-        self.slots = logits[0].shape[1] if logits[0].dim() == 3 else 1
-        self.rows, self.device = logits[0].shape[0] * self.slots, logits[0].device
+        lead = p.lead(logits)
+        self.slots = lead[1] if len(lead) == 2 else 1
+        self.rows, self.device = lead.numel(), logits[0].device
         self.V, self.chunks = p.vocab_size, ceil_div(p.vocab_size, CHUNK)
         if not isinstance(p.top_k, torch.Tensor) and not 0 < p.top_k < self.V:
             p = p._replace(top_k=0)
@@ -115,6 +116,8 @@ class Call:
         tuned, stride = p.tuned, 0
         weights: MaybeTensor = None
         numbers: tuple[float | tl.constexpr, ...] = ()
+        if p.row_index is not None and not isinstance(p.weights, torch.Tensor) and not any(p.weights):
+            p = p._replace(weights=torch.zeros(len(logits), device=self.device))  # for `row_of` to show a missing row
         if isinstance(p.weights, torch.Tensor):
             weights = p.weights
             stride = weights.stride(0) if weights.dim() == 2 else 0
@@ -128,6 +131,8 @@ class Call:
             tuple(logits),
             tuple(z.stride(0) for z in logits),
             tuple(z.stride(1) if z.dim() == 3 else 0 for z in logits),
+            p.row_index,
+            0 if p.row_index is None else logits[0].shape[0],
             weights,
             stride,
             numbers,
@@ -328,10 +333,10 @@ def _states(logits: Logits, p: Params) -> tuple[Call, filter.State]:
 
 
 @on_device
-def logprobs(logits: Logits, p: Params) -> torch.Tensor:
+def logprobs(logits: Logits, p: Params, scores: bool) -> torch.Tensor:
     call, state = _states(logits, p)
     out = call.empty(call.V)
-    call.launch_stream(outputs.logprobs_kernel, *call.sampling, state, out)
+    call.launch_stream(outputs.logprobs_kernel, *call.sampling, state, out, SCORES=scores)
     return out
 
 
@@ -354,7 +359,7 @@ def verify(
     drawn_by: DraftParams,
     logprobs: bool,
 ) -> Verified:
-    B, S = logits[0].shape[:2]
+    B, S = p.lead(logits)
     device, uses_masses, blocks = logits[0].device, method != "coupled", method == "block"
     call = Call(logits, p)
     call.stats(sum=logprobs, sum_c=logprobs or call.nucleus)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .filter import gather, kth
-from .rows import Kept, combine, kept_scores, params_of, row_of, tokens_of
+from .rows import Kept, combine, kept_scores, logits_at, params_of, row_of, tokens_of
 from .semantics import CHUNK, INF, LOG2E, NEG_INF, NONE, log, packed_key, packed_token, times
 
 
@@ -35,9 +35,19 @@ def changes(params):
 
 @triton.jit(do_not_specialize=["seed", "position"])
 def logprobs_kernel(
-    m, up, sampling, seed, position, state, out, SPLITS: tl.constexpr, TILES: tl.constexpr, TC: tl.constexpr
+    m,
+    up,
+    sampling,
+    seed,
+    position,
+    state,
+    out,
+    SCORES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILES: tl.constexpr,
+    TC: tl.constexpr,
 ):
-    """Grid (rows * SPLITS): out float32 [rows, V]."""
+    """Grid (rows * SPLITS): out float32 [rows, V], log-probs or SCORES."""
     r = (tl.program_id(0) // SPLITS).to(tl.int64)
     row = row_of(m, up, r)
     params = params_of(sampling, seed, position, m.V, r // m.slots, r % m.slots)
@@ -46,9 +56,11 @@ def logprobs_kernel(
     for t in range(TILES):
         token = tokens_of((tl.program_id(0) % SPLITS) * (TILES * TC) + t * TC + tl.arange(0, TC))
         s, _ = combine(m, up, row, token)
-        lp = raw_logprobs(s, state, r)
-        if other:
-            lp = processed_logprobs(s, token, state, r, params)
+        lp = s
+        if not SCORES:
+            lp = raw_logprobs(s, state, r)
+            if other:
+                lp = processed_logprobs(s, token, state, r, params)
         tl.store(out + r * row.V + token, lp + nan, mask=token < row.V)
 
 
@@ -121,7 +133,8 @@ def diagnostics_kernel(m, up, state, z, stride, entropy, tv, chunks, TC: tl.cons
     over the tokens not excluded."""
     r = tl.program_id(0).to(tl.int64)
     row = row_of(m, up, r)
-    z = z + r * stride
+    at, _, _ = logits_at(m, r)
+    z = z + at * stride
     best, sum = tl.full([TC, CHUNK], NEG_INF, tl.float32), tl.zeros([TC, CHUNK], tl.float32)
     nonfinite = tl.zeros([TC, CHUNK], tl.int32)  # NaN or +inf: a tuned model of weight 0 may hold them
     for t in range(0, chunks, TC):

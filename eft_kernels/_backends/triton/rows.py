@@ -28,6 +28,8 @@ class Models(NamedTuple):
     z: tuple  # J pointers
     stride: tuple  # J strides of a batch row, in elements
     slot_stride: tuple  # J strides of a slot
+    index: object  # pointer to int64, or None: the row of the logits that each row reads
+    logit_rows: object  # how many there are
     w: object  # pointer to float32 weights, or None
     w_stride: object  # 0 or J: of a batch row
     numbers: tuple  # J numbers where w is None
@@ -153,16 +155,31 @@ def params_of(s, seed, position, V, b, slot):
 
 
 @triton.jit
+def logits_at(m, r):
+    """Where row r's logits are: batch row and slot, or row and 0 of an index; and whether the index names a row."""
+    if m.index is None:
+        return r // m.slots, r % m.slots, True
+    else:
+        at = tl.load(m.index + r)
+        there = (at >= 0) & (at < m.logit_rows)
+        return tl.where(there, at, 0), tl.cast(0, tl.int64), there
+
+
+@triton.jit
 def row_of(m, up, r):
-    """`Row` r of the launch; r is int64."""
-    b, slot = r // m.slots, r % m.slots
+    """`Row` r of the launch; r is int64. Where an index names no row its first weight, and so every score, is NaN."""
+    b = r // m.slots
+    at, slot, there = logits_at(m, r)
     z, w = (), ()
     for j in tl.static_range(len(m.z)):
-        z = z + (m.z[j] + b * m.stride[j] + slot * m.slot_stride[j],)
+        z = z + (m.z[j] + at * m.stride[j] + slot * m.slot_stride[j],)
         if m.w is None:
-            w = w + (tl.cast(m.numbers[j], tl.float32),)
+            weight = tl.cast(m.numbers[j], tl.float32)
         else:
-            w = w + (tl.load(m.w + b * m.w_stride + j).to(tl.float32),)
+            weight = tl.load(m.w + b * m.w_stride + j).to(tl.float32)
+        if (m.index is not None) and j == 0:
+            weight = tl.where(there, weight, float("nan"))
+        w = w + (weight,)
     mask, starts, ids, values = r, r, r, r  # not None, as it returns
     upscaled, nucleus_floor, nucleus_shift, tail_shift = False, 0.0, 0.0, 0.0
     if m.mask is not None:
