@@ -117,6 +117,7 @@ KERNELS = {  # None: reads no row from end to end
     "own_row_kernel": None,
     "mass_kernel": Kernel(budget=no_budget),
     "accept_kernel": None,
+    "draft_mass_kernel": None,
     "residual_kernel": Kernel(both_sides, no_budget),
     "block_kernel": None,
     "last_kernel": None,
@@ -138,6 +139,7 @@ VARIANTS = {
     "masked_all": FILTERS["all"] | dict(masked=True),
     "rows": dict(rows=True),
     "rows_with_logprobs": dict(rows=True, logprobs=True),
+    "indexed": dict(indexed=True, upscale_top_p=0.9, top_p=0.9),
     "draft": dict(stream="draft"),
     "diagnostics": dict(diagnostics=True),
     "top_logprobs": dict(top_logprobs=5),
@@ -182,12 +184,14 @@ def cases() -> list[Case]:
     out += [Case("verify", v, 64, method=m) for m in METHODS for v in ("plain", "all")]
     out += [Case("verify", "with_logprobs", method=m) for m in METHODS]
     out += [
-        Case("verify", "rows", method="block"),
         Case("verify", "masked", method="token"),
         Case("verify", "upscale_filter", method="token"),
         Case("verify", "all", 2, 1, method="block"),
         Case("verify", "plain", 1, method="block"),
     ]
+    # integers of 1 are compile-time values
+    out += [Case("verify", v, vocab=17, models=1, method=m, draft=0) for m in METHODS for v in ("rows", "masked")]
+    out += [Case("verify", v, method=m) for m in METHODS for v in ("rows", "indexed")]
     out += [Case("verify", "drafts_declared", method=m) for m in METHODS[1:]]
     out += [Case("verify", method=m, draft=-1) for m in METHODS]
     out += [Case(op, v, b) for op in ("logprobs", "token_logprobs") for v in ("plain", "all") for b in (64, 1)]
@@ -217,7 +221,10 @@ def call(module, c: Case) -> None:
     if settings.pop("rows", False):
         settings = {name: torch.full((c.batch,), p.tried[1], dtype=dtype_of(p)) for name, p in ROWS.items()}
         weights = torch.ones(c.batch, c.models)
-    z, vocab = check_logits(z, 2 + len(slots), None)
+    if settings.pop("indexed", False):
+        settings["row_index"] = torch.zeros(c.batch, *slots, dtype=torch.int64)
+        z = [x.flatten(0, -2) for x in z]
+    z, vocab = check_logits(z, 2 if "row_index" in settings else 2 + len(slots), None)
     sampling = {name: settings.pop(name) for name in NAMES if name in settings}
     p = check_params(z, weights, c.batch, vocab, sampling, tuned=min(1, c.models - 1), **settings)
     if c.op == "sample":

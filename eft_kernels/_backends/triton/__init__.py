@@ -385,6 +385,11 @@ def verify(
     if not B:
         return tokens, emitted, valid, lp, raw
     options = dict(METHOD=METHOD_CODES[method], **OPTIONS)
+    masses = None
+    if uses_masses:
+        masses = call.empty(4, dtype=torch.int64)
+        if S > 1:
+            acceptance.draft_mass_kernel[(B * (S - 1),)](target, other, draft_tokens, masses, S, num_warps=1, **OPTIONS)
     acceptance.accept_kernel[(B,)](
         target,
         other,
@@ -392,11 +397,11 @@ def verify(
         draft_tokens,
         draft_lengths,
         own,
+        masses,
         accepted,
         factor,
         ratios,
         S,
-        call.V,
         num_warps=1,
         **options,
     )

@@ -124,22 +124,36 @@ def ends_of(target, draft, b, length, slots, METHOD: tl.constexpr):
     return end
 
 
-@triton.jit
-def draft_masses(target, draft, sampling, seed, position, b, i, slots, proposed, V):
-    """Masses and totals of the token proposed at slot i in target and draft, and the slot's uniform."""
+@triton.jit(do_not_specialize=["slots"])
+def draft_mass_kernel(target, draft, draft_tokens, masses, slots):
+    """Grid (B * (slots - 1)): of the token proposed at each slot its mass in the target, the target's total, and the
+    same in the draft distribution, into masses int64 [B, slots, 4].
+
+    A kernel of its own, for in a loop over slots Triton 3.6 loses the compile-time values of a kernel's tuples.
+    """
+    at = tl.program_id(0).to(tl.int64)
+    b, i = at // (slots - 1), at % (slots - 1)
     r = b * slots + i
-    row_seed, at = noise_of(sampling, seed, position, b, i)
-    u = accept_uniform(row_seed, at, tl.cast(i, tl.uint32))
-    in_bounds = (proposed >= 0) & (proposed < V)
+    proposed = tl.load(draft_tokens + at)
+    in_bounds = (proposed >= 0) & (proposed < target.m.V)
     token = tl.where(in_bounds, proposed, 0).to(tl.int32)
     at_target = view(target, r)
-    t = tl.where(in_bounds, mass_of(target, at_target, token), 0)
+    tl.store(masses + r * 4, tl.where(in_bounds, mass_of(target, at_target, token), 0))
+    tl.store(masses + r * 4 + 1, at_target.total)
     d, d_total = tl.cast(1 << 40, tl.int64), tl.cast(1 << 40, tl.int64)  # all on the draft
     if draft.state.best is not None:
         at_draft = view(draft, r)
         d = mass_of(draft, at_draft, token)
         d_total = at_draft.total
-    return t, at_target.total, tl.where(in_bounds, d, 1), d_total, u
+    tl.store(masses + r * 4 + 2, tl.where(in_bounds, d, 1))
+    tl.store(masses + r * 4 + 3, d_total)
+
+
+@triton.jit
+def masses_at(masses, r):
+    """What `draft_mass_kernel` left of row r: t, t_total, d, d_total."""
+    at = masses + r * 4
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
 
 
 @triton.jit(do_not_specialize=["seed", "position", "slots"])
@@ -152,16 +166,17 @@ def accept_kernel(
     draft_tokens,
     draft_lengths,
     own,
+    masses,
     accepted,
     factor,
     ratios,
     slots,
-    V,
     METHOD: tl.constexpr,
 ):
     """Grid (B): accepted [B] and, for "block", the ratio after every draft [B, slots] (float64).
 
-    own: the target's own samples [B, slots], for "coupled". factor [B]: of the residual where the row stops.
+    own: the target's own samples [B, slots], for "coupled", else masses of `draft_mass_kernel`. factor [B]: of the
+    residual where the row stops.
     """
     b = tl.program_id(0).to(tl.int64)
     end = ends_of(target, draft, b, length_of(draft_lengths, b, slots), slots, METHOD)
@@ -169,21 +184,20 @@ def accept_kernel(
     if METHOD == BLOCK:
         ratio = tl.cast(1.0, tl.float64)
         for i in range(0, end):
-            proposed = tl.load(draft_tokens + b * (slots - 1) + i)
-            t, t_total, d, d_total, _ = draft_masses(target, draft, sampling, seed, position, b, i, slots, proposed, V)
+            t, t_total, d, d_total = masses_at(masses, b * slots + i)
             ratio = block_ratio(ratio, t, t_total, d, d_total)
             tl.store(ratios + b * slots + i, ratio)
         tl.store(accepted + b, end)  # how many count; `block_kernel` says how many are accepted
     else:
         going = count < end
         while going:
-            proposed = tl.load(draft_tokens + b * (slots - 1) + count)
             if METHOD == COUPLED:
+                proposed = tl.load(draft_tokens + b * (slots - 1) + count)
                 going = (proposed >= 0) & (proposed == tl.load(own + b * slots + count))
             else:
-                t, t_total, d, d_total, u = draft_masses(
-                    target, draft, sampling, seed, position, b, count, slots, proposed, V
-                )
+                t, t_total, d, d_total = masses_at(masses, b * slots + count)
+                row_seed, at = noise_of(sampling, seed, position, b, count)
+                u = accept_uniform(row_seed, at, tl.cast(count, tl.uint32))
                 going = accept_token(u, t, t_total, d, d_total)
             count += going.to(tl.int32)
             going = going & (count < end)
