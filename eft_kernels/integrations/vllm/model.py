@@ -20,7 +20,7 @@ from vllm.transformers_utils.config import get_config
 import eft_kernels as eft
 
 from . import ARCHITECTURE
-from .composition import Composition
+from ..composition import Composition
 from .startup import check_version
 
 
