@@ -100,7 +100,8 @@ def run(args: argparse.Namespace) -> int:
     tokenizer.save_pretrained(out)
     for name, folder, adapter, model, option in zip(names, folders, adapters, given, options):
         if adapter and args.merge:
-            load_adapter(model, option, "auto", "cpu", trust).save_pretrained(out / name)
+            merged: Any = load_adapter(model, option, "auto", "cpu", trust)
+            merged.save_pretrained(out / name)
         else:
             (out / name).symlink_to(os.path.abspath(folder), target_is_directory=True)
     print(f"{out}: {', '.join(f'{n} {f}' for n, f in zip(names, folders))}")

@@ -134,7 +134,7 @@ class OwnPrompt:
         self.width = columns.shape[1]
 
     def take_rows(self, rows: torch.Tensor) -> None:
-        """Row i becomes what was row ``rows[i]``, as `Model.realign` does for columns; the model has the same method."""
+        """Row i becomes what was row ``rows[i]``; the model has this method, too."""
         inner: Any = self.model
         inner.take_rows(rows)
         rows = rows.to(self.ids.device)

@@ -27,7 +27,7 @@ ARCHITECTURE = "EftForCausalLM"
 ADAPTER = "adapter_config.json"  # what makes a folder a PEFT adapter
 SHARED_LENGTH = "max_position_embeddings"
 MODULE = "modeling_eft"
-CODE = f'''"""For AutoModelForCausalLM.from_pretrained(this folder, trust_remote_code=True); needs the package eft-kernels."""
+CODE = f'''"""For AutoModelForCausalLM.from_pretrained(this folder, trust_remote_code=True); needs eft-kernels."""
 
 from eft_kernels.integrations.hf import EmulatedModel as {ARCHITECTURE}
 '''
@@ -159,9 +159,7 @@ def refuse_adapters(composition: Composition) -> None:
             raise ValueError(f"eft: {name}: is a PEFT adapter; make the folder with `eft-kernels compose --merge`")
 
 
-def composed_config(
-    configs: Sequence[Any], settings: Mapping[str, Any], vocab_size: int, ends: Sequence[int]
-) -> Any:
+def composed_config(configs: Sequence[Any], settings: Mapping[str, Any], vocab_size: int, ends: Sequence[int]) -> Any:
     """The config of the whole: a copy of base's, with the sizes that all models share.
 
     Args:

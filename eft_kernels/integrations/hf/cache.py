@@ -19,7 +19,7 @@ UNBOUNDED = 1 << 40  # new tokens; a cache does not know how long a text will be
 Term = CausalLM | OwnPrompt
 
 
-class EmulatedCache(Cache):  # type: ignore[misc]
+class EmulatedCache(Cache):
     """The caches of all models of an `EmulatedModel`; the model makes it, and fills it from its first pass on.
 
     Beams move, repeat and drop its rows, assisted decoding takes columns back: each model's own cache does it.
@@ -30,6 +30,7 @@ class EmulatedCache(Cache):  # type: ignore[misc]
       vocab_size: ids that all of them have.
       prompts: own prompts, as in `eft_kernels.hf.generate`.
       shared: columns of the prompt that own prompts replace (None: those of the first pass).
+      rollback: ``terms`` makes caches that can forget columns.
     """
 
     def __init__(
@@ -39,11 +40,13 @@ class EmulatedCache(Cache):  # type: ignore[misc]
         vocab_size: int,
         prompts: Sequence[OwnIds] | Mapping[str, OwnIds] | None = None,
         shared: int | None = None,
+        rollback: bool = False,
     ):
         super().__init__(layers=[])
         self.make, self.names, self.vocab_size = terms, names, vocab_size
-        self.prompts, self.shared = prompts, shared
-        self.reset()
+        self.prompts, self.shared, self.rollback = prompts, shared, rollback
+        self.columns = 0  # that all models have read
+        self.terms: list[Term] = []  # none before the first pass
 
     def __call__(
         self, ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, keep: int
@@ -57,9 +60,7 @@ class EmulatedCache(Cache):  # type: ignore[misc]
                 f"attention_mask: got {list(attention_mask.shape)}, allowed is {[len(ids), known]}, cached and new"
             )
         if not keep and any(isinstance(term, OwnPrompt) for term in self.terms):
-            raise ValueError(
-                "prompts: give logits_to_keep; a model has no logits for the columns of another's prompt"
-            )
+            raise ValueError("prompts: give logits_to_keep; a model has no logits for the columns of another's prompt")
         self.columns = known
         return [term(ids, attention_mask, position_ids, keep) for term in self.terms]
 
@@ -67,7 +68,7 @@ class EmulatedCache(Cache):  # type: ignore[misc]
         models = self.make()
         own = own_prompts(self.prompts, self.names, len(ids), ids.device, self.vocab_size)
         shared = ids.shape[1] if self.shared is None else self.shared
-        self.terms: list[Term] = [
+        self.terms = [
             m if p is None else OwnPrompt(m, shared, *p, max_new_tokens=UNBOUNDED) for m, p in zip(models, own)
         ]
 
@@ -100,7 +101,7 @@ class EmulatedCache(Cache):  # type: ignore[misc]
             self._take_rows(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last -n columns; a positive n is what older versions of transformers give: the columns to keep."""
+        """Forgets the last -n columns; older versions of transformers give the columns to keep, above 0."""
         count = -tokens_to_remove if tokens_to_remove < 0 else self.columns - (tokens_to_remove or self.columns)
         if count > 0:
             self.columns -= count
@@ -124,7 +125,7 @@ class EmulatedCache(Cache):  # type: ignore[misc]
 
     @property
     def is_croppable(self) -> bool:
-        return all((t.model if isinstance(t, OwnPrompt) else t).rollback for t in self.terms)
+        return self.rollback
 
     @property
     def is_sliding(self) -> list[bool]:

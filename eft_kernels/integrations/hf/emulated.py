@@ -56,13 +56,13 @@ PARTS = ("tuned", "ref", "models", "weights", "mode", "vocab_size", "tokenizers"
 OURS = ("seed", "draft_tokens", "verify", "draft", "on_invalid")
 
 
-class EmulatedConfig(PreTrainedConfig):  # type: ignore[misc]
+class EmulatedConfig(PreTrainedConfig):
     """Puts `EmulatedModel` among transformers' causal language models; a model's own config is base's, changed."""
 
     model_type = "eft"
 
 
-class EmulatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class EmulatedModel(PreTrainedModel, GenerationMixin):
     """``base`` as if it had been fine-tuned the way ``tuned`` was from ``ref``, as one model of transformers.
 
     `forward` gives the emulated logits and one cache for all models. `generate` is `eft_kernels.hf.generate` where
@@ -119,7 +119,9 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             if isinstance(model, EmulatedModel):
                 raise ValueError(f"{name}: got an EmulatedModel, allowed are the models that it is made of")
         if combination.weights.values is None:
-            raise ValueError("weights, beta, alpha, lam: allowed are numbers; give values per row to generate or forward")
+            raise ValueError(
+                "weights, beta, alpha, lam: allowed are numbers here; values per row go to generate or forward"
+            )
         filtered = not free and len(names) == 3
         if not 0 < upscale_top_p <= 1 or (upscale_top_p != 1 and not filtered):
             allowed = "a number in (0, 1]" if filtered else "1 with weights or two tuned models"
@@ -199,13 +201,14 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 break
         base, tuned, ref = parts[0], parts[1:-1] or parts[1:], None if once else parts[-1]
         settings = {**composition.settings, **given}
-        if given.keys() - {"upscale_top_p"}:
-            settings = {**given, "upscale_top_p": settings["upscale_top_p"]}
+        if own := [k for k in MODE_OF if k in given]:
+            settings = {"mode": MODE_OF[own[0]], "upscale_top_p": settings["upscale_top_p"], **given}
         size = (config.get("text_config") or config)["vocab_size"]
         model = cls(base, tuned if len(tuned) > 1 else tuned[0], ref, vocab_size=size, **settings)
         model.generation_config = GenerationConfig.from_pretrained(folder)
         model.name_or_path = model.config.name_or_path = folder
-        return model.eval()
+        model.train(False)
+        return model
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
@@ -291,7 +294,8 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             loss = self.loss_function(
                 logits=combined, labels=labels.to(home), vocab_size=self.vocab_size, **loss_options
             )
-        out = CausalLMOutputWithPast(loss=loss, logits=combined, **{CACHE: cache})
+        held: dict[str, Any] = {CACHE: cache}
+        out = CausalLMOutputWithPast(loss=loss, logits=combined, **held)
         return out.to_tuple() if return_dict is False else out
 
     def _pass(
@@ -353,11 +357,11 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 for m, n, c in zip(self._terms, self.names, self._contexts)
             ]
 
-        return EmulatedCache(terms, self.names, self.vocab_size, prompts, shared)
+        return EmulatedCache(terms, self.names, self.vocab_size, prompts, shared, rollback is not None)
 
     # --- decoding -----------------------------------------------------------------------------------------------------
 
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
@@ -443,7 +447,7 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: each model has tied its own."""
 
-    def to(self, *args: Any, **kwargs: Any) -> EmulatedModel:
+    def to(self, *args: Any, **kwargs: Any) -> EmulatedModel:  # type: ignore[override]
         """Each model's own `to`, which knows what it may not do (a dtype for quantised weights)."""
         for model in self._distinct():
             model.to(*args, **kwargs)

@@ -143,11 +143,10 @@ def generate(
       models, weights: instead of tuned, ref and mode, any combination: up to 7 models beside ``model`` (which may be
         among them, with a prompt of its own), and a weight for each of [model, *models]. Contrastive decoding is
         ``models=[amateur], weights=[1 + a, -a]``.
-      prompts: one for each model but ``model`` ([*tuned, ref] or ``models``): ids [n, columns] or a dict of input_ids and
+      prompts: one for each of [*tuned, ref] or of ``models``: ids [n, columns], or a dict of input_ids and
         attention_mask (left padding), n dividing rows; None is the prompt of ``model``. Or a dict of those that differ,
-        by the names that errors use: "tuned" ("tuned[0]", "tuned[1]"), "ref", "models[0]". All models go on with the
-        same new tokens. Classifier-free guidance (arXiv 2306.17806) is ``models=[model], weights=[1 + g, -g],
-        prompts=[negative]``.
+        by the names "tuned" ("tuned[0]", "tuned[1]"), "ref", "models[0]". All go on with the same new tokens.
+        Classifier-free guidance (arXiv 2306.17806) is ``models=[model], weights=[1 + g, -g], prompts=[negative]``.
       mode: "upscale": beta (model - ref) + tuned; "proxy": model + alpha (tuned - ref); "downscale": the same sum for
         a small model and large tuned and ref; "interpolate": model + lam tuned_a + (1 - lam) tuned_b - ref.
         Default: "interpolate" for two tuned models, else "upscale".
