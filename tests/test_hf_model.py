@@ -5,6 +5,7 @@ strategies on a model that computes the sum anew at every step.
 """
 
 import copy
+import functools
 import json
 import math
 import os
@@ -216,6 +217,10 @@ def test_end_tokens_of_all_models(three):
     assert emulated.generation_config.eos_token_id == sorted({EOS, int(free[0, 9])}) == emulated.config.eos_token_id
     out = emulated.generate(torch.tensor(PROMPTS[:1]), max_new_tokens=12)
     assert torch.equal(out, free[:, : out.shape[1]]) and out[0, -1] == free[0, 9]
+    emulated.generation_config.eos_token_id = EOS  # no model's own comes back
+    longer = emulated.generate(torch.tensor(PROMPTS[:1]), max_new_tokens=12)
+    assert torch.equal(longer, free[:, : longer.shape[1]]) and longer[0, -1] == EOS and longer.shape[1] > out.shape[1]
+    emulated.generation_config.eos_token_id = [EOS, int(free[0, 9])]
     beams = emulated.generate(torch.tensor(PROMPTS[:1]), max_new_tokens=30, num_beams=3)
     assert beams.shape[1] < 36 and int(beams[0, -1]) in emulated.generation_config.eos_token_id
 
@@ -393,17 +398,7 @@ def test_models_that_hooks_move(three):
 
 @torch.no_grad()
 def test_models_on_devices_of_their_own(three, monkeypatch):
-    """ids go to each model's device, and its logits come back, once a pass."""
-    moved = []
-
-    class Elsewhere(torch.nn.Module):
-        def __init__(self, name):
-            super().__init__()
-            self.name = name
-
-        def __call__(self, ids, **kwargs):
-            moved.append(self.name)
-
+    """ids go to each model's device (there is no second one here but meta, which computes nothing)."""
     from eft_kernels.integrations.hf import emulated as module
 
     places = {id(three[0]): "cpu", id(three[1]): "meta", id(three[2]): "cpu"}
@@ -419,8 +414,6 @@ def test_models_on_devices_of_their_own(three, monkeypatch):
 
 
 def _recording(forward, seen, name):
-    import functools
-
     @functools.wraps(forward)
     def recorded(input_ids=None, attention_mask=None, **kwargs):
         seen[name] = {input_ids.device, attention_mask.device}

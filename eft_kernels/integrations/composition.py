@@ -164,7 +164,7 @@ def composed_config(configs: Sequence[Any], settings: Mapping[str, Any], vocab_s
 
     Args:
       configs: of base, tuned (one or two) and ref, as transformers reads them.
-      settings: the combination, as keyword arguments of `eft.hf.generate`.
+      settings: the combination, as keyword arguments of `eft.hf.generate`; none for one that no folder can hold.
       vocab_size: ids that the models share.
       ends: ids that end a text.
     """
@@ -174,11 +174,12 @@ def composed_config(configs: Sequence[Any], settings: Mapping[str, Any], vocab_s
     lengths = [n for c in configs if (n := getattr(c.get_text_config(), SHARED_LENGTH, None))]
     if lengths:
         setattr(text, SHARED_LENGTH, min(lengths))
-    names = part_names(len(configs) - 2)
-    tuned = list(names[1:-1]) if len(names) > 3 else "tuned"
-    config.architectures = [ARCHITECTURE]
     config.eos_token_id = list(ends)
-    config.eft = {"base": "base", "tuned": tuned, "ref": "ref", **settings}
+    if settings:
+        names = part_names(len(configs) - 2)
+        tuned = list(names[1:-1]) if len(names) > 3 else "tuned"
+        config.architectures = [ARCHITECTURE]
+        config.eft = {"base": "base", "tuned": tuned, "ref": "ref", **settings}
     return config
 
 

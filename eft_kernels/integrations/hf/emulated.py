@@ -391,6 +391,8 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
             else:
                 call |= dict(models=list(self.models), weights=self.weights)
             call |= dict(vocab_size=self.vocab_size, custom_generate=_of_parts)
+            if generation_config is None and self.generation_config.eos_token_id is not None:
+                call.setdefault("eos_token_id", self.generation_config.eos_token_id)  # these, and no model's own
             return super().generate(**call)
         for name in OURS:
             if name in call:
