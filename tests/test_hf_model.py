@@ -243,7 +243,14 @@ def test_beams_are_transformers_on_the_sum(family):
         models = [make(family, s) for s in (1, 2, 3)]
     options = dict(num_beams=3, num_return_sequences=2, max_new_tokens=8, pad_token_id=PAD, no_repeat_ngram_size=3)
     want = Naive(models).generate(**padded(PROMPTS[:2]), **options)
-    assert torch.equal(EmulatedModel(*models).generate(**padded(PROMPTS[:2]), **options), want)
+    emulated = EmulatedModel(*models)
+    if family == "mamba" and not hasattr(transformers.cache_utils, "LinearAttentionLayer"):  # 5.0: no rows to move
+        with pytest.raises(
+            ValueError, match=r"num_beams: base \(MambaForCausalLM\) keeps cache_params of its own kind"
+        ):
+            emulated.generate(**padded(PROMPTS[:2]), **options)
+        return
+    assert torch.equal(emulated.generate(**padded(PROMPTS[:2]), **options), want)
     assert len(set(map(tuple, want.tolist()))) == 4
 
 
@@ -259,19 +266,19 @@ def test_beams_with_strengths_of_each_row(model, three):
 def test_assisted_decoding_and_prompt_lookup_are_greedy(family):
     models = [make(family, s) for s in (1, 2, 3)]
     emulated, ids = EmulatedModel(*models), torch.tensor([PROMPTS[0] * 2])
-    options = dict(max_new_tokens=14, pad_token_id=PAD)
+    options = dict(max_new_tokens=14, pad_token_id=PAD, eos_token_id=EOS)  # 5.0's prompt lookup needs one
     want = emulated.generate(ids, **options)
     assert torch.equal(emulated.generate(ids, prompt_lookup_num_tokens=3, **options), want)
-    assert torch.equal(emulated.generate(ids, assistant_model=models[1], **options), want)
+    if family != "gemma2" or CACHE == "cache":  # until then an assistant's own cache could not leave a window
+        assert torch.equal(emulated.generate(ids, assistant_model=models[1], **options), want)
 
 
 def test_a_custom_generate_runs_over_the_forward(model, three):
     def greedy(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         for _ in range(5):
-            inputs = model.prepare_inputs_for_generation(input_ids, **kwargs)
-            inputs["input_ids"] = inputs["input_ids"][:, kwargs[CACHE].get_seq_length() :]
-            inputs.pop("position_ids", None)
-            input_ids = torch.cat([input_ids, model(**inputs).logits[:, -1:].argmax(-1)], 1)
+            cache = kwargs[CACHE]
+            logits = model(input_ids[:, cache.get_seq_length() :], **{CACHE: cache}).logits
+            input_ids = torch.cat([input_ids, logits[:, -1:].argmax(-1)], 1)
         return input_ids
 
     ids = torch.tensor(PROMPTS[:1])
@@ -338,11 +345,9 @@ def test_a_prompt_of_the_tuned_models_own(family):
     want = Naive(models, own=own, shared=6).generate(**padded(), **options)
     assert torch.equal(emulated.generate(**padded(), prompts={"tuned": padded(TUNED)}, **options), want)
     one = dict(input_ids=torch.tensor(PROMPTS[:1]))
-    greedy = emulated.generate(**one, prompts={"tuned": torch.tensor(TUNED[:1])}, max_new_tokens=12)
-    looked = emulated.generate(
-        **one, prompts={"tuned": torch.tensor(TUNED[:1])}, max_new_tokens=12, prompt_lookup_num_tokens=3
-    )
-    assert torch.equal(greedy, looked)
+    options = dict(prompts={"tuned": torch.tensor(TUNED[:1])}, max_new_tokens=12, eos_token_id=EOS)
+    looked = emulated.generate(**one, prompt_lookup_num_tokens=3, **options)
+    assert torch.equal(looked, emulated.generate(**one, **options))
 
 
 def test_guidance_is_one_model_with_two_prompts(llamas):  # noqa: F811

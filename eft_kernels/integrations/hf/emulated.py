@@ -273,6 +273,7 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
         """
         cache = past_key_values if cache is None else cache
         loss_options = {k: v for k in ("num_items_in_batch",) if (v := kwargs.pop(k, None)) is not None}
+        kwargs.pop("cache_position", None)  # of older versions' generate; the cache knows it
         if given := [k for k, v in kwargs.items() if v is not None and v is not False]:
             raise ValueError(f"{given[0]}: an emulated model has no such argument; leave it out")
         if cache is not None and not isinstance(cache, EmulatedCache):
