@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import os
+import re
 
 import pytest
 import torch
@@ -596,6 +597,9 @@ def test_lm_eval(shipped, tmp_path):
 
     models, tokenizer = shipped
     emulated = EmulatedModel(*models)
+    folder = str(compose(tmp_path / "eft"))
+    loaded = HFLM(pretrained=folder, trust_remote_code=True, device="cpu")  # as its command line does
+    assert type(loaded.model) is EmulatedModel and loaded.tokenizer.get_vocab() == tokenizer.get_vocab()
     questions = [
         ("And the king said unto", [" him", " the algorithm"], 0),
         ("And it came to", [" hacker", " pass"], 1),
@@ -641,6 +645,38 @@ doc_to_text: "{{{{question}}}}"
         want = tokenizer.decode(out[0, ids.input_ids.shape[1] :], skip_special_tokens=True)
         assert sample["resps"][0][0] == want.split("\n")[0]
     assert result["results"]["choices"]["acc,none"] > 0.5
+
+
+def test_outlines(shipped):
+    """Its processors, greedy and sampled; they keep a state, so that speculation refuses them by name."""
+    outlines = pytest.importorskip("outlines")
+    models, tokenizer = shipped
+    writes = outlines.Generator(
+        outlines.from_transformers(EmulatedModel(*models), tokenizer),
+        outlines.types.Regex(r" (Moses|Aaron|David)( and (Moses|Aaron|David))?,"),
+    )
+    for options in ({}, dict(do_sample=True, seed=3, top_k=0)):
+        text = writes("And the king said unto", max_new_tokens=20, **options)
+        assert re.fullmatch(r" (Moses|Aaron|David)( and (Moses|Aaron|David))?,", text)
+    with pytest.raises(ValueError, match="OutlinesCoreLogitsProcessor keeps a state of its own"):
+        writes("And the king said unto", max_new_tokens=20, draft_tokens=3)
+
+
+@torch.no_grad()
+def test_trainer_evaluates(shipped, tmp_path):
+    pytest.importorskip("accelerate")
+    models, emulated = shipped[0], EmulatedModel(*shipped[0])
+    tokenizer = AutoTokenizer.from_pretrained(FAMILY + "base")  # pads on the right
+    data = [tokenizer(t) for t in ("And the king said unto the people of the land.", "The children of Israel.")]
+    options = transformers.TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True)
+    collate = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    trainer = transformers.Trainer(model=emulated, args=options, eval_dataset=data, data_collator=collate)
+    found, tokens = trainer.evaluate()["eval_loss"], 0.0
+    for row in data:
+        ids = torch.tensor([row["input_ids"]])
+        logits = sum(w * m(ids).logits for w, m in zip((1, 1, -1), models))[0, :-1]
+        tokens -= logits.log_softmax(-1).gather(1, ids[0, 1:, None]).sum()
+    assert math.isclose(found, tokens / sum(len(row["input_ids"]) - 1 for row in data), rel_tol=1e-4)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

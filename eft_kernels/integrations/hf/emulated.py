@@ -374,7 +374,7 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
         Args:
           beta, alpha, lam, upscale_top_p: in the place of the model's own; numbers or tensors [rows].
           prompts: own prompts of models, in a list of all but base or a dict by name: ``{"tuned": ids}``.
-          seed, draft_tokens, verify, draft, on_invalid, and sampling parameters per row: greedy decoding and sampling.
+          seed, draft_tokens, verify, draft, on_invalid: with greedy decoding and sampling, as sampling parameters per row.
 
         Returns and raises: as `eft_kernels.hf.generate`; with beams and the like as transformers.
         """
@@ -448,7 +448,7 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
         raise ValueError("resize_token_embeddings: resize each of the models, then make the EmulatedModel")
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: each model has tied its own."""
+        pass  # each model has tied its own
 
     def to(self, *args: Any, **kwargs: Any) -> EmulatedModel:  # type: ignore[override]
         """Each model's own `to`, which knows what it may not do (a dtype for quantised weights)."""
