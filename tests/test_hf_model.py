@@ -203,6 +203,7 @@ def test_generate_in_every_way_that_it_is_called(model, three):
     config = GenerationConfig(**{**SAMPLED, "max_new_tokens": 12, "pad_token_id": PAD})
     assert torch.equal(model.generate(ids, config, seed=3), want)
     assert torch.equal(model.generate(inputs=ids, generation_config=config, seed=3), want)
+    assert torch.equal(model.generate(ids, config, seed=3, custom_generate=eft.hf.generate), want)
     out = model.generate(ids, config, seed=3, return_dict_in_generate=True, output_scores=True)
     assert torch.equal(out.sequences, want) and len(out.scores) == 12 and isinstance(out, eft.hf.EmulatedOutput)
     assert torch.equal(EmulatedModel(*three, beta=2.0).generate(ids, config, seed=3, beta=1.0), want)
@@ -258,6 +259,7 @@ def test_beams_are_transformers_on_the_sum(family):
 def test_beams_with_strengths_of_each_row(model, three):
     options = dict(num_beams=3, max_new_tokens=8, pad_token_id=PAD)
     out = model.generate(**padded(), beta=torch.tensor([1.0, 0.0, 2.0, 0.5]), **options)
+    assert torch.equal(out, model.generate(**padded(), beta=[1.0, 0.0, 2.0, 0.5], **options))
     for b, beta in enumerate((1.0, 0.0, 2.0, 0.5)):
         want = Naive(three, (beta, 1.0, -beta)).generate(**padded([PROMPTS[b]]), **options)
         assert torch.equal(out[b, 6:], want[0, len(PROMPTS[b]) :]), b
@@ -724,7 +726,10 @@ def test_bad_calls_are_refused(model, tmp_path):
         (dict(num_beams=2, use_cache=False), "use_cache: got False"),
         (dict(num_beams=2, cache_implementation="static"), "cache_implementation: got 'static'"),
         (dict(num_beams=2, lam=0.3), "lam: got lam, allowed is one of beta and alpha"),
-        (dict(lam=0.3), "lam: goes with mode='interpolate'|tuned: got 1 model"),
+        (dict(lam=0.3), "lam: got lam, allowed is one of beta and alpha"),
+        (dict(beta=1.0, alpha=1.0), "beta: got beta, alpha, allowed is one of beta and alpha"),
+        (dict(num_beams=2, beta=torch.ones(3)), r"weights: expected \[8, 3\], got \[6, 3\]"),
+        (dict(num_beams=2, upscale_top_p=2.0), "upscale_top_p: got 2.0"),
         (dict(num_beams=2, output_attentions=True, return_dict_in_generate=True), "output_attentions: "),
         (dict(prompts={"base": inputs["input_ids"]}), "prompts: got the key 'base', allowed are tuned, ref"),
         (dict(num_beams=2, prompts={"x": inputs["input_ids"]}), "prompts: got the key 'x', allowed are tuned, ref"),
@@ -737,9 +742,19 @@ def test_bad_calls_are_refused(model, tmp_path):
         (dict(inputs_embeds=torch.zeros(4, 6, 16)), "inputs_embeds: an emulated model has no such argument"),
         ({CACHE: transformers.DynamicCache()}, f"{CACHE}: got DynamicCache"),
         (dict(beta=1.0, alpha=1.0), "beta: got beta, alpha, allowed is one of beta and alpha"),
+        (dict(beta=[1.0, 2.0]), r"weights: expected \[4, 3\], got \[2, 3\]"),
+        (dict(beta=math.nan), "weights: got nan"),
     ):
         with pytest.raises(ValueError, match=message):
             model(**inputs, **options)
+    free = EmulatedModel(model.base, models=[model.ref], weights=[2, -1])
+    down = EmulatedModel(model.base, model.tuned, model.ref, mode="downscale")
+    for other in (free, down):
+        for call in (other, functools.partial(other.generate, max_new_tokens=2)):
+            with pytest.raises(ValueError, match="beta: got beta, allowed is none"):
+                call(**inputs, beta=2.0)
+    with pytest.raises(ValueError, match="upscale_top_p: got 0.5, allowed is none, with weights"):
+        free(**inputs, upscale_top_p=0.5)
     with pytest.raises(ValueError, match="resize each of the models"):
         model.resize_token_embeddings(30)
     with pytest.raises(ValueError, match="beams|num_beams: base .*Rwkv"):
@@ -752,4 +767,4 @@ def test_bad_calls_are_refused(model, tmp_path):
     with pytest.raises(ValueError, match='needs an object "eft"'):
         EmulatedModel.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="save_pretrained: a folder holds base, tuned and ref"):
-        EmulatedModel(model.base, models=[model.ref], weights=[2, -1]).save_pretrained(tmp_path)
+        free.save_pretrained(tmp_path)

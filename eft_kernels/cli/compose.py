@@ -79,10 +79,10 @@ def run(args: argparse.Namespace) -> int:
         raise Refused(f"--out {args.out}: exists; name a folder that does not, or an empty one")
     folders = [folder_of(name, option) for name, option in zip(given, options)]
     adapters = [(folder / ADAPTER).is_file() for folder in folders]
-    check_adapters(given, options, adapters, args)
+    check_adapters(given, options, folders, adapters, args)
     trust = args.trust_remote_code
     # an adapter has no config of its own: it changes ref, or what it is merged into
-    described = [folder_of(adapter_base(n, o), o) if a else f for n, o, a, f in zip(given, options, adapters, folders)]
+    described = [folder_of(adapter_base(str(f), o), o) if a else f for f, o, a in zip(folders, options, adapters)]
     configs = [config_of(folder, f"{o} {n}", trust) for folder, o, n in zip(described, options, given)]
     tokenizers = [load_tokenizer(str(folder), f"{o} {n}", trust) for folder, o, n in zip(folders, options, given)]
     if args.tokenizer:
@@ -96,20 +96,21 @@ def run(args: argparse.Namespace) -> int:
     special = generation_of(folders[0], transformers)
     ends = end_tokens(described, configs, tokenizer, transformers)
     settings["upscale_top_p"] = 1.0 if args.upscale_top_p is None else args.upscale_top_p
+    merged: dict[str, Any] = {
+        name: load_adapter(str(folder), option, "auto", "cpu", trust)
+        for name, folder, option, adapter in zip(names, folders, options, adapters)
+        if adapter and args.merge
+    }
     write_composed(out, composed_config(configs, settings, vocab_size, ends), special | {"eos_token_id": ends})
     tokenizer.save_pretrained(out)
-    for name, folder, adapter, model, option in zip(names, folders, adapters, given, options):
-        if adapter and args.merge:
-            merged: Any = load_adapter(model, option, "auto", "cpu", trust)
-            merged.save_pretrained(out / name)
+    for name, folder in zip(names, folders):
+        if name in merged:
+            merged[name].save_pretrained(out / name)
         else:
             (out / name).symlink_to(os.path.abspath(folder), target_is_directory=True)
     print(f"{out}: {', '.join(f'{n} {f}' for n, f in zip(names, folders))}")
-    then = (
-        "next: EmulatedModel.from_pretrained (vLLM needs --merge)"
-        if any(adapters) and not args.merge
-        else (f"next: vllm serve {out}")
-    )
+    whole = args.merge or not any(adapters)
+    then = f"next: vllm serve {out}" if whole else "next: eft.hf.EmulatedModel.from_pretrained (vLLM needs --merge)"
     print(f"ids {vocab_size}, end tokens {', '.join(map(str, ends))}, {settings['mode']}; {then}")
     return 0
 
@@ -129,16 +130,20 @@ def folder_of(name: str, option: str) -> Path:
 
 
 def check_adapters(
-    given: Sequence[str], options: Sequence[str], adapters: Sequence[bool], args: argparse.Namespace
+    given: Sequence[str],
+    options: Sequence[str],
+    folders: Sequence[Path],
+    adapters: Sequence[bool],
+    args: argparse.Namespace,
 ) -> None:
     """A tuned model may be an adapter: over ref, or over anything if it is to be merged."""
-    for name, option, adapter in zip(given, options, adapters):
+    for name, option, folder, adapter in zip(given, options, folders, adapters):
         if adapter and option != "--tuned":
             raise Refused(f"{option} {name}: is a PEFT adapter; merge it into its model and save the result")
-        if adapter and not args.merge and not same_model(adapter_base(name, option), args.ref):
-            raise Refused(
-                f"{option} {name}: is a PEFT adapter of {adapter_base(name, option)}, not of --ref; pass --merge"
-            )
+        if adapter and not args.merge:
+            base = adapter_base(str(folder), option)
+            if not same_model(base, args.ref):
+                raise Refused(f"{option} {name}: is a PEFT adapter of {base}, not of --ref; pass --merge")
     if args.merge and not any(adapters):
         raise Refused("--merge: goes with a --tuned that is a PEFT adapter")
 

@@ -23,7 +23,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ...arguments import check_weights
 from ...combination import Number, Weights
+from ...decoding import Value
 from ...ops import PerRow, logprobs
 from ..composition import (
     ADAPTER,
@@ -45,6 +47,8 @@ from .arguments import (
     end_tokens,
     free_combination_of,
     on_device,
+    per_row,
+    refuse_unless,
     shared_vocabulary,
 )
 from .cache import CACHE, EmulatedCache
@@ -178,6 +182,8 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
         """
         if model_args:
             raise ValueError(f"model_args: got {len(model_args)}, allowed is none")
+        if kwargs.pop("output_loading_info", False):
+            raise ValueError("output_loading_info: got True, allowed is False; load the models one by one for theirs")
         given = {k: kwargs.pop(k) for k in ("mode", *MODE_OF, "upscale_top_p") if k in kwargs}
         for name in ("config", "_from_auto", "adapter_kwargs"):
             kwargs.pop(name, None)
@@ -201,8 +207,8 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
                 break
         base, tuned, ref = parts[0], parts[1:-1] or parts[1:], None if once else parts[-1]
         settings = {**composition.settings, **given}
-        if own := [k for k in MODE_OF if k in given]:
-            settings = {"mode": MODE_OF[own[0]], "upscale_top_p": settings["upscale_top_p"], **given}
+        if key := next((k for k in MODE_OF if k in given), None):
+            settings = {"mode": MODE_OF[key], "upscale_top_p": settings["upscale_top_p"], **given}
         size = (config.get("text_config") or config)["vocab_size"]
         model = cls(base, tuned if len(tuned) > 1 else tuned[0], ref, vocab_size=size, **settings)
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -281,7 +287,7 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
             raise ValueError(f"{CACHE}: got {got}, allowed is what an earlier pass returned (use_cache=True)")
         home = device_of(self.base)
         ids = input_ids.to(home)
-        weights, top_p = self._combined_by(dict(beta=beta, alpha=alpha, lam=lam), upscale_top_p, home)
+        weights, top_p = self._combined_by(dict(beta=beta, alpha=alpha, lam=lam), upscale_top_p, len(ids), home)
         if cache is None and use_cache:
             cache = self.new_cache()
         if cache is None:
@@ -321,21 +327,28 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
         return logits.to(ids.device)
 
     def _combined_by(
-        self, strengths: Mapping[str, PerRow], upscale_top_p: PerRow, device: torch.device
-    ) -> tuple[Weights, PerRow]:
-        given = {k: v for k, v in strengths.items() if v is not None}
+        self, strengths: Mapping[str, PerRow], upscale_top_p: PerRow, rows: int, device: torch.device
+    ) -> tuple[tuple[float, ...] | torch.Tensor, Value]:
+        """(weights [J] or [rows, J], the up-scaling filter's mass) of a call."""
+        weights = self.weights
+        if name := self._own_strength(strengths, upscale_top_p):
+            weights = MODES[MODE_OF[name]][1](on_device(name, strengths[name], device))
         top_p = self.settings.get("upscale_top_p", 1.0) if upscale_top_p is None else upscale_top_p
-        if not isinstance(top_p, float) and (not self.settings or len(self.names) == 4):
-            raise ValueError("upscale_top_p: goes with one tuned model")
-        if not given:
-            return self.weights, on_device("upscale_top_p", top_p, device)
-        name = next(iter(given))
-        two = len(self.names) == 4
-        if not self.settings or len(given) > 1 or (MODE_OF[name] == "interpolate") != two:
-            allowed = "none, with weights" if not self.settings else "lam" if two else "one of beta and alpha"
-            raise ValueError(f"{name}: got {', '.join(given)}, allowed is {allowed}")
-        weights = MODES[MODE_OF[name]][1](on_device(name, given[name], device))
-        return weights, on_device("upscale_top_p", top_p, device)
+        checked = check_weights(weights, len(self.names), rows, device, check=True)
+        return checked, per_row("upscale_top_p", top_p, rows, device)
+
+    def _own_strength(self, strengths: Mapping[str, PerRow], upscale_top_p: PerRow) -> str | None:
+        """The name of the strength that a call gives, if any; ValueError unless it goes with this model."""
+        allowed = {"upscale": ("beta", "alpha"), "proxy": ("beta", "alpha"), "interpolate": ("lam",)}
+        own = allowed.get(self.settings.get("mode", ""), ())
+        given = [k for k, v in strengths.items() if v is not None]
+        if len(given) > 1 or not set(given) <= set(own):
+            which = f"one of {' and '.join(own)}" if own else "none (the weights of this model have no strength)"
+            raise ValueError(f"{given[0]}: got {', '.join(given)}, allowed is {which}")
+        filtered = bool(self.settings) and len(self.names) == 3
+        if upscale_top_p is not None and not filtered:
+            refuse_unless("upscale_top_p", upscale_top_p, False, "none, with weights or two tuned models")
+        return given[0] if given else None
 
     def new_cache(
         self,
@@ -374,7 +387,7 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
         Args:
           beta, alpha, lam, upscale_top_p: in the place of the model's own; numbers or tensors [rows].
           prompts: own prompts of models, in a list of all but base or a dict by name: ``{"tuned": ids}``.
-          seed, draft_tokens, verify, draft, on_invalid: with greedy decoding and sampling, as sampling parameters per row.
+          seed, draft_tokens, verify, draft, on_invalid: with greedy decoding and sampling alone.
 
         Returns and raises: as `eft_kernels.hf.generate`; with beams and the like as transformers.
         """
@@ -384,17 +397,25 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
         for name in PARTS:
             if name in call:
                 raise ValueError(f"{name}: is part of the model; make another EmulatedModel")
+        own = self._own_strength({name: call.get(name) for name in MODE_OF}, call.get("upscale_top_p"))
         strategy = self._strategy(generation_config, call)
         if strategy is None:
             if self.settings:
                 tuned = list(self.tuned) if isinstance(self.tuned, nn.ModuleList) else self.tuned
-                call |= dict(tuned=tuned, ref=self.ref, **self._settings_of(call))
+                held = dict(self.settings)
+                if own:
+                    held = {"mode": MODE_OF[own], "upscale_top_p": held["upscale_top_p"]}
+                given = {name for name, value in call.items() if value is not None}
+                call |= dict(tuned=tuned, ref=self.ref, **{k: v for k, v in held.items() if k not in given})
             else:
                 call |= dict(models=list(self.models), weights=self.weights)
             call |= dict(vocab_size=self.vocab_size, custom_generate=_of_parts)
             if generation_config is None and self.generation_config.eos_token_id is not None:
                 call.setdefault("eos_token_id", self.generation_config.eos_token_id)  # these, and no model's own
             return super().generate(**call)
+        for name in (*MODE_OF, "upscale_top_p"):
+            if name in call:  # a list as a tensor: transformers repeats tensors for each beam
+                call[name] = on_device(name, call[name], self.device)
         for name in OURS:
             if name in call:
                 raise ValueError(f"{name}: goes with greedy decoding and sampling, got {strategy}; leave it out")
@@ -413,7 +434,7 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
 
     def _strategy(self, config: GenerationConfig | None, call: Mapping[str, Any]) -> str | None:
         """What transformers calls the strategy of a call; None where `eft_kernels.hf.generate` decodes."""
-        if (custom := call.get("custom_generate")) is not None:
+        if (custom := call.get("custom_generate")) not in (None, generate):
             return f"custom_generate={getattr(custom, '__name__', custom)}"
         held = copy.deepcopy(self.generation_config if config is None else config)
         for name, value in call.items():
@@ -422,14 +443,6 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
         mode = held.get_generation_mode(call.get("assistant_model"))
         name = str(getattr(mode, "value", mode))
         return None if name in ("greedy_search", "sample") else name
-
-    def _settings_of(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        """The combination of a call of `generate`: its own strength, else the model's."""
-        held = dict(self.settings)
-        if any(call.get(name) is not None for name in MODE_OF):
-            name = next(name for name in MODE_OF if call.get(name) is not None)
-            held = {"mode": MODE_OF[name], "upscale_top_p": held["upscale_top_p"]}
-        return {k: v for k, v in held.items() if call.get(k) is None}
 
     # --- what transformers asks a model -------------------------------------------------------------------------------
 
@@ -460,35 +473,34 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
         return list({id(m): m for m in self._terms}.values())
 
 
-def combine(logits: Sequence[torch.Tensor], weights: Weights, upscale_top_p: PerRow = 1.0) -> torch.Tensor:
-    """float32 [B, n, V] of J models' logits [B, n, V_j]: ``sum_j w_j z_j`` in the models' order, or with the up-scaling
-    filter its log-probs; -inf where a model of non-zero weight has it."""
-    values = weights.values if weights.tensor is None else None
+def combine(
+    logits: Sequence[torch.Tensor], weights: tuple[float, ...] | torch.Tensor, upscale_top_p: Value = 1.0
+) -> torch.Tensor:
+    """float32 [B, n, V] of J models' logits [B, n, V_j], with weights [J] or [B, J]: ``sum_j w_j z_j`` in the models'
+    order, or with the up-scaling filter its log-probs; -inf where a model of non-zero weight has it."""
     total: torch.Tensor | None = None
     excluded: torch.Tensor | None = None
     for j, z in enumerate(logits):
-        if values is not None:
-            w: float | torch.Tensor = values[j]
-            if w == 0:
-                continue
-            masked = z == float("-inf")
-            term = z.float() * w
+        w = weights[..., j].reshape(-1, 1, 1) if isinstance(weights, torch.Tensor) else weights[j]
+        masked = z == float("-inf")
+        if isinstance(w, torch.Tensor):
+            term, masked = torch.where(w == 0, 0.0, z.float() * w), masked & (w != 0)
+        elif w == 0:
+            continue
         else:
-            w = cast(torch.Tensor, weights.tensor)[..., j].to(z.device).reshape(-1, 1, 1)
-            masked = (z == float("-inf")) & (w != 0)
-            term = torch.where(w == 0, 0.0, z.float() * w)
+            term = z.float() * w
         total = term if total is None else total + term
         excluded = masked if excluded is None else excluded | masked
     if total is None or excluded is None:  # every weight is 0
         return torch.zeros_like(logits[0], dtype=torch.float32)
     total = total.masked_fill(excluded, float("-inf"))
-    if isinstance(upscale_top_p, (int, float)) and upscale_top_p == 1:
+    if not isinstance(upscale_top_p, torch.Tensor) and upscale_top_p == 1:
         return total
     rows, n, width = total.shape
-    top_p = upscale_top_p.repeat_interleave(n) if isinstance(upscale_top_p, torch.Tensor) else upscale_top_p
+    each = upscale_top_p.repeat_interleave(n) if isinstance(upscale_top_p, torch.Tensor) else upscale_top_p
     flat = [z.reshape(rows * n, -1) for z in logits]
-    own = logprobs(flat, weights.repeat_interleave(n), upscale_top_p=top_p).view(rows, n, width)
-    return own if not isinstance(top_p, torch.Tensor) else torch.where((top_p < 1).view(rows, n, 1), own, total)
+    own = logprobs(flat, Weights(weights).repeat_interleave(n), upscale_top_p=each).view(rows, n, width)
+    return torch.where((each < 1).view(rows, n, 1), own, total) if isinstance(each, torch.Tensor) else own
 
 
 @functools.wraps(generate)
