@@ -541,6 +541,11 @@ def test_compose_links_or_merges_an_adapter(tmp_path, shipped, capsys):
     ):
         refuse_adapters(composition("linked"))
 
+    (tmp_path / "linked" / "base").unlink()
+    (tmp_path / "linked" / "base").symlink_to(tmp_path / "adapter", target_is_directory=True)
+    with pytest.raises(ValueError, match="base and ref are whole models"):
+        EmulatedModel.from_pretrained(tmp_path / "linked")
+
     assert main([*arguments, FAMILY + "tuned-b", "--out", str(tmp_path / "x")]) == 2
     assert "is a PEFT adapter of" in capsys.readouterr().err
     arguments = ["compose", "--base", str(tmp_path / "adapter"), "--tuned", FAMILY + "tuned-a", "--ref", FAMILY + "ref"]
@@ -753,7 +758,7 @@ def test_bad_calls_are_refused(model, tmp_path):
         for call in (other, functools.partial(other.generate, max_new_tokens=2)):
             with pytest.raises(ValueError, match="beta: got beta, allowed is none"):
                 call(**inputs, beta=2.0)
-    with pytest.raises(ValueError, match="upscale_top_p: got 0.5, allowed is none, with weights"):
+    with pytest.raises(ValueError, match="upscale_top_p: got 0.5, allowed is none with weights"):
         free(**inputs, upscale_top_p=0.5)
     with pytest.raises(ValueError, match="resize each of the models"):
         model.resize_token_embeddings(30)

@@ -48,7 +48,6 @@ from .arguments import (
     free_combination_of,
     on_device,
     per_row,
-    refuse_unless,
     shared_vocabulary,
 )
 from .cache import CACHE, EmulatedCache
@@ -198,6 +197,8 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
             raise ValueError(f"{folder}: its config names no folder of base; make it with `eft-kernels compose`")
 
         adapters = [os.path.isfile(os.path.join(f, ADAPTER)) for f in folders]
+        if adapters[0] or adapters[-1]:
+            raise ValueError(f"{folder}: base and ref are whole models, and one of them is a PEFT adapter")
         once = adapters[1] and len(folders) == 3  # ref is tuned with its adapter off
         parts: list[Any] = []
         for path, adapter, own in zip(folders, adapters, options):
@@ -345,9 +346,8 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
         if len(given) > 1 or not set(given) <= set(own):
             which = f"one of {' and '.join(own)}" if own else "none (the weights of this model have no strength)"
             raise ValueError(f"{given[0]}: got {', '.join(given)}, allowed is {which}")
-        filtered = bool(self.settings) and len(self.names) == 3
-        if upscale_top_p is not None and not filtered:
-            refuse_unless("upscale_top_p", upscale_top_p, False, "none, with weights or two tuned models")
+        if upscale_top_p is not None and (not self.settings or len(self.names) == 4):
+            raise ValueError(f"upscale_top_p: got {upscale_top_p!r}, allowed is none with weights or two tuned models")
         return given[0] if given else None
 
     def new_cache(
