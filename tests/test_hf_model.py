@@ -67,10 +67,8 @@ class Naive(PreTrainedModel, GenerationMixin):
     own: a list of prompts for each model and row, read in the place of the first ``shared`` columns.
     """
 
-    _supports_sdpa = True
-
     def __init__(self, models, weights=(1.0, 1.0, -1.0), own=None, shared=0):
-        super().__init__(copy.deepcopy(models[0].config))
+        super().__init__(transformers.LlamaConfig(vocab_size=V))
         self.models, self.weights, self.own, self.shared = list(models), weights, own, shared
         self.generation_config = GenerationConfig(pad_token_id=PAD, use_cache=False)
 
@@ -132,6 +130,27 @@ def test_forward_in_every_mode(llamas, model, three):  # noqa: F811
     top_p = torch.tensor([0.7, 1.0, 0.7, 1.0])
     close(model(**inputs, upscale_top_p=top_p).logits[0], want[0])
     close(model(**inputs, upscale_top_p=top_p).logits[1], (base + a - ref)[1])
+
+
+UNUSUAL = {
+    "mixtral": dict(GQA, num_local_experts=4, num_experts_per_tok=2),  # its config says how experts are computed
+    "xlnet": dict(vocab_size=V, d_model=16, n_layer=2, n_head=2, d_inner=32),  # and this one holds no longest text
+}
+
+
+@pytest.mark.parametrize("family", UNUSUAL)
+@torch.no_grad()
+def test_unusual_configs(family):
+    torch.manual_seed(1)
+    config = transformers.AutoConfig.for_model(family, **UNUSUAL[family])
+    models = [AutoModelForCausalLM.from_config(config).eval() for _ in range(3)]
+    ids = torch.tensor(PROMPTS[:1])
+    want = models[0](ids).logits + models[1](ids).logits - models[2](ids).logits
+    emulated = EmulatedModel(*models)
+    assert torch.equal(emulated(ids).logits, want)
+    if family == "mixtral":
+        options = dict(num_beams=2, max_new_tokens=4, pad_token_id=PAD)
+        assert torch.equal(emulated.generate(ids, **options), Naive(models).generate(ids, **options))
 
 
 @torch.no_grad()

@@ -171,10 +171,10 @@ def composed_config(configs: Sequence[Any], settings: Mapping[str, Any], vocab_s
     config = copy.deepcopy(configs[0])
     text = config.get_text_config()
     text.vocab_size = vocab_size
-    lengths = [n for c in configs if (n := getattr(c.get_text_config(), SHARED_LENGTH, None))]
-    if lengths:
+    lengths = [n for c in configs if (n := _length_of(c.get_text_config()))]
+    if lengths and _length_of(text) != min(lengths):
         setattr(text, SHARED_LENGTH, min(lengths))
-    config.eos_token_id = list(ends)
+    config.eos_token_id = list(ends) or None
     if settings:
         names = part_names(len(configs) - 2)
         tuned = list(names[1:-1]) if len(names) > 3 else "tuned"
@@ -191,6 +191,11 @@ def write_composed(folder: Path, config: Any, special: Mapping[str, Any]) -> Non
     for name, value in (("config.json", written), ("generation_config.json", dict(special))):
         (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     (folder / f"{MODULE}.py").write_text(CODE, encoding="utf-8")
+
+
+def _length_of(config: Any) -> int | None:
+    length = getattr(config, SHARED_LENGTH, None)
+    return length if isinstance(length, int) and length > 0 else None  # XLNet's is -1: there is no limit
 
 
 def _find(name: str, folder: str) -> str:

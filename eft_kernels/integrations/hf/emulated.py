@@ -92,7 +92,7 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
     """
 
     config_class = EmulatedConfig
-    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True  # whatever base does
+    accepts_loss_kwargs = False  # a loss is the mean over its own tokens
 
     def __init__(
         self,
@@ -144,6 +144,9 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
             ends |= set(end_of_turn(tokenizers[0 if free else 1]))
         config = composed_config([m.config for m in terms], settings, size, sorted(i for i in ends if i < size))
         config.name_or_path = terms[0 if free else 1].config.name_or_path
+        for name in ("_attn_implementation", "_experts_implementation"):
+            if getattr(config, name, None) is not None:
+                setattr(config, name, None)  # base's own, and no matter of the whole
         super().__init__(config)
         self.loss_type = "ForCausalLM"
         self.base = base
@@ -279,7 +282,6 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
         Raises: ValueError for anything else that is given.
         """
         cache = past_key_values if cache is None else cache
-        loss_options = {k: v for k in ("num_items_in_batch",) if (v := kwargs.pop(k, None)) is not None}
         kwargs.pop("cache_position", None)  # of older versions' generate; the cache knows it
         if given := [k for k, v in kwargs.items() if v is not None and v is not False]:
             raise ValueError(f"{given[0]}: an emulated model has no such argument; leave it out")
@@ -299,9 +301,7 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
         combined = combine([z[..., : self.vocab_size] for z in logits], weights, top_p)
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=combined, labels=labels.to(home), vocab_size=self.vocab_size, **loss_options
-            )
+            loss = self.loss_function(logits=combined, labels=labels.to(home), vocab_size=self.vocab_size)
         held: dict[str, Any] = {CACHE: cache}
         out = CausalLMOutputWithPast(loss=loss, logits=combined, **held)
         return out.to_tuple() if return_dict is False else out
