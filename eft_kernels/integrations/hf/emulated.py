@@ -26,7 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ...arguments import check_weights
 from ...combination import Number, Weights
 from ...decoding import Value
-from ...ops import PerRow, logprobs
+from ...ops import PerRow, combine
 from ..composition import (
     ADAPTER,
     DEFAULTS,
@@ -270,8 +270,7 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Emulated logits of ids [B, n]: float32 [B, n, V], ``sum_j w_j z_j`` of the models' own.
 
-        With ``upscale_top_p`` below 1 they are log-probs. A token that a model of non-zero weight puts at -inf stays
-        there.
+        As from `eft_kernels.combine`: -inf where a model of non-zero weight has it, and no gradient.
 
         Args:
           attention_mask, position_ids, labels, logits_to_keep: as for any causal language model; they go to each model.
@@ -298,7 +297,13 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
         else:
             every = cache(ids, attention_mask, position_ids, logits_to_keep if isinstance(logits_to_keep, int) else 0)
             logits = every if isinstance(logits_to_keep, int) else [z[:, logits_to_keep] for z in every]
-        combined = combine([z[..., : self.vocab_size] for z in logits], weights, top_p)
+        columns = logits[0].shape[1]
+        combined = combine(
+            [z.reshape(-1, z.shape[-1]) for z in logits],
+            weights.repeat_interleave(columns),
+            upscale_top_p=top_p.repeat_interleave(columns) if isinstance(top_p, torch.Tensor) else top_p,
+            vocab_size=self.vocab_size,
+        ).view(len(ids), columns, -1)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=combined, labels=labels.to(home), vocab_size=self.vocab_size)
@@ -325,18 +330,19 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
             logits: torch.Tensor = model(ids.to(device_of(model)), **inputs, **options, return_dict=True).logits
         if "logits_to_keep" not in takes:
             logits = logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
-        return logits.to(ids.device)
+        logits = logits.to(ids.device)
+        return logits.float() if logits.dtype is torch.float64 else logits
 
     def _combined_by(
         self, strengths: Mapping[str, PerRow], upscale_top_p: PerRow, rows: int, device: torch.device
-    ) -> tuple[tuple[float, ...] | torch.Tensor, Value]:
-        """(weights [J] or [rows, J], the up-scaling filter's mass) of a call."""
+    ) -> tuple[Weights, Value]:
+        """(weights, the up-scaling filter's mass) of a call, per row where it gives tensors."""
         weights = self.weights
         if name := self._own_strength(strengths, upscale_top_p):
             weights = MODES[MODE_OF[name]][1](on_device(name, strengths[name], device))
+            check_weights(weights, len(self.names), rows, device, check=True)
         top_p = self.settings.get("upscale_top_p", 1.0) if upscale_top_p is None else upscale_top_p
-        checked = check_weights(weights, len(self.names), rows, device, check=True)
-        return checked, per_row("upscale_top_p", top_p, rows, device)
+        return weights, per_row("upscale_top_p", top_p, rows, device)
 
     def _own_strength(self, strengths: Mapping[str, PerRow], upscale_top_p: PerRow) -> str | None:
         """The name of the strength that a call gives, if any; ValueError unless it goes with this model."""
@@ -471,36 +477,6 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
 
     def _distinct(self) -> list[Any]:
         return list({id(m): m for m in self._terms}.values())
-
-
-def combine(
-    logits: Sequence[torch.Tensor], weights: tuple[float, ...] | torch.Tensor, upscale_top_p: Value = 1.0
-) -> torch.Tensor:
-    """float32 [B, n, V] of J models' logits [B, n, V_j], with weights [J] or [B, J]: ``sum_j w_j z_j`` in the models'
-    order, or with the up-scaling filter its log-probs; -inf where a model of non-zero weight has it."""
-    total: torch.Tensor | None = None
-    excluded: torch.Tensor | None = None
-    for j, z in enumerate(logits):
-        w = weights[..., j].reshape(-1, 1, 1) if isinstance(weights, torch.Tensor) else weights[j]
-        masked = z == float("-inf")
-        if isinstance(w, torch.Tensor):
-            term, masked = torch.where(w == 0, 0.0, z.float() * w), masked & (w != 0)
-        elif w == 0:
-            continue
-        else:
-            term = z.float() * w
-        total = term if total is None else total + term
-        excluded = masked if excluded is None else excluded | masked
-    if total is None or excluded is None:  # every weight is 0
-        return torch.zeros_like(logits[0], dtype=torch.float32)
-    total = total.masked_fill(excluded, float("-inf"))
-    if not isinstance(upscale_top_p, torch.Tensor) and upscale_top_p == 1:
-        return total
-    rows, n, width = total.shape
-    each = upscale_top_p.repeat_interleave(n) if isinstance(upscale_top_p, torch.Tensor) else upscale_top_p
-    flat = [z.reshape(rows * n, -1) for z in logits]
-    own = logprobs(flat, Weights(weights).repeat_interleave(n), upscale_top_p=each).view(rows, n, width)
-    return torch.where((each < 1).view(rows, n, 1), own, total) if isinstance(each, torch.Tensor) else own
 
 
 @functools.wraps(generate)
