@@ -275,6 +275,12 @@ def test_beams_are_transformers_on_the_sum(family):
     assert len(set(map(tuple, want.tolist()))) == 4
 
 
+def test_beams_read_a_prompt_in_chunks(model):
+    options = dict(num_beams=2, max_new_tokens=6, pad_token_id=PAD)
+    want = model.generate(**padded(), **options)
+    assert torch.equal(model.generate(**padded(), prefill_chunk_size=4, **options), want)
+
+
 def test_beams_with_strengths_of_each_row(model, three):
     options = dict(num_beams=3, max_new_tokens=8, pad_token_id=PAD)
     out = model.generate(**padded(), beta=torch.tensor([1.0, 0.0, 2.0, 0.5]), **options)
@@ -749,6 +755,11 @@ def test_bad_calls_are_refused(model, tmp_path):
         (dict(num_beams=2, draft_tokens=2), "draft_tokens: goes with greedy"),
         (dict(num_beams=2, use_cache=False), "use_cache: got False"),
         (dict(num_beams=2, cache_implementation="static"), "cache_implementation: got 'static'"),
+        (dict(generation_config=GenerationConfig(num_beams=2, use_cache=False)), "use_cache: got False"),
+        (
+            dict(num_beams=2, prefill_chunk_size=4, prompts={"tuned": padded(NEGATIVE)}),
+            "prompts: the first pass reads 4 of 6 columns, .* leave prefill_chunk_size out",
+        ),
         (dict(num_beams=2, lam=0.3), "lam: got lam, allowed is one of beta and alpha"),
         (dict(lam=0.3), "lam: got lam, allowed is one of beta and alpha"),
         (dict(beta=1.0, alpha=1.0), "beta: got beta, alpha, allowed is one of beta and alpha"),
@@ -781,12 +792,14 @@ def test_bad_calls_are_refused(model, tmp_path):
         free(**inputs, upscale_top_p=0.5)
     with pytest.raises(ValueError, match="resize each of the models"):
         model.resize_token_embeddings(30)
-    with pytest.raises(ValueError, match="beams|num_beams: base .*Rwkv"):
+    with pytest.raises(ValueError, match=r"num_beams: base \(Rwkv.* keeps state of its own kind"):
         rwkv = transformers.AutoConfig.for_model(
             "rwkv", vocab_size=V, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16, context_length=64
         )
         state = [AutoModelForCausalLM.from_config(rwkv).eval() for _ in range(3)]
         EmulatedModel(*state).generate(torch.tensor(PROMPTS[:1]), num_beams=2, max_new_tokens=4, pad_token_id=PAD)
+    with pytest.raises(ValueError, match=r"prompt_lookup_num_tokens: base \(Rwkv.* leave prompt_lookup_num_tokens out"):
+        EmulatedModel(*state).generate(torch.tensor(PROMPTS[:1]), prompt_lookup_num_tokens=2, max_new_tokens=4)
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match='needs an object "eft"'):
         EmulatedModel.from_pretrained(tmp_path)

@@ -68,6 +68,11 @@ class EmulatedCache(Cache):
         models = self.make()
         own = own_prompts(self.prompts, self.names, len(ids), ids.device, self.vocab_size)
         shared = ids.shape[1] if self.shared is None else self.shared
+        if shared > ids.shape[1] and any(p is not None for p in own):
+            raise ValueError(
+                f"prompts: the first pass reads {ids.shape[1]} of {shared} columns, all of which own prompts replace; "
+                "leave prefill_chunk_size out"
+            )
         self.terms = [
             m if p is None else OwnPrompt(m, shared, *p, max_new_tokens=UNBOUNDED) for m, p in zip(models, own)
         ]

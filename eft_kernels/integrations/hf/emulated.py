@@ -404,7 +404,11 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
             if name in call:
                 raise ValueError(f"{name}: is part of the model; make another EmulatedModel")
         own = self._own_strength({name: call.get(name) for name in MODE_OF}, call.get("upscale_top_p"))
-        strategy = self._strategy(generation_config, call)
+        config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
+        for name, value in call.items():
+            if hasattr(config, name) and not isinstance(value, torch.Tensor):
+                setattr(config, name, value)
+        strategy = _strategy(config, call)
         if strategy is None:
             if self.settings:
                 tuned = list(self.tuned) if isinstance(self.tuned, nn.ModuleList) else self.tuned
@@ -425,30 +429,19 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
         for name in OURS:
             if name in call:
                 raise ValueError(f"{name}: goes with greedy decoding and sampling, got {strategy}; leave it out")
-        if call.get("use_cache") is False:
+        if config.use_cache is False:
             raise ValueError("use_cache: got False, allowed is True; an emulated model keeps a cache")
-        if call.get("cache_implementation") not in (None, "dynamic"):
-            raise ValueError(f"cache_implementation: got {call['cache_implementation']!r}, allowed is 'dynamic'")
+        if config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(f"cache_implementation: got {config.cache_implementation!r}, allowed is 'dynamic'")
         prompts = call.pop("prompts", None)
         if call.get("cache", call.get(CACHE)) is None:
             ids = call.get("inputs", call.get("input_ids"))
-            assisted = strategy == "assisted_generation"
-            call[CACHE] = self.new_cache(prompts, None if ids is None else ids.shape[1], strategy if assisted else None)
+            drafts = "assistant_model" if call.get("assistant_model") is not None else "prompt_lookup_num_tokens"
+            rollback = drafts if strategy == "assisted_generation" else None
+            call[CACHE] = self.new_cache(prompts, None if ids is None else ids.shape[1], rollback)
         elif prompts is not None:
             raise ValueError(f"prompts: got a {CACHE}, too, which has read its prompts; leave one of the two out")
         return super().generate(**call)
-
-    def _strategy(self, config: GenerationConfig | None, call: Mapping[str, Any]) -> str | None:
-        """What transformers calls the strategy of a call; None where `eft_kernels.hf.generate` decodes."""
-        if (custom := call.get("custom_generate")) not in (None, generate):
-            return f"custom_generate={getattr(custom, '__name__', custom)}"
-        held = copy.deepcopy(self.generation_config if config is None else config)
-        for name, value in call.items():
-            if hasattr(held, name) and not isinstance(value, torch.Tensor):
-                setattr(held, name, value)
-        mode = held.get_generation_mode(call.get("assistant_model"))
-        name = str(getattr(mode, "value", mode))
-        return None if name in ("greedy_search", "sample") else name
 
     # --- what transformers asks a model -------------------------------------------------------------------------------
 
@@ -483,6 +476,15 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
 def _of_parts(model: EmulatedModel, *args: Any, **kwargs: Any) -> torch.Tensor | EmulatedOutput:
     """`generate` of the models that ``model`` holds; transformers looks at its arguments' names."""
     return generate(model.base, *args, **kwargs)
+
+
+def _strategy(config: GenerationConfig, call: Mapping[str, Any]) -> str | None:
+    """What transformers calls the strategy of a call; None where `eft_kernels.hf.generate` decodes."""
+    if (custom := call.get("custom_generate")) not in (None, generate):
+        return f"custom_generate={getattr(custom, '__name__', custom)}"
+    mode = config.get_generation_mode(call.get("assistant_model"))
+    name = str(getattr(mode, "value", mode))
+    return None if name in ("greedy_search", "sample") else name
 
 
 def _first(models: Sequence[GenerativeModel], name: str) -> Any:
