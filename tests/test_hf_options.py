@@ -794,7 +794,7 @@ def test_a_negative_prompt_for_every_returned_sequence(llamas):  # noqa: F811
             dict(models=[0], weights=[2.0, -1.0], prompts=[torch.ones(1, 60).long()]),
             "got 60 tokens.*64.*context of models.0.",
         ),
-        (dict(prompts=[None], tuned=1, ref=2), "prompts: go with models and weights"),
+        (dict(prompts=[None], tuned=1, ref=2), "prompts: got 1, allowed is a list of 2"),
     ],
 )
 def test_bad_combinations(llamas, options, message):  # noqa: F811

@@ -39,7 +39,8 @@ GROUPS = {
     "Results": ["SampleOutput", "VerifyOutput", "DraftOutput"],
     "Combinations": ["upscale", "proxy", "interpolate", "downscale", "weights", "Weights"],
 }
-HF = ["generate", "EmulatedOutput", "InvalidRowError"]
+HF = ["generate", "EmulatedOutput", "InvalidRowError", "EmulatedModel"]
+SPECIAL = {("Model", "__call__"), ("EmulatedModel", "__init__")}  # methods that are shown all the same
 DECODING = ["plain", "speculative", "Model", "Prompt", "Target", "Decoded", "Speculation"]
 
 
@@ -48,7 +49,7 @@ def signature(name: str, function) -> str:
     found = inspect.signature(function)
     parts, star = [], False
     for p in found.parameters.values():
-        if p.name == "self":
+        if p.name in ("self", "cls"):
             continue
         if p.kind is p.VAR_POSITIONAL:
             star = True
@@ -122,12 +123,16 @@ def entry(name: str, value) -> list[str]:
             lines += ["```python", fields(value), "```", ""]
         lines += [prose(value.__doc__), ""]
         for attribute, member in vars(value).items():
-            wanted = not attribute.startswith("_") or attribute == "__call__" and value.__name__ == "Model"
-            if has_fields or not wanted or not (isinstance(member, property) or inspect.isfunction(member)):
+            wanted = not attribute.startswith("_") or (value.__name__, attribute) in SPECIAL
+            kind = type(member) if isinstance(member, (property, classmethod)) else None
+            if has_fields or not wanted or not (kind or inspect.isfunction(member)):
                 continue
-            function = member.fget if isinstance(member, property) else member
-            decorator = "@property\n" if isinstance(member, property) else ""
-            lines += ["```python", decorator + signature(attribute, function), "```", "", prose(member.__doc__), ""]
+            function = member.fget if kind is property else member.__func__ if kind else member
+            if attribute != "__init__" and not function.__doc__:
+                continue  # a library's own method, as it documents it
+            decorator = f"@{kind.__name__}\n" if kind else ""
+            doc = prose(function.__doc__, inspect.signature(function).parameters)
+            lines += ["```python", decorator + signature(attribute, function), "```", "", doc, ""]
     else:
         lines += [
             "```python",

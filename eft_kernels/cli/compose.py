@@ -1,23 +1,24 @@
-"""`eft-kernels compose`: a folder that names base, tuned and ref, which vLLM serves as one model.
+"""`eft-kernels compose`: a folder that names base, tuned and ref, which transformers and vLLM load as one model.
 
-DIR/config.json              base's, with the architecture EftForCausalLM and the combination under "eft"
-DIR/generation_config.json   base's, with the end tokens of all models
-DIR/tokenizer*, chat_template.jinja, ...   the tuned model's
-DIR/base, DIR/tuned, DIR/ref   links to the models' folders
+What is in it: eft_kernels/integrations/composition.py, and the tuned model's tokenizer and chat template.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from ..integrations.vllm import ARCHITECTURE
+from ..integrations.composition import ADAPTER, ARCHITECTURE, composed_config, part_names, write_composed
 from .files import expand
 from .models import (
-    ADAPTER,
+    adapter_base,
     check_folder,
     first_line,
+    load_adapter,
     load_tokenizer,
     quiet_transformers,
     refuse_foreign_code,
@@ -27,14 +28,15 @@ from .models import (
 from .options import add_combination, mode_settings, positive
 from .term import Refused
 
-SHARED_LENGTH = "max_position_embeddings"
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
-def add_command(command) -> None:
+def add_command(command: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
     p = command(
         "compose",
-        "one folder of base, tuned and ref, for `vllm serve`",
-        "A folder that serving engines load as one model. Weights are linked, not copied.",
+        "one folder of base, tuned and ref, for transformers and `vllm serve`",
+        "A folder that transformers and serving engines load as one model. Weights are linked, not copied.",
     )
     group = p.add_argument_group("models (folders or hub ids)")
     for name, text in (
@@ -44,6 +46,12 @@ def add_command(command) -> None:
     ):
         action = "append" if name == "tuned" else "once"
         group.add_argument(f"--{name}", required=True, action=action, metavar="MODEL", help=text)
+    group.add_argument(
+        "--merge",
+        action="store_true",
+        help="a --tuned that is a PEFT adapter: write the merged model, which vLLM needs (default: link the adapter, "
+        "which transformers lays over ref)",
+    )
     group.add_argument(
         "--tokenizer", action="once", metavar="MODEL", help="whose tokenizer and chat template (default: tuned's)"
     )
@@ -55,10 +63,10 @@ def add_command(command) -> None:
     add_combination(p)
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     settings = mode_settings(args)
     transformers = quiet_transformers()
-    names = ["base", *(["tuned"] if len(args.tuned) == 1 else ["tuned_a", "tuned_b"]), "ref"]
+    names = part_names(len(args.tuned))
     given = [args.base, *args.tuned, args.ref]
     options = ["--base", *["--tuned"] * len(args.tuned), "--ref"]
     for tuned in args.tuned:
@@ -70,8 +78,12 @@ def run(args) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Refused(f"--out {args.out}: exists; name a folder that does not, or an empty one")
     folders = [folder_of(name, option) for name, option in zip(given, options)]
+    adapters = [(folder / ADAPTER).is_file() for folder in folders]
+    check_adapters(given, options, folders, adapters, args)
     trust = args.trust_remote_code
-    configs = [config_of(folder, f"{o} {n}", trust) for folder, o, n in zip(folders, options, given)]
+    # an adapter has no config of its own: it changes ref, or what it is merged into
+    described = [folder_of(adapter_base(str(f), o), o) if a else f for f, o, a in zip(folders, options, adapters)]
+    configs = [config_of(folder, f"{o} {n}", trust) for folder, o, n in zip(described, options, given)]
     tokenizers = [load_tokenizer(str(folder), f"{o} {n}", trust) for folder, o, n in zip(folders, options, given)]
     if args.tokenizer:
         tokenizer = load_tokenizer(args.tokenizer, "--tokenizer", trust)
@@ -81,45 +93,31 @@ def run(args) -> int:
         raise Refused("no tokenizer in the model folders; name a folder that has one with --tokenizer")
     vocab_size = shared_vocabulary(names, configs, tokenizers, args.vocab_size)
 
-    config = {k: v for k, v in configs[0].to_dict().items() if k != "_name_or_path"}
-    text = next((config[key] for key in ("text_config",) if isinstance(config.get(key), dict)), config)
-    text["vocab_size"] = vocab_size
-    lengths = [n for c in configs if (n := getattr(c.get_text_config(), SHARED_LENGTH, None))]
-    if lengths:
-        text[SHARED_LENGTH] = min(lengths)
-    generation = generation_of(folders[0], transformers)
-    ends = end_tokens(folders, configs, tokenizer, transformers)
-    config |= {
-        "architectures": [ARCHITECTURE],
-        "eos_token_id": ends,
-        "eft": {
-            "base": "base",
-            "tuned": names[1:-1] if len(names) > 3 else "tuned",
-            "ref": "ref",
-            **settings,
-            "upscale_top_p": 1.0 if args.upscale_top_p is None else args.upscale_top_p,
-        },
+    special = generation_of(folders[0], transformers)
+    ends = end_tokens(described, configs, tokenizer, transformers)
+    settings["upscale_top_p"] = 1.0 if args.upscale_top_p is None else args.upscale_top_p
+    merged: dict[str, Any] = {
+        name: load_adapter(str(folder), option, "auto", "cpu", trust)
+        for name, folder, option, adapter in zip(names, folders, options, adapters)
+        if adapter and args.merge
     }
-    out.mkdir(parents=True, exist_ok=True)
+    write_composed(out, composed_config(configs, settings, vocab_size, ends), special | {"eos_token_id": ends})
     tokenizer.save_pretrained(out)
-    write(out / "config.json", config)
-    write(out / "generation_config.json", generation | {"eos_token_id": ends})
     for name, folder in zip(names, folders):
-        (out / name).symlink_to(os.path.abspath(folder), target_is_directory=True)
+        if name in merged:
+            merged[name].save_pretrained(out / name)
+        else:
+            (out / name).symlink_to(os.path.abspath(folder), target_is_directory=True)
     print(f"{out}: {', '.join(f'{n} {f}' for n, f in zip(names, folders))}")
-    print(f"ids {vocab_size}, end tokens {', '.join(map(str, ends))}, {settings['mode']}; next: vllm serve {out}")
+    whole = args.merge or not any(adapters)
+    then = f"next: vllm serve {out}" if whole else "next: eft.hf.EmulatedModel.from_pretrained (vLLM needs --merge)"
+    print(f"ids {vocab_size}, end tokens {', '.join(map(str, ends))}, {settings['mode']}; {then}")
     return 0
-
-
-def write(path: Path, value) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def folder_of(name: str, option: str) -> Path:
     """The model's folder on this machine; a hub id's is downloaded where it is not in the cache."""
     check_folder(name, option)
-    if (expand(name) / ADAPTER).is_file():
-        raise Refused(f"{option} {name}: is a PEFT adapter; merge it into its model and save the result")
     source, given = source_of(name)
     if os.path.isdir(source):
         return Path(os.path.realpath(source))
@@ -131,7 +129,26 @@ def folder_of(name: str, option: str) -> Path:
         raise Refused(f"{option} {name}: cannot get it: {first_line(error)}") from None
 
 
-def config_of(folder: Path, what: str, trust: bool):
+def check_adapters(
+    given: Sequence[str],
+    options: Sequence[str],
+    folders: Sequence[Path],
+    adapters: Sequence[bool],
+    args: argparse.Namespace,
+) -> None:
+    """A tuned model may be an adapter: over ref, or over anything if it is to be merged."""
+    for name, option, folder, adapter in zip(given, options, folders, adapters):
+        if adapter and option != "--tuned":
+            raise Refused(f"{option} {name}: is a PEFT adapter; merge it into its model and save the result")
+        if adapter and not args.merge:
+            base = adapter_base(str(folder), option)
+            if not same_model(base, args.ref):
+                raise Refused(f"{option} {name}: is a PEFT adapter of {base}, not of --ref; pass --merge")
+    if args.merge and not any(adapters):
+        raise Refused("--merge: goes with a --tuned that is a PEFT adapter")
+
+
+def config_of(folder: Path, what: str, trust: bool) -> Any:
     transformers = quiet_transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust)
@@ -145,12 +162,17 @@ def config_of(folder: Path, what: str, trust: bool):
     return config
 
 
-def shared_vocabulary(names, configs, tokenizers, given: int | None) -> int:
+def shared_vocabulary(
+    names: Sequence[str],
+    configs: Sequence[Any],
+    tokenizers: Sequence[PreTrainedTokenizerBase | None],
+    given: int | None,
+) -> int:
     """How many ids the models share; ids below it must mean the same wherever a tokenizer says what they mean."""
     from ..integrations import hf
 
     widths = [config.get_text_config().vocab_size for config in configs]
-    shortest = min(widths)
+    shortest: int = min(widths)
     if given is not None and given > shortest:
         raise Refused(f"--vocab-size: got {given}, allowed is up to {shortest}, the shortest model's vocabulary")
     if given is not None and given < shortest:
@@ -169,7 +191,7 @@ def shared_vocabulary(names, configs, tokenizers, given: int | None) -> int:
     return shortest
 
 
-def generation_of(folder: Path, transformers) -> dict:
+def generation_of(folder: Path, transformers: ModuleType) -> dict[str, Any]:
     """The special tokens of the folder's generation config; how to sample is for requests to say."""
     try:
         config = transformers.GenerationConfig.from_pretrained(folder)
@@ -178,11 +200,13 @@ def generation_of(folder: Path, transformers) -> dict:
     return {k: v for k in ("bos_token_id", "pad_token_id") if (v := getattr(config, k, None)) is not None}
 
 
-def end_tokens(folders, configs, tokenizer, transformers) -> list[int]:
+def end_tokens(
+    folders: Sequence[Path], configs: Sequence[Any], tokenizer: PreTrainedTokenizerBase, transformers: ModuleType
+) -> list[int]:
     """What ends a text: the end tokens of every model (its generation config and config) and of the tokenizer."""
-    from .models import end_of_turn
+    from ..integrations import hf
 
-    found = {*end_of_turn(tokenizer), tokenizer.eos_token_id}
+    found = {*hf.end_of_turn(tokenizer), tokenizer.eos_token_id}
     for folder, config in zip(folders, configs):
         places = [config, config.get_text_config()]
         try:
@@ -192,4 +216,4 @@ def end_tokens(folders, configs, tokenizer, transformers) -> list[int]:
         for place in places:
             ids = getattr(place, "eos_token_id", None)
             found |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
-    return sorted(i for i in found if i is not None)
+    return sorted(i for i in found if isinstance(i, int))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..parameters import DRAFTED, OFF
 from .files import argument_text, check_text, read_stdin, read_text
-from .models import Family, end_of_turn, first_line, load_family, text_of, token_id
+from .models import Family, first_line, load_family, text_of, token_id
 from .options import REQUEST_OPTIONS, mode_settings, option
 from .term import BOLD, Refused, json_line, paint
 
@@ -149,6 +149,7 @@ def run(args: argparse.Namespace) -> int:
 
     family = load_family(args)
     from .. import row_seeds
+    from ..integrations.hf import end_of_turn
 
     seed = args.seed if args.seed is not None else secrets.randbits(31)
     seeds = row_seeds(seed, len(requests)).tolist()

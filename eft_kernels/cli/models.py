@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
+from ..integrations.composition import ADAPTER
 from .files import argument_text, expand
 from .term import Refused
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:  # they take seconds to import
 
     from ..integrations.hf.models import GenerativeModel
 
-ADAPTER = "adapter_config.json"  # what makes a folder a PEFT adapter
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -279,18 +279,6 @@ def end_tokens(family: Family) -> list[int]:
 def text_of(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """The text of one row's ids, without special tokens."""
     return cast(str, tokenizer.decode(ids, skip_special_tokens=True))
-
-
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special token that the chat template puts behind an answer, if it does."""
-    answer = "answer"
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
-    try:
-        text = cast(str, tokenizer.apply_chat_template(turns, tokenize=False))
-    except Exception:  # a template may refuse what it likes
-        return []
-    after: list[int] = tokenizer(text.rpartition(answer)[2].strip(), add_special_tokens=False).input_ids[:1]
-    return after if set(after) & {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()} else []
 
 
 def token_id(given: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:

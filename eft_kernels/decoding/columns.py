@@ -7,7 +7,7 @@ model family sees what it was trained on: a 2D mask and consecutive positions, w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -111,7 +111,7 @@ class OwnPrompt:
         return None if own is None else own - ahead
 
     def __call__(
-        self, ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor, keep: int
+        self, ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, keep: int
     ) -> torch.Tensor:
         new = ids if self.width else torch.cat([self.ids, ids[:, self.shared :]], 1)
         logits = self.model(new, *self.columns.inputs(new.shape[1]), keep)
@@ -132,6 +132,16 @@ class OwnPrompt:
         shift = [max(last) - n for n in last]
         self._back(self.width - 1 - max(last), shift)
         self.width = columns.shape[1]
+
+    def take_rows(self, rows: torch.Tensor) -> None:
+        """Row i becomes what was row ``rows[i]``; the model has this method, too."""
+        inner: Any = self.model
+        inner.take_rows(rows)
+        rows = rows.to(self.ids.device)
+        self.ids, self.left = self.ids[rows], self.left[rows]
+        held = self.columns
+        self.columns = Columns(held.left[rows], held.last_position[rows])
+        self.columns.width = held.width
 
     def _back(self, common: int, shift: list[int]) -> None:
         count = common + max(shift)

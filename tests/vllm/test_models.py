@@ -118,6 +118,18 @@ def test_other_tokenizer_is_refused(tmp_path):
         Engine("v1", model=str(FAMILY / "base"), hf_overrides=given)
 
 
+def test_an_adapter_is_refused(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    config = json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(FAMILY / "ref")})
+    (tmp_path / "adapter" / "adapter_config.json").write_text(config)
+    models = ["--base", str(FAMILY / "base"), "--tuned", str(tmp_path / "adapter"), "--ref", str(FAMILY / "ref")]
+    subprocess.run(
+        [sys.executable, "-m", "eft_kernels", "compose", *models, "--out", str(tmp_path / "eft")], check=True
+    )
+    with pytest.raises(RuntimeError, match="eft: tuned: is a PEFT adapter; .*compose --merge"):
+        Engine(model=str(tmp_path / "eft"))
+
+
 def test_tensors_between_pipeline_stages():
     """vLLM's CPU engine has no pipelines (its own models fail too): what is sent there comes apart as it was put in."""
     from vllm.sequence import IntermediateTensors

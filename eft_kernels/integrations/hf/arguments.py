@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
@@ -259,21 +259,28 @@ def check_options(
 
 
 def own_prompts(
-    prompts: Sequence[OwnIds] | None,
+    prompts: Sequence[OwnIds] | Mapping[str, OwnIds] | None,
     names: Sequence[str],
     rows: int,
     device: torch.device,
     vocab_size: int,
     pad: torch.Tensor | None = None,
 ) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
-    """(ids int64 [rows, P] with 0 on padding, left int64 [rows]) or None, for model (None) and each of ``models``."""
+    """(ids int64 [rows, P] with 0 on padding, left int64 [rows]) or None, for model (None) and each of the others.
+
+    prompts: one for each of the others, or those that differ by the model's name.
+    """
     if prompts is None:
         return [None] * len(names)
+    if isinstance(prompts, Mapping):
+        if unknown := [name for name in prompts if name not in names[1:]]:
+            raise ValueError(f"prompts: got the key {unknown[0]!r}, allowed are {', '.join(names[1:])}")
+        prompts = [prompts.get(name) for name in names[1:]]
     if not isinstance(prompts, (list, tuple)) or len(prompts) != len(names) - 1:
         got = len(prompts) if isinstance(prompts, (list, tuple)) else type(prompts).__name__
         raise ValueError(
-            f"prompts: got {got}, allowed is a list of {len(names) - 1}, one for each of models (None: "
-            "the prompt of model)"
+            f"prompts: got {got}, allowed is a list of {len(names) - 1}, one for each of {', '.join(names[1:])} (None: "
+            f"the prompt of {names[0]}), or a dict by these names"
         )
     out: list[tuple[torch.Tensor, torch.Tensor] | None] = [None]
     for j, given in enumerate(prompts):
@@ -325,6 +332,36 @@ def left_padding(mask: torch.Tensor, shape: Sequence[int], name: str) -> torch.T
     return (~real).sum(1)
 
 
+def check_models(models: Sequence[GenerativeModel], names: Sequence[str]) -> None:
+    for m, name in zip(models, names):
+        if m.config.is_encoder_decoder:
+            raise ValueError(f"{name}: got {type(m).__name__}, an encoder-decoder model; allowed are decoders")
+        if m.device.type == "meta" and not hasattr(m, "_hf_hook"):
+            raise ValueError(f"{name}: is on meta, where weights have no values; load it on a device")
+
+
+def shared_vocabulary(
+    models: Sequence[GenerativeModel],
+    names: Sequence[str],
+    vocab_size: int | None,
+    tokenizers: Sequence[PreTrainedTokenizerBase] | None,
+) -> tuple[int, int]:
+    """(how many ids are used, how many the shortest model has); ValueError unless they mean the same in all."""
+    widths = {name: logits_width(m) for m, name in zip(models, names)}
+    shortest = min(widths.values())
+    if vocab_size is not None:
+        vocab_size = index("vocab_size", vocab_size, 1, shortest, f"1 to {shortest}")
+    if tokenizers is not None:
+        check_tokenizers(tokenizers, names, shortest if vocab_size is None else vocab_size, vocab_size is None)
+    elif vocab_size is None and len(set(widths.values())) > 1:
+        raise ValueError(
+            "vocab_size: the models' vocabularies differ in length ("
+            + ", ".join(f"{name} {w}" for name, w in widths.items())
+            + f"); give vocab_size={shortest} if ids below it mean the same, or tokenizers=[...]"
+        )
+    return shortest if vocab_size is None else vocab_size, shortest
+
+
 def check_inputs(
     models: Sequence[GenerativeModel],
     names: Sequence[str],
@@ -334,11 +371,7 @@ def check_inputs(
     tokenizers: Sequence[PreTrainedTokenizerBase] | None,
 ) -> tuple[torch.Tensor, int]:
     """(columns of left padding [B], V)."""
-    for m, name in zip(models, names):
-        if m.config.is_encoder_decoder:
-            raise ValueError(f"{name}: got {type(m).__name__}, an encoder-decoder model; allowed are decoders")
-        if m.device.type == "meta" and not hasattr(m, "_hf_hook"):
-            raise ValueError(f"{name}: is on meta, where weights have no values; load it on a device")
+    check_models(models, names)
     if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         raise ValueError(f"input_ids: got {input_ids.dtype} {list(input_ids.shape)}, allowed is int64 [rows, columns]")
     if input_ids.numel() == 0:
@@ -354,21 +387,10 @@ def check_inputs(
     if positions is not None and (positions.shape[-1:] != usual.shape[1:] or bool(((positions != usual) & real).any())):
         raise ValueError("position_ids: allowed are those of the attention mask; leave it unset")
 
-    widths = {name: logits_width(m) for m, name in zip(models, names)}
-    shortest = min(widths.values())
-    if vocab_size is not None:
-        vocab_size = index("vocab_size", vocab_size, 1, shortest, f"1 to {shortest}")
-    if tokenizers is not None:
-        check_tokenizers(tokenizers, names, shortest if vocab_size is None else vocab_size, vocab_size is None)
-    elif vocab_size is None and len(set(widths.values())) > 1:
-        raise ValueError(
-            "vocab_size: the models' vocabularies differ in length ("
-            + ", ".join(f"{name} {w}" for name, w in widths.items())
-            + f"); give vocab_size={shortest} if ids below it mean the same, or tokenizers=[...]"
-        )
+    vocab_size, shortest = shared_vocabulary(models, names, vocab_size, tokenizers)
     if int(input_ids.masked_fill(~real, 0).max()) >= shortest or int(input_ids.masked_fill(~real, 0).min()) < 0:
         raise ValueError(f"input_ids: got an id outside 0 to {shortest - 1}, the shortest model's vocabulary")
-    return left, shortest if vocab_size is None else vocab_size
+    return left, vocab_size
 
 
 def check_tokenizers(
@@ -428,6 +450,18 @@ def end_tokens(models: Iterable[GenerativeModel]) -> list[int]:
         own = getattr(model.generation_config, "eos_token_id", None)
         ends |= {own} if isinstance(own, int) else set(own or ())
     return sorted(ends)
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special token that the chat template puts behind an answer, if it does."""
+    answer = "answer"
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+    try:
+        text = cast(str, tokenizer.apply_chat_template(turns, tokenize=False))
+    except Exception:  # a template may refuse what it likes
+        return []
+    after: list[int] = tokenizer(text.rpartition(answer)[2].strip(), add_special_tokens=False).input_ids[:1]
+    return after if set(after) & {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()} else []
 
 
 def stop_strings_of(

@@ -34,6 +34,7 @@ from ...decoding import Model, OnTokens, OwnPrompt, Prompt, Speculation, Target,
 from ...ops import PerRow, sample
 from ...parameters import GREEDY, MAX_SLOT, METHODS, OFF, PARAMETERS
 from .arguments import (
+    OwnIds,
     check_context,
     check_inputs,
     check_options,
@@ -105,7 +106,7 @@ def generate(
     ref: nn.Module | None = None,
     models: list[nn.Module] | tuple[nn.Module, ...] | None = None,
     weights: Weights | Sequence[Number] | torch.Tensor | None = None,
-    prompts: Sequence[torch.Tensor | Mapping[str, torch.Tensor] | None] | None = None,
+    prompts: Sequence[OwnIds] | Mapping[str, OwnIds] | None = None,
     mode: str | None = None,
     beta: PerRow = None,
     alpha: PerRow = None,
@@ -142,9 +143,10 @@ def generate(
       models, weights: instead of tuned, ref and mode, any combination: up to 7 models beside ``model`` (which may be
         among them, with a prompt of its own), and a weight for each of [model, *models]. Contrastive decoding is
         ``models=[amateur], weights=[1 + a, -a]``.
-      prompts: one for each of ``models``: ids [n, columns] or a dict of input_ids and attention_mask (left padding), n
-        dividing rows; None is the prompt of ``model``. All go on with the same new tokens. Classifier-free guidance
-        (arXiv 2306.17806) is ``models=[model], weights=[1 + g, -g], prompts=[negative]``.
+      prompts: one for each of [*tuned, ref] or of ``models``: ids [n, columns], or a dict of input_ids and
+        attention_mask (left padding), n dividing rows; None is the prompt of ``model``. Or a dict of those that differ,
+        by the names "tuned" ("tuned[0]", "tuned[1]"), "ref", "models[0]". All go on with the same new tokens.
+        Classifier-free guidance (arXiv 2306.17806) is ``models=[model], weights=[1 + g, -g], prompts=[negative]``.
       mode: "upscale": beta (model - ref) + tuned; "proxy": model + alpha (tuned - ref); "downscale": the same sum for
         a small model and large tuned and ref; "interpolate": model + lam tuned_a + (1 - lam) tuned_b - ref.
         Default: "interpolate" for two tuned models, else "upscale".
@@ -224,8 +226,6 @@ def generate(
         refuse_unless(
             name, x, not isinstance(x, torch.Tensor) and x == OFF[name], f"{OFF[name]} with weights or two tuned models"
         )
-    if prompts is not None and not free:
-        raise ValueError("prompts: go with models and weights; leave them out beside tuned and ref")
     pad: torch.Tensor | None = getattr(config, "_pad_token_tensor", None)
     own = own_prompts(prompts, names, rows, device, vocab_size, pad)
     if free:

@@ -93,6 +93,7 @@ class CausalLM:
     Args:
       name: what error messages call it.
       rollback: rejected tokens will be taken back; ValueError where the model's cache cannot do that.
+      option: what asks for it.
       context: gives what is entered for each of its passes, such as one that switches an adapter off.
     """
 
@@ -102,15 +103,18 @@ class CausalLM:
         name: str,
         rollback: bool,
         context: Callable[[], AbstractContextManager[None]] = nullcontext,
+        option: str = "draft_tokens",
     ):
         self.model, self.name, self.rollback, self.context = model, name, rollback, context
+        self.option = option
         self.device = device_of(model)
         self.takes = inspect.signature(model.forward).parameters
         self.width, self.cache_name = logits_width(model), cache_name(model)
         self.boundary, self.boundary_moves = rope_boundary(model)
         self.can_realign = can_realign(model)
         self.drops_cache = self.cache_name in inspect.signature(model.prepare_inputs_for_generation).parameters
-        self.ids = self.positions = torch.zeros(0, 0, dtype=torch.int64)  # [B, S] of all columns
+        self.ids = torch.zeros(0, 0, dtype=torch.int64)  # [B, S] of all columns
+        self.positions: torch.Tensor | None = self.ids  # None: the model counts its own
         self.state: dict[str, Any] = {}  # what the model keeps from pass to pass, its cache among it
         if model._supports_default_dynamic_cache():
             self.state[self.cache_name] = self._new_cache()
@@ -122,8 +126,8 @@ class CausalLM:
 
     def _refuse_rollback(self, why: str) -> NoReturn:
         raise ValueError(
-            f"draft_tokens: {self.name} ({type(self.model).__name__}) cannot take back rejected tokens "
-            f"({why}); use draft_tokens=0"
+            f"{self.option}: {self.name} ({type(self.model).__name__}) cannot take back rejected tokens ({why}); "
+            + ("use draft_tokens=0" if self.option == "draft_tokens" else f"leave {self.option} out")
         )
 
     def _new_cache(self) -> DynamicCache:
@@ -140,13 +144,18 @@ class CausalLM:
         return cache
 
     def __call__(
-        self, ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor, keep: int
+        self, ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, keep: int
     ) -> torch.Tensor:
+        """As `Model`; beside it, ``position_ids`` None leaves them to the model and ``keep`` 0 is all columns."""
         home, past = ids.device, self.ids.shape[1]
-        ids, position_ids = ids.to(self.device), position_ids.to(self.device)
+        ids = ids.to(self.device)
         attention_mask = None if attention_mask is None else attention_mask.to(self.device)
         self.ids = torch.cat([self.ids, ids], 1) if past else ids
-        self.positions = torch.cat([self.positions, position_ids], 1) if past else position_ids
+        if position_ids is not None:
+            position_ids = position_ids.to(self.device)
+            if past:
+                position_ids = None if self.positions is None else torch.cat([self.positions, position_ids], 1)
+        self.positions = position_ids
         inputs = self._inputs(past, attention_mask, keep)
         given = inputs["input_ids"].shape[1]
         if self.drops_cache and inputs.get(self.cache_name) is None and self.cache_name in self.state:
@@ -172,6 +181,8 @@ class CausalLM:
         """What the model's forward takes for the columns from ``past`` on."""
         known = dict(attention_mask=attention_mask, position_ids=self.positions, logits_to_keep=keep)
         options: dict[str, Any] = {k: v for k, v in known.items() if k in self.takes}
+        if self.positions is None:
+            options.pop("position_ids", None)
         columns = self.ids.shape[1]
         if CACHE_POSITION:
             options["cache_position"] = torch.arange(past, columns, device=self.ids.device)
@@ -204,15 +215,30 @@ class CausalLM:
         return [layer for layer in self.state[self.cache_name].layers if layer.keys is not None]
 
     def crop(self, count: int) -> None:
-        self.ids, self.positions = self.ids[:, :-count], self.positions[:, :-count]
+        self.ids = self.ids[:, :-count]
+        self.positions = None if self.positions is None else self.positions[:, :-count]
         for layer in self._layers():
             layer.crop(-count)
 
     def realign(self, columns: torch.Tensor) -> None:
         columns = columns.to(self.device)
-        self.ids, self.positions = self.ids.gather(1, columns), self.positions.gather(1, columns)
+        self.ids = self.ids.gather(1, columns)
+        self.positions = None if self.positions is None else self.positions.gather(1, columns)
         for layer in self._layers():
             layer.keys, layer.values = take_columns(layer.keys, columns), take_columns(layer.values, columns)
+
+    def take_rows(self, rows: torch.Tensor) -> None:
+        """Row i becomes what was row ``rows[i]``: beams that are reordered, repeated or dropped."""
+        rows = rows.to(self.device)
+        self.ids = self.ids[rows]
+        self.positions = None if self.positions is None else self.positions[rows]
+        for name, held in self.state.items():
+            if not hasattr(held, "reorder_cache"):
+                raise ValueError(
+                    f"num_beams: {self.name} ({type(self.model).__name__}) keeps {name} of its own kind, whose rows "
+                    "cannot be reordered; use num_beams=1"
+                )
+            held.reorder_cache(rows)
 
 
 def _holds_states(cache: DynamicCache) -> bool:

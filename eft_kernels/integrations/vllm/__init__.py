@@ -6,7 +6,8 @@ vLLM finds `register` by the entry point `vllm.general_plugins` and calls it in 
 
 from __future__ import annotations
 
-ARCHITECTURE = "EftForCausalLM"
+from ..composition import ARCHITECTURE
+
 KNOWN_VERSIONS = ("0.32",)  # of vLLM: those that tests/vllm has run with
 
 

@@ -19,8 +19,8 @@ from vllm.transformers_utils.config import get_config
 
 import eft_kernels as eft
 
+from ..composition import Composition
 from . import ARCHITECTURE
-from .composition import Composition
 from .startup import check_version
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
-from .composition import request_of
+from ..composition import request_of
 
 
 class Uniform(LogitsProcessor):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
-from .composition import request_of, strength_of
+from ..composition import request_of, strength_of
 
 
 class Upscale(LogitsProcessor):

@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 import eft_kernels as eft
 
-from .composition import request_of, strength_of
+from ..composition import request_of, strength_of
 from .model import packed, scores
 
 

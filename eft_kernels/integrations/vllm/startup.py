@@ -6,8 +6,8 @@ import logging
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from ..composition import Composition, refuse_adapters
 from . import ARCHITECTURE, KNOWN_VERSIONS
-from .composition import Composition
 
 log = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own logger, so that it is printed as vLLM's are
 
@@ -20,6 +20,7 @@ class EftConfig(VerifyAndUpdateConfig):
         model = vllm_config.model_config
         check_version()
         composition = Composition.parse(getattr(model.hf_config, "eft", None), model.model)
+        refuse_adapters(composition)
         check_tokenizers(composition, model)
         v2 = vllm_config.use_v2_model_runner
         refuse_options(vllm_config, v2)
