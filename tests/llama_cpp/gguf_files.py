@@ -1,0 +1,154 @@
+"""GGUF files of the family in examples/, float32, with llama.cpp's names and its order of rotary dimensions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, TokenType
+from safetensors.torch import load_file
+
+WEIGHTS = Path(__file__).parents[2] / "examples" / "family" / "weights"
+BLOCK = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def rotated(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """transformers turns dimension i with i + d / 2, llama.cpp's llama 2 i with 2 i + 1."""
+    rows, columns = weight.shape
+    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+
+def vocabulary(folder: Path) -> tuple[list[str], list[int], list[str]]:
+    """Tokens, their types and the merges of the folder's byte-level BPE."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    ids = tokenizer["model"]["vocab"]
+    tokens = sorted(ids, key=ids.__getitem__)
+    special = {token["content"] for token in tokenizer["added_tokens"]}
+    types = [TokenType.CONTROL if token in special else TokenType.NORMAL for token in tokens]
+    return tokens, types, [" ".join(pair) for pair in tokenizer["model"]["merges"]]
+
+
+def write_vocabulary(writer: GGUFWriter, tokens, types, merges, eos: int = 2) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(eos)
+    writer.add_pad_token_id(0)
+    writer.add_add_bos_token(True)
+
+
+def close(writer: GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_llama(
+    path: Path,
+    name: str,
+    *,
+    padding: int = 0,
+    rename: dict[int, str] | None = None,
+    eos: int = 2,
+    template: str | None = None,
+    poison: int | None = None,
+) -> Path:
+    """The model ``name`` of the family.
+
+    padding: rows of padding behind the vocabulary. rename: other texts for some ids. eos: its end token. poison: an id
+    whose embedding is NaN.
+    """
+    folder = WEIGHTS / name
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    weights = {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
+    tokens, types, merges = vocabulary(folder)
+    for token, text in (rename or {}).items():
+        tokens[token] = text
+    tokens += [f"[PAD{len(tokens) + i}]" for i in range(padding)]
+    types += [TokenType.UNUSED] * padding
+
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_vocab_size(len(tokens))
+    write_vocabulary(writer, tokens, types, merges, eos)
+    if template is not None:
+        writer.add_chat_template(template)
+
+    embedding = weights["model.embed_tokens.weight"]
+    embedding = torch.cat([embedding, embedding.new_zeros(padding, embedding.shape[1])])
+    if poison is not None:  # the output layer, which llama.cpp takes from the embedding, keeps its numbers
+        writer.add_tensor("output.weight", embedding.numpy().copy())
+        embedding[poison] = float("nan")
+    writer.add_tensor("token_embd.weight", embedding.numpy())
+    writer.add_tensor("output_norm.weight", weights["model.norm.weight"].numpy())
+    for layer in range(config["num_hidden_layers"]):
+        for theirs, ours in BLOCK.items():
+            weight = weights[f"model.layers.{layer}.{theirs}.weight"]
+            if ours in ("attn_q", "attn_k"):
+                weight = rotated(weight, config["num_attention_heads"])
+            writer.add_tensor(f"blk.{layer}.{ours}.weight", np.ascontiguousarray(weight.numpy()))
+    close(writer)
+    return path
+
+
+def write_mamba(path: Path) -> Path:
+    """A small random Mamba with the family's vocabulary: its state cannot go back."""
+    width, inner, state, rank, kernel = 32, 64, 16, 2, 4
+    tokens, types, merges = vocabulary(WEIGHTS / "ref")
+    writer = GGUFWriter(path, "mamba")
+    writer.add_block_count(1)
+    writer.add_context_length(512)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(0)
+    writer.add_head_count(0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_ssm_conv_kernel(kernel)
+    writer.add_ssm_inner_size(inner)
+    writer.add_ssm_state_size(state)
+    writer.add_ssm_time_step_rank(rank)
+    writer.add_file_type(0)
+    write_vocabulary(writer, tokens, types, merges)
+    random = np.random.default_rng(0)
+
+    def tensor(name: str, *shape: int) -> None:
+        values = random.standard_normal(shape).astype(np.float32) / 8
+        writer.add_tensor(name, values, raw_dtype=GGMLQuantizationType.F32)
+
+    tensor("token_embd.weight", len(tokens), width)
+    tensor("output_norm.weight", width)
+    tensor("blk.0.attn_norm.weight", width)
+    tensor("blk.0.ssm_in.weight", 2 * inner, width)
+    tensor("blk.0.ssm_conv1d.weight", inner, kernel)
+    tensor("blk.0.ssm_conv1d.bias", inner)
+    tensor("blk.0.ssm_x.weight", rank + 2 * state, inner)
+    tensor("blk.0.ssm_dt.weight", inner, rank)
+    tensor("blk.0.ssm_dt.bias", inner)
+    writer.add_tensor("blk.0.ssm_a", -np.ones((inner, state), np.float32))
+    tensor("blk.0.ssm_d", inner)
+    tensor("blk.0.ssm_out.weight", width, inner)
+    close(writer)
+    return path
