@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import itertools
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from ...parameters import DRAFTED, METHODS, NAMES
 from ...token_bias import penalties
 from .model import Model
 
-Path = str | os.PathLike[str]
+Source = str | os.PathLike[str] | Model
 DRAFT = 1  # the (first) tuned model drafts
 
 
@@ -26,9 +26,7 @@ class InvalidScoresError(RuntimeError):
     """NaN, +inf or no token left: the text ends there. ``written``: what there is of it."""
 
     def __init__(self, written: Written):
-        super().__init__(
-            f"invalid scores (NaN, +inf or no token left) at step {len(written.ids)}; the text ends there"
-        )
+        super().__init__(f"invalid scores (NaN, +inf or no token left) at step {len(written.ids)}; the text ends there")
         self.written = written
 
 
@@ -58,14 +56,14 @@ class EmulatedModel:
 
     def __init__(
         self,
-        base: Path | Model,
-        tuned: Path | Model | Sequence[Path | Model],
-        ref: Path | Model,
+        base: Source,
+        tuned: Source | Sequence[Source],
+        ref: Source,
         *,
         vocab_size: int | None = None,
         **settings: Any,
     ):
-        both = list(tuned) if isinstance(tuned, (list, tuple)) else [tuned]
+        both: list[Source] = [tuned] if isinstance(tuned, (str, os.PathLike, Model)) else list(tuned)
         if len(both) not in (1, 2):
             raise ValueError(f"tuned: got {len(both)} models, allowed are one or two")
         given = [base, *both, ref]
@@ -187,19 +185,23 @@ class EmulatedModel:
             steps = plain_steps(readers, target, text)
         return self._write(steps, len(ids), ends)
 
-    def stream(self, prompt: str | Sequence[int], **arguments: Any) -> Iterator[str]:
-        """The text as it is written, in pieces that are whole characters; arguments as in `tokens`."""
-        return self._pieces(self.tokens(prompt, **arguments))
+    def stream(self, prompt: str | Sequence[int], **arguments: Any) -> Generator[str, None, Written]:
+        """The text as it is written, in pieces that are whole characters; otherwise as `tokens`."""
+        return self._pieces(self.tokens(prompt, **arguments), {*self.ends, *arguments.get("eos", ())})
 
-    def generate(self, prompt: str | Sequence[int], **arguments: Any) -> Written:
-        """The whole text; arguments as in `tokens`."""
-        steps = self.tokens(prompt, **arguments)
+    def generate(
+        self, prompt: str | Sequence[int], *, on_text: Callable[[str], object] | None = None, **arguments: Any
+    ) -> Written:
+        """The whole text, whose pieces `on_text` is called with as they come; otherwise as `tokens`."""
+        steps = self.stream(prompt, **arguments)
         while True:
             try:
-                next(steps)
+                piece = next(steps)
             except StopIteration as end:
                 written: Written = end.value
                 return written
+            if on_text is not None:
+                on_text(piece)
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of tokens, without special ones."""
@@ -222,33 +224,35 @@ class EmulatedModel:
             raise InvalidScoresError(written)
         return written
 
-    def _pieces(self, tokens: Generator[int, None, Written]) -> Iterator[str]:
+    def _pieces(self, tokens: Generator[int, None, Written], ends: set[int]) -> Generator[str, None, Written]:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for token in tokens:
-            if token not in self.ends:
-                text = decoder.decode(self.tokenizer.piece(token))
-                if text:
-                    yield text
+        while True:
+            try:
+                token = next(tokens)
+            except StopIteration as end:
+                written: Written = end.value
+                break
+            text = decoder.decode(b"" if token in ends else self.tokenizer.piece(token))
+            if text:
+                yield text
         rest = decoder.decode(b"", final=True)
         if rest:
             yield rest
+        return written
 
     # --- arguments ----------------------------------------------------------------------------------------------------
 
     def _prompt(self, prompt: str | Sequence[int], max_new_tokens: int) -> list[int]:
         if type(max_new_tokens) is not int or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: got {max_new_tokens!r}, allowed is an integer > 0")
-        ids = self.tokenize(prompt) if isinstance(prompt, str) else self._ids("prompt", prompt)
+        ids = self._ids("prompt", self.tokenize(prompt) if isinstance(prompt, str) else prompt)
         if not ids:
             raise ValueError("prompt: holds no token")
         if len(ids) + max_new_tokens > self.n_ctx:
             raise ValueError(
-                f"prompt: got {len(ids)} tokens and max_new_tokens={max_new_tokens}, allowed are {self.n_ctx} together, "
-                "the shortest context of the models (n_ctx)"
+                f"prompt: got {len(ids)} tokens and max_new_tokens={max_new_tokens}, allowed are {self.n_ctx} "
+                "together, the shortest context of the models (n_ctx)"
             )
-        unknown = next((i for i in ids if i >= self.vocab_size), None)
-        if unknown is not None:
-            raise ValueError(f"prompt: has the token {unknown}, allowed is 0 to {self.vocab_size - 1}")
         return ids
 
     def _ids(self, name: str, ids: Sequence[int]) -> list[int]:

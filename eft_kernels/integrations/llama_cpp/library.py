@@ -17,6 +17,7 @@ PACKAGES = {"llama_cpp": "llama-cpp-python", "ik_llama_cpp": "ik-llama-cpp-pytho
 STRUCTURES = {"llama_cpp": "llama_cpp.llama_cpp", "ik_llama_cpp": "ik_llama_cpp._ctypes_api"}
 
 LOG = logging.getLogger("eft_kernels.llama_cpp")
+LOG.addHandler(logging.NullHandler())  # silent unless the program asks
 # llama.cpp's levels; 5 goes on with the line before
 LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
 LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
@@ -32,7 +33,7 @@ class Library:
     """The functions that this package calls; `errors` holds the newest lines that llama.cpp logged as errors."""
 
     def __init__(self, package: str):
-        self.package = package
+        self.package, self.fork = package, package == "ik_llama_cpp"
         module = importlib.import_module(STRUCTURES[package])
         self.dll: ctypes.CDLL = module._lib
         self.batch: type[ctypes.Structure] = module.llama_batch
@@ -54,8 +55,8 @@ class Library:
         self.n_batch = bind(UINT, [POINTER], "llama_n_batch")
         self.n_ctx_train = bind(INT, [POINTER], "llama_model_n_ctx_train", "llama_n_ctx_train")
         self.has_encoder = bind(BOOL, [POINTER], "llama_model_has_encoder")
-        self.is_recurrent = bind(BOOL, [POINTER], "llama_model_is_recurrent")
-        self.is_hybrid = find(BOOL, [POINTER], "llama_model_is_hybrid")
+        self.is_recurrent = bind(BOOL, [POINTER], "llama_model_has_recurrent", "llama_model_is_recurrent")
+        self.is_hybrid = find(BOOL, [POINTER], "llama_model_is_hybrid") or (lambda model: False)
         self.chat_template = find(BYTES, [POINTER, BYTES], "llama_model_chat_template")
 
         self.decode = bind(INT, [POINTER, self.batch], "llama_decode")
@@ -63,6 +64,7 @@ class Library:
 
         # the cache: an object of its own, or functions of the context under two older names
         self.memory = find(POINTER, [POINTER], "llama_get_memory")
+        self.clear: Any
         if self.memory is not None:
             clear = bind(None, [POINTER, BOOL], "llama_memory_clear")
             self.clear = lambda memory: clear(memory, False)
@@ -80,6 +82,8 @@ class Library:
         self.is_end = bind(BOOL, [POINTER, INT], "llama_vocab_is_eog")
         self.bos = bind(INT, [POINTER], "llama_vocab_bos")
         self.eos = bind(INT, [POINTER], "llama_vocab_eos")
+        self.add_bos = bind(BOOL, [POINTER], "llama_vocab_get_add_bos")
+        self.add_eos = bind(BOOL, [POINTER], "llama_vocab_get_add_eos")
         tokenize = [POINTER, BYTES, INT, ctypes.POINTER(INT), INT, BOOL, BOOL]
         self.tokenize = bind(INT, tokenize, "llama_vocab_tokenize", "llama_tokenize")
         piece = [POINTER, INT, BYTES, INT, INT, BOOL]
@@ -123,18 +127,18 @@ class Library:
             LOG.log(self._level, "%s", line)
 
     def reason(self) -> str:
-        """What llama.cpp logged as errors since the last call of `forget_errors`, for a message of our own."""
+        """What llama.cpp logged as errors since `errors` was cleared, for the end of a message of our own."""
         return f": {'; '.join(self.errors)}" if self.errors else ""
 
 
 @functools.cache
 def library() -> Library:
     """llama.cpp of the first package that is installed."""
-    for package in PACKAGES:
+    for package, module in STRUCTURES.items():
         try:
-            importlib.import_module(package)
+            importlib.import_module(module)
         except ModuleNotFoundError as error:
-            if error.name != package:
+            if error.name not in (package, module):
                 raise
         else:
             return Library(package)

@@ -29,12 +29,13 @@ class Model:
 
     Args:
       path: the GGUF file; of a split model the first.
-      n_ctx: tokens of a text at most; None: the context that the model was trained with, at most 4096.
+      n_ctx: tokens of a text at most; None: the context that the model was trained with, or 4096 where that is longer.
       n_batch: tokens that one pass reads at most.
-      n_threads: CPU threads; None: the cores of this process.
+      n_threads: CPU threads, at most (and by default) the cores of this process.
       gpu_layers: layers that a GPU computes; None: llama.cpp's default.
-      kv_type: of the KV cache: "f16" as llama.cpp's default is, "f32", or "q8_0" (needs flash attention).
-      flash_attention: None: llama.cpp's choice (off in ik_llama.cpp, which ends the process with it on some CPUs).
+      kv_type: of the KV cache: "f16" as llama.cpp's default is, "f32" (not in ik_llama.cpp), or "q8_0" (with flash
+        attention).
+      flash_attention: None: llama.cpp's choice; off in ik_llama.cpp, whose kernels end the process on some CPUs.
 
     Raises: ValueError naming the argument, also where the file cannot be loaded. What llama.cpp logs goes to the logger
     ``eft_kernels.llama_cpp``.
@@ -57,19 +58,20 @@ class Model:
         with open(self.path, "rb") as file:
             if file.read(4) != b"GGUF":
                 raise ValueError(f"{self.path}: is not a GGUF file")
-        for name, value, low in (
-            ("n_ctx", n_ctx, 1),
-            ("n_batch", n_batch, 1),
-            ("n_threads", n_threads, 1),
-            ("gpu_layers", gpu_layers, -1),
+        for name, value, low, high in (
+            ("n_ctx", n_ctx, 1, 1 << 30),
+            ("n_batch", n_batch, 1, 1 << 30),
+            ("n_threads", n_threads, 1, cores()),
+            ("gpu_layers", gpu_layers, -1, 1 << 30),
         ):
-            good = value is None or (type(value) is int and low <= value < 1 << 31)
-            if not good:
-                raise ValueError(f"{name}: got {value!r}, allowed is an integer >= {low}")
+            if value is not None and (type(value) is not int or not low <= value <= high):
+                raise ValueError(f"{name}: got {value!r}, allowed is an integer from {low} to {high}")
         if kv_type not in KV_TYPES:
             raise ValueError(f"kv_type: got {kv_type!r}, allowed are {', '.join(KV_TYPES)}")
-
         self.lib = lib = library()
+        if lib.fork and kv_type == "f32":
+            raise ValueError("kv_type: f32 is not supported by ik_llama.cpp; use f16")
+
         lib.errors.clear()
         params = lib.model_default_params()
         if gpu_layers is not None:
@@ -83,6 +85,8 @@ class Model:
             self._check()
             trained = max(1, lib.n_ctx_train(model))
             self.n_ctx = min(trained, 4096) if n_ctx is None else n_ctx
+            if self.n_ctx > trained:
+                raise ValueError(f"n_ctx: got {n_ctx}, allowed is up to {trained}, what {self.path} was trained with")
             threads = cores() if n_threads is None else n_threads
             context = lib.new_context(model, self._context_params(n_batch, threads, kv_type, flash_attention))
             if not context:
@@ -93,7 +97,6 @@ class Model:
         self._handles.append(context)
         self.n_ctx = min(self.n_ctx, lib.n_ctx(context))
         self.n_batch = min(n_batch, lib.n_batch(context))
-        self.recurrent = bool(lib.is_recurrent(model) or (lib.is_hybrid is not None and lib.is_hybrid(model)))
         self.length = 0  # tokens read
         self._busy = threading.Lock()
         self._batch = Batch(lib, self.n_batch)
@@ -103,10 +106,17 @@ class Model:
         lib, model = self.lib, self._handles[0]
         if lib.has_encoder(model):
             raise ValueError(f"{self.path}: has an encoder; decoder-only models are supported")
+        hybrid = lib.is_hybrid(model)
+        self.recurrent = bool(lib.is_recurrent(model) or hybrid)
+        if lib.fork and self.recurrent and not hybrid:
+            raise ValueError(f"{self.path}: recurrent models are not supported by ik_llama.cpp; use llama-cpp-python")
         vocab = lib.get_vocab(model)
         if not vocab or lib.vocab_type(vocab) == 0 or lib.n_vocab(vocab) < 1:
             raise ValueError(f"{self.path}: holds no tokenizer")
-        self._vocab, self.n_vocab = vocab, int(lib.n_vocab(vocab))
+        self._vocab: int = vocab
+        self.n_vocab = int(lib.n_vocab(vocab))
+        if any(add(vocab) and token(vocab) < 0 for add, token in ((lib.add_bos, lib.bos), (lib.add_eos, lib.eos))):
+            raise ValueError(f"{self.path}: its tokenizer adds a token that it does not name")
 
     def _context_params(self, n_batch: int, threads: int, kv_type: str, flash_attention: bool | None) -> Any:
         params = self.lib.context_default_params()
@@ -136,16 +146,16 @@ class Model:
 
     @property
     def vocab(self) -> int:
-        """llama.cpp's vocabulary, a part of the model."""
-        self.handle  # noqa: B018  raises once it is freed
-        return self._vocab
+        """llama.cpp's vocabulary; ValueError once the model is freed."""
+        return self._vocab if self.handle else 0
 
     @property
     def context(self) -> int:
         """llama.cpp's context; ValueError once it is freed."""
         if not self._handles:
             raise ValueError(f"{self.path}: the model was closed")
-        return self._handles[1]
+        context: int = self._handles[1]
+        return context
 
     def close(self) -> None:
         """Frees the model; every later use raises ValueError."""
@@ -179,9 +189,8 @@ class Model:
                 self.lib.errors.clear()
                 code = self.lib.decode(context, batch)
                 if code:
-                    raise RuntimeError(
-                        f"{self.path}: llama_decode returned {code} ({FAILURES.get(code, 'failure')}){self.lib.reason()}"
-                    )
+                    what = FAILURES.get(code, "failure")
+                    raise RuntimeError(f"{self.path}: llama_decode returned {code}, {what}{self.lib.reason()}")
                 self.length += stop - start
                 count, start = stop - start, stop
             rows = [self.lib.logits(context, i) for i in range(count - keep, count)]
@@ -282,12 +291,12 @@ class Batch:
     """llama.cpp's batch over arrays of our own: tokens of the one sequence at consecutive positions."""
 
     def __init__(self, lib: Library, size: int):
-        sequence = (ctypes.c_int32 * 1)(0)
+        zero = ctypes.pointer(ctypes.c_int32(0))
         self.batch = lib.batch()
         self.token = (ctypes.c_int32 * size)()
         self.pos = (ctypes.c_int32 * size)()
         self.logits = (ctypes.c_int8 * size)()
-        self.sequences = (ctypes.POINTER(ctypes.c_int32) * size)(*[sequence] * size)
+        self.sequences = (ctypes.POINTER(ctypes.c_int32) * size)(*[zero] * size)
         self.counts = (ctypes.c_int32 * size)(*[1] * size)
         self.batch.token = ctypes.cast(self.token, type(self.batch.token))
         self.batch.pos = ctypes.cast(self.pos, type(self.batch.pos))
@@ -298,9 +307,10 @@ class Batch:
     def fill(self, tokens: Sequence[int], start: int, keep: int) -> ctypes.Structure:
         """Tokens at positions from ``start`` on; logits are wanted of the last ``keep``."""
         count = len(tokens)
+        wanted: list[Any] = [0] * (count - keep) + [1] * keep
         self.token[:count] = list(tokens)
-        self.pos[:count] = range(start, start + count)
-        self.logits[:count] = [0] * (count - keep) + [1] * keep
+        self.pos[:count] = list(range(start, start + count))
+        self.logits[:count] = wanted
         self.batch.n_tokens = count
         return self.batch
 

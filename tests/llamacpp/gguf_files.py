@@ -65,23 +65,26 @@ def write_llama(
     *,
     padding: int = 0,
     rename: dict[int, str] | None = None,
+    types: dict[int, int] | None = None,
     eos: int = 2,
     template: str | None = None,
     poison: int | None = None,
 ) -> Path:
     """The model ``name`` of the family.
 
-    padding: rows of padding behind the vocabulary. rename: other texts for some ids. eos: its end token. poison: an id
-    whose embedding is NaN.
+    padding: rows of padding behind the vocabulary. rename, types: other texts and types of some ids. eos: what ends a
+    text. template: of chats. poison: an id whose embedding is NaN.
     """
     folder = WEIGHTS / name
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     weights = {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
-    tokens, types, merges = vocabulary(folder)
+    tokens, kinds, merges = vocabulary(folder)
+    tokens += [f"[PAD{len(tokens) + i}]" for i in range(padding)]
+    kinds += [TokenType.UNUSED] * padding
     for token, text in (rename or {}).items():
         tokens[token] = text
-    tokens += [f"[PAD{len(tokens) + i}]" for i in range(padding)]
-    types += [TokenType.UNUSED] * padding
+    for token, kind in (types or {}).items():
+        kinds[token] = kind
 
     writer = GGUFWriter(path, "llama")
     writer.add_block_count(config["num_hidden_layers"])
@@ -94,7 +97,7 @@ def write_llama(
     writer.add_rope_dimension_count(config["head_dim"])
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_vocab_size(len(tokens))
-    write_vocabulary(writer, tokens, types, merges, eos)
+    write_vocabulary(writer, tokens, kinds, merges, eos)
     if template is not None:
         writer.add_chat_template(template)
 
