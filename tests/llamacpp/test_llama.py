@@ -93,7 +93,7 @@ def test_a_prompt_in_several_passes(files, exact):
     ids = list(range(3, 103))
     whole, parts = (Model(files("ref"), n_batch=n, **exact) for n in (512, 16))
     a, b = whole.read(ids, 10), parts.read(ids, 10)
-    assert parts.length == 100 and (a - b).abs().max() < NEAR[library().fork]
+    assert parts.tokens == ids and (a - b).abs().max() < NEAR[library().fork]
 
 
 def test_forgotten_tokens_leave_nothing(model):
@@ -104,7 +104,7 @@ def test_forgotten_tokens_leave_nothing(model):
     m.forget(2)
     m.read([90, 91, 92])
     m.forget(3)
-    assert m.length == 3 and torch.equal(m.read([70, 80], 2), want)
+    assert m.tokens == [1, 50, 60] and torch.equal(m.read([70, 80], 2), want)
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
@@ -253,9 +253,9 @@ def test_streams_are_the_text(model, draft_tokens):
 def test_a_stream_comes_step_by_step(model):
     stream = model.tokens(PROMPTS[0], max_new_tokens=40, **GREEDY)
     next(stream)
-    assert model.models[0].length == len(model.tokenize(PROMPTS[0]))
+    assert model.models[0].tokens == model.tokenize(PROMPTS[0])
     next(stream)
-    assert model.models[0].length == len(model.tokenize(PROMPTS[0])) + 1
+    assert len(model.models[0].tokens) == len(model.tokenize(PROMPTS[0])) + 1
 
 
 def test_characters_that_span_tokens_come_whole(model, monkeypatch):
@@ -271,11 +271,9 @@ def test_characters_that_span_tokens_come_whole(model, monkeypatch):
 def test_every_models_end_ends_a_text(model, files, exact):
     ids = model.generate(PROMPTS[0], max_new_tokens=30, **GREEDY).ids
     stop = next(i for i in ids[5:] if ids.index(i) > 4)
-    for names in (("tuned-a", stop, 2, 2), ("ref", 2, 2, stop), ("base", 2, stop, 2)):
-        tuned, base, ref = names[1:]
-        with EmulatedModel(
-            files("base", eos=base), files("tuned-a", eos=tuned), files("ref", eos=ref), **exact
-        ) as other:
+    for base, tuned, ref in ((stop, 2, 2), (2, stop, 2), (2, 2, stop)):
+        paths = files("base", eos=base), files("tuned-a", eos=tuned), files("ref", eos=ref)
+        with EmulatedModel(*paths, **exact) as other:
             assert {2, stop} <= set(other.ends)
             for draft_tokens in (0, 3):
                 out = other.generate(PROMPTS[0], max_new_tokens=30, draft_tokens=draft_tokens, **GREEDY)
@@ -380,7 +378,7 @@ def test_bad_arguments_compute_nothing(model, arguments, words):
         m.reset()
     with pytest.raises(ValueError, match=words):
         model.tokens(**{"prompt": "a", **arguments})  # the call itself, not the first token
-    assert [m.length for m in model.models] == [0, 0, 0]
+    assert [m.tokens for m in model.models] == [[], [], []]
 
 
 @pytest.mark.parametrize(
@@ -472,6 +470,18 @@ def test_invalid_scores_end_the_text(files, exact):
                 model.generate([1, 60], draft_tokens=draft_tokens, logit_bias={61: 1e4}, **GREEDY)
             assert error.value.written.ids == [61]
         assert model.generate([1, 60], max_new_tokens=4, logit_bias={61: -math.inf}, **GREEDY).ids
+
+
+def test_invalid_drafts_leave_nothing(model, files, exact):
+    """Drafts for which base gives NaN are rejected, and the text goes on as without them."""
+    plain = model.generate(PROMPTS[0], max_new_tokens=40, **GREEDY).ids
+    ids, tuned = model.tokenize(PROMPTS[0]), model.models[1]
+    tuned.reset()
+    likeliest = tuned.read(ids + plain, len(plain) + 1).argmax(1).tolist()
+    wrong = next(d for d, token in zip(likeliest, plain) if d != token and d not in ids + plain)
+    with EmulatedModel(files("base", poison=wrong), files("tuned-a"), files("ref"), **exact) as other:
+        assert other.generate(PROMPTS[0], max_new_tokens=40, **GREEDY).ids == plain
+        assert other.generate(PROMPTS[0], max_new_tokens=40, draft_tokens=4, **GREEDY).ids == plain
 
 
 @pytest.mark.parametrize("draft_tokens", [0, 3])

@@ -64,14 +64,13 @@ class Library:
 
         # the cache: an object of its own, or functions of the context under two older names
         self.memory = find(POINTER, [POINTER], "llama_get_memory")
-        self.clear: Any
         if self.memory is not None:
-            clear = bind(None, [POINTER, BOOL], "llama_memory_clear")
-            self.clear = lambda memory: clear(memory, False)
+            self.clear = bind(None, [POINTER, BOOL], "llama_memory_clear")
             self.seq_rm = bind(BOOL, [POINTER, INT, INT, INT], "llama_memory_seq_rm")
         else:
             self.memory = lambda context: context
-            self.clear = bind(None, [POINTER], "llama_kv_self_clear", "llama_kv_cache_clear")
+            clear = bind(None, [POINTER], "llama_kv_self_clear", "llama_kv_cache_clear")
+            self.clear = lambda context, data: clear(context)
             self.seq_rm = bind(BOOL, [POINTER, INT, INT, INT], "llama_kv_self_seq_rm", "llama_kv_cache_seq_rm")
 
         # the vocabulary: an object of its own; in the fork some functions take the model

@@ -97,7 +97,8 @@ class Model:
         self._handles.append(context)
         self.n_ctx = min(self.n_ctx, lib.n_ctx(context))
         self.n_batch = min(n_batch, lib.n_batch(context))
-        self.length = 0  # tokens read
+        self.tokens: list[int] = []  # the text so far
+        self._invalid = False  # it made NaN, which the cache then holds
         self._busy = threading.Lock()
         self._batch = Batch(lib, self.n_batch)
 
@@ -171,10 +172,10 @@ class Model:
         """
         if not 1 <= keep <= min(len(tokens), self.n_batch):
             raise ValueError(f"keep: got {keep}, allowed is 1 to {min(len(tokens), self.n_batch)}")
-        if self.length + len(tokens) > self.n_ctx:
+        if len(self.tokens) + len(tokens) > self.n_ctx:
             raise ValueError(
-                f"tokens: got {len(tokens)} after {self.length}, allowed are {self.n_ctx} together, the context of "
-                f"{self.path}"
+                f"tokens: got {len(tokens)} after {len(self.tokens)}, allowed are {self.n_ctx} together, the context "
+                f"of {self.path}"
             )
         for token in tokens:
             if not 0 <= token < self.n_vocab:
@@ -185,35 +186,44 @@ class Model:
             start = 0
             for stop in range(first, len(tokens) + 1, self.n_batch):
                 last = stop == len(tokens)
-                batch = self._batch.fill(tokens[start:stop], self.length, keep if last else 0)
+                batch = self._batch.fill(tokens[start:stop], len(self.tokens), keep if last else 0)
                 self.lib.errors.clear()
                 code = self.lib.decode(context, batch)
                 if code:
                     what = FAILURES.get(code, "failure")
                     raise RuntimeError(f"{self.path}: llama_decode returned {code}, {what}{self.lib.reason()}")
-                self.length += stop - start
+                self.tokens += tokens[start:stop]
                 count, start = stop - start, stop
             rows = [self.lib.logits(context, i) for i in range(count - keep, count)]
             if not all(rows):
                 raise RuntimeError(f"{self.path}: llama.cpp gives no logits{self.lib.reason()}")
             size = 4 * self.n_vocab
             if rows == list(range(rows[0], rows[0] + keep * size, size)):
-                return _view(rows[0], keep, self.n_vocab)
-            return torch.cat([_view(row, 1, self.n_vocab) for row in rows])
+                logits = _view(rows[0], keep, self.n_vocab)
+            else:
+                logits = torch.cat([_view(row, 1, self.n_vocab) for row in rows])
+            self._invalid = self._invalid or bool(logits.sum().isnan())
+            return logits
 
     def forget(self, count: int) -> None:
         """Takes the newest tokens back. RuntimeError where the model's memory cannot, as that of a recurrent one."""
+        kept = self.tokens[: len(self.tokens) - count]
+        if self._invalid:  # attention reads forgotten cells, too, with weight 0, but 0 * NaN is NaN
+            self.reset()
+            if kept:
+                self.read(kept)
+            return
         with self._busy:
             memory = self.lib.memory(self.context)
-            if not self.lib.seq_rm(memory, 0, self.length - count, -1):
+            if not self.lib.seq_rm(memory, 0, len(kept), -1):
                 raise RuntimeError(f"{self.path}: its memory cannot take back {count} tokens")
-            self.length -= count
+            self.tokens = kept
 
     def reset(self) -> None:
         """Forgets the whole text."""
         with self._busy:
-            self.lib.clear(self.lib.memory(self.context))
-            self.length = 0
+            self.lib.clear(self.lib.memory(self.context), self._invalid)
+            self.tokens, self._invalid = [], False
 
     # --- the vocabulary -----------------------------------------------------------------------------------------------
 
