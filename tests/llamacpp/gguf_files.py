@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
+from gguf.quants import quantize
 from safetensors.torch import load_file
 
 WEIGHTS = Path(__file__).parents[2] / "examples" / "family" / "weights"
@@ -69,11 +70,12 @@ def write_llama(
     eos: int = 2,
     template: str | None = None,
     poison: int | None = None,
+    quantised: bool = False,
 ) -> Path:
     """The model ``name`` of the family.
 
     padding: rows of padding behind the vocabulary. rename, types: other texts and types of some ids. eos: what ends a
-    text. template: of chats. poison: an id whose embedding is NaN.
+    text. template: of chats. poison: an id whose embedding is NaN. quantised: matrices in 8 bits.
     """
     folder = WEIGHTS / name
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -113,7 +115,11 @@ def write_llama(
             weight = weights[f"model.layers.{layer}.{theirs}.weight"]
             if ours in ("attn_q", "attn_k"):
                 weight = rotated(weight, config["num_attention_heads"])
-            writer.add_tensor(f"blk.{layer}.{ours}.weight", np.ascontiguousarray(weight.numpy()))
+            values, kind = np.ascontiguousarray(weight.numpy()), None
+            if quantised and weight.dim() == 2:
+                kind = GGMLQuantizationType.Q8_0
+                values = quantize(values, kind)
+            writer.add_tensor(f"blk.{layer}.{ours}.weight", values, raw_dtype=kind)
     close(writer)
     return path
 

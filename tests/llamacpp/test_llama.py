@@ -172,6 +172,18 @@ def test_base_alone_where_tuned_is_ref(files, exact, theirs, settings):
             assert got == want
 
 
+def test_quantised_weights(model, files, exact):
+    """8-bit matrices: nearly the same logits, and speculation that changes nothing."""
+    ids = model.tokenize(PROMPTS[3])
+    with EmulatedModel(files("base", quantised=True), files("tuned-a"), files("ref", quantised=True), **exact) as other:
+        model.models[0].reset()
+        want, got = model.models[0].read(ids).clone(), other.models[0].read(ids)
+        assert 1e-3 < (got - want).abs().max() < 0.5
+        for seed, prompt in enumerate(PROMPTS):
+            plain = other.generate(prompt, seed=seed, max_new_tokens=40, **SAMPLED).ids
+            assert other.generate(prompt, seed=seed, max_new_tokens=40, draft_tokens=4, **SAMPLED).ids == plain
+
+
 def test_penalties_are_those_of_transformers(model, theirs):
     got = model.generate(PROMPTS[0], seed=3, repetition=1.3, **SAMPLED).ids
     assert got == generated(theirs, PROMPTS[0], new=64, seed=3, repetition_penalty=1.3, **SAMPLED)
