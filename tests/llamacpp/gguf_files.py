@@ -161,3 +161,54 @@ def write_mamba(path: Path) -> Path:
     tensor("blk.0.ssm_out.weight", width, inner)
     close(writer)
     return path
+
+
+def write_gemma2(path: Path, seed: int, *, window: int = 16, bytes_too: bool = True) -> Path:
+    """A small random Gemma 2: layers with a sliding window, a SentencePiece vocabulary with a token for each byte."""
+    width, heads, size, layers = 32, 2, 16, 26  # llama.cpp knows a Gemma 2 by its layers
+    letters = [chr(i) for i in range(33, 127)]
+    words = ["▁", "▁the", "▁king", "th", "he", "the", "ki", "ng", "king"]
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>"] + [f"<0x{i:02X}>" for i in range(256) if bytes_too] + words + letters
+    types = [TokenType.CONTROL] * 3 + [TokenType.UNKNOWN]
+    types += [TokenType.BYTE] * (256 if bytes_too else 0) + [TokenType.NORMAL] * (len(words) + len(letters))
+    writer = GGUFWriter(path, "gemma2")
+    writer.add_block_count(layers)
+    writer.add_context_length(1024)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(1)
+    writer.add_key_length(size)
+    writer.add_value_length(size)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_sliding_window(window)
+    writer.add_attn_logit_softcapping(50.0)
+    writer.add_final_logit_softcapping(30.0)
+    writer.add_file_type(0)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-float(i) for i in range(len(tokens))])
+    writer.add_token_types(types)
+    writer.add_bos_token_id(2)
+    writer.add_eos_token_id(1)
+    writer.add_pad_token_id(0)
+    writer.add_add_bos_token(True)
+    random = np.random.default_rng(seed)
+
+    def tensor(name: str, *shape: int) -> None:
+        writer.add_tensor(name, random.standard_normal(shape).astype(np.float32) / (4 if len(shape) > 1 else 1))
+
+    tensor("token_embd.weight", len(tokens), width)
+    tensor("output_norm.weight", width)
+    for layer in range(layers):
+        for name in ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"):
+            tensor(f"blk.{layer}.{name}.weight", width)
+        tensor(f"blk.{layer}.attn_q.weight", heads * size, width)
+        tensor(f"blk.{layer}.attn_k.weight", size, width)
+        tensor(f"blk.{layer}.attn_v.weight", size, width)
+        tensor(f"blk.{layer}.attn_output.weight", width, heads * size)
+        tensor(f"blk.{layer}.ffn_gate.weight", 64, width)
+        tensor(f"blk.{layer}.ffn_up.weight", 64, width)
+        tensor(f"blk.{layer}.ffn_down.weight", width, 64)
+    close(writer)
+    return path

@@ -123,15 +123,12 @@ class Model:
         params = self.lib.context_default_params()
         params.n_ctx = self.n_ctx
         params.n_batch = n_batch
-        params.n_ubatch = min(n_batch, 512)
         params.n_threads = params.n_threads_batch = threads
         params.n_seq_max = 1
         fields = {name for name, *_ in params._fields_}
         for name in fields:
             if name.startswith(("type_k", "type_v")):
                 setattr(params, name, KV_TYPES[kv_type])
-        if "swa_full" in fields:  # a cache of sliding windows alone forgets what a rejected draft pushed out
-            params.swa_full = True
         if "flash_attn" in fields:
             params.flash_attn = bool(flash_attention)
         elif flash_attention is not None:
