@@ -38,9 +38,7 @@ def load(args: argparse.Namespace) -> EmulatedModel:
     given = {"n_ctx": args.context, "n_threads": args.threads, "gpu_layers": args.gpu_layers}
     try:
         return EmulatedModel(base, tuned, ref, vocab_size=args.vocab_size, **given)
-    except ImportError as error:
-        raise Refused(f"--gguf: {first_line(error)}") from None
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         raise Refused(f"--gguf: {first_line(error)}") from None
 
 

@@ -104,6 +104,8 @@ def test_forgotten_tokens_leave_nothing(model):
     m.forget(2)
     m.read([90, 91, 92])
     m.forget(3)
+    with pytest.raises(ValueError, match="count: got 4, allowed is 0 to 3"):
+        m.forget(4)
     assert m.tokens == [1, 50, 60] and torch.equal(m.read([70, 80], 2), want)
 
 
@@ -526,6 +528,11 @@ def test_a_second_text_ends_the_first(model):
     with pytest.raises(RuntimeError, match="another text was begun"):
         next(first)
     assert list(second) == want
+    late, second = (model.tokens(PROMPTS[1], max_new_tokens=20, **GREEDY) for _ in range(2))
+    begun = [next(second)]
+    with pytest.raises(RuntimeError, match="another text was begun"):
+        next(late)  # before it empties the models
+    assert begun + list(second) == want
 
 
 def test_threads_take_turns(model):

@@ -73,7 +73,7 @@ class EmulatedModel:
             raise ValueError("base, tuned, ref: a Model reads one text; load the file once for each")
         if settings and len(own) == len(given):
             raise ValueError(f"{next(iter(settings))}: goes with models given by their path")
-        paths = [os.path.expanduser(m.path if isinstance(m, Model) else os.fspath(m)) for m in given]
+        paths = [m.path if isinstance(m, Model) else os.path.expanduser(os.fsdecode(m)) for m in given]
         for path in paths[1:-1]:
             if os.path.exists(path) and os.path.exists(paths[-1]) and os.path.samefile(path, paths[-1]):
                 raise ValueError(f"tuned: {path} is ref's file; the two would cancel and leave the base model alone")
@@ -183,7 +183,7 @@ class EmulatedModel:
             )
         else:
             steps = plain_steps(readers, target, text)
-        return self._write(steps, len(ids), ends)
+        return self._write(steps, self._turn, len(ids), ends)
 
     def stream(self, prompt: str | Sequence[int], **arguments: Any) -> Generator[str, None, Written]:
         """The text as it is written, in pieces that are whole characters; otherwise as `tokens`."""
@@ -207,7 +207,13 @@ class EmulatedModel:
         """The text of tokens, without special ones."""
         return b"".join(map(self.tokenizer.piece, ids)).decode("utf-8", "replace")
 
-    def _write(self, steps: NewTokens, prompt: int, ends: list[int]) -> Generator[int, None, Written]:
+    def check_turn(self, turn: int) -> None:
+        """RuntimeError where another text was begun since."""
+        if turn != self._turn:
+            raise RuntimeError("another text was begun with these models; this one cannot go on")
+
+    def _write(self, steps: NewTokens, turn: int, prompt: int, ends: list[int]) -> Generator[int, None, Written]:
+        self.check_turn(turn)
         for model in self.models:
             model.reset()
         while True:
@@ -331,20 +337,16 @@ class Reader:
     def __call__(
         self, ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor, keep: int
     ) -> torch.Tensor:
-        self._check_turn()
+        self.owner.check_turn(self.turn)
         logits = self.model.read(ids[0].tolist(), keep)
         return (logits.clone() if self.copy else logits)[None]
 
     def crop(self, count: int) -> None:
-        self._check_turn()
+        self.owner.check_turn(self.turn)
         self.model.forget(count)
 
     def realign(self, columns: torch.Tensor) -> None:
         raise AssertionError("one row never moves")
-
-    def _check_turn(self) -> None:
-        if self.owner._turn != self.turn:
-            raise RuntimeError("another text was begun with these models; this one cannot go on")
 
 
 def shared_vocabulary(models: Sequence[Model], names: Sequence[str], vocab_size: int | None) -> int:

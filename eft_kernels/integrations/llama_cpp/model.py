@@ -52,7 +52,7 @@ class Model:
         kv_type: str = "f16",
         flash_attention: bool | None = None,
     ):
-        self.path = os.path.expanduser(os.fspath(path))
+        self.path = os.path.expanduser(os.fsdecode(path))
         if not os.path.isfile(self.path):
             raise ValueError(f"{self.path}: no such file; a GGUF model is expected")
         with open(self.path, "rb") as file:
@@ -165,7 +165,8 @@ class Model:
     def read(self, tokens: Sequence[int], keep: int = 1) -> torch.Tensor:
         """Appends tokens to the text; the logits of its last ``keep`` tokens, float32 [keep, n_vocab].
 
-        The tensor is llama.cpp's own memory: the next call overwrites it, and closing the model frees it.
+        The tensor is llama.cpp's own memory: the next call overwrites it, and closing the model frees it. RuntimeError
+        where llama.cpp fails; `reset` then begins anew.
         """
         if not 1 <= keep <= min(len(tokens), self.n_batch):
             raise ValueError(f"keep: got {keep}, allowed is 1 to {min(len(tokens), self.n_batch)}")
@@ -204,6 +205,8 @@ class Model:
 
     def forget(self, count: int) -> None:
         """Takes the newest tokens back. RuntimeError where the model's memory cannot, as that of a recurrent one."""
+        if not 0 <= count <= len(self.tokens):
+            raise ValueError(f"count: got {count}, allowed is 0 to {len(self.tokens)}, the tokens read")
         kept = self.tokens[: len(self.tokens) - count]
         if self._invalid:  # attention reads forgotten cells, too, with weight 0, but 0 * NaN is NaN
             self.reset()
