@@ -39,7 +39,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 
 HAVE_TORCH := import torch; v = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])); assert v >= (2, 11)
 
-.PHONY: help demo test test-transformers test-hf-tools test-vllm interpreted bench report lint docs wheel sanitize fuzz build semantics clean
+.PHONY: help demo test test-transformers test-hf-tools test-vllm test-llama interpreted bench report lint docs wheel sanitize fuzz build semantics clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
@@ -88,6 +88,18 @@ test-vllm: .venv-vllm/.ready build ## EftForCausalLM in vLLM's own engine ($(VLL
 	    > .venv-vllm/requirements.txt && \
 	  $$pip install -r .venv-vllm/requirements.txt pytest && \
 	  EFT_KERNELS_CPU=0 EFT_KERNELS_CUDA=0 $$pip install --no-build-isolation --no-deps -e .
+	@touch $@
+
+# A fork of llama.cpp with wheels for Linux on x86-64. LLAMA=llama-cpp-python compiles llama.cpp (half an hour).
+LLAMA ?= ik-llama-cpp-python==0.1.5
+test-llama: .venv-llama/.ready build ## GGUF models in llama.cpp ($(LLAMA), 30 MB; half a minute)
+	@PYTHONPATH="$(CURDIR)" .venv-llama/bin/python -m pytest tests/llamacpp $(PYTEST_ARGS)
+
+.venv-llama/.ready: Makefile $(TOOLS)
+	@rm -rf .venv-llama && $$($(PY) -c 'import sys; print(sys._base_executable)') -m venv .venv-llama
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$(.venv-llama/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	@.venv-llama/bin/python -m pip --disable-pip-version-check -qq install '$(LLAMA)' gguf
 	@touch $@
 
 interpreted: $(TOOLS) build ## the Triton kernels on the whole case table, in Triton's interpreter (half an hour with -n 2)

@@ -38,7 +38,13 @@ def parser() -> Parser:
         "Text as if the base model had been fine-tuned. Prompts come from --prompt, --batch-file or standard "
         "input; a single one is streamed to the terminal.",
     )
-    add_models(p)
+    add_models(p, required=False)
+    group = p.add_argument_group("models in llama.cpp, instead of these")
+    group.add_argument(
+        "--gguf", nargs="+", action="once", metavar="FILE", help="GGUF files: base, tuned (one or two), ref"
+    )
+    group.add_argument("--context", type=positive, metavar="N", help="tokens of a text (default: up to 4096)")
+    group.add_argument("--gpu-layers", type=count, metavar="N", help="layers on a GPU (default: llama.cpp's)")
     group = p.add_argument_group("prompts and output")
     group.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt (repeat it for several)")
     group.add_argument(
@@ -60,7 +66,7 @@ def parser() -> Parser:
         metavar="ID|TOKEN",
         help="another token that ends a text, beside those of the models and the tokenizer (repeat it for several)",
     )
-    group.add_argument("--batch-size", type=positive, default=8, metavar="N", help="prompts at a time (default 8)")
+    group.add_argument("--batch-size", type=positive, metavar="N", help="prompts at a time (default 8)")
     group.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="default 64")
     group.add_argument("--stream", action="store_true", help="print as it is written, off a terminal too")
     group.add_argument(

@@ -6,20 +6,22 @@ import argparse
 import json
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..parameters import DRAFTED, OFF
 from .files import argument_text, check_text, read_stdin, read_text
 from .models import Family, first_line, load_family, text_of, token_id
-from .options import REQUEST_OPTIONS, mode_settings, option
+from .options import REQUEST_OPTIONS, STRENGTHS, mode_settings, option
 from .term import BOLD, Refused, json_line, paint
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
+
+    from ..decoding import Speculation
 
 SAMPLING = {p.name: p.off for p in DRAFTED}
 
@@ -127,6 +129,7 @@ def batches(requests: list[Request], size: int) -> Iterator[list[Request]]:
 
 
 def run(args: argparse.Namespace) -> int:
+    choose_models(args)
     requests = read_requests(args)
     mode = mode_settings(args)
     if args.verify and not args.draft_tokens:
@@ -139,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
     defaults = {**OFF, **given, "max_new_tokens": args.max_new_tokens}
     for r in requests:
         own = {k: v for k, v in r.settings.items() if k != "seed"}
-        for name in own.keys() & {"beta", "alpha", "lam"}:
+        for name in own.keys() & set(STRENGTHS):
             if name not in mode:
                 raise Refused(f"{r.where}: {name} does not belong to mode {mode['mode']}")
         r.settings, r.seed = {**defaults, **mode, **own}, r.settings.get("seed")
@@ -147,24 +150,23 @@ def run(args: argparse.Namespace) -> int:
     if args.stream and not stream:
         raise Refused("--stream: goes with one prompt and without --json")
 
-    family = load_family(args)
     from .. import row_seeds
-    from ..integrations.hf import end_of_turn
 
     seed = args.seed if args.seed is not None else secrets.randbits(31)
     seeds = row_seeds(seed, len(requests)).tolist()
     for i, r in enumerate(requests):
         r.seed = seeds[i] if r.seed is None else r.seed
-    encode(requests, family.tokenizer, args.chat)
-    check_lengths(requests, family)
-    ends = {*family.ends, *(token_id(e, family.tokenizer, family.vocab_size) for e in args.eos)}
-    family.ends = sorted(ends.union(end_of_turn(family.tokenizer) if args.chat else ()))
+    if args.gguf:
+        from . import gguf
 
-    streamer = until_end(family) if stream else None
+        parts, decode_part = gguf.prepare(requests, args, stream)
+    else:
+        parts, decode_part = prepare(requests, args, stream)
+
     printed = 0
     try:
-        for batch in batches(requests, args.batch_size):
-            decode(batch, family, args, streamer)
+        for part in parts:
+            decode_part(part)
             while printed < len(requests) and requests[printed].done:
                 report(requests, printed, args, streamed=stream)
                 printed += 1
@@ -178,14 +180,58 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any(r.error for r in requests) else 0
 
 
-def check_lengths(requests: list[Request], family: Family) -> None:
-    """Before anything is computed."""
+def choose_models(args: argparse.Namespace) -> None:
+    """The models of --gguf or of --base, --tuned and --ref, and no option that belongs to the other kind."""
+    folders = {"--base": args.base, "--tuned": args.tuned, "--ref": args.ref}
+    theirs = {
+        **folders,
+        "--tokenizer": args.tokenizer,
+        "--trust-remote-code": args.trust_remote_code,
+        "--dtype": args.dtype != "auto",
+        "--device": args.device != "auto",
+        "--batch-size": args.batch_size,
+    }
+    if args.gguf:
+        if len(args.gguf) not in (3, 4):
+            raise Refused(f"--gguf: got {len(args.gguf)} files, allowed are 3 or 4: BASE TUNED [TUNED] REF")
+        wrong = next((name for name, value in theirs.items() if value), None)
+        if wrong:
+            raise Refused(f"{wrong}: goes without --gguf")
+        args.base, *args.tuned, args.ref = args.gguf
+        return
+    missing = [name for name, value in folders.items() if not value]
+    if missing:
+        raise Refused(
+            f"the following arguments are required: {', '.join(missing)} (or --gguf); see eft-kernels generate --help"
+        )
+    for name, value in (("--context", args.context), ("--gpu-layers", args.gpu_layers)):
+        if value is not None:
+            raise Refused(f"{name}: goes with --gguf")
+
+
+Parts = tuple[Iterable[list[Request]], Callable[[list[Request]], None]]  # requests to decode at a time, and how
+
+
+def prepare(requests: list[Request], args: argparse.Namespace, stream: bool) -> Parts:
+    """Loads the models, encodes the prompts and refuses what is too long, before anything is computed."""
+    family = load_family(args)
+    encode(requests, family.tokenizer, args.chat)
+    check_lengths(requests, family.context)
+    from ..integrations.hf import end_of_turn
+
+    ends = {*family.ends, *(token_id(e, family.tokenizer, family.vocab_size) for e in args.eos)}
+    family.ends = sorted(ends.union(end_of_turn(family.tokenizer) if args.chat else ()))
+    streamer = until_end(family) if stream else None
+    return batches(requests, args.batch_size or 8), lambda batch: decode(batch, family, args, streamer)
+
+
+def check_lengths(requests: list[Request], context: int | None) -> None:
     for r in requests:
         new = r.settings["max_new_tokens"]
-        if family.context and len(r.inputs) + new > family.context:
+        if context and len(r.inputs) + new > context:
             raise Refused(
                 f"{r.where}: the prompt has {len(r.inputs)} tokens and --max-new-tokens is {new}; allowed "
-                f"are {family.context} together, the shortest context of the models"
+                f"are {context} together, the shortest context of the models"
             )
 
 
@@ -253,10 +299,14 @@ def decode(
         r.ids = row[: failed.get(i, stop + 1)]
         r.text = text_of(r.ids[:stop], tokenizer)
         if out.speculation is not None:
-            counts = {name: int(getattr(out.speculation, name)[i]) for name in ("rounds", "drafted", "accepted")}
-            share = counts["accepted"] / counts["drafted"] if counts["drafted"] else None
-            r.speculation = {**counts, "acceptance": share}
+            r.speculation = counts_of(out.speculation, i)
         r.done = True
+
+
+def counts_of(speculation: Speculation, row: int) -> dict[str, float | None]:
+    """What --json tells of a row's speculation."""
+    counts = {name: int(getattr(speculation, name)[row]) for name in ("rounds", "drafted", "accepted")}
+    return {**counts, "acceptance": counts["accepted"] / counts["drafted"] if counts["drafted"] else None}
 
 
 def report(requests: list[Request], i: int, args: argparse.Namespace, streamed: bool) -> None:

@@ -68,31 +68,31 @@ def sampling_option(p: Parameter) -> Convert:
     return number(p.type, lambda v: p.low <= v <= p.high, p.allowed)
 
 
+STRENGTHS = ("beta", "alpha", "lam")  # of the modes upscale, proxy and interpolate
+
 # What a line of --batch-file may set for its own request.
 REQUEST_OPTIONS: dict[str, Convert] = {
     **{p.name: sampling_option(p) for p in PARAMETERS},
-    "beta": finite,
-    "alpha": finite,
-    "lam": finite,
+    **dict.fromkeys(STRENGTHS, finite),
     "seed": number(int, lambda v: -(1 << 63) <= v < 1 << 63, "a 64-bit integer"),
     "max_new_tokens": positive,
 }
 
 
-def add_models(parser: argparse.ArgumentParser) -> None:
+def add_models(parser: argparse.ArgumentParser, required: bool = True) -> None:
     group = parser.add_argument_group("models (folders or hub ids)")
     group.add_argument(
-        "--base", required=True, action="once", metavar="MODEL", help="the large model that was not fine-tuned"
+        "--base", required=required, action="once", metavar="MODEL", help="the large model that was not fine-tuned"
     )
     group.add_argument(
         "--tuned",
-        required=True,
+        required=required,
         metavar="MODEL",
         action="append",
         help="the small fine-tuned model; give it twice to mix two behaviours (see --lam)",
     )
     group.add_argument(
-        "--ref", required=True, action="once", metavar="MODEL", help="the small model before fine-tuning"
+        "--ref", required=required, action="once", metavar="MODEL", help="the small model before fine-tuning"
     )
     group.add_argument(
         "--tokenizer",

@@ -5,7 +5,7 @@
 """
 
 from .columns import Columns, Model, OwnPrompt, take_columns
-from .loops import Decoded, OnTokens, Speculation, plain, speculative
+from .loops import Decoded, NewTokens, OnTokens, Speculation, plain, plain_steps, speculative, speculative_rounds
 from .target import Target, Value
 from .text import Prompt, Text
 
@@ -13,6 +13,7 @@ __all__ = [
     "Columns",
     "Decoded",
     "Model",
+    "NewTokens",
     "OnTokens",
     "OwnPrompt",
     "Prompt",
@@ -21,6 +22,8 @@ __all__ = [
     "Text",
     "Value",
     "plain",
+    "plain_steps",
     "speculative",
+    "speculative_rounds",
     "take_columns",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from .target import Target
 from .text import Prompt, Scores, Text
 
 OnTokens = Callable[[torch.Tensor, list[int]], None]  # new tokens [B, W] and how many of them each row keeps
+NewTokens = Generator[tuple[torch.Tensor, list[int]], None, "Decoded"]  # the same, and the whole result in the end
 
 
 @dataclass
@@ -76,10 +77,10 @@ class Steps:
 
 
 class Writer:
-    """The part both loops share: the text, what is recorded beside it, and the caller's stream."""
+    """The part both loops share: the text and what is recorded beside it."""
 
-    def __init__(self, prompt: Prompt, target: Target, slots: int, on_tokens: OnTokens | None):
-        self.text, self.on_tokens = Text(prompt, slots), on_tokens
+    def __init__(self, prompt: Prompt, target: Target, slots: int):
+        self.text = Text(prompt, slots)
         self.logits = Steps() if target.keep_logits else None
         self.scores = Steps() if target.keep_scores else None
         self.length = [0] * prompt.ids.shape[0]  # the host's copy of text.length
@@ -106,8 +107,6 @@ class Writer:
         for record, slots in ((self.logits, raw), (self.scores, scores)):
             if record is not None and slots is not None:
                 record.add(slots, self.length, kept)
-        if self.on_tokens is not None and any(kept):
-            self.on_tokens(tokens, kept)
         self.length = [n + k for n, k in zip(self.length, kept)]
         self.ended = [bool(e) for e in ended]
         return kept
@@ -127,26 +126,14 @@ def _layout(prompt: Prompt) -> tuple[Columns, torch.Tensor]:
     return Columns(prompt.left - spare, longest - 1), prompt.readable()[:, spare:]
 
 
-@torch.no_grad()
 def plain(models: Sequence[Model], target: Target, prompt: Prompt, *, on_tokens: OnTokens | None = None) -> Decoded:
     """One token per row and step: J forwards, one `sample`.
 
     on_tokens(tokens [B, W], kept): called with the new tokens of every step and how many of them each row keeps.
     """
-    out, step = Writer(prompt, target, 1, on_tokens), 0
-    columns, feed = _layout(prompt)
-    while True:
-        inputs = columns.inputs(feed.shape[1])
-        logits = [model(feed, *inputs, 1)[:, -1] for model in models]  # J x [B, V_j]
-        columns.width += feed.shape[1]
-        tokens, valid, raw, scores = target.sample(logits, out.text, step)
-        out.write(tokens[:, None], valid.long(), valid, *(s if s is None else s[:, None] for s in (raw, scores)))
-        if all(out.ended):
-            return out.decoded()
-        feed, step = tokens.clamp(min=0)[:, None], step + 1
+    return _result(plain_steps(models, target, prompt), on_tokens)
 
 
-@torch.no_grad()
 def speculative(
     models: Sequence[Model],
     target: Target,
@@ -165,7 +152,46 @@ def speculative(
 
     method: "coupled", "token" or "block", see `eft_kernels.verify`.
     """
-    out = Writer(prompt, target, draft_tokens + 1, on_tokens)
+    rounds = speculative_rounds(models, target, prompt, draft=draft, draft_tokens=draft_tokens, method=method)
+    return _result(rounds, on_tokens)
+
+
+def _result(steps: NewTokens, on_tokens: OnTokens | None) -> Decoded:
+    while True:
+        try:
+            new = next(steps)
+        except StopIteration as end:
+            done: Decoded = end.value
+            return done
+        if on_tokens is not None:
+            on_tokens(*new)
+
+
+@torch.no_grad()
+def plain_steps(models: Sequence[Model], target: Target, prompt: Prompt) -> NewTokens:
+    """`plain` step by step, for a caller that takes the tokens as they come."""
+    out, step = Writer(prompt, target, 1), 0
+    columns, feed = _layout(prompt)
+    while True:
+        inputs = columns.inputs(feed.shape[1])
+        logits = [model(feed, *inputs, 1)[:, -1] for model in models]  # J x [B, V_j]
+        columns.width += feed.shape[1]
+        tokens, valid, raw, scores = target.sample(logits, out.text, step)
+        new = tokens[:, None]
+        kept = out.write(new, valid.long(), valid, *(s if s is None else s[:, None] for s in (raw, scores)))
+        if any(kept):
+            yield new, kept
+        if all(out.ended):
+            return out.decoded()
+        feed, step = new.clamp(min=0), step + 1
+
+
+@torch.no_grad()
+def speculative_rounds(
+    models: Sequence[Model], target: Target, prompt: Prompt, *, draft: int, draft_tokens: int, method: str
+) -> NewTokens:
+    """`speculative` round by round, for a caller that takes the tokens as they come."""
+    out = Writer(prompt, target, draft_tokens + 1)
     columns, feed = _layout(prompt)
     text, without_drafts = out.text, False
     together = not all(getattr(model, "can_realign", True) for model in models)
@@ -217,6 +243,8 @@ def speculative(
         drafted += lengths
         accepted += torch.where(writing, torch.minimum(ver.num_emitted - ver.valid.long(), emitted), 0)
         kept = out.write(ver.tokens, emitted, valid, raw, scores)
+        if any(kept):
+            yield ver.tokens, kept
         if all(out.ended):
             stats = (rounds, drafted, accepted, text.length)
             return out.decoded(Speculation(*(s.cpu() for s in stats)))
