@@ -108,7 +108,7 @@ class EftForCausalLM(nn.Module, SupportsPP):
             self._logits = logits
             return logits[0]
         default = self.composition.default
-        return scores(logits, default.weights, default.upscale_top_p)
+        return eft.combine(logits, default.weights, upscale_top_p=default.upscale_top_p, tuned=min(1, len(logits) - 1))
 
     def expect_sampling(self) -> None:
         """The next logits go to the fused sampler: there is no need to combine them."""
@@ -125,46 +125,12 @@ class EftForCausalLM(nn.Module, SupportsPP):
         return EftModelState
 
 
-def scores(logits, weights, upscale_top_p=1.0, token_mask=None) -> torch.Tensor:
-    """Combined scores, float32 [rows, V]: ``sum_j w_j z_j``, and with the up-scaling filter its log-probs.
-
-    ``weights``: J floats, or float32 [rows, J]; ``upscale_top_p``: a number, or float32 [rows]. A model of weight 0 is
-    not read. The order of the additions is the kernels', so that what is sampled from the scores is what is sampled
-    from the logits.
-    """
-    per_row = isinstance(weights, torch.Tensor)
-    total, excluded = torch.zeros_like(logits[0], dtype=torch.float32), None
-    for j, z in enumerate(logits):
-        w = weights[:, j : j + 1] if per_row else weights[j]
-        if not per_row and w == 0:
-            continue
-        term, masked = z.to(torch.float32) * w, z == float("-inf")
-        if per_row:
-            term, masked = torch.where(w == 0, 0.0, term), masked & (w != 0)
-        total = total + term
-        excluded = masked if excluded is None else excluded | masked
-    if excluded is not None:
-        total = total.masked_fill(excluded, float("-inf"))
-    if token_mask is not None:
-        total = total.masked_fill(~unpacked(token_mask, total.shape[1]), float("-inf"))
-    if not isinstance(upscale_top_p, torch.Tensor) and upscale_top_p == 1:
-        return total
-    own = eft.logprobs(logits, weights, upscale_top_p=upscale_top_p, token_mask=token_mask)
-    return torch.where(torch.as_tensor(upscale_top_p < 1, device=total.device).reshape(-1, 1), own, total)
-
-
 def packed(allowed: torch.Tensor) -> torch.Tensor:
     """bool [rows, V] as a token mask, int32 [rows, ceil(V / 32)]."""
     rows, width = allowed.shape
     bits = nn.functional.pad(allowed, (0, -width % 32)).view(rows, -1, 32).to(torch.int64)
     words = (bits << torch.arange(32, device=allowed.device)).sum(-1)
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
-
-
-def unpacked(mask: torch.Tensor, width: int) -> torch.Tensor:
-    """The inverse of `packed`."""
-    bits = (mask[:, :, None] >> torch.arange(32, dtype=torch.int32, device=mask.device)) & 1
-    return bits.view(len(mask), -1)[:, :width].bool()
 
 
 def expert_config(vllm_config: VllmConfig, config, name: str) -> VllmConfig:

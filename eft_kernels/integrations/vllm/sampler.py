@@ -21,7 +21,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 import eft_kernels as eft
 
 from ..composition import request_of, strength_of
-from .model import packed, scores
+from .model import packed
 
 
 class EftModelState(DefaultModelState):
@@ -50,7 +50,13 @@ class Logits(NamedTuple):
 
     def scores(self) -> torch.Tensor:
         """Combined, float32 [rows, V]."""
-        return scores(self.models, self.weights, self.upscale_top_p, self.token_mask)
+        return eft.combine(
+            self.models,
+            self.weights,
+            upscale_top_p=self.upscale_top_p,
+            token_mask=self.token_mask,
+            tuned=min(1, len(self.models) - 1),
+        )
 
 
 class EftSampler:

@@ -81,24 +81,29 @@ class EftVerifier:
 
     def drawn(self, of, draft_logits, drafts, rows, inside, batch) -> tuple[torch.Tensor, torch.Tensor]:
         """`eft_kernels.verify`, the draft model beside the others with weight 0."""
-        sampler, slots = self.sampler, batch.idx_mapping
-        width = of.models[0].shape[1]
-        drafted = draft_logits[slots][:, :, :width]  # [requests, K, V]
-        drafted = torch.cat([drafted, drafted[:, :1]], 1)
+        sampler, first = self.sampler, rows[:, 0]
+        offsets = batch.cu_num_logits[: batch.num_reqs + 1].long()
+        # the draft model's logits [requests, K, V] as rounds one after the other; after the last draft there are none
+        request = torch.repeat_interleave(
+            torch.arange(batch.num_reqs, device=rows.device), offsets.diff(), output_size=len(drafts)
+        )
+        slot = batch.expanded_local_pos.long().clamp(max=draft_logits.shape[1] - 1)
+        drafted = draft_logits[batch.idx_mapping[request], slot, : of.models[0].shape[1]]
         if isinstance(of.weights, torch.Tensor):
-            weights = torch.nn.functional.pad(of.weights[rows[:, 0]], (0, 1))
+            weights = torch.nn.functional.pad(of.weights[first], (0, 1))
         else:
             weights = (*of.weights, 0.0)
         upscale_top_p = of.upscale_top_p
         if isinstance(upscale_top_p, torch.Tensor):
-            upscale_top_p = upscale_top_p[rows[:, 0]]
-        given = {name: x[rows[:, 0]] for name, x in sampler.parameters(batch).items()}
+            upscale_top_p = upscale_top_p[first]
+        given = {name: x[first] for name, x in sampler.parameters(batch).items()}
         proposed = torch.where(inside[:, 1:], drafts[rows[:, 1:]], -1)
         out = eft.verify(
-            [*(z[rows] for z in of.models), drafted],
+            [*of.models, drafted],
             weights,
             proposed.clamp(min=0),
             (proposed >= 0).long().cumprod(1).sum(1),
+            offsets=offsets,
             method=self.rule,
             draft=len(of.models),
             upscale_top_p=upscale_top_p,
