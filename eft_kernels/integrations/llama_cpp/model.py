@@ -230,7 +230,8 @@ class Model:
     @functools.cached_property
     def texts(self) -> list[bytes]:
         """How the vocabulary spells each token, [n_vocab]."""
-        return [self.lib.token_text(self.vocab, i) or b"" for i in range(self.n_vocab)]
+        text, vocab = self.lib.token_text, self.vocab
+        return [text(vocab, i) or b"" for i in range(self.n_vocab)]
 
     def attributes(self, token: int) -> int:
         """llama.cpp's attributes of a token, a set of bits."""
@@ -248,7 +249,8 @@ class Model:
     @functools.cached_property
     def ends(self) -> list[int]:
         """Ids that end a text or a turn, by llama.cpp's list, ascending."""
-        return [i for i in range(self.n_vocab) if self.lib.is_end(self.vocab, i)]
+        is_end, vocab = self.lib.is_end, self.vocab
+        return [i for i in range(self.n_vocab) if is_end(vocab, i)]
 
     @functools.cached_property
     def _byte_tokens(self) -> bool:
