@@ -2,9 +2,9 @@
 
 python examples/continuous_batching.py
 
-There is a fixed number of slots, with a preallocated KV cache for each of the three models. One step samples a token for
-every slot by one call of `eft.sample` and runs base, tuned and ref once over all slots. A row's noise is a function of
-its request's seed and of how many tokens the request has got, so that no text depends on who else is in the batch. It is
+There is a fixed number of slots, with a preallocated KV cache for each of the three models. One step samples a token
+for every slot by one call of `eft.sample` and runs base, tuned and ref once over all slots. A row's noise is a function
+of its request's seed and of how many tokens the request has got, so no text depends on who else is in the batch. It is
 the text of `eft.hf.generate` with that seed, where a request's first new token has position 0, too.
 """
 
