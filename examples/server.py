@@ -11,7 +11,7 @@ answers those that it has, and ends; a second one ends it at once. There is no a
 import argparse
 import json
 import queue
-import random
+import secrets
 import select
 import signal
 import socket
@@ -78,7 +78,7 @@ def parse(body: bytes, tokenizer, max_len: int) -> Job:
     prompt, most = tokenizer(x["prompt"]).input_ids, x["max_tokens"]
     if not prompt or len(prompt) + most > max_len:
         raise BadRequest("prompt", f"has {len(prompt)} tokens, allowed are 1 to {max_len} less max_tokens ({most})")
-    seed = random.getrandbits(63) if x["seed"] is None else x["seed"]
+    seed = secrets.randbits(63) if x["seed"] is None else x["seed"]
     return Job(prompt, most, seed, x["temperature"], x["top_p"], beta, asked=x)
 
 
@@ -131,13 +131,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def complete(self, job: Job) -> None:
         """Answers with the text, as it comes or whole."""
-        stream, text = job.asked["stream"], ""
-        head = dict(id=f"cmpl-{id(job)}", object="text_completion", created=int(time.time()), model=job.asked["model"])
+        stream, model, text = job.asked["stream"], job.asked["model"], ""
+        head = dict(id=f"cmpl-{secrets.token_hex(12)}", object="text_completion", created=int(time.time()), model=model)
         if stream:
             self.start(200, "text/event-stream")
         for piece, finish, count in self.pieces(job):
             text += piece
             choices = [dict(index=0, text=piece if stream else text, finish_reason=finish, logprobs=None)]
+            usage = dict(prompt_tokens=len(job.prompt), completion_tokens=count)
             if stream:
                 self.wfile.write(b"data: %s\n\n" % json.dumps(head | dict(choices=choices)).encode())
         if stream:
@@ -145,9 +146,7 @@ class Handler(BaseHTTPRequestHandler):
         elif finish == "error":
             self.answer(500, error=dict(message="the models failed", type="server_error"))
         else:
-            self.answer(
-                200, **head, choices=choices, usage=dict(prompt_tokens=len(job.prompt), completion_tokens=count)
-            )
+            self.answer(200, **head, choices=choices, usage=usage)
 
     def pieces(self, job: Job) -> Iterator[tuple[str, str | None, int]]:
         """(new text, why it ended or None, tokens so far) until it has ended. OSError: the client has gone."""
