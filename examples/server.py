@@ -5,7 +5,7 @@ curl localhost:8000/v1/completions -d '{"prompt": "And the king said", "seed": 7
 
 One thread runs the batch. Each connection has a thread of its own, which checks the request, hands it over and writes
 what comes back. The slot of a client that has gone is freed. SIGTERM or Ctrl-C: the server takes no more requests,
-answers those that it has, and ends; a second one ends it at once. There is no authentication: this is an example.
+answers those that it has, and ends; the same again ends it at once. There is no authentication: this is an example.
 """
 
 import argparse
@@ -76,8 +76,10 @@ def parse(body: bytes, tokenizer, max_len: int) -> Job:
     if x["prompt"] is None:
         raise BadRequest("prompt", "missing")
     prompt, most = tokenizer(x["prompt"]).input_ids, x["max_tokens"]
-    if not prompt or len(prompt) + most > max_len:
-        raise BadRequest("prompt", f"has {len(prompt)} tokens, allowed are 1 to {max_len} less max_tokens ({most})")
+    if not prompt:
+        raise BadRequest("prompt", "has no tokens")
+    if len(prompt) + most > max_len:
+        raise BadRequest("max_tokens", f"{most} and a prompt of {len(prompt)} tokens are more than {max_len} together")
     seed = secrets.randbits(63) if x["seed"] is None else x["seed"]
     return Job(prompt, most, seed, x["temperature"], x["top_p"], beta, asked=x)
 
@@ -203,8 +205,8 @@ def main() -> None:
         signal.signal(number, signal.SIG_DFL)
         threading.Thread(target=server.shutdown).start()  # waits for serve_forever, which this thread is in
 
-    signal.signal(signal.SIGINT, end)
-    signal.signal(signal.SIGTERM, end)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
     server.engine.start()
     print(f"listening on http://127.0.0.1:{server.server_port}", flush=True)
     with server:
