@@ -88,8 +88,7 @@ class Batch:
 
     def leave(self, request: Request, finish: str) -> None:
         """Frees the slot. Nothing is cleared: the next request reads nothing that it has not written."""
-        slot = self.running.index(request)
-        self.running[slot], self.length[slot], request.finish = None, 0, finish
+        self.running[self.running.index(request)], request.finish = None, finish
 
     def step(self) -> list[Request]:
         """One token for each running request. Those that end leave; returns all that were running."""

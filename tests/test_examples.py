@@ -1,5 +1,6 @@
 """The examples run, and every request gets the text that `eft.hf.generate` writes for it alone."""
 
+import contextlib
 import dataclasses
 import http.client
 import json
@@ -186,55 +187,32 @@ def complete(port, body):
     return "".join(choice["text"] for choice in choices), choices[-1]["finish_reason"]
 
 
-@pytest.fixture(scope="module")
-def started(tmp_path_factory):
-    """The server as its users start it: the process, its port and its log. Tests may end it."""
-    pytest.importorskip("transformers")
-    log = tmp_path_factory.mktemp("server") / "log"
-    with log.open("wb") as errors:
-        process = subprocess.Popen(
-            [sys.executable, str(EXAMPLES / "server.py"), "--port", "0", "--slots", "3", "--max-len", "512"],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
+@contextlib.contextmanager
+def serving(examples, family, slots):
+    """The server in this process, until its answers are given."""
+    server = examples[1].Server(("127.0.0.1", 0), *family, slots, 512)
+    server.engine.start()
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
     try:
-        line = process.stdout.readline()  # the end of the file, should it fail
-        assert "listening on http://127.0.0.1:" in line, log.read_text()
-        yield process, int(line.rsplit(":", 1)[1]), log
+        yield server
     finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+        server.shutdown()
+        server.server_close()
+        server.waiting.put(None)
+        server.engine.join(60)
+        thread.join(60)
+    assert not server.engine.is_alive() and not thread.is_alive()
 
 
-def test_clients_at_the_same_time_get_their_own_texts(examples, family, started):
+@pytest.fixture(scope="module")
+def port(examples, family):
+    with serving(examples, family, slots=3) as server:
+        yield server.server_port
+
+
+def test_defaults_usage_and_stop_strings(examples, family, port):
     models, tokenizer = family
-    _, port, _ = started
-    asked, bodies = list(requests(examples, tokenizer, 8, seed=1)), []
-    for i, request in enumerate(asked):
-        bodies.append(
-            dict(
-                prompt=tokenizer.decode(request.prompt, skip_special_tokens=True),
-                max_tokens=request.max_tokens,
-                temperature=request.temperature,
-                top_p=request.top_p,
-                seed=request.seed,
-                stream=i % 2 == 0,
-                eft={"beta": request.beta},
-            )
-        )
-    with ThreadPoolExecutor(len(bodies)) as pool:
-        answers = list(pool.map(lambda body: complete(port, body), bodies))
-    for request, (text, finish) in zip(asked, answers):
-        tokens = examples[0].alone(models, request)
-        assert (text, finish) == (tokenizer.decode(tokens, skip_special_tokens=True), "length")
-
-
-def test_defaults_usage_and_stop_strings(examples, family, started):
-    models, tokenizer = family
-    _, port, _ = started
     body = dict(prompt="And the king said", seed=7, model="any", stop=None, eft={})
     status, answer = post(port, body)
     text = tokenizer.decode(examples[0].alone(models, examples[0].Request(tokenizer(body["prompt"]).input_ids, 16, 7)))
@@ -279,44 +257,101 @@ PROMPT = {"prompt": "And"}
         ({**PROMPT, "eft": {"beta": "1"}}, "eft.beta", "got '1'"),
     ],
 )
-def test_bad_input_is_named(started, body, name, message):
-    status, answer = post(started[1], body)
+def test_bad_input_is_named(port, body, name, message):
+    status, answer = post(port, body)
     assert status == 400
     assert answer["error"]["param"] == name and answer["error"]["type"] == "invalid_request_error"
     assert message in answer["error"]["message"] and answer["error"]["message"].startswith(name or "")
 
 
 @pytest.mark.parametrize("headers", ({"Content-Length": "1048577"}, {"Transfer-Encoding": "chunked"}))
-def test_bodies_without_a_known_small_length_are_refused(started, headers):
-    with ask(started[1], "POST", "/v1/completions", **headers) as response:
+def test_bodies_without_a_known_small_length_are_refused(port, headers):
+    with ask(port, "POST", "/v1/completions", **headers) as response:
         assert response.status == 400 and b"Content-Length: got" in response.read()
 
 
-def test_other_paths_are_not_found(started):
-    assert post(started[1], PROMPT, path="/v1/chat/completions")[0] == 404
-    assert get(started[1], "/v1/completions")[0] == 404
+def test_other_paths_are_not_found(port):
+    assert post(port, PROMPT, path="/v1/chat/completions")[0] == 404
+    assert get(port, "/v1/completions")[0] == 404
 
 
-def test_signals_end_the_server_after_its_answers(examples, family, started):
+@pytest.mark.parametrize("end", ("x", "</s>", "half"))
+def test_characters_of_several_tokens_are_sent_whole(examples, family, end):
+    tokenizer = family[1]
+    text = "é — ☃"
+    tokens = tokenizer(text, add_special_tokens=False).input_ids
+    parts = [tokenizer.decode(tokens[:n]) for n in range(1, len(tokens))]
+    assert any("\ufffd" in part for part in parts)
+    tokens += tokens[:1] if end == "half" else tokenizer(end, add_special_tokens=False).input_ids
+    with serving(examples, family, slots=1) as server:
+        forced = iter(tokens + [5])  # the last forward is of no request
+
+        def forward(slots, ids, positions):
+            for z in server.batch.logits:
+                z.zero_()
+            server.batch.logits[0][:, next(forced)] = 99
+
+        server.batch.forward = forward
+        body = dict(prompt="And", temperature=0, max_tokens=len(tokens), stream=True)
+        *pieces, _ = stream_of(server.server_port, body)
+    choices = [json.loads(piece)["choices"][0] for piece in pieces]
+    texts = [choice["text"] for choice in choices]
+    assert "".join(texts) == {"x": text + "x", "</s>": text, "half": text + "\ufffd"}[end]
+    assert not any("\ufffd" in piece for piece in texts[:-1]) and len(texts) > 3
+    assert choices[-1]["finish_reason"] == ("stop" if end == "</s>" else "length")
+
+
+def test_the_process(examples, family, tmp_path):
+    """As its users start it: clients at the same time get their own texts, signals end it after its answers."""
     models, tokenizer = family
-    process, port, log = started
-    assert get(port, "/health") == (200, dict(slots=3, free=3, waiting=0))
-    body = dict(prompt="And the king said", max_tokens=200, seed=3, stream=True)
-    stream = stream_of(port, body)
-    pieces = [next(stream)]
-    assert get(port, "/health")[1]["free"] == 2
-    process.send_signal(signal.SIGINT)
-    pieces.append(next(stream))
-    process.send_signal(signal.SIGTERM)
-    *rest, last = stream
-    assert last == b"[DONE]"
-    text = "".join(json.loads(piece)["choices"][0]["text"] for piece in pieces + rest)
-    request = examples[0].Request(tokenizer(body["prompt"]).input_ids, 200, 3)
-    assert text == tokenizer.decode(examples[0].alone(models, request), skip_special_tokens=True)
-    assert process.wait(timeout=30) == 0
-    assert "Traceback" not in log.read_text()
-    with pytest.raises(ConnectionRefusedError):
-        get(port, "/health")
+    log = tmp_path / "log"
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            [sys.executable, str(EXAMPLES / "server.py"), "--port", "0", "--slots", "3", "--max-len", "256"],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    try:
+        asked = list(requests(examples, tokenizer, 8, seed=1))
+        alone = [tokenizer.decode(examples[0].alone(models, r), skip_special_tokens=True) for r in asked]
+        line = process.stdout.readline()  # the end of the file, should it fail
+        assert "listening on http://127.0.0.1:" in line, log.read_text()
+        port = int(line.rsplit(":", 1)[1])
+        bodies = [
+            dict(
+                prompt=tokenizer.decode(r.prompt, skip_special_tokens=True),
+                max_tokens=r.max_tokens,
+                temperature=r.temperature,
+                top_p=r.top_p,
+                seed=r.seed,
+                stream=i % 2 == 0,
+                eft={"beta": r.beta},
+            )
+            for i, r in enumerate(asked)
+        ]
+        with ThreadPoolExecutor(len(bodies)) as pool:
+            assert list(pool.map(lambda body: complete(port, body), bodies)) == [(text, "length") for text in alone]
+
+        assert get(port, "/health") == (200, dict(slots=3, free=3, waiting=0))
+        request = examples[0].Request(tokenizer("And the king said").input_ids, 200, seed=3)
+        stream = stream_of(port, dict(prompt="And the king said", max_tokens=200, seed=3, stream=True))
+        pieces = [next(stream)]
+        assert get(port, "/health")[1]["free"] == 2
+        for number in (signal.SIGINT, signal.SIGTERM):
+            process.send_signal(number)
+            pieces.append(next(stream))
+        *rest, last = stream
+        assert last == b"[DONE]"
+        text = "".join(json.loads(piece)["choices"][0]["text"] for piece in pieces + rest)
+        assert text == tokenizer.decode(examples[0].alone(models, request), skip_special_tokens=True)
+        assert process.wait(timeout=30) == 0
+        assert "Traceback" not in log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 class Gate:
@@ -339,20 +374,11 @@ class Gate:
 
 @pytest.fixture
 def gated(examples, family):
-    """A server in this process with two slots, and its gate."""
-    server = examples[1].Server(("127.0.0.1", 0), *family, 2, 512)
-    gate = Gate(server.batch)
-    server.engine.start()
-    serving = threading.Thread(target=server.serve_forever, args=(0.02,))
-    serving.start()
-    yield server, gate
-    gate.permits.release(1000)
-    server.shutdown()
-    server.server_close()
-    server.waiting.put(None)
-    server.engine.join(60)
-    serving.join(60)
-    assert not server.engine.is_alive() and not serving.is_alive()
+    """A server with two slots, and its gate."""
+    with serving(examples, family, slots=2) as server:
+        gate = Gate(server.batch)  # nobody has asked yet: the thread waits
+        yield server, gate
+        gate.permits.release(1000)
 
 
 def until(condition):
