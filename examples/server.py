@@ -133,14 +133,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def complete(self, job: Job) -> None:
         """Answers with the text, as it comes or whole."""
-        stream, model, text = job.asked["stream"], job.asked["model"], ""
+        stream, model, prompt, text = job.asked["stream"], job.asked["model"], len(job.prompt), ""
         head = dict(id=f"cmpl-{secrets.token_hex(12)}", object="text_completion", created=int(time.time()), model=model)
         if stream:
             self.start(200, "text/event-stream")
         for piece, finish, count in self.pieces(job):
             text += piece
             choices = [dict(index=0, text=piece if stream else text, finish_reason=finish, logprobs=None)]
-            usage = dict(prompt_tokens=len(job.prompt), completion_tokens=count)
+            usage = dict(prompt_tokens=prompt, completion_tokens=count, total_tokens=prompt + count)
             if stream:
                 self.wfile.write(b"data: %s\n\n" % json.dumps(head | dict(choices=choices)).encode())
         if stream:

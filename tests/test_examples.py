@@ -217,7 +217,7 @@ def test_defaults_usage_and_stop_strings(examples, family, port):
     status, answer = post(port, body)
     text = tokenizer.decode(examples[0].alone(models, examples[0].Request(tokenizer(body["prompt"]).input_ids, 16, 7)))
     assert status == 200 and answer["choices"][0]["text"] == text
-    assert answer["usage"] == dict(prompt_tokens=5, completion_tokens=16)
+    assert answer["usage"] == dict(prompt_tokens=5, completion_tokens=16, total_tokens=21)
     assert (answer["object"], answer["model"]) == ("text_completion", "any")
     for stop in (text[8:12], ["never", text[20:22], text[12:14]]):
         cut = min(text.index(s) for s in ([stop] if isinstance(stop, str) else stop) if s in text)
