@@ -405,7 +405,7 @@ def test_a_client_that_goes_away_frees_its_slot(gated, stream):
         until(lambda: len(job.tokens) == 2)
         connection.close()
         until(lambda: job.gone)
-        other = pool.submit(complete, port, dict(prompt="My", max_tokens=3))
+        other = pool.submit(complete, port, dict(prompt="My", max_tokens=3, seed=1))
         until(lambda: not server.waiting.empty() or server.batch.running.count(None) == 0)
         gate.permits.release(5)
         assert other.result(30)[1] == "length"
@@ -414,7 +414,7 @@ def test_a_client_that_goes_away_frees_its_slot(gated, stream):
 
 def test_a_client_that_goes_away_while_it_waits_is_never_run(gated):
     server, gate = gated
-    port, body = server.server_port, dict(prompt="And", max_tokens=5)
+    port, body = server.server_port, dict(prompt="And", max_tokens=5, seed=1)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(complete, port, body)
         until(lambda: any(server.batch.running))
