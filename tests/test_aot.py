@@ -122,10 +122,15 @@ def test_default_sample_has_no_finding(tools, capfd, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "label", ["sample upscale_filter B=64 V=128256 J=3 bfloat16", "sample top_p B=1 V=1 J=3 bfloat16"]
+    "label",
+    [
+        "sample upscale_filter B=64 V=128256 J=3 bfloat16",
+        "sample top_p B=1 V=1 J=3 bfloat16",
+        "verify token rows B=64 V=17 J=1 bfloat16",
+    ],
 )
 def test_a_kernels_constants_reach_its_loops(label, tools, capfd):
-    """Triton 3.6 loses those of a kernel's own tuples, `tuned` and a V of 1, where the interpreter keeps them."""
+    """Triton 3.6 loses those of a kernel's own tuples (`tuned`, an integer of 1) where the interpreter keeps them."""
     assert command.main(["aot", "--target", "sm_90", "--case", label]) == 0, capfd.readouterr().out
 
 
