@@ -363,12 +363,12 @@ class Gate:
 
     def __init__(self, batch):
         self.batch, self.step, self.leave = batch, batch.step, batch.leave
-        self.permits, self.left, self.running = threading.Semaphore(0), [], []
+        self.permits, self.left, self.running = threading.Semaphore(0), [], []  # running: how many, at each step
         batch.step, batch.leave = self.gated_step, self.recorded_leave
 
     def gated_step(self):
-        assert self.permits.acquire(timeout=60)
         self.running.append(sum(r is not None for r in self.batch.running))
+        assert self.permits.acquire(timeout=60)
         return self.step()
 
     def recorded_leave(self, request, finish):
@@ -399,14 +399,13 @@ def test_a_client_that_goes_away_frees_its_slot(gated, stream):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("POST", "/v1/completions", json.dumps(body))
     with ThreadPoolExecutor(2) as pool:
-        until(lambda: any(server.batch.running))
-        job = next(filter(None, server.batch.running))
         gate.permits.release(2)
-        until(lambda: len(job.tokens) == 2)
+        until(lambda: len(gate.running) == 3)  # it is held at its third step
+        (job,) = filter(None, server.batch.running)
         connection.close()
         until(lambda: job.gone)
         other = pool.submit(complete, port, dict(prompt="My", max_tokens=3, seed=1))
-        until(lambda: not server.waiting.empty() or server.batch.running.count(None) == 0)
+        until(lambda: server.waiting.qsize() == 1)
         gate.permits.release(5)
         assert other.result(30)[1] == "length"
     assert gate.left == [(3, "gone"), (3, "length")]
@@ -417,11 +416,11 @@ def test_a_client_that_goes_away_while_it_waits_is_never_run(gated):
     port, body = server.server_port, dict(prompt="And", max_tokens=5, seed=1)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(complete, port, body)
-        until(lambda: any(server.batch.running))
+        until(lambda: gate.running == [1])  # it is held at its first step
         second = pool.submit(complete, port, body)
-        until(lambda: server.waiting.qsize() == 1 or None not in server.batch.running)
+        until(lambda: server.waiting.qsize() == 1)
         gate.permits.release(1)
-        until(lambda: None not in server.batch.running)
+        until(lambda: gate.running == [1, 2])
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request("POST", "/v1/completions", json.dumps(body))
         until(lambda: server.waiting.qsize() == 1)
@@ -431,7 +430,6 @@ def test_a_client_that_goes_away_while_it_waits_is_never_run(gated):
         gate.permits.release(100)
         assert first.result(30)[1] == second.result(30)[1] == "length"
         until(server.waiting.empty)
-    assert 2 in gate.running
     assert job.tokens == [] and job not in server.batch.running
 
 
