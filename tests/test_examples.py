@@ -138,6 +138,17 @@ def test_a_request_that_does_not_fit_is_refused(examples, family):
     batch.join(examples[0].Request([5] * 10, 6, seed=0))
 
 
+def test_a_free_slot_may_wait_for_longer_than_a_text_is(examples, family):
+    models, tokenizer = family
+    batch = examples[0].Batch(models, slots=2, max_len=16)
+    for seed in range(4):
+        request = examples[0].Request(tokenizer("My").input_ids, 8, seed)
+        batch.join(request)
+        while any(batch.running):
+            batch.step()
+        assert request.tokens == examples[0].alone(models, request)
+
+
 # --- the server ----------------------------------------------------------------------------------------------------
 
 
