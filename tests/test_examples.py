@@ -138,6 +138,21 @@ def test_a_request_that_does_not_fit_is_refused(examples, family):
     batch.join(examples[0].Request([5] * 10, 6, seed=0))
 
 
+def test_what_is_left_in_a_slot_reaches_nobody(examples, family):
+    models, tokenizer = family
+    batch = examples[0].Batch(models, slots=2, max_len=32)
+    for cache in batch.caches:
+        cache.keys.fill_(float("nan"))
+        cache.values.fill_(float("nan"))
+    first, second = (examples[0].Request(tokenizer("My").input_ids, 8, seed) for seed in range(2))
+    batch.join(first)
+    batch.step()
+    batch.join(second)
+    while any(batch.running):
+        batch.step()
+    assert all(request.tokens == examples[0].alone(models, request) for request in (first, second))
+
+
 def test_a_free_slot_may_wait_for_longer_than_a_text_is(examples, family):
     models, tokenizer = family
     batch = examples[0].Batch(models, slots=2, max_len=16)
