@@ -81,13 +81,15 @@ class Batch:
         if len(request.prompt) + request.max_tokens > self.max_len:
             raise ValueError(f"a prompt and its max_tokens may have {self.max_len} tokens together")
         slot, count = self.running.index(None), len(request.prompt)
+        for cache in self.caches:  # a NaN that was left there would pass the mask: 0 times NaN is NaN
+            cache.keys[:, slot], cache.values[:, slot] = 0, 0
         self.forward(slice(slot, slot + 1), torch.tensor([request.prompt]), torch.arange(count)[None])
         self.running[slot], self.length[slot], self.position[slot] = request, count, 0
         for name in ("seed", "temperature", "top_p", "beta"):
             getattr(self, name)[slot] = getattr(request, name)
 
     def leave(self, request: Request, finish: str) -> None:
-        """Frees the slot. Nothing is cleared: the next request reads nothing that it has not written."""
+        """Frees the slot."""
         self.running[self.running.index(request)], request.finish = None, finish
 
     def step(self) -> list[Request]:

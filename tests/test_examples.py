@@ -138,6 +138,32 @@ def test_a_request_that_does_not_fit_is_refused(examples, family):
     batch.join(examples[0].Request([5] * 10, 6, seed=0))
 
 
+def test_what_is_left_in_a_slot_reaches_nobody(examples, family):
+    models, tokenizer = family
+    batch = examples[0].Batch(models, slots=2, max_len=32)
+    for cache in batch.caches:
+        cache.keys.fill_(float("nan"))
+        cache.values.fill_(float("nan"))
+    first, second = (examples[0].Request(tokenizer("My").input_ids, 8, seed) for seed in range(2))
+    batch.join(first)
+    batch.step()
+    batch.join(second)
+    while any(batch.running):
+        batch.step()
+    assert all(request.tokens == examples[0].alone(models, request) for request in (first, second))
+
+
+def test_a_free_slot_may_wait_for_longer_than_a_text_is(examples, family):
+    models, tokenizer = family
+    batch = examples[0].Batch(models, slots=2, max_len=16)
+    for seed in range(4):
+        request = examples[0].Request(tokenizer("My").input_ids, 8, seed)
+        batch.join(request)
+        while any(batch.running):
+            batch.step()
+        assert request.tokens == examples[0].alone(models, request)
+
+
 # --- the server ----------------------------------------------------------------------------------------------------
 
 
@@ -363,12 +389,12 @@ class Gate:
 
     def __init__(self, batch):
         self.batch, self.step, self.leave = batch, batch.step, batch.leave
-        self.permits, self.left, self.running = threading.Semaphore(0), [], []
+        self.permits, self.left, self.running = threading.Semaphore(0), [], []  # running: how many, at each step
         batch.step, batch.leave = self.gated_step, self.recorded_leave
 
     def gated_step(self):
-        assert self.permits.acquire(timeout=60)
         self.running.append(sum(r is not None for r in self.batch.running))
+        assert self.permits.acquire(timeout=60)
         return self.step()
 
     def recorded_leave(self, request, finish):
@@ -399,14 +425,13 @@ def test_a_client_that_goes_away_frees_its_slot(gated, stream):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("POST", "/v1/completions", json.dumps(body))
     with ThreadPoolExecutor(2) as pool:
-        until(lambda: any(server.batch.running))
-        job = next(filter(None, server.batch.running))
         gate.permits.release(2)
-        until(lambda: len(job.tokens) == 2)
+        until(lambda: len(gate.running) == 3)  # it is held at its third step
+        (job,) = filter(None, server.batch.running)
         connection.close()
         until(lambda: job.gone)
         other = pool.submit(complete, port, dict(prompt="My", max_tokens=3, seed=1))
-        until(lambda: not server.waiting.empty() or server.batch.running.count(None) == 0)
+        until(lambda: server.waiting.qsize() == 1)
         gate.permits.release(5)
         assert other.result(30)[1] == "length"
     assert gate.left == [(3, "gone"), (3, "length")]
@@ -417,11 +442,11 @@ def test_a_client_that_goes_away_while_it_waits_is_never_run(gated):
     port, body = server.server_port, dict(prompt="And", max_tokens=5, seed=1)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(complete, port, body)
-        until(lambda: any(server.batch.running))
+        until(lambda: gate.running == [1])  # it is held at its first step
         second = pool.submit(complete, port, body)
-        until(lambda: server.waiting.qsize() == 1 or None not in server.batch.running)
+        until(lambda: server.waiting.qsize() == 1)
         gate.permits.release(1)
-        until(lambda: None not in server.batch.running)
+        until(lambda: gate.running == [1, 2])
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request("POST", "/v1/completions", json.dumps(body))
         until(lambda: server.waiting.qsize() == 1)
@@ -431,7 +456,6 @@ def test_a_client_that_goes_away_while_it_waits_is_never_run(gated):
         gate.permits.release(100)
         assert first.result(30)[1] == second.result(30)[1] == "length"
         until(server.waiting.empty)
-    assert 2 in gate.running
     assert job.tokens == [] and job not in server.batch.running
 
 
