@@ -763,10 +763,10 @@ def _ragged(
     if not isinstance(offsets, torch.Tensor) or dense("offsets", offsets).dim() != 1 or not len(offsets):
         raise ValueError(f"offsets: expected an int64 tensor [B + 1], got {shown(offsets)}")
     offsets = _integers("offsets", offsets, offsets.shape, device)
-    if isinstance(drafts, torch.Tensor) and drafts.dim() == 2:
-        slots = drafts.shape[1] + 1
-    elif isinstance(drafts, (list, tuple)) and all(isinstance(d, DraftOutput) for d in drafts):
+    if isinstance(drafts, (list, tuple)) and all(isinstance(d, DraftOutput) for d in drafts):
         slots = len(drafts) + 1
+    elif isinstance(tokens := from_host("draft_tokens", drafts, device), torch.Tensor) and tokens.dim() == 2:
+        slots = tokens.shape[1] + 1
     else:
         raise ValueError(
             f"draft_tokens: expected an int64 tensor [{len(offsets) - 1}, K] or the round's outputs of eft.draft, got "

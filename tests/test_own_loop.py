@@ -148,8 +148,9 @@ def test_ragged_rounds(method, backend):
     ):
         want = eft.verify(zz, eft.upscale(), drafts, lengths, **full, **masks)
         same(eft.verify(flat, eft.upscale(), drafts, offsets=offsets, **full, **of_rows), want)
-    want = eft.verify(zz, eft.upscale(), drafts, lengths.clamp(max=1), **full)
     one = torch.ones(B, dtype=torch.int64)
+    want = eft.verify(zz, eft.upscale(), drafts, lengths.clamp(max=1), **full)
+    same(eft.verify(flat, eft.upscale(), drafts.tolist(), one.tolist(), offsets=offsets.tolist(), **full), want)
     same(eft.verify(flat, eft.upscale(), drafts, one, offsets=offsets, **full), want)
 
 
