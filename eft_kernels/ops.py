@@ -544,7 +544,7 @@ def draft(
         check=check,
         **noise,
     )
-    vocab_size = logits.shape[1] if vocab_size is None else vocab_size
+    vocab_size = logits.shape[-1] if vocab_size is None else vocab_size
     # copies: what their owner writes there until verify looks at them does not count
     mask = bias = None
     if token_mask is not None:
@@ -679,13 +679,16 @@ def verify(
         row_index, room = _ragged(offsets, draft_tokens, logits, look)
         rows, slots = row_index.shape
         if draft_lengths is not None:
-            room = torch.minimum(room, _integers("draft_lengths", draft_lengths, (rows,), device))
+            draft_lengths = _integers("draft_lengths", draft_lengths, (rows,), device)
+            _check_lengths(draft_lengths, slots, look)
+            room = torch.minimum(room, draft_lengths)
         draft_lengths = room
+        n = len(logits[0])
         if token_mask is not None:
-            token_mask = _per_slot("token_mask", token_mask, row_index, device)
+            token_mask = _per_slot("token_mask", token_mask, row_index, n, device)
         if isinstance(token_bias, (tuple, list)) and len(token_bias) == 2:
             token_bias = TokenBias(
-                *(_per_slot(f"token_bias[{i}]", x, row_index, device) for i, x in enumerate(token_bias))
+                *(_per_slot(f"token_bias[{i}]", x, row_index, n, device) for i, x in enumerate(token_bias))
             )
     draft, logprobs = _check_method(logits, slots, method, draft), flag("logprobs", logprobs)
     seed, position = _noise(seed, position, rows, device)
@@ -720,7 +723,7 @@ def verify(
     refused = "draft_tokens say what they were drawn by" if drafts is not None else _no_distribution(method, draft)
     params = _own_params(dict(zip(DraftParams._fields, drawn_by)), rows, device, look, refused)
     if drafts is not None:
-        params = _drawn_by(drafts, p, rows, device, method, draft, look)
+        params = _drawn_by(drafts, p, draft_lengths, rows, device, method, draft, look)
         if drafts:  # a row's drafts end at its first invalid one
             there = torch.stack([d.valid for d in drafts], 1).long().cumprod(1).sum(1)
             draft_lengths = (
@@ -732,9 +735,8 @@ def verify(
     if draft_lengths is None:
         draft_lengths = torch.full((rows,), slots - 1, dtype=torch.int64, device=device)
     draft_lengths = _integers("draft_lengths", draft_lengths, (rows,), device)
+    _check_lengths(draft_lengths, slots, look)
     if look and rows and readable(draft_tokens) and readable(draft_lengths):
-        if int(draft_lengths.min()) < 0 or int(draft_lengths.max()) > slots - 1:
-            raise ValueError(f"draft_lengths: got {draft_lengths.tolist()}, allowed is 0 to {slots - 1}")
         counts = torch.arange(slots - 1, device=device) < draft_lengths[:, None]
         if bool((counts & ((draft_tokens < 0) | (draft_tokens >= vocab_size))).any()):
             raise ValueError(f"draft_tokens: got an id outside 0 to {vocab_size - 1}")
@@ -752,6 +754,12 @@ def verify(
     )
     tokens, num_emitted, valid, lp, raw = out
     return VerifyOutput(tokens, num_emitted, valid, *((lp, raw) if logprobs else (None, None)))
+
+
+def _check_lengths(lengths: torch.Tensor, slots: int, look: bool) -> None:
+    if look and lengths.numel() and readable(lengths):
+        if int(lengths.min()) < 0 or int(lengths.max()) > slots - 1:
+            raise ValueError(f"draft_lengths: got {lengths.tolist()}, allowed is 0 to {slots - 1}")
 
 
 def _ragged(
@@ -783,12 +791,17 @@ def _ragged(
     return torch.where(counts[:, None] > 0, at, -1), (counts - 1).clamp(0, slots - 1)
 
 
-def _per_slot(name: str, x: Any, row_index: torch.Tensor, device: torch.device) -> Any:
-    """What there is of each row of ragged logits, [N, n] or [1, n], as [B, K+1, n] or [1, 1, n]."""
+def _per_slot(name: str, x: Any, row_index: torch.Tensor, n: int, device: torch.device) -> torch.Tensor:
+    """What each of the n rows of ragged logits has, [n, size] or [1, size], as [B, K+1, size] or [1, 1, size]."""
     x = from_host(name, x, device)
-    if not isinstance(x, torch.Tensor) or dense(name, x).dim() != 2 or x.device != device or not len(x):
-        return x  # is refused by whoever checks it
-    return x[:, None] if len(x) == 1 else x[row_index.clamp(0, len(x) - 1)]
+    if isinstance(x, torch.Tensor) and dense(name, x).dim() == 3 and x.shape[1] == 1:
+        x = x[:, 0]
+    if not isinstance(x, torch.Tensor) or x.dim() != 2 or len(x) not in (1, n):
+        got = f"{x.dtype} {list(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ValueError(f"{name}: expected a row for each row of the logits, [{n}, size], or [1, size], got {got}")
+    if x.device != device:
+        raise ValueError(f"{name}: is on {x.device}, the logits are on {device}; move it there")
+    return x[:, None] if len(x) == 1 else x[row_index.clamp(0, n - 1)]
 
 
 def _models(
@@ -893,6 +906,7 @@ def _differ(name: str, a: Value, b: Value, rows: int, look: bool) -> bool:
 def _drawn_by(
     drafts: Sequence[DraftOutput],
     p: Params,
+    lengths: torch.Tensor | None,
     rows: int,
     device: torch.device,
     method: str,
@@ -924,16 +938,22 @@ def _drawn_by(
             raise ValueError("draft: got None, allowed is the index of the model that draft_tokens were drawn from")
         if d.vocab_size != p.vocab_size:
             raise bad("vocab_size", d.vocab_size, f"verify's, {p.vocab_size}")
-        mask = p.token_mask if p.token_mask is None else p.token_mask[:, i]
-        if (d.token_mask is None) != (mask is None) or (
-            d.token_mask is not None and mask is not None and look and not torch.equal(d.token_mask, mask)
-        ):
-            raise bad("token_mask", "None" if d.token_mask is None else "another", "that of verify's slot")
-        bias = p.token_bias and [x[:, i] for x in p.token_bias]
-        if (d.token_bias is None) != (bias is None) or (
-            d.token_bias is not None and bias is not None and look and not all(map(torch.equal, d.token_bias, bias))
-        ):
-            raise bad("token_bias", "None" if d.token_bias is None else "another", "that of verify's slot")
+        drawn: tuple[tuple[str, Sequence[torch.Tensor] | None, Sequence[torch.Tensor] | None], ...] = (
+            (
+                "token_mask",
+                d.token_mask if d.token_mask is None else [d.token_mask],
+                None if p.token_mask is None else [p.token_mask],
+            ),
+            ("token_bias", d.token_bias, p.token_bias),
+        )
+        for name, used, ours in drawn:
+            if (used is None) != (ours is None):
+                raise bad(name, "None" if used is None else "another", "that of verify's slot")
+            if used is None or ours is None or not look:
+                continue
+            counts = slice(None) if lengths is None else lengths > i  # rows that have this draft
+            if not all(torch.equal(a[counts], b[:, i][counts]) for a, b in zip(used, ours)):
+                raise bad(name, "another", "that of verify's slot")
         own = _own_params(d.params._asdict(), rows, device, False)
         first = first or own
         for name, x in own._asdict().items():
@@ -1027,8 +1047,9 @@ def combine(
 ) -> torch.Tensor:
     """The emulated scores ``sum_j w_j z_j``, float32 [B, V], for a sampler of your own; arguments as in `sample`.
 
-    They are log-probs but for a constant of each row. Tokens that are excluded, by a model's -inf or ``token_mask``,
-    are -inf; a row in which a model has NaN or +inf, or in which no token is left, is NaN. No gradient flows back.
+    They are log-probs but for a constant of each row; with ``upscale_top_p`` that constant makes the likeliest token's
+    score its sum. Tokens that are excluded, by a model's -inf or ``token_mask``, are -inf; a row in which a model has
+    NaN or +inf, or in which no token is left, is NaN. No gradient flows back.
     """
     logits, weights, tuned = _models(logits, weights, base, tuned, ref)
     logits, vocab_size = check_logits(logits, 2, vocab_size)
@@ -1045,7 +1066,20 @@ def combine(
         row_index=row_index,
         check=check or _eager_cpu(logits[0].device),
     )
-    return _call("logprobs", logits, p, True, backend=backend)
+    scores = _call("logprobs", logits, p, True, backend=backend)
+    if not isinstance(p.upscale_top_p, torch.Tensor) and p.upscale_top_p == 1:
+        return scores
+    before_bias = scores
+    if p.token_bias is not None:
+        before_bias = _call("logprobs", logits, p._replace(token_bias=None), True, backend=backend)
+    best = before_bias.argmax(1)
+    rows = torch.arange(len(best), device=best.device)
+    at = rows if row_index is None else row_index.clamp(0, max(0, len(logits[0]) - 1))
+    weights = torch.as_tensor(p.weights, dtype=torch.float32, device=best.device).expand(len(best), -1)
+    terms = torch.stack([z[at, best].float() for z in logits], 1) * weights
+    constant = torch.where(weights == 0, 0, terms).sum(1) - before_bias[rows, best]
+    on = torch.as_tensor(p.upscale_top_p, device=best.device).expand(len(best)) < 1
+    return scores + torch.where(on, constant, 0)[:, None]
 
 
 def token_logprobs(

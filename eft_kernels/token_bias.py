@@ -34,11 +34,12 @@ def penalties(
         (as OpenAI's API and vLLM define them). Numbers or [B].
       repetition: divides the score of every token in ``prompt`` or ``output`` if it is above 0, else multiplies it
         (Keskar et al., arXiv 1909.05858), as transformers and vLLM do. Above 0, a number or [B]; 1 is off. What it adds
-        depends on the scores: it needs ``logits`` and ``weights``, those that `sample` will be given.
+        depends on the scores: it needs ``logits`` and ``weights``, those that `sample` will be given (where it is given
+        ``upscale_top_p``, ``[combine(..., upscale_top_p=...)]`` and ``(1.0,)``).
       logit_bias: {id: value}, added in all rows; -inf bans a token. (To allow a few tokens only, use ``token_mask``.)
 
-    Returns: `TokenBias` [B, P + T + len(logit_bias)]. Nothing here depends on values, so it can be captured in a CUDA
-    graph.
+    Returns: `TokenBias` [B, P + T + len(logit_bias)]. Shapes depend on no values, and with numbers and tensors on the
+    device, without ``logit_bias``, nothing waits for it.
     Raises: ValueError naming the argument.
     """
     prompt, output = _tokens("prompt", prompt), _tokens("output", output)
@@ -64,7 +65,8 @@ def penalties(
     values = -taken
     if isinstance(repetition, torch.Tensor) or not isinstance(repetition, numbers.Real) or repetition != 1:
         factor = _column("repetition", repetition, rows, device)
-        if not isinstance(repetition, torch.Tensor) and readable(factor) and not bool((factor > 0).all()):
+        looks = not isinstance(repetition, torch.Tensor) or factor.device.type == "cpu"
+        if looks and readable(factor) and not bool((factor > 0).all()):
             raise ValueError(f"repetition: got {shown(repetition)}, allowed are numbers above 0")
         if logits is None or weights is None:
             raise ValueError("repetition: needs logits and weights, those that sample will be given")
@@ -103,7 +105,7 @@ def _column(name: str, x: PerRow, rows: int, device: torch.device) -> torch.Tens
         if x.device != device:
             raise ValueError(f"{name}: is on {x.device}, the tokens are on {device}; move it there")
         return x.to(torch.float32).reshape(-1, 1)
-    if not is_real(x) or abs(x) >= MAX_WEIGHT:
+    if not is_real(x) or not abs(x) < MAX_WEIGHT:
         raise ValueError(f"{name}: expected a float32 number or a tensor [{rows}], got {shown(x)}")
     return torch.full((1, 1), float(x), device=device)
 

@@ -92,6 +92,27 @@ def test_combine_of_rows_that_fail(backend):
     assert got.isnan().all(1).tolist() == [False, False, True, True] and not got[:2].isnan().any()
 
 
+def test_combine_under_the_up_scaling_filter(backend):
+    """Log-probs of the filter but for a constant of each row, which makes the likeliest token's score its sum."""
+    z, top_p = models(B, V), torch.tensor([0.5, 1.0, 0.8, 1.0])
+    bias = (torch.tensor([[3, 7]]), torch.tensor([[2.0, -4.0]]))
+    index = torch.tensor([2, 0, 1, 3])
+    sums = eft.combine(z, eft.upscale(), backend=backend)
+    got = eft.combine(z, eft.upscale(), upscale_top_p=top_p, backend=backend)
+    lp = eft.logprobs(z, eft.upscale(), upscale_top_p=top_p, backend=backend)
+    torch.testing.assert_close(got.log_softmax(1), lp, rtol=0, atol=1e-4)
+    best = lp.argmax(1, keepdim=True)
+    torch.testing.assert_close(got.gather(1, best), sums.gather(1, best), rtol=0, atol=1e-4)
+    same([got[1]], [sums[1]])
+    biased = eft.combine(z, eft.upscale(), upscale_top_p=top_p, token_bias=bias, backend=backend)
+    want = got.clone()
+    want[:, 3] += 2
+    want[:, 7] -= 4
+    torch.testing.assert_close(biased, want, rtol=0, atol=1e-4)
+    rows = eft.combine(z, eft.upscale(), upscale_top_p=top_p[index], row_index=index, backend=backend)
+    torch.testing.assert_close(rows, got[index], rtol=0, atol=0)
+
+
 # --- rows by index -------------------------------------------------------------------------------------------------
 
 
@@ -169,6 +190,58 @@ def test_ragged_rounds_of_draft():
     same(got, eft.verify(zz, eft.upscale(), drafts, lengths, **NOISE))
     with pytest.raises(ValueError, match=r"^draft_tokens\[0\]: was drawn with seed"):
         eft.verify([z[there] for z in zz], eft.upscale(), drafts, offsets=offsets, seed=1, position=NOISE["position"])
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("token_mask", lambda n: torch.zeros(n, 10, dtype=torch.int32)),
+        ("token_bias", lambda n: (torch.zeros(n, 2).long(), torch.zeros(n, 2))),
+    ],
+)
+def test_ragged_masks_and_biases_have_a_row_for_each_of_the_logits(name, value):
+    """One row for each round would be spread over the wrong slots."""
+    z, drafts, offsets = models(7, V), torch.zeros(B, 2, dtype=torch.int64), torch.tensor([0, 3, 4, 6, 7])
+    for rows in (B, 6, 8):
+        with pytest.raises(ValueError, match=rf"^{name}.*a row for each row of the logits, \[7, size\]"):
+            eft.verify(z, eft.upscale(), drafts, offsets=offsets, **{name: value(rows)}, **NOISE)
+
+
+def test_ragged_lengths_are_checked():
+    z, drafts, offsets = models(7, V), torch.zeros(B, 2, dtype=torch.int64), torch.tensor([0, 3, 4, 6, 7])
+    for lengths in ([9, 0, 0, 0], [-1, 0, 0, 0]):
+        with pytest.raises(ValueError, match=r"^draft_lengths: got \[(9|-1), 0, 0, 0\], allowed is 0 to 2"):
+            eft.verify(z, eft.upscale(), drafts, lengths, offsets=offsets, **NOISE)
+
+
+def test_drafts_by_masks_of_slots_that_rows_do_not_have():
+    """A row without a draft at a slot has no mask there that could be another."""
+    zz, lengths = models(B, K + 1, V), torch.tensor([3, 0, 2, 1])
+    there = torch.arange(K + 1) <= lengths[:, None]
+    bits = torch.randint(-(1 << 31), 1 << 31, (B, K + 1, 10)).to(torch.int32) | 1
+    drafts = [
+        eft.draft(
+            zz[1][:, i],
+            slot=i,
+            method="token",
+            seed=NOISE["seed"],
+            position=NOISE["position"] + i,
+            token_mask=torch.where(there[:, i + 1, None], bits[:, i], -1),
+        )
+        for i in range(K)
+    ]
+    offsets = torch.nn.functional.pad((lengths + 1).cumsum(0), (1, 0))
+    got = eft.verify([z[there] for z in zz], eft.upscale(), drafts, offsets=offsets, token_mask=bits[there], **NOISE)
+    same(got, eft.verify(zz, eft.upscale(), drafts, lengths, token_mask=bits, **NOISE))
+    bits[0, 1] ^= 8
+    with pytest.raises(ValueError, match=r"^draft_tokens\[1\]: was drawn with token_mask another"):
+        eft.verify([z[there] for z in zz], eft.upscale(), drafts, offsets=offsets, token_mask=bits[there], **NOISE)
+
+
+def test_drafts_of_logits_with_one_column():
+    z, bits = models(B, V)[1], torch.full((B, 10), -1, dtype=torch.int32)
+    one, two = (eft.draft(x, slot=0, method="token", seed=1, position=0, token_mask=bits) for x in (z, z[:, None]))
+    assert two.vocab_size == V and torch.equal(one.token_mask, two.token_mask) and torch.equal(one.tokens, two.tokens)
 
 
 # --- buffers of the caller's ---------------------------------------------------------------------------------------

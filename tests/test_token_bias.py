@@ -203,6 +203,8 @@ def test_penalties_per_row_and_together():
         (dict(prompt=torch.zeros(2, 3).long(), output=torch.zeros(3, 3).long()), "output: expected 2 rows"),
         (dict(prompt=torch.zeros(2, 3).long(), output=None, repetition=1.1), "repetition: needs logits"),
         (dict(prompt=torch.zeros(2, 3).long(), output=None, repetition=0.0), "repetition: got 0.0"),
+        (dict(prompt=torch.zeros(2, 3).long(), output=None, repetition=torch.tensor([1.0, -1.0])), "repetition: got a"),
+        (dict(prompt=torch.zeros(2, 3).long(), output=None, presence=float("nan")), "presence: expected a"),
         (dict(prompt=torch.zeros(2, 3).long(), output=None, presence=[1.0, 2.0, 3.0]), "presence: expected a"),
         (dict(prompt=torch.zeros(2, 3).long(), output=None, frequency="2"), "frequency: expected a float32 number"),
         (dict(prompt=torch.zeros(2, 3).long(), output=None, logit_bias={"a": 1.0}), "logit_bias: expected a mapping"),

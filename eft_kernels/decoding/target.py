@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..combination import Weights
-from ..ops import VerifyOutput, draft, logprobs, sample, verify
+from ..ops import VerifyOutput, combine, draft, logprobs, sample, verify
 from ..parameters import GREEDY
 from .text import Text
 
@@ -39,17 +39,11 @@ class Target:
         self.materialise = self.process is not None or self.keep_logits or self.keep_scores
 
     def scores(self, logits: list[torch.Tensor]) -> torch.Tensor:
-        """Emulated scores, float32 [B, V]: the combination of the models' logits [B, V_j].
+        """Emulated scores, float32 [B, V], of the models' logits [B, V_j]: `eft_kernels.combine`.
 
-        They are log-probs plus the combination's own constant (taken at the most likely token), so processors that
-        look at a logit's sign (repetition penalty) do to one model of weight 1 what they do to that model.
+        Processors that look at a logit's sign (repetition penalty) do to one model of weight 1 what they do to it.
         """
-        lp = logprobs(logits, self.weights, **self.emulate)
-        best = lp.argmax(1, keepdim=True)
-        z = torch.cat([z.gather(1, best).float() for z in logits], 1)  # [B, J]
-        w = self.weights.tensor
-        w = z.new_tensor(self.weights.values) if w is None else w.to(z.device)
-        return lp + (torch.where(w == 0, 0, w * z).sum(1, keepdim=True) - lp.gather(1, best))
+        return combine(logits, self.weights, **self.emulate)
 
     def filtered(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores [B, V] divided by the temperature, -inf outside the filters; greedy rows stay as they are."""

@@ -75,7 +75,7 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
     Args:
       base: a causal language model of transformers, or a PeftModel over one.
       tuned, ref, mode, beta, alpha, lam, upscale_top_p: as in `eft_kernels.hf.generate`, here numbers. What `generate`
-        and `forward` are given goes before them.
+        and `forward` are given takes precedence.
       models, weights: instead of these, any combination, as there.
       vocab_size: use ids below it only; needed where the models' logits differ in width.
       tokenizers: one per model, [base, *tuned, ref]: refused unless they agree. Their end tokens, and what ends a turn
@@ -175,7 +175,7 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
         """Loads a folder made by ``eft-kernels compose`` or `save_pretrained`, or a hub id of one.
 
         Args:
-          mode, beta, alpha, lam, upscale_top_p: go before the folder's.
+          mode, beta, alpha, lam, upscale_top_p: instead of the folder's.
           kwargs: what ``AutoModelForCausalLM.from_pretrained`` takes (``device_map``, ``dtype``,
             ``quantization_config``, ``attn_implementation``, ...), for all models, or a dict by their names "base",
             "tuned" ("tuned_a", "tuned_b"), "ref": ``device_map={"base": "auto", "tuned": "cuda:1", "ref": "cuda:1"}``.
@@ -213,6 +213,8 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
         settings = {**composition.settings, **given}
         if key := next((k for k in MODE_OF if k in given), None):
             settings = {"mode": MODE_OF[key], "upscale_top_p": settings["upscale_top_p"], **given}
+        elif given.get("mode", settings["mode"]) != composition.settings["mode"]:  # the folder's strength is another's
+            settings = {"mode": given["mode"], "upscale_top_p": settings["upscale_top_p"], **given}
         size = (config.get("text_config") or config)["vocab_size"]
         model = cls(base, tuned if len(tuned) > 1 else tuned[0], ref, vocab_size=size, **settings)
         model.generation_config = GenerationConfig.from_pretrained(folder)
