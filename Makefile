@@ -120,10 +120,11 @@ build: $(READY) ## environment and extensions only; compiles what changed (MAX_J
 semantics: $(TOOLS) ## and eft_kernels._semantics: csrc/semantics, function by function
 	@EFT_KERNELS_SEMANTICS=1 $(PY) setup.py -q build_ext --inplace
 
-lint: $(TOOLS) ## ruff (rules and format), mypy (strict) and clang-format over csrc
+lint: $(TOOLS) ## ruff (rules and format), mypy (strict), clang-format, and what is generated from the table
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check -q .
 	@$(PY) -m mypy
-	@$$($(PY) -c 'import clang_format; print(clang_format.get_executable("clang-format"))') --dry-run -Werror $$(find csrc tests/simt -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
+	@$(PY) tools/parameters.py --check
+	@$$($(PY) -c 'import clang_format; print(clang_format.get_executable("clang-format"))') --dry-run -Werror $$(find csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
 docs: .venv-docs/.ready ## the documentation as a site, build/site/index.html; a broken link fails
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build

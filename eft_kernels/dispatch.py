@@ -169,7 +169,7 @@ def shortcut(
     function: Literal["try_verify"], name: str, device_type: str = ...
 ) -> Callable[..., Verified | None] | None: ...
 def shortcut(function: str, name: str, device_type: str = "cpu") -> Callable[..., Any] | None:
-    """What the backend for such tensors offers to call before arguments are checked (backends/cpu.py), or None."""
+    """What the backend for such tensors offers to call before arguments are checked (_backends/cpu.py), or None."""
     return _shortcut(function, name, device_type) if type(name) is str else None
 
 

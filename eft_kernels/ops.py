@@ -320,6 +320,7 @@ def row_seeds(seed: int, rows: int, device: torch.device | str | None = None) ->
     """
     p = ROWS["seed"]
     seed = index("seed", seed, p.low, p.high, p.allowed) & ((1 << 64) - 1)
+    rows = index("rows", rows, 0, 1 << 40, "an integer >= 0")
     return row_seed(seed - (1 << 64) if seed >= 1 << 63 else seed, torch.arange(rows, device=device))
 
 
@@ -417,6 +418,7 @@ def sample(
     # parameters: values
     sampling = (temperature, top_k, top_p, min_p, typical_p, upscale_top_p)
     # parameters: end
+    check = check is not False and flag("check", check)
     logits, weights, tuned = _models(logits, weights, base, tuned, ref)
     if isinstance(out, torch.Tensor):
         dense("out", out)  # here: the shortcut does not see how much memory it has
@@ -638,6 +640,7 @@ def verify(
     # parameters: values draft_
     drawn_by = (draft_temperature, draft_top_k, draft_top_p, draft_min_p, draft_typical_p)
     # parameters: end
+    check = check is not False and flag("check", check)
     logits, weights, tuned = _models(logits, weights, base, tuned, ref)
     if (
         offsets is None
@@ -1012,6 +1015,7 @@ def logprobs(
     # parameters: values
     sampling = (temperature, top_k, top_p, min_p, typical_p, upscale_top_p)
     # parameters: end
+    check = check is not False and flag("check", check)
     logits, weights, tuned = _models(logits, weights, base, tuned, ref)
     logits, vocab_size = check_logits(logits, 2, vocab_size)
     row_index = check_row_index(row_index, 1, logits)
@@ -1051,6 +1055,7 @@ def combine(
     score its sum. Tokens that are excluded, by a model's -inf or ``token_mask``, are -inf; a row in which a model has
     NaN or +inf, or in which no token is left, is NaN. No gradient flows back.
     """
+    check = check is not False and flag("check", check)
     logits, weights, tuned = _models(logits, weights, base, tuned, ref)
     logits, vocab_size = check_logits(logits, 2, vocab_size)
     row_index = check_row_index(row_index, 1, logits)
@@ -1112,6 +1117,7 @@ def token_logprobs(
     # parameters: values
     sampling = (temperature, top_k, top_p, min_p, typical_p, upscale_top_p)
     # parameters: end
+    check = check is not False and flag("check", check)
     logits, weights, tuned = _models(logits, weights, base, tuned, ref)
     logits, vocab_size = check_logits(logits, 2, vocab_size)
     row_index = check_row_index(row_index, 1, logits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Mapping, Sequence
 
@@ -65,8 +66,12 @@ def penalties(
     values = -taken
     if isinstance(repetition, torch.Tensor) or not isinstance(repetition, numbers.Real) or repetition != 1:
         factor = _column("repetition", repetition, rows, device)
-        looks = not isinstance(repetition, torch.Tensor) or factor.device.type == "cpu"
-        if looks and readable(factor) and not bool((factor > 0).all()):
+        if is_real(repetition):  # looked at on the host: nothing waits for the device
+            above = repetition > 0
+        else:
+            looks = not isinstance(repetition, torch.Tensor) or factor.device.type == "cpu"
+            above = not (looks and readable(factor)) or bool((factor > 0).all())
+        if not above:
             raise ValueError(f"repetition: got {shown(repetition)}, allowed are numbers above 0")
         if logits is None or weights is None:
             raise ValueError("repetition: needs logits and weights, those that sample will be given")
@@ -74,7 +79,10 @@ def penalties(
         values = values + torch.where(s.isfinite(), torch.where(s > 0, s / factor, s * factor) - s, 0.0)
     if logit_bias is not None:
         if not isinstance(logit_bias, Mapping) or not all(
-            isinstance(i, numbers.Integral) and abs(i) < 1 << 63 and isinstance(x, numbers.Real) and x < MAX_WEIGHT
+            isinstance(i, numbers.Integral)
+            and abs(i) < 1 << 63
+            and isinstance(x, numbers.Real)
+            and (x == -math.inf or abs(x) < MAX_WEIGHT)
             for i, x in logit_bias.items()
         ):
             raise ValueError(f"logit_bias: expected a mapping of ids to numbers, got {shown(logit_bias)}")

@@ -78,8 +78,13 @@ class Batch:
 
     def join(self, request: Request) -> None:
         """Gives the request a free slot: its prompt goes through the models into their caches, alone."""
-        if len(request.prompt) + request.max_tokens > self.max_len:
-            raise ValueError(f"a prompt and its max_tokens may have {self.max_len} tokens together")
+        if not request.prompt or request.max_tokens < 1 or len(request.prompt) + request.max_tokens > self.max_len:
+            raise ValueError(f"a prompt and its max_tokens, one at least each, may have {self.max_len} tokens together")
+        if None not in self.running:
+            raise ValueError("no slot is free")
+        settings = dict(temperature=request.temperature, top_p=request.top_p, seed=request.seed, position=0)
+        one = torch.zeros(1, 1)  # raises here what would stop everybody's next step
+        eft.sample([one, one, one], eft.upscale(request.beta), check=True, **settings)
         slot, count = self.running.index(None), len(request.prompt)
         for cache in self.caches:  # a NaN that was left there would pass the mask: 0 times NaN is NaN
             cache.keys[:, slot], cache.values[:, slot] = 0, 0

@@ -113,9 +113,7 @@ EFT_DEVICE float ahead(const Args& a) {
   // sass: end
   return best;
 }
-EFT_KERNEL void ahead_kernel(Args a) {
-  a.out[blockIdx.x * 256 + threadIdx.x] = a.dtype[0] ? ahead<1>(a) : ahead<0>(a);
-}
+EFT_KERNEL void ahead_kernel(Args a) { a.out[blockIdx.x * 256 + threadIdx.x] = a.dtype[0] ? ahead<1>(a) : ahead<0>(a); }
 
 // a group for each warp, three models, no loop
 EFT_KERNEL void once_kernel(Args a) {

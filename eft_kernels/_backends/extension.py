@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +14,7 @@ PACKAGE = __package__.rpartition(".")[0]  # whatever this copy is called
 
 def built(name: str) -> bool:
     """There is a file of the package's module ``name``, one that this Python would load or not."""
-    return importlib.util.find_spec(f"{PACKAGE}.{name}") is not None or bool(_files(name))
+    return f"{PACKAGE}.{name}" in sys.modules or bool(_files(name))
 
 
 def _files(name: str) -> list[Path]:
@@ -27,6 +28,8 @@ def load(name: str, what: str, why_not: str) -> ModuleType:
     """The package's module ``name``, attached to torch. ImportError: it was not built (``why_not``), or the loader's
     words."""
     full_name = f"{PACKAGE}.{name}"
+    if not built(name):  # an editable install of another checkout may have one by this name
+        raise ModuleNotFoundError(f"the {what} extension is not built: {why_not}", name=full_name)
     try:
         module = importlib.import_module(full_name)
     except ImportError as error:

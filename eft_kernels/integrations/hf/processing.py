@@ -87,11 +87,14 @@ class _Filter:
         return Target(Weights([1.0]), torch.zeros(len(scores)), {self.name: self.value}).filtered(scores)
 
 
-def _kind(processor: Processor) -> type:
+def _warper(name: str) -> type | None:
+    """The transformers class of a sampling parameter, if it has one."""
+    return next((k for k, n in WARPERS.items() if n == name), None)
+
+
+def _kind(processor: Processor) -> type | None:
     """The transformers class whose place a processor takes."""
-    if isinstance(processor, _Filter):
-        return next(k for k, name in WARPERS.items() if name == processor.name)
-    return type(processor)
+    return _warper(processor.name) if isinstance(processor, _Filter) else type(processor)
 
 
 def _value(processor: Processor) -> tuple[str, Value] | None:
@@ -125,21 +128,22 @@ def sampling_of(
         return LogitsProcessorList(processors), {"temperature": 0.0}
     own = {id(p) for p in callers or ()}
     for name, value in named.items():
-        kind = next(k for k, n in WARPERS.items() if n == name)
+        kind = _warper(name)
         old = [i for i, p in enumerate(processors) if type(p) is kind and id(p) not in own]
         if old:
             del processors[old[-1]]
         at = len(processors)
         while (
-            at
+            kind is not None  # one that transformers does not have comes last
+            and at
             and id(processors[at - 1]) not in own
-            and _kind(processors[at - 1]) in ORDER
-            and ORDER.index(_kind(processors[at - 1])) > ORDER.index(kind)
+            and (before := _kind(processors[at - 1])) in ORDER
+            and ORDER.index(before) > ORDER.index(kind)
         ):
             at -= 1
         processors.insert(at, _Filter(name, value))
     filters: dict[str, Value] = {}
-    order = list(WARPERS.values())
+    order = [*WARPERS.values(), *(name for name in OFF if name not in WARPERS.values())]
     while processors and (found := _value(processors[-1])) is not None:
         name, value = found
         if filters and order.index(name) >= min(order.index(n) for n in filters):
