@@ -133,7 +133,7 @@ def diagnostics_kernel(m, up, state, z, stride, entropy, tv, chunks, TC: tl.cons
     over the tokens not excluded."""
     r = tl.program_id(0).to(tl.int64)
     row = row_of(m, up, r)
-    at, _, _ = logits_at(m, r)
+    at, slot, there = logits_at(m, r)  # not `_`, which the loops below carry
     z = z + at * stride
     best, sum = tl.full([TC, CHUNK], NEG_INF, tl.float32), tl.zeros([TC, CHUNK], tl.float32)
     nonfinite = tl.zeros([TC, CHUNK], tl.int32)  # NaN or +inf: a tuned model of weight 0 may hold them
