@@ -807,3 +807,21 @@ def test_bad_combinations(llamas, options, message):  # noqa: F811
     }
     with pytest.raises(ValueError, match=message):
         llamas[0].generate(**padded(), custom_generate=eft.hf.generate, max_new_tokens=12, pad_token_id=PAD, **options)
+
+
+def test_a_filter_that_transformers_lacks_comes_last(llamas, monkeypatch):  # noqa: F811
+    """min_p as if transformers had no class for it: it comes after top-p anyway, so the text is the same."""
+    from transformers.generation import logits_process as lp
+
+    from eft_kernels.integrations.hf import processing
+
+    base, tuned, ref, *_ = llamas
+    options = dict(tuned=tuned, ref=ref, do_sample=True, top_k=9, top_p=0.9, min_p=torch.tensor([0.1]), seed=3)
+    ids = torch.tensor([[5, 6, 7]])
+
+    def text():
+        return base.generate(ids, custom_generate=eft.hf.generate, max_new_tokens=12, **options)
+
+    want = text()
+    monkeypatch.delitem(processing.WARPERS, lp.MinPLogitsWarper)
+    assert torch.equal(text(), want)

@@ -329,3 +329,22 @@ print(eft.sample([torch.zeros(1, 4)], [1.0], backend="reference").valid.tolist()
     text = run(sys.executable, "-c", code, EFT_KERNELS_CPU_ISA="foo", EFT_KERNELS_BACKEND="auto")
     assert f"reason: False {words}" in text and text.count(f"raised: {words}") == 3 and "[True]" in text
     assert "FAILED" in run(sys.executable, "-m", "eft_kernels", "doctor", EFT_KERNELS_CPU_ISA="foo", code=1)
+
+
+def test_an_extension_of_another_checkout_is_none_of_ours(installed, tmp_path):
+    """An editable install finds a submodule by its name alone, in the checkout that was installed."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "_cpu.py").write_text("raise SystemExit('loaded from another checkout')")
+    (installed / "sitecustomize.py").write_text(f"""
+import importlib.util, sys
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "eft_kernels._cpu":
+            return importlib.util.spec_from_file_location(name, {str(elsewhere / "_cpu.py")!r})
+
+sys.meta_path.append(Finder)
+""")
+    assert loads(installed)["reason"].startswith("the C++ extension is not built: ")

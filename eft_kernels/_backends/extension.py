@@ -14,7 +14,8 @@ PACKAGE = __package__.rpartition(".")[0]  # whatever this copy is called
 
 def built(name: str) -> bool:
     """There is a file of the package's module ``name``, one that this Python would load or not."""
-    return f"{PACKAGE}.{name}" in sys.modules or bool(_files(name))
+    full_name = f"{PACKAGE}.{name}"
+    return sys.modules[full_name] is not None if full_name in sys.modules else bool(_files(name))
 
 
 def _files(name: str) -> list[Path]:
@@ -22,6 +23,12 @@ def _files(name: str) -> list[Path]:
     return sorted(
         p for folder in folders for p in Path(folder).glob(f"{name}.*") if p.suffix in (".so", ".pyd", ".dylib")
     )
+
+
+def where(name: str) -> str:
+    """The file of the module ``name``, which is built."""
+    module = sys.modules.get(f"{PACKAGE}.{name}")
+    return str(getattr(module, "__file__", None) or _files(name)[0])
 
 
 def load(name: str, what: str, why_not: str) -> ModuleType:

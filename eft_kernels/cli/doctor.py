@@ -31,9 +31,10 @@ def version(package: str) -> str | None:
 
 def extension() -> tuple[bool, str]:
     """Is the C++ CPU extension built, and where; or what to do."""
-    spec = importlib.util.find_spec("eft_kernels._cpu")
-    if spec is not None:
-        return True, str(spec.origin)
+    from .._backends import extension
+
+    if extension.built("_cpu"):
+        return True, extension.where("_cpu")
     return False, (
         "not built. With a C++17 compiler on the PATH (Debian: apt-get install g++) run "
         "`pip install --force-reinstall --no-deps .` in the checkout, or `make build`"
