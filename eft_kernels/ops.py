@@ -408,7 +408,8 @@ def sample(
         ``tuned``.
       row_index: int64 [B], which row of the logits, then [N, V_j], each row reads; one outside [0, N) is invalid. All
         else is by row of the call.
-      out: int64 [B], contiguous; tokens are written there, and it is returned as ``tokens``.
+      out: int64 [B], contiguous, no memory of other arguments; tokens are written there, and it is returned as
+        ``tokens``.
       stream, slot: which of the position's noise. Drafts have noise of their own: use `draft`, which knows it.
       backend: "auto" or a name of `backends()`. check: also check the values of tensors on a GPU (synchronises).
 
@@ -985,6 +986,39 @@ def _integers(name: str, value: object, shape: Sequence[int], device: torch.devi
     return value.to(torch.int64).contiguous()
 
 
+def _scored(
+    logits: Sequence[torch.Tensor] | None,
+    weights: Weights | Sequence[float] | torch.Tensor | None,
+    models: tuple[torch.Tensor | None, int | torch.Tensor, torch.Tensor | None],
+    sampling: Mapping[str, object],
+    vocab_size: int | None,
+    token_mask: torch.Tensor | None,
+    token_bias: TokenBias | tuple[torch.Tensor, torch.Tensor] | None,
+    row_index: torch.Tensor | None,
+    check: bool,
+) -> tuple[list[torch.Tensor], Params, bool]:
+    """(logits, parameters, whether values are looked at) of a function that draws nothing; ``models``: base, tuned and
+    ref by name."""
+    check = check is not False and flag("check", check)
+    logits, weights, tuned = _models(logits, weights, *models)
+    logits, vocab_size = check_logits(logits, 2, vocab_size)
+    row_index = check_row_index(row_index, 1, logits)
+    look = check or _eager_cpu(logits[0].device)
+    p = check_params(
+        logits,
+        weights,
+        len(logits[0] if row_index is None else row_index),
+        vocab_size,
+        sampling,
+        token_mask=token_mask,
+        token_bias=token_bias,
+        tuned=tuned,
+        row_index=row_index,
+        check=look,
+    )
+    return logits, p, look
+
+
 def logprobs(
     logits: Sequence[torch.Tensor] | None = None,
     weights: Weights | Sequence[float] | torch.Tensor | None = None,
@@ -1015,21 +1049,16 @@ def logprobs(
     # parameters: values
     sampling = (temperature, top_k, top_p, min_p, typical_p, upscale_top_p)
     # parameters: end
-    check = check is not False and flag("check", check)
-    logits, weights, tuned = _models(logits, weights, base, tuned, ref)
-    logits, vocab_size = check_logits(logits, 2, vocab_size)
-    row_index = check_row_index(row_index, 1, logits)
-    p = check_params(
+    logits, p, _ = _scored(
         logits,
         weights,
-        len(logits[0] if row_index is None else row_index),
-        vocab_size,
+        (base, tuned, ref),
         dict(zip(NAMES, sampling)),
-        token_mask=token_mask,
-        token_bias=token_bias,
-        tuned=tuned,
-        row_index=row_index,
-        check=check or _eager_cpu(logits[0].device),
+        vocab_size,
+        token_mask,
+        token_bias,
+        row_index,
+        check,
     )
     return _call("logprobs", logits, p, False, backend=backend)
 
@@ -1055,21 +1084,16 @@ def combine(
     score its sum. Tokens that are excluded, by a model's -inf or ``token_mask``, are -inf; a row in which a model has
     NaN or +inf, or in which no token is left, is NaN. No gradient flows back.
     """
-    check = check is not False and flag("check", check)
-    logits, weights, tuned = _models(logits, weights, base, tuned, ref)
-    logits, vocab_size = check_logits(logits, 2, vocab_size)
-    row_index = check_row_index(row_index, 1, logits)
-    p = check_params(
+    logits, p, _ = _scored(
         logits,
         weights,
-        len(logits[0] if row_index is None else row_index),
-        vocab_size,
+        (base, tuned, ref),
         dict(upscale_top_p=upscale_top_p),
-        token_mask=token_mask,
-        token_bias=token_bias,
-        tuned=tuned,
-        row_index=row_index,
-        check=check or _eager_cpu(logits[0].device),
+        vocab_size,
+        token_mask,
+        token_bias,
+        row_index,
+        check,
     )
     scores = _call("logprobs", logits, p, True, backend=backend)
     if not isinstance(p.upscale_top_p, torch.Tensor) and p.upscale_top_p == 1:
@@ -1079,7 +1103,7 @@ def combine(
         before_bias = _call("logprobs", logits, p._replace(token_bias=None), True, backend=backend)
     best = before_bias.argmax(1)
     rows = torch.arange(len(best), device=best.device)
-    at = rows if row_index is None else row_index.clamp(0, max(0, len(logits[0]) - 1))
+    at = rows if p.row_index is None else p.row_index.clamp(0, max(0, len(logits[0]) - 1))
     weights = torch.as_tensor(p.weights, dtype=torch.float32, device=best.device).expand(len(best), -1)
     terms = torch.stack([z[at, best].float() for z in logits], 1) * weights
     constant = torch.where(weights == 0, 0, terms).sum(1) - before_bias[rows, best]
@@ -1117,30 +1141,24 @@ def token_logprobs(
     # parameters: values
     sampling = (temperature, top_k, top_p, min_p, typical_p, upscale_top_p)
     # parameters: end
-    check = check is not False and flag("check", check)
-    logits, weights, tuned = _models(logits, weights, base, tuned, ref)
-    logits, vocab_size = check_logits(logits, 2, vocab_size)
-    row_index = check_row_index(row_index, 1, logits)
-    rows, device = len(logits[0] if row_index is None else row_index), logits[0].device
+    logits, p, look = _scored(
+        logits,
+        weights,
+        (base, tuned, ref),
+        dict(zip(NAMES, sampling)),
+        vocab_size,
+        token_mask,
+        token_bias,
+        row_index,
+        check,
+    )
+    (rows,), device = p.lead(logits), logits[0].device
     ids = from_host("ids", ids, device)
     if not isinstance(ids, torch.Tensor) or dense("ids", ids).dim() not in (1, 2) or ids.shape[0] != rows:
         got = list(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
         raise ValueError(f"ids: expected an int64 tensor [{rows}] or [{rows}, n], got {got}")
     shape = ids.shape
     ids = _integers("ids", ids, shape, device).reshape(rows, shape[1] if len(shape) == 2 else 1)
-    look = check or _eager_cpu(device)
-    if look and ids.numel() and readable(ids) and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
-        raise ValueError(f"ids: got an id outside 0 to {vocab_size - 1}")
-    p = check_params(
-        logits,
-        weights,
-        rows,
-        vocab_size,
-        dict(zip(NAMES, sampling)),
-        token_mask=token_mask,
-        token_bias=token_bias,
-        tuned=tuned,
-        row_index=row_index,
-        check=look,
-    )
+    if look and ids.numel() and readable(ids) and (int(ids.min()) < 0 or int(ids.max()) >= p.vocab_size):
+        raise ValueError(f"ids: got an id outside 0 to {p.vocab_size - 1}")
     return _call("token_logprobs", logits, p, ids, backend=backend).reshape(shape)
