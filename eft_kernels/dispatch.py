@@ -19,12 +19,20 @@ from .checks import one_of
 from .parameters import DraftParams, Params
 
 MaybeTensor = torch.Tensor | None
-# tokens, valid, logprobs, raw_logprobs, top_ids, top_logprobs, entropy, tv; None where it was not asked for
+# tokens, valid, logprobs, raw_logprobs, top_ids, top_logprobs, entropy, tv, runners_up; None where it was not asked for
 Sampled = tuple[
-    torch.Tensor, torch.Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor
+    torch.Tensor,
+    torch.Tensor,
+    MaybeTensor,
+    MaybeTensor,
+    MaybeTensor,
+    MaybeTensor,
+    MaybeTensor,
+    MaybeTensor,
+    MaybeTensor,
 ]
-# tokens, num_emitted, valid, logprobs, raw_logprobs
-Verified = tuple[torch.Tensor, torch.Tensor, torch.Tensor, MaybeTensor, MaybeTensor]
+# tokens, num_emitted, valid, logprobs, raw_logprobs, path
+Verified = tuple[torch.Tensor, torch.Tensor, torch.Tensor, MaybeTensor, MaybeTensor, MaybeTensor]
 
 
 class BackendModule(Protocol):
@@ -45,6 +53,7 @@ class BackendModule(Protocol):
         logprobs: bool,
         top_logprobs: int,
         diagnostics: bool,
+        runners_up: int,
         /,
     ) -> Sampled: ...
 
@@ -54,6 +63,7 @@ class BackendModule(Protocol):
         p: Params,
         draft_tokens: torch.Tensor,
         draft_lengths: torch.Tensor,
+        parents: MaybeTensor,
         method: str,
         draft: int,
         drawn_by: DraftParams,

@@ -33,6 +33,7 @@ from .combination import Weights, upscale
 from .parameters import (
     DRAFTED,
     MAX_MODELS,
+    MAX_RUNNERS_UP,
     MAX_SLOT,
     MAX_VOCAB,
     METHOD_CODES,
@@ -66,18 +67,18 @@ _PARAMS = (
 )
 SCHEMAS = {
     "sample": f"(Tensor[] logits, {_PARAMS}, str stream, int slot, bool logprobs, int top_logprobs, bool diagnostics, "
-    "str backend) -> (Tensor tokens, Tensor valid, Tensor logprobs, Tensor raw_logprobs, Tensor top_ids, "
-    "Tensor top_logprobs, Tensor entropy, Tensor tv)",
-    "verify": f"(Tensor[] logits, {_PARAMS}, Tensor draft_tokens, Tensor draft_lengths, str method, int draft, "
-    f"{_pairs(DRAFTED, 'draft_', '?')}, bool logprobs, str backend) -> (Tensor tokens, Tensor num_emitted, "
-    "Tensor valid, Tensor logprobs, Tensor raw_logprobs)",
+    "int runners_up, str backend) -> (Tensor tokens, Tensor valid, Tensor logprobs, Tensor raw_logprobs, "
+    "Tensor top_ids, Tensor top_logprobs, Tensor entropy, Tensor tv, Tensor runners_up)",
+    "verify": f"(Tensor[] logits, {_PARAMS}, Tensor draft_tokens, Tensor draft_lengths, Tensor? parents, str method, "
+    f"int draft, {_pairs(DRAFTED, 'draft_', '?')}, bool logprobs, str backend) -> (Tensor tokens, Tensor num_emitted, "
+    "Tensor valid, Tensor logprobs, Tensor raw_logprobs, Tensor path)",
     "logprobs": f"(Tensor[] logits, {_PARAMS}, bool scores, str backend) -> Tensor",
     "token_logprobs": f"(Tensor[] logits, {_PARAMS}, Tensor ids, str backend) -> Tensor",
 }
 _COUNT = 2 + 2 * len(ROWS) + 6  # arguments of _PARAMS
-_DRAFT = slice(_COUNT + 4, _COUNT + 4 + 2 * len(DRAFTED))  # of verify's: what drafts were drawn by
+_DRAFT = slice(_COUNT + 5, _COUNT + 5 + 2 * len(DRAFTED))  # of verify's: what drafts were drawn by
 _F, _I, _B = torch.float32, torch.int64, torch.bool
-_RETURNS = {"sample": (_I, _B, _F, _F, _I, _F, _F, _F), "verify": (_I, _I, _B, _F, _F)}
+_RETURNS = {"sample": (_I, _B, _F, _F, _I, _F, _F, _F, _I), "verify": (_I, _I, _B, _F, _F, _I)}
 
 
 def _flatten(p: Params, *args: object) -> list[object]:
@@ -117,13 +118,14 @@ def _checked(name: str, logits: object, p: Params, args: tuple[Any, ...]) -> tup
     row_index = check_row_index(fields.pop("row_index"), 2 if name == "verify" else 1, z)
     rows, *slots = z[0].shape[:-1] if row_index is None else row_index.shape
     if name == "sample":
-        _check_draw(args[0], args[1], args[3])
+        _check_draw(args[0], args[1], args[3], args[5])
     elif name == "verify":
-        drafts, lengths, method, draft, drawn_by, logprobs = args
+        drafts, lengths, parents, method, draft, drawn_by, logprobs = args
         _check_method(z, slots[0], method, None if draft == -1 else draft)
         args = (
             _integers("draft_tokens", drafts, (rows, slots[0] - 1), device),
             _integers("draft_lengths", lengths, (rows,), device),
+            _check_parents(parents, rows, slots[0], method, device, False),
             method,
             draft,
             _own_params(
@@ -238,15 +240,16 @@ def _fake_lead(logits: list[torch.Tensor], args: Sequence[Any]) -> torch.Size:
 
 
 def _fake_sample(logits: list[torch.Tensor], *args: Any) -> tuple[torch.Tensor, ...]:
-    (B,), (_, _, logprobs, n, diagnostics, _) = _fake_lead(logits, args), args[_COUNT:]
+    (B,), (_, _, logprobs, n, diagnostics, m, _) = _fake_lead(logits, args), args[_COUNT:]
     shapes: list[tuple[int, ...]] = [(B,), (B,)] + [(B if logprobs else 0,)] * 2 + [(B, n) if n else (0,)] * 2
-    shapes += [(B if diagnostics else 0,)] * 2
+    shapes += [(B if diagnostics else 0,)] * 2 + [(B, m) if m else (0,)]
     return tuple(logits[0].new_empty(s, dtype=d) for s, d in zip(shapes, _RETURNS["sample"]))
 
 
 def _fake_verify(logits: list[torch.Tensor], *args: Any) -> tuple[torch.Tensor, ...]:
     B, S = _fake_lead(logits, args)
     shapes: list[tuple[int, ...]] = [(B, S), (B,), (B,)] + [(B, S) if args[-2] else (0,)] * 2
+    shapes.append((0,) if args[_COUNT + 2] is None else (B, S))
     return tuple(logits[0].new_empty(s, dtype=d) for s, d in zip(shapes, _RETURNS["verify"]))
 
 
@@ -280,6 +283,7 @@ class SampleOutput(NamedTuple):
     top_logprobs: torch.Tensor | None  # float32 [B, n]
     entropy: torch.Tensor | None  # float32 [B], nats, of the emulated distribution
     tv: torch.Tensor | None  # float32 [B], total variation between the tuned and the emulated distribution, 0..1
+    runners_up: torch.Tensor | None  # int64 [B, m], the tokens that came next in the draw, -1 padded
 
 
 class VerifyOutput(NamedTuple):
@@ -290,6 +294,7 @@ class VerifyOutput(NamedTuple):
     valid: torch.Tensor  # bool [B], False: the slot after the accepted drafts is invalid, as in `SampleOutput`
     logprobs: torch.Tensor | None  # float32 [B, K+1], nats, under the processed target
     raw_logprobs: torch.Tensor | None  # float32 [B, K+1], nats, under the emulated distribution
+    path: torch.Tensor | None  # of a tree: int64 [B, K+1], the slot that each token was drawn at, -1 padded
 
 
 class DraftOutput(NamedTuple):
@@ -298,6 +303,7 @@ class DraftOutput(NamedTuple):
     tokens: torch.Tensor  # int64 [B], -1 where the row is invalid
     valid: torch.Tensor  # bool [B], as in `SampleOutput`
     logprobs: torch.Tensor | None  # float32 [B], nats, under the distribution that was drawn from
+    runners_up: torch.Tensor | None  # int64 [B, m], as in `SampleOutput`
     method: str
     slot: int
     seed: PerRow
@@ -368,6 +374,7 @@ def sample(
     logprobs: bool = True,
     top_logprobs: int = 0,
     diagnostics: bool = False,
+    runners_up: int = 0,
     row_index: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     stream: str = "sample",
@@ -406,6 +413,8 @@ def sample(
       logprobs: return the token's log-probs; off saves the exponentials.
       top_logprobs: n most likely tokens of the emulated distribution, n up to 2^22. diagnostics: entropy and TV to
         ``tuned``.
+      runners_up: m tokens, 0 to 15, that came next in the draw that the token won (greedy: the next best): without the
+        token they would have been drawn, in this order.
       row_index: int64 [B], which row of the logits, then [N, V_j], each row reads; one outside [0, N) is invalid. All
         else is by row of the call.
       out: int64 [B], contiguous, no memory of other arguments; tokens are written there, and it is returned as
@@ -447,6 +456,7 @@ def sample(
             logprobs,
             top_logprobs,
             diagnostics,
+            runners_up,
             out,
         )
         if found is not None:
@@ -457,7 +467,7 @@ def sample(
     rows = len(logits[0] if row_index is None else row_index)
     if out is not None:
         _check_out(out, rows, device)
-    slot, top_logprobs = _check_draw(stream, slot, top_logprobs)
+    slot, top_logprobs, runners_up = _check_draw(stream, slot, top_logprobs, runners_up)
     logprobs, diagnostics = flag("logprobs", logprobs), flag("diagnostics", diagnostics)
     seed, position = _noise(seed, position, rows, device)
     p = check_params(
@@ -475,8 +485,8 @@ def sample(
         check=check or _eager_cpu(device),
         needs_tuned=diagnostics,
     )
-    found = _call("sample", logits, p, stream, slot, logprobs, top_logprobs, diagnostics, backend=backend)
-    tokens, valid, lp, raw, top_ids, top_lp, entropy, tv = found
+    found = _call("sample", logits, p, stream, slot, logprobs, top_logprobs, diagnostics, runners_up, backend=backend)
+    tokens, valid, lp, raw, top_ids, top_lp, entropy, tv, others = found
     if out is not None:
         tokens = out.copy_(tokens)
     return SampleOutput(
@@ -485,6 +495,7 @@ def sample(
         *((lp, raw) if logprobs else (None, None)),
         *((top_ids, top_lp) if top_logprobs else (None, None)),
         *((entropy, tv) if diagnostics else (None, None)),
+        others if runners_up else None,
     )
 
 
@@ -506,6 +517,7 @@ def draft(
     token_mask: torch.Tensor | None = None,
     token_bias: TokenBias | tuple[torch.Tensor, torch.Tensor] | None = None,
     logprobs: bool = False,
+    runners_up: int = 0,
     backend: str = "auto",
     check: bool = False,
 ) -> DraftOutput:
@@ -516,6 +528,7 @@ def draft(
       slot: the draft's place in its round, 0 to K - 1. method: as `verify` will be told.
       seed: the one that `verify` will be given. position: of this draft: the round's (that of slot 0) + slot.
       The sampling parameters are the drafts' own; they need not be the target's. The others: see `sample`.
+      runners_up: further drafts for the same place, for a tree (``parents`` of `verify`); "coupled" alone.
 
     Returns: `DraftOutput`; give `verify` a list of the round's. Raises: ValueError naming the argument.
     """
@@ -526,6 +539,8 @@ def draft(
         raise ValueError(f"logits: expected the drafting model's tensor [B, V], got {type(logits).__name__}")
     one_of("method", method, METHODS)
     slot = _slot(slot)
+    if runners_up and method != "coupled":
+        raise ValueError(f"runners_up: got {shown(runners_up)} with method={method!r}, allowed is 0: coupled has trees")
     if seed is None:
         raise ValueError("seed: got None; give the seed that verify will be given")
     noise: dict[str, Any] = dict(stream="sample") if method == "coupled" else dict(stream="draft", slot=slot)
@@ -542,6 +557,7 @@ def draft(
         token_mask=token_mask,
         token_bias=token_bias,
         logprobs=logprobs,
+        runners_up=runners_up,
         tuned=0,
         backend=backend,
         check=check,
@@ -562,6 +578,7 @@ def draft(
         out.tokens,
         out.valid,
         out.logprobs,
+        out.runners_up,
         method,
         slot,
         seed,
@@ -582,6 +599,7 @@ def verify(
     base: torch.Tensor | None = None,
     tuned: int | torch.Tensor = 1,
     ref: torch.Tensor | None = None,
+    parents: torch.Tensor | None = None,
     offsets: torch.Tensor | None = None,
     method: str = "token",
     draft: int | None = 1,
@@ -618,6 +636,10 @@ def verify(
         offsets[b + 1] - 1 of them, at most K + 1; so are those of token_mask [N, ...] and token_bias [N, n].
       draft_tokens: int64 [B, K], or the round's K outputs of `draft`: these say how they were drawn, and what cannot
         be judged is refused (of tensors on a GPU only with ``check``); a row's drafts end at its first invalid one.
+      parents: int64 [B, K], of drafts that are a tree ("coupled" alone): the slot that draft i follows, 0 to i. Slot 0
+        follows the text so far, slot i + 1 draft i, and its logits are those after the text and the drafts on the way
+        to it. Accepted is the longest path of drafts that are the target's own samples; of equally long ones, the one
+        that ends in the lowest slot.
       draft_lengths: int64 [B], how many of them count (default K, or what ``offsets`` have room for).
       method: "coupled": slot i's own sample with the noise of (seed, position + i), accepted while it equals the
         draft (of `draft` at the same positions): exactly the tokens of plain decoding for equal logits (a model's
@@ -630,8 +652,9 @@ def verify(
         mask and bias; None for a deterministic proposer.
       draft_temperature, draft_top_k, ...: numbers or tensors [B], what the drafts were drawn by where it is not the
         target's temperature, top_k, ... "coupled" compares tokens alone and takes none.
-      position: of slot 0; slot i is at position + i. token_mask: int32 [B, K+1, ceil(V / 32)],
-        token_bias: [B, K+1, N]; both hold for the draft distribution, too. Others: see `sample`.
+      position: of slot 0; slot i is at position + i (of a tree: + the number of drafts that lead to it).
+      token_mask: int32 [B, K+1, ceil(V / 32)], token_bias: [B, K+1, N]; both hold for the draft distribution, too.
+      The others: see `sample`.
 
     Returns: `VerifyOutput`. Raises: ValueError naming the argument, before anything is computed.
     """
@@ -666,6 +689,7 @@ def verify(
             tuned,
             draft_tokens,
             draft_lengths,
+            parents,
             METHOD_CODES[method],
             draft,
             *drawn_by,
@@ -695,6 +719,7 @@ def verify(
                 *(_per_slot(f"token_bias[{i}]", x, row_index, n, device) for i, x in enumerate(token_bias))
             )
     draft, logprobs = _check_method(logits, slots, method, draft), flag("logprobs", logprobs)
+    parents = _check_parents(parents, rows, slots, method, device, look)
     seed, position = _noise(seed, position, rows, device)
     p = check_params(
         logits,
@@ -716,6 +741,10 @@ def verify(
         and all(isinstance(d, DraftOutput) for d in draft_tokens)
         or isinstance(draft_tokens, DraftOutput)
     ):
+        if parents is not None:
+            raise ValueError(
+                "draft_tokens: got outputs of eft.draft, allowed is their tokens [B, K] where parents are given"
+            )
         drafts, draft_tokens = draft_tokens, _tokens_of(draft_tokens, rows, slots - 1, device)
     elif isinstance(draft_tokens, (list, tuple)) and any(
         isinstance(x, (torch.Tensor, DraftOutput)) for x in draft_tokens
@@ -750,14 +779,30 @@ def verify(
         p,
         draft_tokens,
         draft_lengths,
+        parents,
         method,
         -1 if draft is None else draft,
         params,
         logprobs,
         backend=backend,
     )
-    tokens, num_emitted, valid, lp, raw = out
-    return VerifyOutput(tokens, num_emitted, valid, *((lp, raw) if logprobs else (None, None)))
+    tokens, num_emitted, valid, lp, raw, path = out
+    return VerifyOutput(
+        tokens, num_emitted, valid, *((lp, raw) if logprobs else (None, None)), None if parents is None else path
+    )
+
+
+def _check_parents(
+    parents: object, rows: int, slots: int, method: str, device: torch.device, look: bool
+) -> torch.Tensor | None:
+    if parents is None:
+        return None
+    if method != "coupled":
+        raise ValueError(f"parents: got a tree with method={method!r}, allowed is 'coupled'")
+    checked = _integers("parents", parents, (rows, slots - 1), device)
+    if look and readable(checked) and bool(((checked < 0) | (checked > torch.arange(slots - 1, device=device))).any()):
+        raise ValueError(f"parents: got {checked.tolist()}, allowed is 0 to i for draft i: a slot before its own")
+    return checked
 
 
 def _check_lengths(lengths: torch.Tensor, slots: int, look: bool) -> None:
@@ -845,9 +890,13 @@ def _check_out(out: object, rows: int, device: torch.device) -> None:
         raise ValueError(f"out: expected a contiguous tensor, got strides {list(out.stride())}")
 
 
-def _check_draw(stream: object, slot: object, top_logprobs: object) -> tuple[int, int]:
+def _check_draw(stream: object, slot: object, top_logprobs: object, runners_up: object) -> tuple[int, int, int]:
     one_of("stream", stream, STREAM_NAMES)
-    return (_slot(slot), index("top_logprobs", top_logprobs, 0, MAX_VOCAB, f"an integer from 0 to {MAX_VOCAB}"))
+    return (
+        _slot(slot),
+        index("top_logprobs", top_logprobs, 0, MAX_VOCAB, f"an integer from 0 to {MAX_VOCAB}"),
+        index("runners_up", runners_up, 0, MAX_RUNNERS_UP, f"an integer from 0 to {MAX_RUNNERS_UP}"),
+    )
 
 
 def _check_method(logits: Sequence[torch.Tensor], slots: int, method: object, draft: object) -> int | None:

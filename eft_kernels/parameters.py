@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 MAX_MODELS = 8
 MAX_VOCAB = 1 << 22  # the fixed-point masses (2^40 each) of this many tokens cannot overflow 63 bits
 MAX_SLOT = (1 << 24) - 1  # the noise's counters hold 24 bits of it
+MAX_RUNNERS_UP = 15  # of a race
 GREEDY = 1e-5  # temperatures below are greedy
 TINY = 2.0**-126  # a float32 that no mode flushes to 0
 # A mask by the least number of a type: a logit <= MASKED excludes its token where the models' sum is not finite, or as

@@ -413,7 +413,7 @@ def check_sample(case: Case, backend: str, seed: int = 0, device: Device = "cpu"
     """`sample` on ``backend`` and ``device`` against the reference on the CPU, with everything it can return."""
     logits, weights, kwargs = make(case, seed)
     models = len(logits)
-    extra = dict(top_logprobs=5, diagnostics=models > 1) if not extra else extra
+    extra = extra or dict(top_logprobs=5, diagnostics=models > 1, runners_up=3)
     z, w, there = make(case, seed, device=device)
     if case.indexed:
         z, there["row_index"] = scattered(z, seed)
@@ -428,6 +428,9 @@ def check_sample(case: Case, backend: str, seed: int = 0, device: Device = "cpu"
     if want.top_ids is not None:
         assert got.top_ids is not None
         _equal("top_ids", got.top_ids, want.top_ids, case.name)
+    if want.runners_up is not None:
+        assert got.runners_up is not None
+        _equal("runners_up", got.runners_up, want.runners_up, case.name)
     return got
 
 
@@ -477,6 +480,63 @@ def check_verify(
     got = ops.verify(z, w, drafts.to(device), given, backend=backend, **args, **there)
     want = ops.verify(logits, weights, drafts, lengths, backend="reference", **args, **kwargs)
     name = f"{case.name}, {method}, draft {draft}"
+    _equal("num_emitted", got.num_emitted, want.num_emitted, name)
+    _equal("tokens", got.tokens, want.tokens, name)
+    _equal("valid", got.valid, want.valid, name)
+    _close("logprobs", got.logprobs, want.logprobs, name)
+    _close("raw_logprobs", got.raw_logprobs, want.raw_logprobs, name)
+    return got
+
+
+def check_tree(case: Case, backend: str, seed: int = 0, device: Device = "cpu") -> ops.VerifyOutput:
+    """`verify` of trees of drafts, many of them the target's own, against the reference on the CPU."""
+    slots, rows = case.slots + 3, case.rows
+    (logits, weights, kwargs), (z, w, there) = (make(case, seed, slots, d) for d in ("cpu", device))
+    for options in (kwargs, there):
+        for name in ("stream", "slot"):
+            options.pop(name, None)
+        if isinstance(options["position"], torch.Tensor):
+            options["position"] = options["position"].clamp(max=(1 << 63) - 20)
+    g = torch.Generator().manual_seed(seed + 17)
+    # a slot's parent is often the slot before it
+    parents = torch.stack([i - (torch.rand(rows, generator=g) ** 3 * (i + 1)).long() for i in range(slots - 1)], 1)
+    depth = reference.verification.depths(parents)
+    vocab_size = kwargs.get("vocab_size") or min(v.shape[-1] for v in logits)
+    drafts = torch.randint(0, vocab_size, (rows, slots - 1), generator=g)
+    own = [  # what each slot draws
+        ops.verify(
+            [x[:, i : i + 1] for x in logits],
+            weights,
+            drafts[:, :0],
+            method="coupled",
+            draft=None,
+            backend="reference",
+            **{
+                name: x[:, i : i + 1]
+                if name == "token_mask"
+                else TokenBias(*(y[:, i : i + 1] for y in x))
+                if name == "token_bias"
+                else x
+                for name, x in kwargs.items()
+                if name != "position"
+            },
+            position=kwargs["position"] + depth[:, i],
+        ).tokens
+        for i in range(slots)
+    ]
+    taken = torch.cat(own, 1).gather(1, parents).clamp(min=0)
+    drafts = torch.where(torch.rand(drafts.shape, generator=g) < 0.8, taken, drafts)
+    lengths = (torch.arange(rows) * 3 + seed) % slots
+    lengths[: rows // 2] = slots - 1
+    args: dict[str, Any] = dict(method="coupled", draft=None, logprobs=True)
+    if case.indexed:
+        z, there = ragged(z, lengths.to(device), there)
+    given = None if case.indexed else lengths.to(device)
+    got = ops.verify(z, w, drafts.to(device), given, parents=parents.to(device), backend=backend, **args, **there)
+    want = ops.verify(logits, weights, drafts, lengths, parents=parents, backend="reference", **args, **kwargs)
+    name = f"{case.name}, tree"
+    assert got.path is not None and want.path is not None
+    _equal("path", got.path, want.path, name)
     _equal("num_emitted", got.num_emitted, want.num_emitted, name)
     _equal("tokens", got.tokens, want.tokens, name)
     _equal("valid", got.valid, want.valid, name)

@@ -14,7 +14,19 @@ import torch
 
 import eft_kernels as eft
 from eft_kernels import arguments, dispatch, ops, parameters, reference, testing
-from eft_kernels.testing import BF16, CASES, F16, F32, Case, check_logprobs, check_sample, check_verify, make, per_row
+from eft_kernels.testing import (
+    BF16,
+    CASES,
+    F16,
+    F32,
+    Case,
+    check_logprobs,
+    check_sample,
+    check_tree,
+    check_verify,
+    make,
+    per_row,
+)
 
 METHODS = ops.METHODS
 NAMES = [case.name for case in CASES]
@@ -82,6 +94,18 @@ def test_logprobs(case, backend):
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_verify(case, method, compiled):
     check_verify(case, compiled, method, draft=1)
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_verify_of_trees(case, compiled):
+    check_tree(case, compiled)
+
+
+@pytest.mark.parametrize("logprobs", (True, False), ids=("logprobs", "tokens"))
+@pytest.mark.parametrize("runners_up", (1, 15))
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_runners_up(case, runners_up, logprobs, compiled):
+    check_sample(case, compiled, seed=5, logprobs=logprobs, runners_up=runners_up)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -167,6 +191,7 @@ BULK = [
 @pytest.mark.parametrize("case", BULK, ids=lambda case: case.name)
 def test_no_mismatch_in_bulk(case, compiled):
     check_sample(case, compiled, logprobs=True)
+    check_sample(case, compiled, seed=1, logprobs=False, runners_up=4)
 
 
 @pytest.mark.parametrize("method", METHODS)

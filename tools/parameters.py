@@ -148,6 +148,7 @@ def header() -> str:
         kMaxModels=("int", parameters.MAX_MODELS),
         kMaxVocab=("int64_t", parameters.MAX_VOCAB),
         kMaxSlot=("int64_t", parameters.MAX_SLOT),
+        kMaxRunnersUp=("int", parameters.MAX_RUNNERS_UP),
         kGreedy=("float", parameters.GREEDY),
         kMasked=("float", parameters.MASKED),
         kLarge=("float", parameters.LARGE),

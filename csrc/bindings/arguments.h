@@ -310,7 +310,7 @@ class Outputs {
   }
 
  private:
-  PyObject* objects_[8];
+  PyObject* objects_[9];
   int n_ = 0;
   bool failed_ = false;
 };
@@ -325,6 +325,7 @@ inline bool prepare(Reader& r, SampleCall& c, Outputs& out) {
   c.top_n = r.integer(0, kMaxVocab);
   const bool diagnostics = r.boolean();
   r.needs_tuned(c, diagnostics);
+  c.num_runners_up = static_cast<int>(r.integer(0, kMaxRunnersUp));
   const int64_t B = c.rows;
   PyObject* tokens = r.i < r.n ? r.next() : Py_None;  // where to write them
   if (tokens != Py_None) c.tokens = const_cast<int64_t*>(r.tensor<int64_t>(tokens, kInt64, {B}));
@@ -338,6 +339,7 @@ inline bool prepare(Reader& r, SampleCall& c, Outputs& out) {
   c.top_logprobs = out.make<float>(c.top_n, r.device, kFloat32, {B, c.top_n});
   c.entropy = out.make<float>(diagnostics, r.device, kFloat32, {B});
   c.tv = out.make<float>(diagnostics, r.device, kFloat32, {B});
+  c.runners_up = out.make<int64_t>(c.num_runners_up, r.device, kInt64, {B, c.num_runners_up});
   return true;
 }
 
@@ -351,7 +353,10 @@ inline bool prepare(Reader& r, VerifyCall& c, Outputs& out) {
   } else {
     c.draft_lengths = {r.tensor<int64_t>(r.next(), kInt64, {B}), 0};
   }
+  PyObject* parents = r.next();
+  if (parents != Py_None) c.parents = r.tensor<int64_t>(parents, kInt64, {B, S - 1});
   c.method = static_cast<int>(r.integer(0, 2));
+  r.need(!c.parents || c.method == kCoupled);
   c.draft = -1;
   if (r.i < r.n && r.args[r.i] == Py_None) ++r.i;
   else c.draft = static_cast<int>(r.integer(0, c.models - 1));
@@ -364,6 +369,8 @@ inline bool prepare(Reader& r, VerifyCall& c, Outputs& out) {
       if (!r.need(length >= 0 && length < S)) break;
       for (int64_t k = 0; k < length; ++k)
         r.need(c.draft_tokens[b * (S - 1) + k] >= 0 && c.draft_tokens[b * (S - 1) + k] < c.vocab_size);
+      for (int64_t k = 0; c.parents && k < S - 1; ++k)
+        r.need(c.parents[b * (S - 1) + k] >= 0 && c.parents[b * (S - 1) + k] <= k);
     }
   if (!r.done()) return false;
   c.tokens = out.make<int64_t>(true, r.device, kInt64, {B, S});
@@ -371,6 +378,7 @@ inline bool prepare(Reader& r, VerifyCall& c, Outputs& out) {
   c.valid = out.make<bool>(true, r.device, kBool8, {B});
   c.logprobs = out.make<float>(logprobs, r.device, kFloat32, {B, S});
   c.raw_logprobs = out.make<float>(logprobs, r.device, kFloat32, {B, S});
+  c.path = out.make<int64_t>(c.parents != nullptr, r.device, kInt64, {B, S});
   return true;
 }
 

@@ -64,15 +64,23 @@ void sample(const SampleCall& call) {
     const bool sum = call.logprobs && !f.greedy && f.temperature != 1 && (!filtered || (f.top_p < 1 && f.top_k == 0));
     r.score(call.logprobs || call.top_n > 0 || call.entropy, sum);
     Winner w;
+    Leaders leaders(call.num_runners_up);
     if (r.valid) {
       Source noise = source_of(call, b, 0, call.stream, call.slot);
       r.filter(call.logprobs);
-      w = call.logprobs ? r.draw(noise) : r.pick(noise);
+      if (call.num_runners_up) {
+        leaders = call.logprobs ? r.draw(noise, leaders) : r.pick(noise, leaders);
+        w = leaders.first();
+      } else {
+        w = call.logprobs ? r.draw(noise) : r.pick(noise);
+      }
       if (call.logprobs && filtered) r.know_mass();
       r.valid = w.id >= 0;
     }
     call.valid[b] = r.valid;
     call.tokens[b] = w.id;
+    for (int i = 0; i < call.num_runners_up; ++i)
+      call.runners_up[b * call.num_runners_up + i] = i + 1 < leaders.count ? leaders.of[i + 1].id : -1;
     if (call.logprobs) {
       call.logprobs[b] = r.valid ? r.processed_logprob(w.score) : kNaN;
       call.raw_logprobs[b] = r.valid ? r.raw_logprob(w.score) : kNaN;

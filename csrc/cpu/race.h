@@ -11,31 +11,57 @@ namespace {
 struct Winner {
   float key = -kInf, score = -kInf;
   int64_t id = -1;
+  bool behind(float k, int64_t v) const { return k > key || (k == key && v < id); }
   void offer(float k, float s, int64_t v) {
-    if (k > key || (k == key && v < id)) key = k, score = s, id = v;
+    if (behind(k, v)) key = k, score = s, id = v;
+  }
+  const Winner& first() const { return *this; }
+  float least_score() const { return score; }
+};
+
+// A winner and the runners-up.
+struct Leaders {
+  float key = -kInf;  // what a token needs to be one of them
+  int size, count = 0;
+  Winner of[kMaxRunnersUp + 1];
+  explicit Leaders(int runners_up) : size(runners_up + 1) {}
+  void offer(float k, float s, int64_t v) {
+    int i = count;
+    if (count < size) ++count;
+    else if (!of[--i].behind(k, v)) return;
+    for (; i > 0 && of[i - 1].behind(k, v); --i) of[i] = of[i - 1];
+    of[i] = {k, s, v};
+    if (count == size) key = of[size - 1].key;
+  }
+  const Winner& first() const { return of[0]; }
+  float least_score() const {
+    float s = kInf;
+    for (int i = 0; i < count; ++i) s = std::min(s, of[i].score);
+    return s;
   }
 };
 
-// argmax of s_v + T g_v, lowest id on ties, of the scores in `kept`. group_max: the best scores of each
+// argmax of s_v + T g_v, lowest id on ties, of the scores in `kept`, or those of the largest keys: `winner` is a Winner
+// or Leaders that nothing was offered. group_max: the best scores of each
 // chunk's 8 groups; visit(c, which, fn) calls fn(g, scores) for the groups of chunk c whose bits are set in `which`.
 // Scores are read again, and need not be what they were (another thread may write): then any token, or none, wins.
-template <class Visit>
-Winner race(int chunks, const float* group_max, const Interval& kept, float temperature, const Source& source,
-            Scratch& sc, const Visit& visit) {
-  Winner winner;
+template <class Best, class Visit>
+Best race(int chunks, const float* group_max, const Interval& kept, float temperature, const Source& source,
+          Scratch& sc, Best winner, const Visit& visit) {
   const float lowest = std::max(kept.floor, -std::numeric_limits<float>::max());
-  if (temperature == 0) {
-    float best = -kInf;
-    for (int i = 0; i < chunks * kGroups; ++i) best = std::max(best, group_max[i]);
-    for (int c = 0; c < chunks && winner.id < 0; ++c)
-      if (unsigned which = which_of_8(group_max + c * kGroups, lowest, 0, best))
-        visit(c, which & -which, [&](int g, const float* s) {
-          int i = 0;
-          while (i < kGroup && !(s[i] == best)) ++i;
-          if (i < kGroup) winner.offer(best, best, int64_t{c} * kChunkSize + g * kGroup + i);
-        });
-    return winner;
-  }
+  if constexpr (std::is_same_v<Best, Winner>)
+    if (temperature == 0) {
+      float best = -kInf;
+      for (int i = 0; i < chunks * kGroups; ++i) best = std::max(best, group_max[i]);
+      for (int c = 0; c < chunks && winner.id < 0; ++c)
+        if (unsigned which = which_of_8(group_max + c * kGroups, lowest, 0, best))
+          visit(c, which & -which, [&](int g, const float* s) {
+            int i = 0;
+            while (i < kGroup && !(s[i] == best)) ++i;
+            if (i < kGroup) winner.offer(best, best, int64_t{c} * kChunkSize + g * kGroup + i);
+          });
+      return winner;
+    }
   int padded = (chunks + W - 1) / W * W;
   float *bound = sc.bound.need(padded), *e = sc.chunk_e.need(padded), *g = sc.chunk_g.need(padded);
   uint32_t* place = sc.place.need(padded);

@@ -127,7 +127,7 @@ struct Slot {
       const float s = target.group_max[i];
       bound[i] = s >= floor() ? (s - target.best) * target.filters.inverse_temperature + top : -kInf;
     }
-    return race(target.scorer.chunks, bound, Interval(), 1.0f, source, target.sc,
+    return race(target.scorer.chunks, bound, Interval(), 1.0f, source, target.sc, Winner(),
                 [&](int c, unsigned which, const auto& fn) {
                   target.visit(c, which, [&](int g, const float* s) {
                     alignas(64) float score[kGroup];
@@ -150,7 +150,9 @@ void verify(const VerifyCall& call) {
   each_row(call, [&](int64_t b, int threads) {
     const int64_t S = call.slots, length = std::max<int64_t>(0, std::min(call.draft_lengths[b], S - 1));
     int64_t accepted = 0, token = -1;
-    int64_t* drafts = call.tokens + b * S;  // read once; -1: none of the vocabulary's, which is never accepted
+    int64_t* path = call.parents ? call.path + b * S : nullptr;
+    int64_t* tokens = call.tokens + b * S;
+    int64_t* drafts = tokens;  // read once; -1: none of the vocabulary's, which is never accepted
     for (int64_t i = 0; i < S; ++i) {
       const int64_t d = i < length ? call.draft_tokens[b * (S - 1) + i] : -1;
       drafts[i] = d >= 0 && d < call.vocab_size ? d : -1;
@@ -158,14 +160,28 @@ void verify(const VerifyCall& call) {
     auto at = [&](int64_t i, uint32_t stream, int64_t slot) {
       return source_of(call, b, i, stream, static_cast<uint32_t>(slot));
     };
-    auto plain = [&](int64_t i) {  // the target's own sample, -1 where the slot is invalid
-      Row r = row_of(call, b, i, threads);
+    // the target's own sample at a slot, `depth` drafts after the row's position; -1 where it is invalid
+    auto sample_at = [&](int64_t slot, int64_t depth) {
+      Row r = row_of(call, b, slot, threads);
       r.score(false, false);
       if (!r.valid) return int64_t{-1};
       r.filter(false);
-      return r.pick(at(i, kSample, 0)).id;
+      return r.pick(at(depth, kSample, 0)).id;
     };
-    if (call.method == kCoupled) {
+    auto plain = [&](int64_t i) { return sample_at(i, i); };
+    if (path) {
+      const Tree tree{call.parents + b * (S - 1), call.draft_tokens + b * (S - 1), length};
+      constexpr int64_t kUnknown = -2;
+      int64_t* own = tokens;  // those that were asked for
+      std::fill(own, own + S, kUnknown);
+      const auto sample = [&](int64_t slot) {
+        if (own[slot] == kUnknown) own[slot] = sample_at(slot, tree.depth(slot));
+        return own[slot];
+      };
+      accepted = tree.accept(S, path, sample) - 1;
+      for (int64_t d = 0; d <= accepted; ++d) own[d] = sample(path[d]);
+      token = own[accepted];
+    } else if (call.method == kCoupled) {
       for (;; ++accepted) {
         token = plain(accepted);
         if (token < 0 || accepted >= length || token != drafts[accepted]) break;
@@ -209,7 +225,6 @@ void verify(const VerifyCall& call) {
         token = plain(accepted);
       }
     }
-    int64_t* tokens = drafts;
     std::fill(tokens + accepted, tokens + S, -1);
     tokens[accepted] = token;
     call.valid[b] = token >= 0;
@@ -218,7 +233,7 @@ void verify(const VerifyCall& call) {
     for (int64_t i = 0; i < S; ++i) {
       float lp = kNaN, raw = kNaN;
       if (i < call.emitted[b]) {
-        Row r = row_of(call, b, i, threads);
+        Row r = row_of(call, b, path ? path[i] : i, threads);
         r.score(true, false);
         if (r.valid) {
           r.filter(true);

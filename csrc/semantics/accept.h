@@ -25,6 +25,55 @@ struct Residual {
   }
 };
 
+// A tree of drafts: slot 0 follows the text, slot i + 1 draft i, which follows slot parents[i] <= i. Values may be
+// unchecked, and change while they are read: a draft whose parent is no slot before it is never accepted.
+struct Tree {
+  const int64_t *parents, *drafts;  // of one row
+  int64_t length;                   // drafts that count
+
+  EFT_HD int64_t parent(int64_t slot) const {  // of a slot >= 1; -1: none
+    const int64_t p = parents[slot - 1];
+    return p >= 0 && p < slot ? p : -1;
+  }
+  // the number of drafts that lead to a slot
+  EFT_HD int64_t depth(int64_t slot) const {
+    int64_t d = 0;
+    for (; slot > 0; ++d) slot = parent(slot);
+    return d;
+  }
+  // The same, -1 where one of them is not the target's own: sample(slot) is what the target draws there, -1 where it is
+  // invalid.
+  template <class Sample>
+  EFT_HD int64_t accepted_depth(int64_t slot, const Sample& sample) const {
+    if (slot > length) return -1;
+    int64_t d = 0;
+    for (; slot > 0; ++d) {
+      const int64_t p = parent(slot), token = drafts[slot - 1];
+      if (p < 0 || token < 0 || token != sample(p)) return -1;
+      slot = p;
+    }
+    return d;
+  }
+  // The slots of the longest accepted path, of equally long ones of that to the lowest slot, into path[S], -1 behind
+  // its end. Their number is returned.
+  template <class Sample>
+  EFT_HD int64_t accept(int64_t S, int64_t* path, const Sample& sample) const {
+    int64_t last = 0, longest = 0;
+    for (int64_t i = 1; i < S; ++i) {
+      const int64_t d = accepted_depth(i, sample);
+      if (d > longest) last = i, longest = d;
+    }
+    for (int64_t d = S - 1; d > longest; --d) path[d] = -1;
+    for (int64_t d = longest; d > 0; --d) {
+      path[d] = last;
+      const int64_t p = parent(last > 0 ? last : 1);
+      last = p < 0 ? 0 : p;
+    }
+    path[0] = 0;
+    return longest + 1;
+  }
+};
+
 // block verification (Sun et al., arXiv 2403.10444): the running min(1, p / q) product ...
 EFT_HD double block_ratio(double ratio, int64_t t, int64_t t_total, int64_t d, int64_t d_total) {
   if (!(ratio > 0) || t == 0) return 0;

@@ -86,17 +86,21 @@ struct SampleCall : Call {
   int64_t* top_ids;
   float* top_logprobs;
   float *entropy, *tv;
+  int num_runners_up;
+  int64_t* runners_up;  // [rows, num_runners_up]
 };
 
 struct VerifyCall : Call {
   const int64_t* draft_tokens;
   PerRow<int64_t> draft_lengths;
-  int method, draft;  // draft: a model, or -1
-  Sampling drawn_by;  // of the draft distribution
+  const int64_t* parents;  // [rows, slots - 1], of a tree, or null
+  int method, draft;       // draft: a model, or -1
+  Sampling drawn_by;       // of the draft distribution
   int64_t* tokens;
   int64_t* emitted;
   bool* valid;
   float *logprobs, *raw_logprobs;
+  int64_t* path;  // [rows, slots], of a tree
 };
 
 struct LogprobsCall : Call {

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from ..dispatch import Sampled, Verified
+from ..dispatch import MaybeTensor, Sampled, Verified
 from ..parameters import METHOD_CODES, STREAM_CODES, DraftParams, Params
 from . import extension, workspace
 
@@ -98,10 +98,10 @@ def sample(
     logprobs: bool,
     top_logprobs: int,
     diagnostics: bool,
+    runners_up: int,
 ) -> Sampled:
-    out: Sampled = _run(
-        _cuda.sample, logits, p, STREAM_CODES[stream], int(slot), bool(logprobs), int(top_logprobs), bool(diagnostics)
-    )
+    own = STREAM_CODES[stream], int(slot), bool(logprobs), int(top_logprobs), bool(diagnostics), int(runners_up)
+    out: Sampled = _run(_cuda.sample, logits, p, *own)
     return out
 
 
@@ -110,6 +110,7 @@ def verify(
     p: Params,
     draft_tokens: torch.Tensor,
     draft_lengths: torch.Tensor,
+    parents: MaybeTensor,
     method: str,
     draft: int,
     drawn_by: DraftParams,
@@ -121,6 +122,7 @@ def verify(
         p,
         draft_tokens,
         draft_lengths,
+        parents,
         METHOD_CODES[method],
         None if draft < 0 else int(draft),
         *drawn_by,

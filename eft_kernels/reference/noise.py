@@ -155,6 +155,20 @@ def first_max(key: torch.Tensor) -> torch.Tensor:
     return torch.where(key == key.amax(1, keepdim=True), ids, key.shape[1]).amin(1)
 
 
+def keys(
+    scores: torch.Tensor,
+    temperature: torch.Tensor,
+    seed: torch.Tensor,
+    position: torch.Tensor,
+    stream: int,
+    slot: torch.Tensor,
+) -> torch.Tensor:
+    """s_v + T * (-log E_v), [R, V]; scores [R, V] with -inf for excluded tokens."""
+    return scores + temperature[:, None] * gumbel(
+        seed[:, None], position[:, None], stream, slot[:, None], scores.shape[1]
+    )
+
+
 def race(
     scores: torch.Tensor,
     temperature: torch.Tensor,
@@ -163,6 +177,12 @@ def race(
     stream: int,
     slot: torch.Tensor,
 ) -> torch.Tensor:
-    """argmax_v s_v + T * (-log E_v), lowest id on ties, [R]; scores [R, V] with -inf for excluded tokens."""
-    g = gumbel(seed[:, None], position[:, None], stream, slot[:, None], scores.shape[1])
-    return first_max(scores + temperature[:, None] * g)
+    """The token of the largest key, lowest id on ties, [R]."""
+    return first_max(keys(scores, temperature, seed, position, stream, slot))
+
+
+def runners_up(key: torch.Tensor, n: int) -> torch.Tensor:
+    """The tokens behind the winner, lower ids first on ties, [R, n]; -1 where there are fewer."""
+    order = key.sort(dim=1, descending=True, stable=True)
+    ids = torch.where(order.values > float("-inf"), order.indices, -1)[:, 1 : n + 1]
+    return torch.nn.functional.pad(ids, (0, n - ids.shape[1]), value=-1)

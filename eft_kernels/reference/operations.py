@@ -9,7 +9,8 @@ import torch
 from ..dispatch import Sampled
 from ..parameters import STREAM_CODES, Params, TokenBias
 from .masses import log_total
-from .noise import race
+from .noise import first_max, keys
+from .noise import runners_up as behind
 from .rows import NEG_INF, Rows, read_rows
 
 NAN = float("nan")
@@ -40,6 +41,7 @@ def sample(
     logprobs: bool,
     top_logprobs: int,
     diagnostics: bool,
+    runners_up: int,
 ) -> Sampled:
     (B,), device = p.lead(logits), logits[0].device
 
@@ -48,12 +50,16 @@ def sample(
 
     tokens, valid = full((B,), -1, torch.int64), full((B,), False, torch.bool)
     lp, raw, entropy, tv = (full((B,), NAN) for _ in range(4))
+    others = full((B, runners_up), -1, torch.int64)
     top_ids, top_lp = full((B, top_logprobs), -1, torch.int64), full((B, top_logprobs), NEG_INF)
     for part in blocks(B, p.vocab_size):
         r = rows_of(logits, p, part)
         s, ok = r.combine()
         kept, _ = r.process(s)
-        chosen = race(kept, r.temperature, r.seed, r.position, STREAM_CODES[stream], torch.full_like(r.seed, slot))
+        raced = torch.where(r.greedy[:, None], s, kept) if runners_up else kept
+        key = keys(raced, r.temperature, r.seed, r.position, STREAM_CODES[stream], torch.full_like(r.seed, slot))
+        chosen = first_max(key)
+        others[part] = torch.where(ok[:, None], behind(key, runners_up), -1)
         tokens[part], valid[part] = torch.where(ok, chosen, -1), ok
         emulated = r.log_softmax(s, False) if logprobs or top_logprobs or diagnostics else s
         if logprobs:
@@ -79,6 +85,7 @@ def sample(
         top_lp if top_logprobs else None,
         entropy if diagnostics else None,
         tv if diagnostics else None,
+        others if runners_up else None,
     )
 
 

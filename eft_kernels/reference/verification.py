@@ -11,7 +11,7 @@ import torch
 from ..dispatch import Verified
 from ..parameters import STREAM_CODES, DraftParams, Params, TokenBias
 from .masses import MASS_BITS, RESIDUAL_BITS
-from .noise import accept_uniform, log, race
+from .noise import accept_uniform, first_max, log, race
 from .rows import NEG_INF, Rows, read_rows
 
 NAN = float("nan")
@@ -25,6 +25,7 @@ class Slot:
         logits: Sequence[torch.Tensor],
         p: Params,
         i: int,
+        depth: torch.Tensor | int,
         length: torch.Tensor,
         proposed: torch.Tensor | None,
         method: str,
@@ -41,7 +42,7 @@ class Slot:
             logits, there = read_rows(logits, p.row_index[:, i])
         self.i = i
         self.target = Rows(logits, p, rows, mask, bias, there)
-        self.target.position = self.target.position + i
+        self.target.position = self.target.position + depth
         self.scores, self.valid = self.target.combine()
         _, self.t = self.target.process(self.scores)
         self.t_total = self.t.sum(1).clamp(min=1)
@@ -137,6 +138,40 @@ def accept_block(slots: list[Slot], drafts: torch.Tensor, lengths: torch.Tensor)
     return Accepted(number, factor)
 
 
+def depths(parents: torch.Tensor) -> torch.Tensor:
+    """How many drafts lead to each slot of trees, [B, N + 1]; a draft whose parent is no slot before it has none."""
+    depth = torch.zeros(parents.shape[0], parents.shape[1] + 1, dtype=torch.int64, device=parents.device)
+    for i in range(1, depth.shape[1]):
+        parent = parents[:, i - 1]
+        there = (parent >= 0) & (parent < i)
+        depth[:, i] = 1 + torch.where(there, depth.gather(1, parent.clamp(0, i - 1)[:, None])[:, 0], 0)
+    return depth
+
+
+def accept_tree(slots: list[Slot], parents: torch.Tensor, drafts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """The slots of the longest path whose drafts are the target's own samples, [B, N + 1], -1 behind its end.
+
+    Of paths of one length it is the one that ends in the lowest slot.
+    """
+    B, S = drafts.shape[0], len(slots)
+    own = torch.stack([torch.where(slot.valid, slot.sample(), -1) for slot in slots], 1)
+    paths = torch.full((B, S, S), -1, dtype=torch.int64, device=drafts.device)  # to each slot, where it is accepted
+    paths[:, 0, 0] = 0
+    rows = torch.arange(B, device=drafts.device)
+    for i in range(1, S):
+        parent = parents[:, i - 1]
+        there = (parent >= 0) & (parent < i) & (i <= lengths)
+        parent = parent.clamp(0, i - 1)
+        before = paths[rows, parent]
+        token = drafts[:, i - 1]
+        accepted = there & (before[:, 0] == 0) & (token >= 0) & (token == own[rows, parent])
+        end = (before >= 0).sum(1)
+        before[rows, end.clamp(max=S - 1)] = i
+        paths[:, i] = torch.where(accepted[:, None], before, -1)
+    longest = first_max((paths >= 0).sum(2))
+    return paths[rows, longest]
+
+
 ACCEPT = {"coupled": accept_coupled, "token": accept_token, "block": accept_block}
 
 
@@ -146,19 +181,33 @@ def verify(
     p: Params,
     draft_tokens: torch.Tensor,
     draft_lengths: torch.Tensor,
+    parents: torch.Tensor | None,
     method: str,
     draft: int,
     drawn_by: DraftParams,
     logprobs: bool,
 ) -> Verified:
-    """``draft`` is -1 for a deterministic proposer."""
+    """``draft`` is -1 for a deterministic proposer; ``parents`` are of "coupled" alone."""
     B, S = p.lead(logits)
     device = logits[0].device
     draft_lengths = draft_lengths.clamp(0, S - 1)
+    depth = torch.arange(S, device=device).expand(B, S) if parents is None else depths(parents)
     slots = [
-        Slot(logits, p, i, draft_lengths, draft_tokens[:, i] if i < S - 1 else None, method, draft, drawn_by)
+        Slot(
+            logits,
+            p,
+            i,
+            depth[:, i],
+            draft_lengths,
+            draft_tokens[:, i] if i < S - 1 else None,
+            method,
+            draft,
+            drawn_by,
+        )
         for i in range(S)
     ]
+    if parents is not None:
+        return verify_tree(slots, parents, draft_tokens, draft_lengths, logprobs)
     # a row ends its drafts at the first invalid slot, and is invalid if it gets there
     index = torch.arange(S, device=device)
     ends = torch.where(torch.stack([slot.valid for slot in slots], 1), S, index).amin(1)
@@ -182,7 +231,7 @@ def verify(
         emitted = torch.where(here, slot.i + slot.valid.to(torch.int64), emitted)
     tokens[:, : S - 1] = torch.where(index[: S - 1] < accepted.number[:, None], draft_tokens, tokens[:, : S - 1])
     if not logprobs:
-        return tokens, emitted, valid, None, None
+        return tokens, emitted, valid, None, None, None
 
     lp = torch.full((B, S), NAN, dtype=torch.float32, device=device)
     raw = lp.clone()
@@ -191,4 +240,28 @@ def verify(
         processed, emulated = (slot.target.log_softmax(slot.scores, x).gather(1, ids)[:, 0] for x in (True, False))
         lp[:, slot.i] = torch.where(there, processed, lp[:, slot.i])
         raw[:, slot.i] = torch.where(there, emulated, raw[:, slot.i])
-    return tokens, emitted, valid, lp, raw
+    return tokens, emitted, valid, lp, raw, None
+
+
+def verify_tree(
+    slots: list[Slot], parents: torch.Tensor, drafts: torch.Tensor, lengths: torch.Tensor, logprobs: bool
+) -> Verified:
+    """`verify` of "coupled" drafts that are trees."""
+    path = accept_tree(slots, parents, drafts, lengths)
+    there, at = path >= 0, path.clamp(min=0)
+
+    def along(values: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(values, 1).gather(1, at)
+
+    ok = along([slot.valid for slot in slots]) & there
+    tokens = torch.where(ok, along([slot.sample() for slot in slots]), -1)
+    emitted, valid = ok.sum(1), ok.sum(1) == there.sum(1)
+    if not logprobs:
+        return tokens, emitted, valid, None, None, path
+    processed, emulated = (
+        torch.stack([slot.target.log_softmax(slot.scores, x) for slot in slots], 1)  # [B, N + 1, V]
+        for x in (True, False)
+    )
+    rows = torch.arange(len(path), device=path.device)[:, None]
+    lp, raw = (torch.where(ok, x[rows, at, tokens.clamp(min=0)], NAN) for x in (processed, emulated))
+    return tokens, emitted, valid, lp, raw, path
