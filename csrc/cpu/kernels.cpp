@@ -60,17 +60,19 @@ void sample(const SampleCall& call) {
     Row r = row_of(call, b, 0, threads);
     const Filters& f = r.filters;
     const bool filtered = f.filtered();
-    // with filters the sum helps to find the nucleus of all tokens
-    const bool sum = call.logprobs && !f.greedy && f.temperature != 1 && (!filtered || (f.top_p < 1 && f.top_k == 0));
-    r.score(call.logprobs || call.top_n > 0 || call.entropy, sum);
+    // with filters the sum helps to find the nucleus of all tokens; for runners-up that is quicker than by rejection
+    const bool nucleus = f.top_p < 1 && f.top_k == 0 && !f.greedy && (call.logprobs || call.num_runners_up);
+    const bool sum = nucleus || (call.logprobs && !f.greedy && !filtered);
+    r.score(call.logprobs || call.top_n > 0 || call.entropy || (nucleus && f.temperature == 1),
+            sum && f.temperature != 1);
     Winner w;
     Leaders leaders(call.num_runners_up);
     if (r.valid) {
       Source noise = source_of(call, b, 0, call.stream, call.slot);
-      r.filter(call.logprobs);
+      r.filter(call.logprobs || call.num_runners_up);
       if (call.num_runners_up) {
-        leaders = call.logprobs ? r.draw(noise, leaders) : r.pick(noise, leaders);
-        w = leaders.first();
+        leaders = r.draw(noise, leaders);
+        w = leaders.of[0];
       } else {
         w = call.logprobs ? r.draw(noise) : r.pick(noise);
       }

@@ -1,5 +1,7 @@
 // The pruned race over chunks (semantics/noise.h), and selection: k-th largest, nucleus.
 #pragma once
+#include <type_traits>
+
 #include "score.h"
 
 #include "../semantics/filters.h"  // after the vectors that its functions are for
@@ -11,12 +13,10 @@ namespace {
 struct Winner {
   float key = -kInf, score = -kInf;
   int64_t id = -1;
-  bool behind(float k, int64_t v) const { return k > key || (k == key && v < id); }
+  bool beaten_by(float k, int64_t v) const { return k > key || (k == key && v < id); }
   void offer(float k, float s, int64_t v) {
-    if (behind(k, v)) key = k, score = s, id = v;
+    if (beaten_by(k, v)) key = k, score = s, id = v;
   }
-  const Winner& first() const { return *this; }
-  float least_score() const { return score; }
 };
 
 // A winner and the runners-up.
@@ -28,23 +28,17 @@ struct Leaders {
   void offer(float k, float s, int64_t v) {
     int i = count;
     if (count < size) ++count;
-    else if (!of[--i].behind(k, v)) return;
-    for (; i > 0 && of[i - 1].behind(k, v); --i) of[i] = of[i - 1];
+    else if (!of[--i].beaten_by(k, v)) return;
+    for (; i > 0 && of[i - 1].beaten_by(k, v); --i) of[i] = of[i - 1];
     of[i] = {k, s, v};
     if (count == size) key = of[size - 1].key;
   }
-  const Winner& first() const { return of[0]; }
-  float least_score() const {
-    float s = kInf;
-    for (int i = 0; i < count; ++i) s = std::min(s, of[i].score);
-    return s;
-  }
 };
 
-// argmax of s_v + T g_v, lowest id on ties, of the scores in `kept`, or those of the largest keys: `winner` is a Winner
-// or Leaders that nothing was offered. group_max: the best scores of each
-// chunk's 8 groups; visit(c, which, fn) calls fn(g, scores) for the groups of chunk c whose bits are set in `which`.
-// Scores are read again, and need not be what they were (another thread may write): then any token, or none, wins.
+// The winner, argmax of s_v + T g_v, lowest id on ties, of the scores in `kept`, or with it the runners-up: `winner` is
+// a Winner or Leaders that nothing was offered. group_max: the best scores of each chunk's 8 groups; visit(c, which,
+// fn) calls fn(g, scores) for the groups of chunk c whose bits are set in `which`. Scores are read again, and need not
+// be what they were (another thread may write): then any token, or none, wins.
 template <class Best, class Visit>
 Best race(int chunks, const float* group_max, const Interval& kept, float temperature, const Source& source,
           Scratch& sc, Best winner, const Visit& visit) {

@@ -297,16 +297,14 @@ struct Row {
 
   // After filter(false) with top-p: race, and where the winner lies outside the nucleus, so does everything of its
   // score or less; race again above it. Exact, and 1 / top_p races on average. A winner is known to be inside as soon
-  // as enough mass is known, and then the many unlikely tokens are not looked at. Of several the one of the least score
-  // decides.
-  template <class Best>
-  Best sample_by_rejection(const Source& source, const Best& none) {
+  // as enough mass is known, and then the many unlikely tokens are not looked at.
+  Winner sample_by_rejection(const Source& source) {
     const float c = filters.c, p = filters.top_p;
     Limits limits(0);
     for (bool first = true;; first = false) {
-      const Best w = draw(source, none);
-      if (w.first().id < 0) return w;
-      const float over = std::nextafter(w.least_score(), kInf);
+      Winner w = draw(source);
+      if (w.id < 0) return w;
+      const float over = std::nextafter(w.score, kInf);
       Masses<2> m = masses<2>({floor_of_k, over}, over, c);
       const int64_t above = m.of[1];
       if (first) {
@@ -346,20 +344,16 @@ struct Row {
     }
   }
 
-  template <class Best>
-  Best draw(const Source& source, const Best& none) {
+  template <class Best = Winner>
+  Best draw(const Source& source, const Best& none = Best()) {
     return race(scorer.chunks, group_max, kept, filters.temperature, source, sc, none,
                 [this](int c, unsigned which, const auto& fn) { visit(c, which, fn); });
   }
 
   // the sample, after filter(false)
-  template <class Best>
-  Best pick(const Source& source, const Best& none) {
-    const bool by_rejection = filters.top_p < 1 && filters.typical_p == 1 && !filters.greedy;
-    return by_rejection ? sample_by_rejection(source, none) : draw(source, none);
+  Winner pick(const Source& source) {
+    return filters.top_p < 1 && filters.typical_p == 1 && !filters.greedy ? sample_by_rejection(source) : draw(source);
   }
-  Winner draw(const Source& source) { return draw(source, Winner()); }
-  Winner pick(const Source& source) { return pick(source, Winner()); }
 
   // kept_mass where filters are on, else sum
   float processed_logprob(float s) const {
