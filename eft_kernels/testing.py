@@ -503,27 +503,15 @@ def check_tree(case: Case, backend: str, seed: int = 0, device: Device = "cpu") 
     depth = reference.verification.depths(parents)
     vocab_size = kwargs.get("vocab_size") or min(v.shape[-1] for v in logits)
     drafts = torch.randint(0, vocab_size, (rows, slots - 1), generator=g)
-    own = [  # what each slot draws
-        ops.verify(
-            [x[:, i : i + 1] for x in logits],
-            weights,
-            drafts[:, :0],
-            method="coupled",
-            draft=None,
-            backend="reference",
-            **{
-                name: x[:, i : i + 1]
-                if name == "token_mask"
-                else TokenBias(*(y[:, i : i + 1] for y in x))
-                if name == "token_bias"
-                else x
-                for name, x in kwargs.items()
-                if name != "position"
-            },
-            position=kwargs["position"] + depth[:, i],
-        ).tokens
-        for i in range(slots)
-    ]
+    own = []  # what each slot draws
+    for i in range(slots):
+        at: dict[str, Any] = dict(kwargs, position=kwargs["position"] + depth[:, i])
+        if "token_mask" in at:
+            at["token_mask"] = at["token_mask"][:, i : i + 1]
+        if "token_bias" in at:
+            at["token_bias"] = TokenBias(*(x[:, i : i + 1] for x in at["token_bias"]))
+        z_i, none = [x[:, i : i + 1] for x in logits], drafts[:, :0]
+        own.append(ops.verify(z_i, weights, none, method="coupled", draft=None, backend="reference", **at).tokens)
     taken = torch.cat(own, 1).gather(1, parents).clamp(min=0)
     drafts = torch.where(torch.rand(drafts.shape, generator=g) < 0.8, taken, drafts)
     lengths = (torch.arange(rows) * 3 + seed) % slots
@@ -611,8 +599,9 @@ def unchecked(
 ) -> Call:
     """A `Call` with these parameters, the others off; drawn_by: of verify's drafts, where they have a distribution."""
     if operation == "verify":
-        drawn_by = None if args[2] == "coupled" or args[3] < 0 else drawn_by
-        args = (*args[:4], drawn_by or DraftParams(), *args[4:])
+        *_, parents, method, draft, logprobs = args
+        drawn_by = None if method == "coupled" or draft < 0 else drawn_by
+        args = (*args[:5], drawn_by or DraftParams(), logprobs)
     off: dict[str, Any] = dict(
         OFF,
         seed=1,
@@ -637,7 +626,7 @@ def odd_calls() -> list[Call]:
     """Values that the checks would have refused, and those that overflow, a row each; row 0 is as it should be."""
     nan, inf, (low, high) = float("nan"), float("inf"), INT64
     values = {p: (p.tried[1], *out_of_range(p)) for p in PARAMETERS if p.type is float}
-    draw, V = ("sample", 0, True, 3, True), 300
+    draw, V = ("sample", 0, True, 3, True, 2), 300
     calls: list[Call] = []
 
     def add(
@@ -647,6 +636,7 @@ def odd_calls() -> list[Call]:
         rows: int = 0,
         drafts: torch.Tensor | None = None,
         lengths: torch.Tensor | None = None,
+        parents: torch.Tensor | None = None,
         only: str = "",
         **params: Any,
     ) -> None:
@@ -663,12 +653,14 @@ def odd_calls() -> list[Call]:
         params = params | dict(row_index=index)
         made = [
             unchecked("sample", logits, weights, *draw, name=f"{name}, sample", **params),
-            unchecked("sample", logits, weights, "draft", 1, False, 0, False, name=f"{name}, token", **params),
+            unchecked("sample", logits, weights, "draft", 1, False, 0, False, 0, name=f"{name}, token", **params),
             unchecked("logprobs", logits, weights, False, name=f"{name}, logprobs", **params),
             unchecked("logprobs", logits, weights, True, name=f"{name}, scores", **params),
             unchecked("token_logprobs", logits, weights, ids, name=f"{name}, ids", **params),
         ]
-        for method, draft in itertools.product(METHODS, (len(logits) // 2, -1)):
+        judged = [(None, *x) for x in itertools.product(METHODS, (len(logits) // 2, -1))]
+        tree = torch.tensor([0, 0, 2]).expand(rows, -1).contiguous() if parents is None else parents
+        for parents, method, draft in (*judged, (tree, "coupled", -1)):
             made.append(
                 unchecked(
                     "verify",
@@ -676,10 +668,11 @@ def odd_calls() -> list[Call]:
                     weights,
                     drafts,
                     lengths,
+                    parents,
                     method,
                     draft,
                     True,
-                    name=f"{name}, {method} {draft}",
+                    name=f"{name}, {method} {draft}{'' if parents is None else ', tree'}",
                     **of_verify,
                 )
             )
@@ -720,6 +713,7 @@ def odd_calls() -> list[Call]:
         only="verify",
         lengths=torch.tensor([3, 4, high, -1, low, 3]),
         drafts=torch.tensor([[1, 2, 3], [-1, 2, 3], [V, 0, 0], [low, 1, 2], [high, high, high], [0, V, -1]]),
+        parents=torch.tensor([[0, 0, 1], [1, 2, 3], [-1, 0, 1], [low, high, 0], [high, high, high], [0, 2, 1]]),
     )
     # scores, or normalised scores, that overflow: to NaN, to +inf, to -inf for some tokens, for all but one, for all
     big, zero = 3.3e38, torch.zeros(1, 4)
@@ -877,6 +871,7 @@ def random_call(seed: int, largest: int = 1000) -> Call:
             pick.random() < 0.6,
             pick.choice([0, 0, 3, V + 2]),
             pick.random() < 0.3,
+            pick.choice([0, 0, 1, 3, 15]),
         )
     elif operation == "logprobs":
         args = (pick.random() < 0.4,)
@@ -890,7 +885,11 @@ def random_call(seed: int, largest: int = 1000) -> Call:
         drafts[torch.rand(drafts.shape, generator=g) < pick.choice([0.0, 0.2])] = pick.choice([low, high, -1, V])
         counts = torch.randint(-1, lead[1] + 2, (rows,), generator=g)
         counts[torch.rand(rows, generator=g) < 0.1] = pick.choice([low, high])
-        args = (drafts, counts, pick.choice(METHODS), pick.randint(-1, models - 1), pick.random() < 0.7)
+        method, parents = pick.choice(METHODS), None
+        if method == "coupled" and pick.random() < 0.5:
+            parents = (torch.rand(drafts.shape, generator=g) * torch.arange(1, lead[1])).long()
+            parents[torch.rand(drafts.shape, generator=g) < pick.choice([0.0, 0.1])] = pick.choice([low, high, -1, 3])
+        args = (drafts, counts, parents, method, pick.randint(-1, models - 1), pick.random() < 0.7)
         drawn_by: dict[str, Any] = {p.name: per_row(p) for p in DRAFTED if pick.random() < 0.4}
         params["drawn_by"] = DraftParams(**drawn_by)
     return unchecked(operation, logits, weights, *args, name=f"random_call({seed})", **params)

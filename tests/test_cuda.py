@@ -14,7 +14,18 @@ import torch
 
 import eft_kernels as eft
 from eft_kernels import dispatch, ops, testing
-from eft_kernels.testing import BF16, CASES, F16, F32, Case, check_logprobs, check_sample, check_verify, per_row
+from eft_kernels.testing import (
+    BF16,
+    CASES,
+    F16,
+    F32,
+    Case,
+    check_logprobs,
+    check_sample,
+    check_tree,
+    check_verify,
+    per_row,
+)
 
 sys.path.insert(0, str(Path(__file__).parent / "simt"))
 import build  # noqa: E402
@@ -77,6 +88,8 @@ def test_sample(case, device):
     check_sample(case, "cuda")
     check_sample(case, "cuda", seed=1, logprobs=True)
     check_sample(case, "cuda", seed=2, logprobs=False)
+    check_sample(case, "cuda", seed=3, logprobs=False, runners_up=15)
+    check_sample(case, "cuda", seed=4, logprobs=True, runners_up=2)
 
 
 @pytest.mark.parametrize("extra", [dict(top_logprobs=3), dict(diagnostics=True)], ids=str)
@@ -111,6 +124,8 @@ def test_verify(case, method, shim):
         if name == "latency" or case.name in JUDGED:
             shim.simt_set_device(*device)
             check_verify(case, "cuda", method)
+            if method == "coupled":
+                check_tree(case, "cuda")
 
 
 @pytest.mark.parametrize("method", METHODS[1:])

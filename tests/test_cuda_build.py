@@ -415,12 +415,12 @@ def test_module(planted):
     z, zeros = [there(torch.zeros(3, 8)) for _ in range(2)], there(torch.zeros(24, dtype=torch.int32))
 
     def sample(counters=zeros, strict=True, z=z, weights=(1.0, 1.0), temperature=1.0):
-        return module.sample(
-            counters, strict, z, None, weights, temperature, *FILTERS_OFF, 5, 0, None, None, 8, 1, 0, 0, False, 0, False
-        )
+        own = 0, 0, False, 0, False, 0
+        options = None, weights, temperature, *FILTERS_OFF, 5, 0, None, None, 8, 1
+        return module.sample(counters, strict, z, *options, *own)
 
     tokens, valid, *rest = sample()
-    assert tokens.tolist() == [0, 1, 2] and valid.shape == (3,) and rest == [None] * 6
+    assert tokens.tolist() == [0, 1, 2] and valid.shape == (3,) and rest == [None] * 7
     assert list(seen[:5]) == [1, 1, 201, True, 1]
     bad = there(torch.full((3,), -1.0))
     assert sample(temperature=bad) is not None and sample(temperature=-1.0, strict=False) is not None
@@ -436,18 +436,18 @@ def test_module(planted):
 
     slots, drafts = [there(torch.zeros(3, 4, 8))], there(torch.zeros(3, 3, dtype=torch.int64))
     options = (None, (1.0,), 1.0, *FILTERS_OFF, 5, 0, None, None, 8, 0)
-    out = module.verify(zeros, False, slots, *options, drafts, None, 1, None, *[None] * len(DRAFTED), True)
-    assert [tuple(x.shape) for x in out] == [(3, 4), (3,), (3,), (3, 4), (3, 4)] and seen[3] and seen[4] == seen[0]
-    assert (
-        module.verify(zeros[:23], False, slots, *options, drafts, None, 1, None, *[None] * len(DRAFTED), True) is None
-    )
+    judged = drafts, None, None, 1, None, *[None] * len(DRAFTED), True
+    out = module.verify(zeros, False, slots, *options, *judged)
+    assert out[5] is None
+    assert [tuple(x.shape) for x in out[:5]] == [(3, 4), (3,), (3,), (3, 4), (3, 4)] and seen[3] and seen[4] == seen[0]
+    assert module.verify(zeros[:23], False, slots, *options, *judged) is None
     for ids, count in ((None, 8), (there(torch.zeros(3, 5, dtype=torch.int64)), 5)):
         with pytest.raises(RuntimeError, match="logprobs: out of threads"):
             module.logprobs(zeros, False, z[:1], *options, ids, False)
         assert seen[5] == count
     zeros[4] = 1
     with pytest.raises(RuntimeError, match="verify: counters are not zero"):
-        module.verify(zeros, False, slots, *options, drafts, None, 1, None, *[None] * len(DRAFTED), True)
+        module.verify(zeros, False, slots, *options, *judged)
 
 
 def test_counters():

@@ -314,6 +314,7 @@ def test_the_operator_refuses_parameters_of_drafts_that_have_no_distribution(met
         params,
         torch.zeros(2, 1, dtype=torch.int64),
         torch.ones(2, dtype=torch.int64),
+        None,
         method,
         draft,
         DraftParams(temperature=0.5),

@@ -1099,7 +1099,7 @@ def test_one_seed_for_all_rows_is_row_seeds_of_it(seed, backend):
         )
         assert torch.equal(one.tokens, many.tokens)
     flat = [None, [1.0], *(x for p in PARAMETERS for x in (None, p.off))]
-    tail = [None, 6, None, None, None, V, 0, None, "sample", 0, False, 0, False, backend]
+    tail = [None, 6, None, None, None, V, 0, None, "sample", 0, False, 0, False, 0, backend]
     op = torch.ops.eft_kernels.sample
     assert torch.equal(op(z, *flat, None, signed(int(seed)), *tail)[0], op(z, *flat, rows, 0, *tail)[0])
 

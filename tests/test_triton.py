@@ -14,7 +14,19 @@ import torch
 
 import eft_kernels as eft
 from eft_kernels import ops, reference, testing
-from eft_kernels.testing import BF16, CASES, F16, F32, Case, check_logprobs, check_sample, check_verify, make, per_row
+from eft_kernels.testing import (
+    BF16,
+    CASES,
+    F16,
+    F32,
+    Case,
+    check_logprobs,
+    check_sample,
+    check_tree,
+    check_verify,
+    make,
+    per_row,
+)
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -102,6 +114,8 @@ def test_sample(case, tiling):
     """With all there is to return the filters' kernels run; with less, where nothing is filtered, the one launch."""
     extra = {} if tiling == "latency" else dict(logprobs=WHOLE)
     check_sample(case, "triton", seed=len(extra), **extra)
+    if extra and not case.kwargs:
+        check_sample(case, "triton", seed=2, logprobs=False, runners_up=3)
 
 
 @interpreted
@@ -117,6 +131,8 @@ def test_logprobs(case, tiling):
 @pytest.mark.parametrize("case", chosen(*JUDGED, largest=5000, most=12), ids=name_of)
 def test_verify(case, method, tiling):
     check_verify(case, "triton", method)
+    if method == "coupled":
+        check_tree(case, "triton")
 
 
 @interpreted

@@ -79,7 +79,7 @@ def test_drafts_and_lengths_of_any_value(method, backend):
     z[..., 7] = 60.0
     drafts = torch.tensor([[7, 7, 7], [7, 7, 7], [7, V, 7], [-1, 7, 7], [low, 7, 7], [7, 7, high]])
     lengths = torch.tensor([high, -1, 5, 3, 4, 3])
-    out = unchecked("verify", [z], (1.0,), drafts, lengths, method, -1, True, tuned=0).run(backend)
+    out = unchecked("verify", [z], (1.0,), drafts, lengths, None, method, -1, True, tuned=0).run(backend)
     assert out["num_emitted"].tolist() == [4, 1, 2, 1, 1, 3]
     assert out["valid"].all() and ((out["tokens"] == 7) | (out["tokens"] == -1)).all()
 
@@ -89,7 +89,7 @@ def test_a_normalised_score_that_overflows(backend):
     big = 3.3e38
     zero = torch.zeros(1, 4)
     z = [zero, zero, torch.tensor([[big, -big, 0, 0]])]
-    call = unchecked("sample", z, (1.0, 1.0, -1.0), "sample", 0, True, 2, False, upscale_top_p=0.3, top_p=0.5)
+    call = unchecked("sample", z, (1.0, 1.0, -1.0), "sample", 0, True, 2, False, 0, upscale_top_p=0.3, top_p=0.5)
     out = call.run(backend)
     assert out["tokens"].tolist() == [-1] and not out["valid"].any() and out["logprobs"].isnan().all()
     assert out["top_ids"].tolist() == [[-1, -1]]
@@ -98,14 +98,14 @@ def test_a_normalised_score_that_overflows(backend):
     lp = unchecked("logprobs", z, (1.5, 1.0, -1.5), False, upscale_top_p=0.99).run(backend)["logprobs"]
     assert lp[0, 0] == -INF and lp[0, 1:].isfinite().all()
     z = [torch.full((1, 3), -big), torch.zeros(1, 3), torch.zeros(1, 3)]
-    assert not unchecked("sample", z, (1.5, 1.0, -1.5), "sample", 0, True, 0, False).run(backend)["valid"].any()
+    assert not unchecked("sample", z, (1.5, 1.0, -1.5), "sample", 0, True, 0, False, 0).run(backend)["valid"].any()
 
 
 def test_keys_that_overflow_leave_the_first_token_that_is_kept(backend):
     V, seed, zero = 1 << 17, torch.arange(4), torch.zeros(4, 1, dtype=torch.int64)
     z = torch.full((4, V), torch.finfo(torch.float32).max)
     z[:, ::2], z[:, 5] = -INF, 0.0
-    out = unchecked("sample", [z], (1.0,), "sample", 0, False, 0, False, temperature=1e30, seed=seed).run(backend)
+    out = unchecked("sample", [z], (1.0,), "sample", 0, False, 0, False, 0, temperature=1e30, seed=seed).run(backend)
     key = z + 1e30 * eft.reference.gumbel(seed[:, None], zero + 2, 0, zero, V)
     assert (key == INF).any(1).all() and (key == INF).sum(1).max() > 1 and out["valid"].all()
     assert out["tokens"].tolist() == [int((row == INF).nonzero()[0]) for row in key]
@@ -201,7 +201,7 @@ def test_weights_of_another_shape_are_refused(shape, backend):
 Z = [torch.zeros(2, 40)] * 3
 ZZ = [torch.zeros(2, 3, 40)] * 3
 DRAFTS, LENGTHS = torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
-DRAW, JUDGE = ("sample", 0, True, 2, True), (DRAFTS, LENGTHS, "token", 1, True)
+DRAW, JUDGE = ("sample", 0, True, 2, True, 1), (DRAFTS, LENGTHS, None, "token", 1, True)
 WRONG = [  # what the error says, operation, logits, arguments, parameters
     ("logits", "sample", [torch.zeros(2, 40), torch.zeros(3, 40), torch.zeros(2, 40)], DRAW, {}),
     ("logits", "sample", ZZ, DRAW, {}),
@@ -223,16 +223,21 @@ WRONG = [  # what the error says, operation, logits, arguments, parameters
     ("tuned", "sample", Z, DRAW, dict(tuned=3)),
     ("tuned", "sample", Z, DRAW, dict(tuned=-1)),
     ("tuned", "verify", ZZ, JUDGE, dict(tuned=1 << 32, upscale_top_p=0.5)),
-    ("stream", "sample", Z, ("accept", 0, True, 2, True), {}),
-    ("slot", "sample", Z, ("sample", 1 << 24, True, 2, True), {}),
-    ("slot", "sample", Z, ("sample", -1, True, 2, True), {}),
-    ("top_logprobs", "sample", Z, ("sample", 0, True, -2, True), {}),
+    ("stream", "sample", Z, ("accept", 0, True, 2, True, 0), {}),
+    ("slot", "sample", Z, ("sample", 1 << 24, True, 2, True, 0), {}),
+    ("slot", "sample", Z, ("sample", -1, True, 2, True, 0), {}),
+    ("top_logprobs", "sample", Z, ("sample", 0, True, -2, True, 0), {}),
+    ("runners_up", "sample", Z, ("sample", 0, True, 2, True, 16), {}),
+    ("runners_up", "sample", Z, ("sample", 0, True, 2, True, -1), {}),
+    ("parents", "verify", ZZ, (DRAFTS, LENGTHS, DRAFTS, "token", 1, True), {}),
+    ("parents", "verify", ZZ, (DRAFTS, LENGTHS, DRAFTS[:1], "coupled", 1, True), {}),
+    ("parents", "verify", ZZ, (DRAFTS, LENGTHS, DRAFTS.float(), "coupled", 1, True), {}),
     ("draft_tokens", "verify", ZZ, (DRAFTS[:, :1], *JUDGE[1:]), {}),
     ("draft_tokens", "verify", ZZ, (DRAFTS.float(), *JUDGE[1:]), {}),
     ("draft_lengths", "verify", ZZ, (DRAFTS, LENGTHS[:1], *JUDGE[2:]), {}),
-    ("method", "verify", ZZ, (DRAFTS, LENGTHS, "tokens", 1, True), {}),
-    ("draft", "verify", ZZ, (DRAFTS, LENGTHS, "token", 3, True), {}),
-    ("draft", "verify", ZZ, (DRAFTS, LENGTHS, "token", -2, True), {}),
+    ("method", "verify", ZZ, (DRAFTS, LENGTHS, None, "tokens", 1, True), {}),
+    ("draft", "verify", ZZ, (DRAFTS, LENGTHS, None, "token", 3, True), {}),
+    ("draft", "verify", ZZ, (DRAFTS, LENGTHS, None, "token", -2, True), {}),
     ("ids", "token_logprobs", Z, (torch.zeros(3, 1, dtype=torch.int64),), {}),
     ("ids", "token_logprobs", Z, (LENGTHS,), {}),
     ("ids", "token_logprobs", Z, (torch.zeros(2, 1, 1, dtype=torch.int64),), {}),
@@ -301,6 +306,7 @@ def test_values_that_change_while_a_kernel_runs(isa):
         params |= dict(seed=torch.arange(B), position=torch.arange(B))
         weights = torch.tensor([[1., 1., -1.]]).repeat(B, 1)
         drafts, lengths, ids = torch.zeros(B, S - 1).long(), torch.full((B,), S - 1), torch.zeros(B, 9).long()
+        parents = torch.arange(S - 1).repeat(B, 1)
         floats = torch.tensor([1.0, 0.9, 0.3, 0.0, 0.5, nan, inf, -1.0, 1e-7, 2.0, 1e30])
         numbers = torch.tensor([0, 1, 7, 500, V - 1, V, -1, (1 << 63) - 1, -(1 << 63), 3, 2])
         over = threading.Event()
@@ -315,7 +321,7 @@ def test_values_that_change_while_a_kernel_runs(isa):
                     at = pick.randrange(V - 300)
                     x[..., at : at + pick.choice([1, 32, 256])] = pick.choice([0.0, nan, inf, -inf, 60.0, -60.0, 3e38])
                 mask.fill_(pick.choice([0, -1, 1, 0x55555555]))
-                for y in (*params.values(), weights, drafts, lengths, ids):
+                for y in (*params.values(), weights, drafts, lengths, parents, ids):
                     if pick.random() < 0.4:
                         values = floats if y.is_floating_point() else numbers
                         y.copy_(values[torch.randint(0, len(values), y.shape)])
@@ -335,11 +341,12 @@ def test_values_that_change_while_a_kernel_runs(isa):
             flat = dict(some, token_mask=mask[:, 0].contiguous()) if pick.random() < 0.3 else some
             deep = dict(some, token_mask=mask) if pick.random() < 0.3 else some
             for call in (unchecked("sample", rows, w, "sample", 0, pick.random() < 0.5, pick.choice([0, 5]),
-                                   pick.random() < 0.3, **flat),
+                                   pick.random() < 0.3, pick.choice([0, 3]), **flat),
                          unchecked("logprobs", rows, w, pick.random() < 0.3, **flat),
                          unchecked("token_logprobs", rows, w, ids, **flat),
-                         unchecked("verify", z, w, drafts, lengths, pick.choice(eft.ops.METHODS),
-                                   pick.choice([-1, 0, 1]), pick.random() < 0.5, **deep)):
+                         unchecked("verify", z, w, drafts, lengths, None, pick.choice(eft.ops.METHODS),
+                                   pick.choice([-1, 0, 1]), pick.random() < 0.5, **deep),
+                         unchecked("verify", z, w, drafts, lengths, parents, "coupled", -1, True, **deep)):
                 out, calls = call.run("cpu"), calls + 1
                 tokens = out.get("tokens", torch.zeros(1))
                 assert ((tokens >= -1) & (tokens < V)).all(), tokens

@@ -60,7 +60,9 @@ SHOWN = [
         "sample upscale_filter",
         "sample diagnostics",
         "sample top_logprobs",
+        "sample runners_up",
         "verify coupled plain",
+        "verify tree plain",
         "verify token plain",
         "verify block plain",
         "logprobs plain",
@@ -121,6 +123,8 @@ KERNELS = {  # None: reads no row from end to end
     "residual_kernel": Kernel(both_sides, no_budget),
     "block_kernel": None,
     "last_kernel": None,
+    "depth_kernel": None,
+    "tree_kernel": None,
 }
 
 
@@ -143,6 +147,8 @@ VARIANTS = {
     "draft": dict(stream="draft"),
     "diagnostics": dict(diagnostics=True),
     "top_logprobs": dict(top_logprobs=5),
+    "runners_up": dict(runners_up=3),
+    "filtered_runners_up": FILTERS["all"] | dict(runners_up=3),
     "drafts_declared": dict(temperature=0.8, drawn_by=dict(temperature=1.0, top_p=0.9)),
 }
 
@@ -213,6 +219,7 @@ def call(module, c: Case) -> None:
     ]
     settings = dict(VARIANTS[c.variant])
     logprobs, top = settings.pop("logprobs", False), settings.pop("top_logprobs", 0)
+    runners_up = settings.pop("runners_up", 0)
     diagnostics, stream = settings.pop("diagnostics", False), settings.pop("stream", "sample")
     drawn_by = DraftParams(**settings.pop("drawn_by", {}))
     weights = [(-1.0) ** j for j in range(c.models)]
@@ -228,10 +235,13 @@ def call(module, c: Case) -> None:
     sampling = {name: settings.pop(name) for name in NAMES if name in settings}
     p = check_params(z, weights, c.batch, vocab, sampling, tuned=min(1, c.models - 1), **settings)
     if c.op == "sample":
-        module.sample(z, p, stream, 0, logprobs, top, diagnostics)
+        module.sample(z, p, stream, 0, logprobs, top, diagnostics, runners_up)
     elif c.op == "verify":
         drafts = torch.zeros(c.batch, slots[0] - 1, dtype=torch.int64)
-        module.verify(z, p, drafts, torch.full((c.batch,), slots[0] - 1), c.method, c.draft, drawn_by, logprobs)
+        lengths = torch.full((c.batch,), slots[0] - 1)
+        parents = drafts if c.method == "tree" else None
+        method = "coupled" if c.method == "tree" else c.method
+        module.verify(z, p, drafts, lengths, parents, method, c.draft, drawn_by, logprobs)
     elif c.op == "logprobs":
         module.logprobs(z, p, False)
     else:

@@ -30,6 +30,7 @@ RowCall row_call(const SampleCall& c) {
   r.tokens = c.tokens, r.valid = c.valid, r.logprobs = c.logprobs, r.raw_logprobs = c.raw_logprobs;
   r.top_n = c.top_n, r.top_ids = c.top_ids, r.top_logprobs = c.top_logprobs;
   r.entropy = c.entropy, r.tv = c.tv;
+  r.num_runners_up = c.num_runners_up, r.runners_up = c.runners_up;
   r.token_only = !c.logprobs && !c.top_n && !c.entropy, r.keeps_scores = true;
   r.by_rejection = r.token_only && launch_config.sample_by_rejection;
   return r;

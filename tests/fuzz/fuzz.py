@@ -258,6 +258,8 @@ def tame(call):
     args = list(call.args)
     if call.operation == "verify":
         args[:2] = args[0].clamp(0, V - 1), args[1].clamp(0, K)
+        if args[2] is not None:
+            args[2] = args[2].clamp(min=0).minimum(torch.arange(args[2].shape[1]))
     elif call.operation == "token_logprobs":
         args[0] = args[0].clamp(0, V - 1)
     return call._replace(params=p._replace(**changed), args=tuple(args))
@@ -297,10 +299,11 @@ class Fuzz:
         if scores:
             kwargs = {k: v for k, v in kwargs.items() if k in inspect.signature(function).parameters}
         if call.operation == "sample":
-            kwargs.update(zip(("stream", "slot", "logprobs", "top_logprobs", "diagnostics"), call.args))
+            kwargs.update(zip(("stream", "slot", "logprobs", "top_logprobs", "diagnostics", "runners_up"), call.args))
         elif call.operation == "verify":
-            kwargs.update(zip(("draft_tokens", "draft_lengths", "method", "draft"), call.args), logprobs=call.args[-1])
-            kwargs.update({f"draft_{name}": None for name in call.args[4]._fields})
+            names = ("draft_tokens", "draft_lengths", "parents", "method", "draft")
+            kwargs.update(zip(names, call.args), logprobs=call.args[-1])
+            kwargs.update({f"draft_{name}": None for name in call.args[5]._fields})
             kwargs["draft"] = None if kwargs["draft"] == -1 else kwargs["draft"]
             index = kwargs.pop("row_index")
             if index is not None:  # as rounds one after the other
@@ -397,7 +400,7 @@ class Fuzz:
         if call.operation == "sample":
             args[0] = self.ops.STREAM_NAMES.index(args[0])
         elif call.operation == "verify":
-            args[2:5] = self.ops.METHODS.index(args[2]), None if args[3] < 0 else args[3], *args[4]
+            args[3:6] = self.ops.METHODS.index(args[3]), None if args[4] < 0 else args[4], *args[5]
         elif call.operation == "logprobs":
             args = [None, *args]
         elif call.operation == "token_logprobs":
@@ -463,6 +466,7 @@ class Fuzz:
                             self.eft.upscale(),
                             top_logprobs=mine.choice([0, 3]),
                             diagnostics=mine.random() < 0.3,
+                            runners_up=mine.choice([0, 2]),
                             **kwargs,
                         ),
                         RAISED,

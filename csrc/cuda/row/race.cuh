@@ -42,10 +42,10 @@ EFT_DEVICE float gumbel_of(const Source& source, int token, float e, float g) {
 EFT_DEVICE unsigned lead_of(int32_t word) { return static_cast<unsigned>(word) ^ 0x80000000u; }
 EFT_DEVICE int32_t word_of(unsigned lead) { return static_cast<int32_t>(lead ^ 0x80000000u); }
 
-// Offers the keys of a lane's 8 scores s >= floor of a chunk that may still be `lead` or above; all lanes call this. e
-// and g: the chunk's smallest E, at `place`, and -log of it.
+// Offers the keys below `limit` of a lane's 8 scores s >= floor of a chunk that may still be `lead` or above; all lanes
+// call this. e and g: the chunk's smallest E, at `place`, and -log of it.
 EFT_DEVICE void race_chunk(const float (&s)[kPerLane], int chunk, float e, float g, int place, float floor, float lead,
-                           const RowParams& params, const Source& source, Winner& best) {
+                           const RowParams& params, const Source& source, int64_t limit, Winner& best) {
   const float most = params.temperature * g;
   unsigned left = 0;  // of the 8, those that run
 #pragma unroll
@@ -58,7 +58,8 @@ EFT_DEVICE void race_chunk(const float (&s)[kPerLane], int chunk, float e, float
 #pragma unroll
     for (int i = 1; i < kPerLane; ++i) x = i == at ? s[i] : x;
     const float own = params.greedy ? 0 : in_chunk == place ? g : gumbel_of(source, token, e, g);
-    if (left) best.offer(pack(x + params.temperature * own, token), x);
+    const int64_t key = pack(x + params.temperature * own, token);
+    if (left && key < limit) best.offer(key, x);
     left &= left - 1;
   }
 }
@@ -66,10 +67,10 @@ EFT_DEVICE void race_chunk(const float (&s)[kPerLane], int chunk, float e, float
 // The winner of a warp's share of chunks [first, first + n), in its lanes: all threads of the block call this, and
 // `lead`, which all blocks of the row may share, was set to 0 and is seen by all. top(i): the best score of the i-th
 // chunk; scores(chunk, s): a lane's 8 scores of it. The chunk with the highest bound comes first, until no bound
-// reaches the lead.
+// reaches the lead. Keys from `limit` on do not take part: that of a winner leaves the first runner-up.
 template <class Top, class Scores>
 EFT_DEVICE Winner race_chunks(int first, int n, unsigned* lead, float floor, const RowParams& params,
-                              const Source& source, const Top& top, const Scores& scores) {
+                              const Source& source, const Top& top, const Scores& scores, int64_t limit = kBad) {
   Winner best;
   for (int from = 0; from < n; from += kThreads) {
     const int i = from + lane_id() * kWarps + warp_id(), mine = first + i;
@@ -101,7 +102,7 @@ EFT_DEVICE Winner race_chunks(int first, int n, unsigned* lead, float floor, con
       if (lane_id() == lane) bound = kNone;
       if (__any_sync(kAll, best.key >= other)) continue;  // as high, but of lower ids
       race_chunk(s, chunk, __shfl_sync(kAll, e, lane), __shfl_sync(kAll, g, lane), __shfl_sync(kAll, place, lane),
-                 floor, unordered(least), params, source, best);
+                 floor, unordered(least), params, source, limit, best);
     }
   }
   return best;

@@ -129,8 +129,10 @@ EFT_DEVICE float start_rejection(RowShared& shared, bool tempered) {
   return shared.params.least(shared.state.best);
 }
 
-// The winner of the scores in `kept`; by rejection: of those from kept.floor on, drawn until the filters keep it.
-EFT_DEVICE Winner draw(ClusterGroup& group, RowShared& shared, Interval kept, bool by_rejection) {
+// The winner of the scores in `kept` with keys below `limit`; by rejection: of those from kept.floor on, drawn until
+// the filters keep it.
+EFT_DEVICE Winner draw(ClusterGroup& group, RowShared& shared, Interval& kept, bool by_rejection,
+                       int64_t limit = kBad) {
   const RowParams& params = shared.params;
   const Part& part = shared.part;
   const float& best = shared.state.best;
@@ -142,10 +144,23 @@ EFT_DEVICE Winner draw(ClusterGroup& group, RowShared& shared, Interval kept, bo
                    [&](int chunk, float (&s)[kPerLane]) {
                      load8(part.scores + (chunk - part.first) * kChunkSize + lane_id() * kPerLane, s);
                      if (kept.ceiling < best) drop_above(kept.ceiling, s);
-                   }));
+                   },
+                   limit));
     if (group.rank == 0 && threadIdx.x == 0) shared.lead = 0;
     if (!by_rejection || w.key == kNone || is_kept(group, part, params, w.score, best, shared.total)) return w;
     kept.floor = above(w.score);
+  }
+}
+
+// The tokens behind the winner, a race each.
+EFT_DEVICE void write_runners_up(ClusterGroup& group, RowShared& shared, const RowCall& call, Interval kept,
+                                 bool by_rejection, int64_t key) {
+  const bool ok = shared.state.valid;
+  if (shared.params.greedy) kept = Interval();
+  for (int k = 0; k < call.num_runners_up; ++k) {
+    if (ok) key = draw(group, shared, kept, by_rejection, key).key;
+    if (group.rank == 0 && threadIdx.x == 0)
+      call.runners_up[row_of(shared, call) * call.num_runners_up + k] = ok && key != kNone ? packed_token(key) : -1;
   }
 }
 
@@ -215,6 +230,7 @@ EFT_DEVICE void run_row(ClusterGroup& group, RowShared& shared, const RowCall& c
   else if (ok) kept = find_interval(group, shared, call, search, tempered);
   Winner w;
   if (ok && (call.samples || params.greedy)) w = draw(group, shared, kept, by_rejection);
+  if (call.num_runners_up) write_runners_up(group, shared, call, kept, by_rejection, w.key);
 
   write_sample(group, shared, call, w);
   __syncthreads();
@@ -255,7 +271,8 @@ EFT_KERNEL void __launch_bounds__(kThreads, EFT_ROW_BLOCKS)
     set_row(shared.row, call, b, slot);
     shared.params = row_params_of(call, b);
     shared.params.valid &= call.has_row(b, slot);
-    shared.source = source_of(call, b, slot, call.stream, call.slot);
+    const int64_t depth = drafts.parents ? tree_of(drafts, b, call.slots).depth(slot) : slot;
+    shared.source = source_of(call, b, depth, call.stream, call.slot);
     const int first = group.rank * per;
     shared.part = {staged ? staged + (int64_t{at} * shared.row.chunks + first) * kChunkSize
                           : reinterpret_cast<float*>(shared_memory() + kHead + area_bytes(per)),
@@ -325,7 +342,7 @@ const char* run_rows(const RowCall& call, const RowCall* second, void* staged, c
   const Shape s = shape_of(call, rows, device);
   RowCalls calls{{call, second ? *second : RowCall{}}, second ? 2 : 1};
   const bool checks_early_exit =
-      call.drafts.target && call.drafts.method != kBlock &&
+      call.drafts.target && call.drafts.method != kBlock && !call.drafts.parents &&
       rows * s.size > int64_t{launch_config.early_exit_blocks_per_sm} * device.multiprocessors;
   for (RowCall& c : calls.call) c.drafts.checks_early_exit = checks_early_exit;
   return launch(row_kernel, {rows * s.size, kThreads, s.size, s.shared, stream}, calls, s.size, s.per,

@@ -22,13 +22,14 @@ struct State {
 // What verify returns.
 struct Verified {
   int64_t *tokens, *emitted;  // [B, S], [B]
+  int64_t* path;              // [B, S], of trees
   bool* valid;                // [B]
   float *logprobs, *raw_logprobs;
 };
 
 // Of a call by verify, decided as soon as its rows are known (accept.cuh); target is null elsewhere.
 struct Drafts {
-  const int64_t* tokens;  // [B, S - 1]
+  const int64_t *tokens, *parents;  // [B, S - 1]; parents is null where the drafts are no tree
   PerRow<int64_t> lengths;
   int method;
   bool checks_early_exit;  // a row first checks whether a draft before it is known to be rejected
@@ -57,7 +58,9 @@ struct RowCall : Call {
   int64_t* top_ids;
   float* top_logprobs;
   float *entropy, *tv;
-  const int64_t* ids;  // [rows, n_ids]
+  int num_runners_up;
+  int64_t* runners_up;  // [rows, num_runners_up]
+  const int64_t* ids;   // [rows, n_ids]
   int64_t n_ids;
   float *id_logprobs, *all_logprobs;  // [rows, n_ids], [rows, V]
   bool scores;                        // all_logprobs: the emulated scores

@@ -36,18 +36,43 @@ EFT_DEVICE void write_row(const SampleCall& call, int64_t b, const RowParams& pa
                                      : raw;
 }
 
+// The largest key below `limit` of key(i), i < n, in all lanes of a warp, which call this; kNone: there is none.
+template <class Key>
+EFT_DEVICE int64_t key_below(int64_t limit, int n, const Key& key) {
+  int64_t most = kNone;
+  for (int i = lane_id(); i < n; i += kLanes) {
+    const int64_t k = key(i);
+    if (k < limit && k > most) most = k;
+  }
+  return warp_reduce(most, Max());
+}
+
+// The tokens behind the winner of key `w`, of n keys, into the call's row. A warp calls this.
+template <class Key>
+EFT_DEVICE void write_runners_up(const SampleCall& call, int64_t b, int64_t w, int n, const Key& key) {
+  int64_t last = w == kBad ? kNone : w;
+  for (int k = 0; k < call.num_runners_up; ++k) {
+    last = key_below(last, n, key);
+    if (lane_id() == 0) call.runners_up[b * call.num_runners_up + k] = last != kNone ? packed_token(last) : -1;
+  }
+}
+
 // The block's result to parts[split] of its row; of the row's blocks the last one to come here writes the row. Warp 0
-// calls this. counters: [2, rows], arrivals, then the lead of the row's race.
+// calls this. counters: [2, rows], arrivals, then the lead of the row's race. own: the keys of the block's runners-up,
+// which go to others[split, ...].
 EFT_DEVICE void arrive(const SampleCall& call, int64_t b, int splits, int split, const RowParams& params, Winner w,
-                       ExpSum sum, Part* parts, unsigned* counters) {
-  const int lane = lane_id();
+                       ExpSum sum, const int64_t* own, Part* parts, int64_t* others, unsigned* counters) {
+  const int lane = lane_id(), more = call.num_runners_up;
+  if (more) __syncwarp();  // `own` is lane 0's
   if (splits == 1) {
     if (lane == 0) write_row(call, b, params, w, sum), counters[call.rows + b] = 0;
+    if (more) write_runners_up(call, b, w.key, more, [&](int i) { return own[i]; });
     return;
   }
   unsigned before = 0;
   if (lane == 0) {
     parts[split] = {w.key, w.score, sum.top, sum.sum, sum.sum_c};
+    for (int k = 0; k < more; ++k) others[int64_t{split} * more + k] = own[k];
     before = arrive_acq_rel(counters + b);
   }
   if (__shfl_sync(kAll, before, 0) != static_cast<unsigned>(splits - 1)) return;
@@ -64,6 +89,9 @@ EFT_DEVICE void arrive(const SampleCall& call, int64_t b, int splits, int split,
     write_row(call, b, params, w, sum);
     counters[b] = counters[call.rows + b] = 0;
   }
+  if (more)
+    write_runners_up(call, b, w.key, splits * (more + 1),
+                     [&](int i) { return load_cg(i < splits ? &parts[i].key : &others[i - splits]); });
 }
 
 // --- many rows -----------------------------------------------------------------------------------------------------
@@ -83,6 +111,8 @@ struct StreamShared {
   int64_t next;  // chunk of all rows' chunks that the block has not taken
   ExpSum sums[kWarps];
   Winner winners[kWarps];
+  unsigned lead;  // of the block's own races
+  int64_t others[kMaxRunnersUp];
 };
 
 constexpr int kStreamHead = (sizeof(StreamShared) + 15) / 16 * 16;
@@ -111,7 +141,8 @@ EFT_DEVICE Piece piece_at(int64_t at, const Call& call, int64_t per) {
 // A block has `per` chunks of all rows' chunks. Its results go to parts[blockIdx.x + row]: of one row they follow each
 // other.
 EFT_KERNEL void __launch_bounds__(kThreads, EFT_STREAM_BLOCKS)
-    sample_stream(const __grid_constant__ SampleCall call, int64_t per, Part* parts, unsigned* counters) {
+    sample_stream(const __grid_constant__ SampleCall call, int64_t per, Part* parts, int64_t* others,
+                  unsigned* counters) {
   StreamShared& shared = *reinterpret_cast<StreamShared*>(shared_memory());
   float* tops = reinterpret_cast<float*>(shared_memory() + kStreamHead);
   Row& row = shared.row;
@@ -123,6 +154,7 @@ EFT_KERNEL void __launch_bounds__(kThreads, EFT_STREAM_BLOCKS)
     if (threadIdx.x == 0) {
       shared.piece = piece_at(shared.next, call, per);
       shared.next += piece.n;
+      shared.lead = 0;
       set_row(row, call, piece.b, 0);
       shared.params = row_params_of(call, piece.b);
       shared.params.valid &= call.has_row(piece.b, 0);
@@ -142,19 +174,34 @@ EFT_KERNEL void __launch_bounds__(kThreads, EFT_STREAM_BLOCKS)
     Winner best;
     if (bad) {
       best.key = kBad;
+      if (static_cast<int>(threadIdx.x) < call.num_runners_up) shared.others[threadIdx.x] = kNone;
     } else {
-      best = race_chunks(
-          piece.first, piece.n, counters + call.rows + piece.b, -kInf, params, shared.source,
-          [&](int i) { return tops[i]; }, [&](int chunk, float (&s)[kPerLane]) { scores_of<false>(row, chunk, s); });
-      best = block_best(best, shared.winners);
+      // with runners-up a block's own: a lead of the row would hide what comes behind it here
+      unsigned* lead = call.num_runners_up ? &shared.lead : counters + call.rows + piece.b;
+      const auto race = [&](int64_t limit) {
+        const Winner w = race_chunks(
+            piece.first, piece.n, lead, -kInf, params, shared.source, [&](int i) { return tops[i]; },
+            [&](int chunk, float (&s)[kPerLane]) { scores_of<false>(row, chunk, s); }, limit);
+        return block_best(w, shared.winners);
+      };
+      best = race(kBad);
+      int64_t last = best.key;
+      for (int k = 0; k < call.num_runners_up; ++k) {
+        __syncthreads();
+        if (threadIdx.x == 0) shared.lead = 0;
+        __syncthreads();
+        last = race(last).key;
+        if (threadIdx.x == 0) shared.others[k] = last;
+      }
     }
     sum = ExpSum();
     if (call.logprobs)
       for (int i = 0; i < kWarps; ++i)
         sum.merge(shared.sums[i].top, shared.sums[i].sum, shared.sums[i].sum_c, params.c);
     if (warp_id() == 0)
-      arrive(call, piece.b, piece.splits, piece.split, params, best, sum, parts + blockIdx.x - piece.split + piece.b,
-             counters);
+      arrive(call, piece.b, piece.splits, piece.split, params, best, sum, shared.others,
+             parts + blockIdx.x - piece.split + piece.b,
+             others + (blockIdx.x - piece.split + piece.b) * call.num_runners_up, counters);
   } while (!piece.last);
 }
 
@@ -165,6 +212,7 @@ constexpr int kDirectThreads = 128, kDirectWarps = kDirectThreads / kLanes;
 struct DirectShared {
   Row row[kDirectWarps];  // of a warp whose chunk is looked at one token at a time
   Part parts[kDirectWarps];
+  int64_t others[kDirectWarps][kMaxRunnersUp], own[kMaxRunnersUp];  // keys of runners-up: the warps', the block's
 };
 
 // A lane's sums of 8 tokens from `token` on straight from the call's arguments, which every thread can read without
@@ -216,8 +264,8 @@ EFT_DEVICE float direct_sums(const Call& call, int64_t b, int chunk, int token, 
 #define EFT_DIRECT_BOUNDS kDirectThreads
 #endif
 
-EFT_KERNEL void __launch_bounds__(EFT_DIRECT_BOUNDS)
-    sample_direct(const __grid_constant__ SampleCall call, int splits, Part* parts, unsigned* counters) {
+EFT_KERNEL void __launch_bounds__(EFT_DIRECT_BOUNDS) sample_direct(const __grid_constant__ SampleCall call, int splits,
+                                                                   Part* parts, int64_t* others, unsigned* counters) {
   const int64_t b = blockIdx.x / splits;
   const int split = blockIdx.x % splits, lane = lane_id();
   DirectShared& shared = *reinterpret_cast<DirectShared*>(shared_memory());
@@ -254,6 +302,18 @@ EFT_KERNEL void __launch_bounds__(EFT_DIRECT_BOUNDS)
     if (s[i] > -kInf) best.offer(pack(s[i] + key[i], token + i), s[i]);
   if (!ok || !params.valid) best.key = kBad;
   best = warp_reduce(best);
+  const int more = call.num_runners_up;
+  int64_t last = best.key == kBad ? kNone : best.key;
+  for (int k = 0; k < more; ++k) {
+    int64_t most = kNone;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int64_t mine = s[i] > -kInf ? pack(s[i] + key[i], token + i) : kNone;
+      if (mine < last && mine > most) most = mine;
+    }
+    last = warp_reduce(most, Max());
+    if (lane == 0) shared.others[warp_id()][k] = last;
+  }
   ExpSum sum;
   if (call.logprobs) {
     const float top = top_of(s);
@@ -268,28 +328,43 @@ EFT_KERNEL void __launch_bounds__(EFT_DIRECT_BOUNDS)
     best.offer(p.key, p.score);
     sum.merge(p.top, p.sum, p.sum_c, params.c);
   }
-  arrive(call, b, splits, split, params, best, sum, parts + b * splits, counters);
+  last = best.key == kBad ? kNone : best.key;
+  for (int k = 0; k < more; ++k) {
+    last = key_below(last, kDirectWarps * (more + 1), [&](int i) {
+      const int w = i % kDirectWarps, at = i / kDirectWarps;
+      return at ? shared.others[w][at - 1] : shared.parts[w].key;
+    });
+    if (lane == 0) shared.own[k] = last;
+  }
+  arrive(call, b, splits, split, params, best, sum, shared.own, parts + b * splits, others + b * splits * more,
+         counters);
 }
 
 }  // namespace
 
-int64_t plain_scratch(const SampleCall& call, const Device& device) {
+namespace {
+int64_t num_parts(const SampleCall& call, const Device& device) {
   const int64_t all = call.rows * chunks_of(call);  // a block's last row may be the next one's first
-  const int64_t parts = is_direct(call, device) ? all : all / streamed_chunks(call, device) + 1 + call.rows;
-  return parts * int64_t{sizeof(Part)};
+  return is_direct(call, device) ? all : all / streamed_chunks(call, device) + 1 + call.rows;
+}
+}  // namespace
+
+int64_t plain_scratch(const SampleCall& call, const Device& device) {
+  return num_parts(call, device) * (int64_t{sizeof(Part)} + int64_t{sizeof(int64_t)} * call.num_runners_up);
 }
 
 const char* plain_sample(const SampleCall& call, const Place& place, const Device& device) {
   const int64_t chunks = chunks_of(call);
   Part* parts = static_cast<Part*>(place.scratch);
+  int64_t* others = reinterpret_cast<int64_t*>(parts + num_parts(call, device));
   if (is_direct(call, device)) {
     const int64_t splits = (chunks + kDirectWarps - 1) / kDirectWarps;
     return launch(sample_direct, {call.rows * splits, kDirectThreads, 1, sizeof(DirectShared), place.stream}, call,
-                  static_cast<int>(splits), parts, place.counters);
+                  static_cast<int>(splits), parts, others, place.counters);
   }
   const int64_t per = streamed_chunks(call, device), blocks = (call.rows * chunks + per - 1) / per;
   return launch(sample_stream, {blocks, kThreads, 1, stream_bytes(std::min(per, chunks)), place.stream}, call, per,
-                parts, place.counters);
+                parts, others, place.counters);
 }
 
 }  // namespace cuda

@@ -1,5 +1,7 @@
 // Judging drafts, one at a time, as soon as the rows that decide it are known.
 //
+// A tree of drafts is looked at when all of the row's slots are known.
+//
 // Counters of a row, [S], zero before and after a call. The last one says where the row stops: S - i for the first
 // draft i that is known to be rejected, or whose slot is invalid, else 0. The others count arrivals: of "token" each
 // draft's target and draft distribution, of "coupled" and "block" (the first of them) all of the row's slots.
@@ -22,6 +24,10 @@ EFT_DEVICE int64_t total_of(const State& state) { return state.mass < 1 ? 1 : st
 EFT_DEVICE int length_of(const Drafts& d, int64_t b, int64_t slots) {  // lengths may be unchecked
   const int64_t n = d.lengths[b];
   return static_cast<int>(n < 0 ? 0 : n > slots - 1 ? slots - 1 : n);
+}
+
+EFT_DEVICE Tree tree_of(const Drafts& d, int64_t b, int64_t slots) {
+  return {d.parents + b * (slots - 1), d.tokens + b * (slots - 1), length_of(d, b, slots)};
 }
 
 // the first draft known not to be accepted, or S
@@ -47,7 +53,7 @@ EFT_DEVICE bool accept_draft(const RowCall& call, const State& f, int64_t b, int
   const Drafts& d = call.drafts;
   const int64_t r = b * call.slots + slot;
   unsigned* counters = d.counters + b * call.slots;
-  if (slot < length && !skipped && d.method != kBlock) {
+  if (slot < length && !skipped && d.method != kBlock && !d.parents) {
     bool accepted = f.valid;
     if (d.method == kCoupled) {
       accepted &= f.token >= 0 && f.token == d.tokens[r - b];
@@ -66,12 +72,23 @@ EFT_DEVICE bool accept_draft(const RowCall& call, const State& f, int64_t b, int
 EFT_DEVICE void write_coupled(const RowCall& call, const RowParams& params, int64_t b, int length) {
   const Drafts& d = call.drafts;
   const int64_t S = call.slots;
-  const int last = min(first_rejected(d, b, S), length);
+  int last = min(first_rejected(d, b, S), length);
   __syncthreads();
+  int64_t* path = d.parents ? d.out.path + b * S : nullptr;
+  if (path) {
+    if (threadIdx.x == 0)
+      tree_of(d, b, S).accept(S, path, [&](int64_t slot) -> int64_t {
+        const State& f = d.target[b * S + slot];
+        return f.valid ? f.token : -1;
+      });
+    __syncthreads();
+    last = -1;
+    for (int k = 0; k < S; ++k) last += path[k] >= 0;
+  }
   for (int k = threadIdx.x; k < S; k += kThreads) {
     const int64_t r = b * S + k;
     State f{};
-    if (k <= last) f = d.target[r];
+    if (k <= last) f = d.target[path ? b * S + path[k] : r];
     d.out.tokens[r] = f.valid ? f.token : -1;
     if (d.out.logprobs) {
       d.out.logprobs[r] = f.valid ? processed_logprob(f, params, f.score, static_cast<int>(f.token)) : NAN;

@@ -250,7 +250,8 @@ VerifyArgs verify_args_of(const VerifyCall& call, unsigned* counters) {
   }
   args.drafts.tokens = call.draft_tokens, args.drafts.lengths = call.draft_lengths, args.drafts.method = call.method;
   args.drafts.counters = counters;
-  args.drafts.out = {call.tokens, call.emitted, call.valid, call.logprobs, call.raw_logprobs};
+  args.drafts.parents = call.parents;
+  args.drafts.out = {call.tokens, call.emitted, call.path, call.valid, call.logprobs, call.raw_logprobs};
   return args;
 }
 

@@ -103,9 +103,9 @@ def _varies(p: Params, name: str) -> bool:
 
 
 class Call:
-    """One call's launch arguments, and its launches."""
+    """One call's launch arguments, and its launches; depths: of `verify`'s trees, int64 [B, slots]."""
 
-    def __init__(self, logits: Logits, p: Params) -> None:
+    def __init__(self, logits: Logits, p: Params, depths: MaybeTensor = None) -> None:
         lead = p.lead(logits)
         self.slots = lead[1] if len(lead) == 2 else 1
         self.rows, self.device = lead.numel(), logits[0].device
@@ -147,7 +147,11 @@ class Call:
         )
         (seed, seed_value), (position, at) = _pair(p.seed, 0), _pair(p.position, 0)
         pointers, scalars = zip(*(_pair(getattr(p, name), off) for name, off in OFF.items()))
-        self.sampling = (Sampling(pointers, tuple(map(float, scalars)), seed, position), seed_value, at)
+        self.sampling = (
+            Sampling(pointers, tuple(map(float, scalars)), seed, position, depths, self.slots),
+            seed_value,
+            at,
+        )
         on = [row.name for row in PARAMETERS if row.stage == "filter" and _varies(p, row.name)]
         self.filtered, self.processed = bool(on), _varies(p, "temperature")
         # every row is: its exact mass is known
@@ -216,8 +220,9 @@ class Call:
         valid: MaybeTensor = None,
         logprobs: MaybeTensor = None,
         raw: MaybeTensor = None,
+        runners_up: MaybeTensor = None,
     ) -> None:
-        """Thresholds into ``state``; samples into ``tokens``."""
+        """Thresholds into ``state``; samples into ``tokens``, those behind them into ``runners_up``."""
         scratch = self.scratch() if self.filtered else (None, None)
         self.launch(
             filter.row_kernel,
@@ -233,6 +238,8 @@ class Call:
             valid,
             logprobs,
             raw,
+            runners_up,
+            0 if runners_up is None else runners_up.shape[1],
             self.chunks,
             CP=self.cp,
             FILTERED=self.filtered,
@@ -265,18 +272,26 @@ class Call:
 
 @on_device
 def sample(
-    logits: Logits, p: Params, stream: str, slot: int, logprobs: bool, top_logprobs: int, diagnostics: bool
+    logits: Logits,
+    p: Params,
+    stream: str,
+    slot: int,
+    logprobs: bool,
+    top_logprobs: int,
+    diagnostics: bool,
+    runners_up: int,
 ) -> Sampled:
     call = Call(logits, p)
     B, device = call.rows, call.device
     tokens, valid = call.empty(dtype=torch.int64), call.empty(dtype=torch.bool)
     lp, raw = (call.empty() if logprobs else None for _ in range(2))
+    others = call.empty(runners_up, dtype=torch.int64) if runners_up else None
     domain = STREAM_CODES[stream] << 1 | slot << 3
     more = bool(top_logprobs or diagnostics)
     if call.filtered or more:
         call.stats(sum=logprobs or more, sum_c=logprobs or call.nucleus)
         state = call.state() if more else None
-        call.row(domain, state, tokens, valid, lp, raw)
+        call.row(domain, state, tokens, valid, lp, raw, others)
     else:
         tiling = tile_config(config.SAMPLE, device, B * call.chunks)
         split = call.split(tiling)
@@ -294,7 +309,11 @@ def sample(
             counters(B, device),
             part_key,
             part,
+            call.empty(splits, runners_up, dtype=torch.int64) if runners_up else None,
+            others,
+            runners_up,
             PARTS=power_of_2(splits),
+            OTHERS=power_of_2(max(1, runners_up)),
             DIRECT=tiling.single_tile,
             PROCESSED=call.processed,
             **split,
@@ -320,7 +339,7 @@ def sample(
         entropy, tv = call.empty(), call.empty()
         z = logits[p.tuned]
         call.launch(outputs.diagnostics_kernel, state, z, z.stride(0), entropy, tv, call.chunks, TC=call.search["TC"])
-    return tokens, valid, lp, raw, top_ids, top_lp, entropy, tv
+    return tokens, valid, lp, raw, top_ids, top_lp, entropy, tv, others
 
 
 def _states(logits: Logits, p: Params) -> tuple[Call, filter.State]:
@@ -344,46 +363,28 @@ def logprobs(logits: Logits, p: Params, scores: bool) -> torch.Tensor:
 def token_logprobs(logits: Logits, p: Params, ids: torch.Tensor) -> torch.Tensor:
     call, state = _states(logits, p)
     out = torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
-    call.launch(outputs.ids_kernel, *call.sampling, state, ids, ids.shape[1], None, out, None, N=128)
+    call.launch(outputs.ids_kernel, *call.sampling, state, ids, ids.shape[1], None, None, out, None, N=128)
     return out
 
 
-@on_device
-def verify(
-    logits: Logits,
-    p: Params,
+def _accept(
+    call: Call,
+    target: Side,
+    other: Side,
     draft_tokens: torch.Tensor,
     draft_lengths: torch.Tensor,
+    own: MaybeTensor,
     method: str,
-    draft: int,
-    drawn_by: DraftParams,
-    logprobs: bool,
-) -> Verified:
-    B, S = p.lead(logits)
-    device, uses_masses, blocks = logits[0].device, method != "coupled", method == "block"
-    call = Call(logits, p)
-    call.stats(sum=logprobs, sum_c=logprobs or call.nucleus)
-    state = call.state()
-    own, own_valid = (None, None) if uses_masses else (call.empty(dtype=torch.int64), call.empty(dtype=torch.bool))
-    call.row(STREAM_CODES["sample"] << 1, state, own, own_valid)
-    target, other = call.side(state), call.side(NO_STATE)
-    if uses_masses:
-        call.masses(state)
-        if draft >= 0:
-            drafting = Call([logits[draft]], drawn_by.of(p))
-            drafting.stats(sum=False, sum_c=drafting.nucleus)
-            drawn = drafting.state()
-            other = drafting.side(drawn)
-            drafting.row(state=drawn)
-            drafting.masses(drawn)
-    tokens, valid = call.empty(dtype=torch.int64).view(B, S), torch.empty(B, dtype=torch.bool, device=device)
-    emitted = torch.empty(B, dtype=torch.int64, device=device)
-    lp, raw = (call.empty().view(B, S) if logprobs else None for _ in range(2))
+    tokens: torch.Tensor,
+    emitted: torch.Tensor,
+    valid: torch.Tensor,
+) -> None:
+    """Judges chains of drafts: fills tokens [B, S], emitted [B] and valid [B]."""
+    B, S = tokens.shape
+    device, uses_masses, blocks = tokens.device, method != "coupled", method == "block"
     accepted = torch.empty(B, dtype=torch.int32, device=device)
     factor = torch.empty(B, dtype=torch.float64, device=device)
     ratios = torch.empty(B, S, dtype=torch.float64, device=device) if blocks else None
-    if not B:
-        return tokens, emitted, valid, lp, raw
     options = dict(METHOD=METHOD_CODES[method], **OPTIONS)
     masses = None
     if uses_masses:
@@ -432,6 +433,52 @@ def verify(
         SP=power_of_2(S),
         **options,
     )
+
+
+@on_device
+def verify(
+    logits: Logits,
+    p: Params,
+    draft_tokens: torch.Tensor,
+    draft_lengths: torch.Tensor,
+    parents: MaybeTensor,
+    method: str,
+    draft: int,
+    drawn_by: DraftParams,
+    logprobs: bool,
+) -> Verified:
+    B, S = p.lead(logits)
+    device, uses_masses = logits[0].device, method != "coupled"
+    options = dict(num_warps=1, **OPTIONS)
+    depths = path = None
+    if parents is not None:
+        depths, path = (torch.empty(B, S, dtype=torch.int64, device=device) for _ in range(2))
+        if B:
+            acceptance.depth_kernel[(B * S,)](parents, depths, S, **options)
+    call = Call(logits, p, depths)
+    call.stats(sum=logprobs, sum_c=logprobs or call.nucleus)
+    state = call.state()
+    own, own_valid = (None, None) if uses_masses else (call.empty(dtype=torch.int64), call.empty(dtype=torch.bool))
+    call.row(STREAM_CODES["sample"] << 1, state, own, own_valid)
+    target, other = call.side(state), call.side(NO_STATE)
+    if uses_masses:
+        call.masses(state)
+        if draft >= 0:
+            drafting = Call([logits[draft]], drawn_by.of(p))
+            drafting.stats(sum=False, sum_c=drafting.nucleus)
+            drawn = drafting.state()
+            other = drafting.side(drawn)
+            drafting.row(state=drawn)
+            drafting.masses(drawn)
+    tokens, valid = call.empty(dtype=torch.int64).view(B, S), torch.empty(B, dtype=torch.bool, device=device)
+    emitted = torch.empty(B, dtype=torch.int64, device=device)
+    lp, raw = (call.empty().view(B, S) if logprobs else None for _ in range(2))
+    if B and parents is not None:
+        acceptance.tree_kernel[(B,)](
+            parents, draft_tokens, draft_lengths, own, tokens, emitted, valid, path, S, SP=power_of_2(S), **options
+        )
+    elif B:
+        _accept(call, target, other, draft_tokens, draft_lengths, own, method, tokens, emitted, valid)
     if logprobs:
-        call.launch(outputs.ids_kernel, *call.sampling, state, tokens, 1, emitted, lp, raw, N=1, num_warps=1)
-    return tokens, emitted, valid, lp, raw
+        call.launch(outputs.ids_kernel, *call.sampling, state, tokens, 1, emitted, path, lp, raw, N=1, num_warps=1)
+    return tokens, emitted, valid, lp, raw, path

@@ -308,7 +308,7 @@ def kept_interval(
     return floor, ceiling, mass_in(buffer, count, floor, ceiling, best, params.c, N)
 
 
-@triton.jit(do_not_specialize=["seed", "position", "domain"])
+@triton.jit(do_not_specialize=["seed", "position", "domain", "n"])
 def row_kernel(
     m,
     up,
@@ -327,6 +327,8 @@ def row_kernel(
     valid,
     logprobs,
     raw,
+    runners_up,
+    n,
     chunks,
     CP: tl.constexpr,
     TC: tl.constexpr,
@@ -336,8 +338,8 @@ def row_kernel(
 ):
     """Grid (rows): thresholds from `stats_kernel`'s maxima and sums [rows, chunks]; CP is the power of two >= chunks.
 
-    Writes ``state`` where it is asked for, and samples where ``tokens`` is. Scratch: found int32 [rows, chunks],
-    buffer float32 [rows, V].
+    Writes ``state`` where it is asked for, samples where ``tokens`` is, and with them ``runners_up`` [rows, n].
+    Scratch: found int32 [rows, chunks], buffer float32 [rows, V].
     """
     r = tl.program_id(0).to(tl.int64)
     row = row_of(m, up, r)
@@ -396,6 +398,13 @@ def row_kernel(
             tl.store(
                 logprobs + r, tl.where(params.greedy, 0.0, (score - best) * params.inverse_temperature - log_kept) + nan
             )
+        if runners_up is not None:
+            last, lowest = winner, tl.where(params.greedy, NEG_INF, floor)
+            for k in range(0, n):
+                last, its_score = race_kept(
+                    m, up, row, high, chunk, lowest, ceiling, params, tl.cast(domain, tl.uint32), last
+                )
+                tl.store(runners_up + r * n + k, tl.where(last > NONE, packed_token(last), -1).to(tl.int64))
     if state is not None:
         tl.store(state.best + r, best)
         tl.store(state.floor + r, floor)

@@ -65,22 +65,25 @@ def logprobs_kernel(
 
 
 @triton.jit(do_not_specialize=["seed", "position", "number"])
-def ids_kernel(m, up, sampling, seed, position, state, ids, number, emitted, logprobs, raw, N: tl.constexpr):
+def ids_kernel(m, up, sampling, seed, position, state, ids, number, emitted, path, logprobs, raw, N: tl.constexpr):
     """Grid (rows): log-probs of ids [rows, number] into ``logprobs``.
 
     With ``raw`` (`verify`: one id a row, -1 where there is none) both kinds; else the processed one where it is
-    another.
+    another. path: of a tree, the slot whose distribution a row's id is from.
     """
-    r = tl.program_id(0).to(tl.int64)
+    out = tl.program_id(0).to(tl.int64)
+    r = out
+    if path is not None:
+        r = out // m.slots * m.slots + tl.maximum(tl.load(path + out), 0)
     row = row_of(m, up, r)
     params = params_of(sampling, seed, position, m.V, r // m.slots, r % m.slots)
     nan = tl.where(tl.load(state.valid + r), 0.0, float("nan"))
     length = 1
     if emitted is not None:
-        length = tl.load(emitted + r // m.slots) - r % m.slots
+        length = tl.load(emitted + out // m.slots) - out % m.slots
     for i in range(0, number, N):
         at = i + tl.arange(0, N)
-        token = tl.load(ids + r * number + at, mask=at < number, other=0)
+        token = tl.load(ids + out * number + at, mask=at < number, other=0)
         there = (token >= 0) & (token < row.V)  # on a GPU nobody has checked
         there = there & (length > 0)
         token = tl.where(there, token, 0).to(tl.int32)
@@ -88,10 +91,10 @@ def ids_kernel(m, up, sampling, seed, position, state, ids, number, emitted, log
         full = raw_logprobs(s, state, r)
         lp = processed_logprobs(s, token, state, r, params)
         if raw is not None:
-            tl.store(raw + r * number + at, tl.where(there, full + nan, float("nan")), mask=at < number)
+            tl.store(raw + out * number + at, tl.where(there, full + nan, float("nan")), mask=at < number)
         else:
             lp = tl.where(changes(params), lp, full)
-        tl.store(logprobs + r * number + at, tl.where(there, lp + nan, float("nan")), mask=at < number)
+        tl.store(logprobs + out * number + at, tl.where(there, lp + nan, float("nan")), mask=at < number)
 
 
 @triton.jit(do_not_specialize=["n"])

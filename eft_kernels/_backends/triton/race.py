@@ -39,10 +39,11 @@ def noisy(s, temperature, seed, position, domain, chunk, e, place):
 
 
 @triton.jit
-def race(scores: tl.constexpr, context, bound, e, place, chunk, temperature, seed, position, domain):
+def race(scores: tl.constexpr, context, bound, e, place, chunk, temperature, seed, position, domain, limit=None):
     """The best (packed key, score) over chunks [N] with noise (e, place): ``scores(context, tokens)`` + T g.
 
-    ``bound`` [N] is at least the best key of each chunk, -inf where there is none.
+    ``bound`` [N] is at least the best key of each chunk, -inf where there is none. limit: a packed key, from which on
+    none takes part: that of a winner leaves the first runner-up.
     """
     best, score = tl.cast(NONE, tl.int64), tl.cast(NEG_INF, tl.float32)
     high = tl.max(bound, 0)
@@ -60,6 +61,8 @@ def race(scores: tl.constexpr, context, bound, e, place, chunk, temperature, see
             tl.sum(tl.where(here, e, 0.0), 0),
             tl.sum(tl.where(here, place, 0), 0),
         )
+        if limit is not None:
+            key = tl.where(key < limit, key, NONE)
         found = tl.max(key, 0)
         score = tl.where(found > best, tl.max(tl.where(key == found, s, NEG_INF), 0), score)
         best = tl.maximum(best, found)
@@ -70,12 +73,14 @@ def race(scores: tl.constexpr, context, bound, e, place, chunk, temperature, see
 
 
 @triton.jit
-def race_kept(m, up, row, top, chunk, floor, ceiling, params, domain):
+def race_kept(m, up, row, top, chunk, floor, ceiling, params, domain, limit=None):
     """`race` over the emulated scores from floor to ceiling of chunks whose maxima are ``top`` [N]."""
     e, place = chunk_noise(params.seed, params.position, domain, chunk)
     bound = tl.where(top >= floor, top + times(params.temperature, -log(e)), NEG_INF)
     kept = Kept(m, up, row, floor, ceiling)
-    return race(kept_scores, kept, bound, e, place, chunk, params.temperature, params.seed, params.position, domain)
+    return race(
+        kept_scores, kept, bound, e, place, chunk, params.temperature, params.seed, params.position, domain, limit
+    )
 
 
 @triton.jit
@@ -111,7 +116,26 @@ def finish(r, tokens, valid, logprobs, raw, best, score, top, sum, sum_c, params
         tl.store(logprobs + r, full + nan)
 
 
-@triton.jit(do_not_specialize=["seed", "position", "domain"])
+@triton.jit
+def behind(
+    r, runners_up, part_key, part_others, winner, n, SPLITS: tl.constexpr, PARTS: tl.constexpr, OTHERS: tl.constexpr
+):
+    """Writes the n tokens behind a row's winner, from the keys of its splits."""
+    split, k = tl.arange(0, PARTS), tl.arange(0, OTHERS)
+    at = r * SPLITS + split
+    keys = tl.full([PARTS], NONE, tl.int64)  # of one split the winner itself
+    if SPLITS > 1:
+        keys = tl.load(part_key + at, mask=split < SPLITS, other=NONE, cache_modifier=".cg")
+    there = (split < SPLITS)[:, None] & (k < n)[None, :]
+    others = tl.load(part_others + at[:, None] * n + k[None, :], mask=there, other=NONE, cache_modifier=".cg")
+    last = tl.where(winner == BAD, NONE, winner)
+    for i in range(0, n):
+        most = tl.max(tl.max(tl.where(others < last, others, NONE), 1), 0)
+        last = tl.maximum(most, tl.max(tl.where(keys < last, keys, NONE), 0))
+        tl.store(runners_up + r * n + i, tl.where(last > NONE, packed_token(last), -1).to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["seed", "position", "domain", "n"])
 def sample_kernel(
     m,
     up,
@@ -126,16 +150,21 @@ def sample_kernel(
     arrived,
     part_key,
     part,
+    part_others,
+    runners_up,
+    n,
     SPLITS: tl.constexpr,
     PARTS: tl.constexpr,
     TILES: tl.constexpr,
     TC: tl.constexpr,
     DIRECT: tl.constexpr,
     PROCESSED: tl.constexpr,
+    OTHERS: tl.constexpr,
 ):
     """Grid (rows * SPLITS). part_key [rows, SPLITS], part [rows, SPLITS, 4]: score, maximum, sum, sum at temperature.
 
-    PARTS is the power of two >= SPLITS; PROCESSED: a temperature may not be 1.
+    runners_up [rows, n], or None; then part_others [rows, SPLITS, n] has the keys of each split's, SPLITS of 1, too.
+    PARTS and OTHERS are the powers of two >= SPLITS and n; PROCESSED: a temperature may not be 1.
     """
     r = (tl.program_id(0) // SPLITS).to(tl.int64)
     split = tl.program_id(0) % SPLITS
@@ -160,6 +189,11 @@ def sample_kernel(
             if PROCESSED:
                 sum_c = sums(s, top, params.c)
         poisoned = out_of_range | (tl.max(tl.max(bad.to(tl.int32), 1), 0) > 0)
+        if runners_up is not None:
+            last = best
+            for k in range(0, n):
+                last = tl.max(tl.max(tl.where(key < last, key, NONE), 1), 0)
+                tl.store(part_others + (r * SPLITS + split) * n + k, last)
     else:
         tile = tl.arange(0, TILES)[:, None]
         tops = tl.full([TILES, TC], NEG_INF, tl.float32)
@@ -200,8 +234,27 @@ def sample_kernel(
             params,
             domain,
         )
+        if runners_up is not None:
+            last = best
+            for k in range(0, n):
+                last, its_score = race_kept(
+                    m,
+                    up,
+                    row,
+                    tl.where(poisoned, NEG_INF, top),
+                    first + tl.arange(0, TILES * TC),
+                    tl.cast(NEG_INF, tl.float32),
+                    tl.cast(INF, tl.float32),
+                    params,
+                    domain,
+                    last,
+                )
+                tl.store(part_others + (r * SPLITS + split) * n + k, last)
     best = tl.where(poisoned, BAD, best)
     if SPLITS == 1:
+        if runners_up is not None:
+            tl.debug_barrier()
+            behind(r, runners_up, part_key, part_others, best, n, 1, 1, OTHERS)
         finish(r, tokens, valid, logprobs, raw, best, score, top, sum, sum_c, params, PROCESSED)
     else:
         at = r * SPLITS + split
@@ -229,4 +282,6 @@ def sample_kernel(
                 sums_1 = tl.load(part + all_at * 4 + 2, mask=here, other=0.0, cache_modifier=".cg")
                 if PROCESSED:
                     sums_c = tl.load(part + all_at * 4 + 3, mask=here, other=0.0, cache_modifier=".cg")
+            if runners_up is not None:
+                behind(r, runners_up, part_key, part_others, winner, n, SPLITS, PARTS, OTHERS)
             finish(r, tokens, valid, logprobs, raw, winner, win, highs, sums_1, sums_c, params, PROCESSED)

@@ -54,6 +54,8 @@ class Sampling(NamedTuple):
     numbers: tuple
     seed: object
     position: object
+    depths: object  # int64 [B, slots] or None: how far a slot's position is from the row's
+    slots: object
 
 
 class Upscale(NamedTuple):
@@ -121,6 +123,8 @@ def seed_of(pointer, number, b):
 @triton.jit
 def noise_of(s, seed, position, b, slot):
     """Seed and position of batch row b at a slot."""
+    if s.depths is not None:
+        slot = tl.load(s.depths + b * s.slots + slot)
     return seed_of(s.seed, seed, b), value(s.position, position, b, tl.int64) + slot
 
 

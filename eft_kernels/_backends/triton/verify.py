@@ -205,6 +205,69 @@ def accept_kernel(
     tl.store(factor + b, 1.0)
 
 
+# --- trees of "coupled" --------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def parent_of(parents, b, slot, slots):
+    """The slot that a slot >= 1 follows, -1 where there is none: on a GPU nobody has checked."""
+    parent = tl.load(parents + b * (slots - 1) + slot - 1)
+    return tl.where((parent >= 0) & (parent < slot), parent, -1)
+
+
+@triton.jit(do_not_specialize=["slots"])
+def depth_kernel(parents, depths, slots):
+    """Grid (B * slots): how many drafts lead to each slot, int64 [B, slots]."""
+    at = tl.program_id(0).to(tl.int64)
+    b, slot = at // slots, at % slots
+    depth = tl.cast(0, tl.int64)
+    while slot > 0:
+        slot = parent_of(parents, b, slot, slots)
+        depth += 1
+    tl.store(depths + at, depth)
+
+
+@triton.jit(do_not_specialize=["slots"])
+def tree_kernel(parents, draft_tokens, draft_lengths, own, tokens, emitted, valid, path, slots, SP: tl.constexpr):
+    """Grid (B): the longest path of drafts that are the target's ``own`` samples [B, slots], and its tokens.
+
+    Of equally long ones it is the one to the lowest slot. SP is the power of two >= slots.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    length = length_of(draft_lengths, b, slots)
+    last, longest = tl.cast(0, tl.int64), tl.cast(0, tl.int32)
+    for i in range(1, length + 1):
+        slot, depth = tl.cast(i, tl.int64), tl.cast(0, tl.int32)
+        going = slot > 0
+        while going:
+            parent = parent_of(parents, b, slot, slots)
+            proposed = tl.load(draft_tokens + b * (slots - 1) + slot - 1)
+            drawn = tl.load(own + b * slots + tl.maximum(parent, 0))
+            accepted = (parent >= 0) & (proposed >= 0) & (proposed == drawn)
+            slot = tl.where(accepted, parent, slot)
+            depth += 1
+            going = accepted & (slot > 0)
+        longer = (slot == 0) & (depth > longest)
+        last = tl.where(longer, tl.cast(i, tl.int64), last)
+        longest = tl.where(longer, depth, longest)
+    lane = tl.arange(0, SP)
+    slots_of = tl.where(lane == 0, 0, -1).to(tl.int64)
+    depth = longest
+    while depth > 0:
+        slots_of = tl.where(lane == depth, last, slots_of)
+        last = tl.maximum(parent_of(parents, b, tl.maximum(last, 1), slots), 0)
+        depth -= 1
+    drawn = tl.load(own + b * slots + slots_of, mask=slots_of >= 0, other=-1)
+    tl.store(path + b * slots + lane, slots_of, mask=lane < slots)
+    tl.store(tokens + b * slots + lane, drawn, mask=lane < slots)
+    count = tl.sum((drawn >= 0).to(tl.int32), 0)
+    tl.store(emitted + b, count.to(tl.int64))
+    tl.store(valid + b, count == longest + 1)
+
+
+# --- residuals -----------------------------------------------------------------------------------------------------
+
+
 class SlotResidual(NamedTuple):
     """Context of `residual_scores`."""
 
