@@ -128,6 +128,8 @@ def test_default_sample_has_no_finding(tools, capfd, tmp_path):
         "sample top_p B=1 V=1 J=3 bfloat16",
         "verify token rows B=64 V=17 J=1 bfloat16",
         "sample diagnostics B=64 V=128256 J=3 bfloat16",
+        "sample runners_up B=64 V=128256 J=3 bfloat16",
+        "verify tree rows B=64 V=17 J=1 bfloat16",
     ],
 )
 def test_a_kernels_constants_reach_its_loops(label, tools, capfd):

@@ -1,4 +1,4 @@
-"""python -m tools {sass, aot, tune, launch_config, sanitize, hub, coupled}
+"""python -m tools {sass, aot, tune, launch_config, sanitize, hub, coupled, trees}
 
 Exit codes: 0 nothing found, 1 findings or wrong tokens, 2 bad input or something that is not here, 130 interrupted.
 """
@@ -21,6 +21,7 @@ COMMANDS = {
     "sanitize": "small cases through every backend, for compute-sanitizer",
     "hub": "a folder that Hugging Face's `kernels` loads",
     "coupled": "in which precision coupled speculation gives plain decoding's texts",
+    "trees": "how many tokens a round trees of drafts gain",
 }
 
 

@@ -200,6 +200,9 @@ def cases() -> list[Case]:
     out += [Case("verify", v, method=m) for m in METHODS for v in ("rows", "indexed")]
     out += [Case("verify", "drafts_declared", method=m) for m in METHODS[1:]]
     out += [Case("verify", method=m, draft=-1) for m in METHODS]
+    out += [Case("sample", "runners_up", b, n) for b, n in ((1, 128256), (64, 17))]
+    out += [Case("verify", v, method="tree") for v in ("plain", "with_logprobs", "rows")]
+    out += [Case("verify", "rows", vocab=17, models=1, method="tree", draft=0)]
     out += [Case(op, v, b) for op in ("logprobs", "token_logprobs") for v in ("plain", "all") for b in (64, 1)]
     return list(dict.fromkeys(out))
 

@@ -29,7 +29,7 @@ struct RowShared {
   PerModelStats per_model;
   int b, slot, length;                  // length: of verify's drafts
   bool is_skipped, accepts_here, last;  // accepts_here: this block decides on drafts
-  unsigned lead;                        // of the race; the row's blocks use the first one's
+  unsigned leads[2];                    // of races, in turn; the row's blocks use the first one's
 };
 
 constexpr int kHead = (sizeof(RowShared) + 15) / 16 * 16;
@@ -131,13 +131,15 @@ EFT_DEVICE float start_rejection(RowShared& shared, bool tempered) {
 
 // The winner of the scores in `kept` with keys below `limit`; by rejection: of those from kept.floor on, drawn until
 // the filters keep it.
-EFT_DEVICE Winner draw(ClusterGroup& group, RowShared& shared, Interval& kept, bool by_rejection,
+EFT_DEVICE Winner draw(ClusterGroup& group, RowShared& shared, Interval& kept, bool by_rejection, int& turn,
                        int64_t limit = kBad) {
   const RowParams& params = shared.params;
   const Part& part = shared.part;
   const float& best = shared.state.best;
-  unsigned* lead = group.at(&shared.lead, 0);
-  for (;;) {
+  for (;; turn ^= 1) {
+    // the one before was last used before a barrier
+    if (group.rank == 0 && threadIdx.x == 0) shared.leads[turn ^ 1] = 0;
+    unsigned* lead = group.at(&shared.leads[turn], 0);
     const Winner w = cluster_reduce(
         group, race_chunks(
                    part.first, part.n, lead, kept.floor, params, shared.source, [&](int i) { return part.tops[i]; },
@@ -146,19 +148,21 @@ EFT_DEVICE Winner draw(ClusterGroup& group, RowShared& shared, Interval& kept, b
                      if (kept.ceiling < best) drop_above(kept.ceiling, s);
                    },
                    limit));
-    if (group.rank == 0 && threadIdx.x == 0) shared.lead = 0;
-    if (!by_rejection || w.key == kNone || is_kept(group, part, params, w.score, best, shared.total)) return w;
+    if (!by_rejection || w.key == kNone || is_kept(group, part, params, w.score, best, shared.total)) {
+      turn ^= 1;
+      return w;
+    }
     kept.floor = above(w.score);
   }
 }
 
 // The tokens behind the winner, a race each.
 EFT_DEVICE void write_runners_up(ClusterGroup& group, RowShared& shared, const RowCall& call, Interval kept,
-                                 bool by_rejection, int64_t key) {
+                                 bool by_rejection, int turn, int64_t key) {
   const bool ok = shared.state.valid;
   if (shared.params.greedy) kept = Interval();
   for (int k = 0; k < call.num_runners_up; ++k) {
-    if (ok) key = draw(group, shared, kept, by_rejection, key).key;
+    if (ok) key = draw(group, shared, kept, by_rejection, turn, key).key;
     if (group.rank == 0 && threadIdx.x == 0)
       call.runners_up[row_of(shared, call) * call.num_runners_up + k] = ok && key != kNone ? packed_token(key) : -1;
   }
@@ -229,8 +233,9 @@ EFT_DEVICE void run_row(ClusterGroup& group, RowShared& shared, const RowCall& c
   if (ok && by_rejection) kept.floor = start_rejection(shared, tempered);
   else if (ok) kept = find_interval(group, shared, call, search, tempered);
   Winner w;
-  if (ok && (call.samples || params.greedy)) w = draw(group, shared, kept, by_rejection);
-  if (call.num_runners_up) write_runners_up(group, shared, call, kept, by_rejection, w.key);
+  int turn = 0;  // of shared.leads
+  if (ok && (call.samples || params.greedy)) w = draw(group, shared, kept, by_rejection, turn);
+  if (call.num_runners_up) write_runners_up(group, shared, call, kept, by_rejection, turn, w.key);
 
   write_sample(group, shared, call, w);
   __syncthreads();
@@ -266,7 +271,7 @@ EFT_KERNEL void __launch_bounds__(kThreads, EFT_ROW_BLOCKS)
   const bool checks_early_exit = drafts.checks_early_exit && slot > 0;
   if (threadIdx.x == 0) {
     shared.b = b, shared.slot = slot, shared.length = length;
-    shared.lead = 0;
+    shared.leads[0] = 0;
     shared.accepts_here = drafts.target && group.rank == 0;
     set_row(shared.row, call, b, slot);
     shared.params = row_params_of(call, b);

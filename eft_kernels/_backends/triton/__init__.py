@@ -50,14 +50,16 @@ def status() -> tuple[bool, str]:
 
 
 @cache
+def registers(number: int) -> dict[str, int]:
+    """An option: so many for a thread, where ptxas spills to fit another block on a multiprocessor."""
+    nvidia = not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "cuda"
+    return dict(maxnreg=number) if nvidia else {}
+
+
 def search(masked: bool) -> dict[str, int]:
     """Options of searches over a row: chunks and scores looked at together."""
-    if INTERPRETED:
-        return dict(TC=32, N=16384)
-    options = dict(TC=8, N=2048)
-    if triton.runtime.driver.active.get_current_target().backend == "cuda":
-        options["maxnreg"] = 192 if masked else 128  # else ptxas spills to fit a fifth block on a multiprocessor
-    return options
+    tile = dict(TC=32, N=16384) if INTERPRETED else dict(TC=8, N=2048)
+    return tile | registers(192 if masked else 128)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -317,6 +319,7 @@ def sample(
             DIRECT=tiling.single_tile,
             PROCESSED=call.processed,
             **split,
+            **(registers(96) if runners_up else {}),
         )
     top_ids = top_lp = entropy = tv = None
     if top_logprobs:
