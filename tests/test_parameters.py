@@ -235,7 +235,8 @@ def kernel(s, V, valid, filtered):
 values, V = pickle.load(open(sys.argv[1], "rb"))
 n = len(values["top_k"])
 valid, filtered = (torch.zeros(n, dtype=torch.bool) for _ in range(2))
-kernel[(n,)](Sampling(tuple(values[name] for name in NAMES), (0.0,) * len(NAMES), None, None, None, 1), V, valid, filtered)
+given = Sampling(tuple(values[name] for name in NAMES), (0.0,) * len(NAMES), None, None, None, 1)
+kernel[(n,)](given, V, valid, filtered)
 pickle.dump((valid, filtered), open(sys.argv[2], "wb"))
 """
 

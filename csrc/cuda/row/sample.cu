@@ -60,9 +60,10 @@ EFT_DEVICE void write_runners_up(const SampleCall& call, int64_t b, int64_t w, i
 // The block's result to parts[split] of its row; of the row's blocks the last one to come here writes the row. Warp 0
 // calls this. counters: [2, rows], arrivals, then the lead of the row's race. own: the keys of the block's runners-up,
 // which go to others[split, ...].
+template <bool kMore>
 EFT_DEVICE void arrive(const SampleCall& call, int64_t b, int splits, int split, const RowParams& params, Winner w,
                        ExpSum sum, const int64_t* own, Part* parts, int64_t* others, unsigned* counters) {
-  const int lane = lane_id(), more = call.num_runners_up;
+  const int lane = lane_id(), more = kMore ? call.num_runners_up : 0;
   if (more) __syncwarp();  // `own` is lane 0's
   if (splits == 1) {
     if (lane == 0) write_row(call, b, params, w, sum), counters[call.rows + b] = 0;
@@ -139,8 +140,9 @@ EFT_DEVICE Piece piece_at(int64_t at, const Call& call, int64_t per) {
 #endif
 
 // A block has `per` chunks of all rows' chunks. Its results go to parts[blockIdx.x + row]: of one row they follow each
-// other.
-EFT_KERNEL void __launch_bounds__(kThreads, EFT_STREAM_BLOCKS)
+// other. kMore: with runners-up, for which it needs registers.
+template <bool kMore>
+EFT_KERNEL void __launch_bounds__(kThreads, EFT_STREAM_BLOCKS - kMore)
     sample_stream(const __grid_constant__ SampleCall call, int64_t per, Part* parts, int64_t* others,
                   unsigned* counters) {
   StreamShared& shared = *reinterpret_cast<StreamShared*>(shared_memory());
@@ -177,7 +179,7 @@ EFT_KERNEL void __launch_bounds__(kThreads, EFT_STREAM_BLOCKS)
       if (static_cast<int>(threadIdx.x) < call.num_runners_up) shared.others[threadIdx.x] = kNone;
     } else {
       // with runners-up a block's own: a lead of the row would hide what comes behind it here
-      unsigned* lead = call.num_runners_up ? &shared.lead : counters + call.rows + piece.b;
+      unsigned* lead = kMore ? &shared.lead : counters + call.rows + piece.b;
       const auto race = [&](int64_t limit) {
         const Winner w = race_chunks(
             piece.first, piece.n, lead, -kInf, params, shared.source, [&](int i) { return tops[i]; },
@@ -186,7 +188,7 @@ EFT_KERNEL void __launch_bounds__(kThreads, EFT_STREAM_BLOCKS)
       };
       best = race(kBad);
       int64_t last = best.key;
-      for (int k = 0; k < call.num_runners_up; ++k) {
+      for (int k = 0; kMore && k < call.num_runners_up; ++k) {
         __syncthreads();
         if (threadIdx.x == 0) shared.lead = 0;
         __syncthreads();
@@ -199,9 +201,9 @@ EFT_KERNEL void __launch_bounds__(kThreads, EFT_STREAM_BLOCKS)
       for (int i = 0; i < kWarps; ++i)
         sum.merge(shared.sums[i].top, shared.sums[i].sum, shared.sums[i].sum_c, params.c);
     if (warp_id() == 0)
-      arrive(call, piece.b, piece.splits, piece.split, params, best, sum, shared.others,
-             parts + blockIdx.x - piece.split + piece.b,
-             others + (blockIdx.x - piece.split + piece.b) * call.num_runners_up, counters);
+      arrive<kMore>(call, piece.b, piece.splits, piece.split, params, best, sum, shared.others,
+                    parts + blockIdx.x - piece.split + piece.b,
+                    others + (blockIdx.x - piece.split + piece.b) * call.num_runners_up, counters);
   } while (!piece.last);
 }
 
@@ -336,8 +338,8 @@ EFT_KERNEL void __launch_bounds__(EFT_DIRECT_BOUNDS) sample_direct(const __grid_
     });
     if (lane == 0) shared.own[k] = last;
   }
-  arrive(call, b, splits, split, params, best, sum, shared.own, parts + b * splits, others + b * splits * more,
-         counters);
+  arrive<true>(call, b, splits, split, params, best, sum, shared.own, parts + b * splits, others + b * splits * more,
+               counters);
 }
 
 }  // namespace
@@ -363,8 +365,9 @@ const char* plain_sample(const SampleCall& call, const Place& place, const Devic
                   static_cast<int>(splits), parts, others, place.counters);
   }
   const int64_t per = streamed_chunks(call, device), blocks = (call.rows * chunks + per - 1) / per;
-  return launch(sample_stream, {blocks, kThreads, 1, stream_bytes(std::min(per, chunks)), place.stream}, call, per,
-                parts, others, place.counters);
+  return launch(call.num_runners_up ? sample_stream<true> : sample_stream<false>,
+                {blocks, kThreads, 1, stream_bytes(std::min(per, chunks)), place.stream}, call, per, parts, others,
+                place.counters);
 }
 
 }  // namespace cuda
