@@ -507,6 +507,15 @@ FAULTS = {
         "arrive_acq_rel(counters) + 2 == slots",
     ),
     "verify's counters are not set back": ("verify/accept.cuh", "d.counters[r] = 0;", ";"),
+    "runners-up under the lead of the race before": ("row/row.cu", "shared.leads[turn ^ 1] = 0;", ";"),
+    "runners-up of a block under the row's lead": (
+        "row/sample.cu",
+        "lead = kMore ? &shared.lead",
+        "lead = false ? nullptr",
+    ),
+    "runners-up of other splits are not looked at": ("row/sample.cu", "splits * (more + 1)", "splits"),
+    "a tree's noise by slot": ("row/row.cu", "tree_of(drafts, b, call.slots).depth(slot)", "slot"),
+    "the last of equal paths": ("../semantics/accept.h", "if (d > longest)", "if (d >= longest)"),
     "a sum that matters": ("verify/verify.cu", "return u <= ratio * 1.000001 &&", "return u <= ratio * 0.5 &&"),
 }
 
