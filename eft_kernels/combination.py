@@ -6,7 +6,8 @@ Every function accepts floats, or tensors, lists or NumPy arrays ``[rows]`` for 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -152,3 +153,21 @@ def interpolate(lam: Number = 0.5) -> Weights:
     ``base + lam * (tuned_a - ref) + (1 - lam) * (tuned_b - ref)`` (arXiv 2310.12962, section 4.3)."""
     x = _per_row(lam)
     return Weights([1.0, x, 1.0 - x, -1.0])
+
+
+class Mode(NamedTuple):
+    """A preset by its name, for the interfaces where the models have names: base, tuned (one or two) and ref."""
+
+    weights: Callable[..., Weights]
+    strength: str | None  # its argument's name
+    default: float = 1.0  # of the strength
+
+
+MODES = {
+    "upscale": Mode(upscale, "beta"),
+    "proxy": Mode(proxy, "alpha"),
+    "downscale": Mode(downscale, None),
+    "interpolate": Mode(interpolate, "lam", 0.5),  # the one for two tuned models
+}
+MODE_OF = {mode.strength: name for name, mode in MODES.items() if mode.strength}
+STRENGTHS = {mode.strength: mode.default for mode in MODES.values() if mode.strength}  # and their defaults

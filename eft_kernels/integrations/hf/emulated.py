@@ -24,21 +24,17 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...arguments import check_weights
-from ...combination import Number, Weights
+from ...combination import MODE_OF, MODES, STRENGTHS, Number, Weights
 from ...decoding import Value
 from ...ops import PerRow, combine
 from ..composition import (
     ADAPTER,
-    DEFAULTS,
-    MODE_OF,
-    STRENGTHS,
     Composition,
     composed_config,
     part_names,
     write_composed,
 )
 from .arguments import (
-    MODES,
     Models,
     OwnIds,
     check_models,
@@ -136,8 +132,8 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
         settings: dict[str, Any] = {}
         if not free:
             settings["mode"] = mode or ("interpolate" if len(names) == 4 else "upscale")
-            if key := STRENGTHS[settings["mode"]]:
-                settings[key] = DEFAULTS[key] if strengths[key] is None else float(cast(float, strengths[key]))
+            if key := MODES[settings["mode"]].strength:
+                settings[key] = STRENGTHS[key] if strengths[key] is None else float(cast(float, strengths[key]))
             settings["upscale_top_p"] = float(upscale_top_p)
         ends = {*end_tokens(terms), *(t.eos_token_id for t in tokenizers or () if t.eos_token_id is not None)}
         if tokenizers is not None:
@@ -341,7 +337,7 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
         """(weights, the up-scaling filter's mass) of a call, per row where it gives tensors."""
         weights = self.weights
         if name := self._own_strength(strengths, upscale_top_p):
-            weights = MODES[MODE_OF[name]][1](on_device(name, strengths[name], device))
+            weights = MODES[MODE_OF[name]].weights(on_device(name, strengths[name], device))
             check_weights(weights, len(self.names), rows, device, check=True)
         top_p = self.settings.get("upscale_top_p", 1.0) if upscale_top_p is None else upscale_top_p
         return weights, per_row("upscale_top_p", top_p, rows, device)
