@@ -148,6 +148,8 @@ def header() -> str:
         kMaxModels=("int", parameters.MAX_MODELS),
         kMaxVocab=("int64_t", parameters.MAX_VOCAB),
         kMaxSlot=("int64_t", parameters.MAX_SLOT),
+        kMassBits=("int", parameters.MASS_BITS),
+        kTiny=("float", parameters.TINY),
         kGreedy=("float", parameters.GREEDY),
         kMasked=("float", parameters.MASKED),
         kLarge=("float", parameters.LARGE),

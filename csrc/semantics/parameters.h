@@ -33,6 +33,8 @@ namespace eft {
 constexpr int kMaxModels = 8;
 constexpr int64_t kMaxVocab = 4194304;
 constexpr int64_t kMaxSlot = 16777215;
+constexpr int kMassBits = 40;
+constexpr float kTiny = 0x1p-126f;
 constexpr float kGreedy = 1e-05f;
 constexpr float kMasked = -3.38e+38f;
 constexpr float kLarge = 1e+30f;
