@@ -30,11 +30,11 @@ from .rows import (
     value,
 )
 from .semantics import (
+    BEST_MASS,
     CHUNK,
     INF,
     LARGE,
     LOG2E,
-    MASS_BITS,
     MASS_ONE,
     NEG_INF,
     NONE,
@@ -386,7 +386,7 @@ def row_kernel(
             if mass_kept > 0:
                 log_kept = log_total(mass_kept)
     if params.greedy:
-        floor, log_kept, mass_kept = best, 0.0, tl.cast(1 << MASS_BITS, tl.int64)
+        floor, log_kept, mass_kept = best, 0.0, tl.cast(BEST_MASS, tl.int64)
     token = tl.cast(-1, tl.int64)
     if (tokens is not None) or params.greedy:
         winner, score = race_kept(m, up, row, high, chunk, floor, ceiling, params, tl.cast(domain, tl.uint32))
