@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .checks import INTEGERS, dense, from_host, index, is_array, is_integer, is_real, readable, shown
-from .combination import Weights
+from .combination import AnyWeights, Weights
 from .parameters import MAX_MODELS, MAX_VOCAB, PARAMETERS, ROWS, Parameter, Params, TokenBias
 
 MAX_WEIGHT = 2.0**128 - 2.0**103  # from here on a number rounds to an infinite float32
@@ -193,7 +193,7 @@ def check_bias(bias: object, lead: Sequence[int], device: torch.device) -> Token
 
 
 def check_weights(
-    weights: Weights | Sequence[float] | torch.Tensor, models: int, rows: int, device: torch.device, check: bool
+    weights: AnyWeights, models: int, rows: int, device: torch.device, check: bool
 ) -> tuple[float, ...] | torch.Tensor:
     """Weights of so many models as a tuple of floats, or a float32 tensor [J] or [rows, J]; ValueError."""
     weights = weights if isinstance(weights, Weights) else Weights(weights)
@@ -218,7 +218,7 @@ def check_weights(
 
 def check_params(
     logits: Sequence[torch.Tensor],
-    weights: Weights | Sequence[float] | torch.Tensor,
+    weights: AnyWeights,
     rows: int,
     vocab_size: int,
     sampling: Mapping[str, object],

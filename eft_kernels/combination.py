@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-from .checks import INTEGERS, dense, from_host, is_array, is_real
+from .checks import INTEGERS, Array, dense, from_host, is_array, is_real
 from .parameters import MAX_MODELS
 
-Number = float | int | torch.Tensor | Sequence[float]
+Number = float | Sequence[float] | torch.Tensor | Array  # one, or one for each row
 CPU = torch.device("cpu")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -76,7 +76,7 @@ class Weights:
     ``on_host``: calls move it to the logits' device.
     """
 
-    def __init__(self, values: Sequence[Number] | torch.Tensor, on_host: bool = False) -> None:
+    def __init__(self, values: Sequence[Number] | torch.Tensor | Array, on_host: bool = False) -> None:
         self.values: tuple[float, ...] | None = None
         self.tensor: torch.Tensor | None = None
         self.on_host = on_host
@@ -128,7 +128,10 @@ class Weights:
         return f"Weights({list(self.values) if self.values is not None else self.tensor!r})"
 
 
-def weights(values: Sequence[Number] | torch.Tensor | Weights) -> Weights:
+AnyWeights = Weights | Sequence[Number] | torch.Tensor | Array  # what `weights` takes
+
+
+def weights(values: AnyWeights) -> Weights:
     """Any weights: J numbers (or values per row, ``[rows]``), or a tensor, an array or lists ``[J]`` or ``[rows, J]``,
     J = 1..8."""
     return values if isinstance(values, Weights) else Weights(values)

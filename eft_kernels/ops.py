@@ -29,7 +29,7 @@ from .arguments import (
     scalar_or_rows,
 )
 from .checks import INTEGERS, dense, flag, from_host, index, one_of, readable, shown, stands_for_others
-from .combination import Weights, upscale
+from .combination import AnyWeights, Number, Weights, upscale
 from .parameters import (
     DRAFTED,
     MAX_MODELS,
@@ -51,7 +51,7 @@ from .reference import row_seed
 # the operators' namespace: of this copy of the package, so that several can live in one process
 NAMESPACE = re.sub(r"\W", "_", __package__)
 STREAM_NAMES = STREAMS[:2]  # those that are for a caller to choose
-PerRow = float | Sequence[float] | torch.Tensor | None  # a number, or one for each row; None: it is off
+PerRow = Number | None  # None: it is off
 Value = float | torch.Tensor  # the same, checked
 
 
@@ -210,7 +210,7 @@ def _call(name: str, logits: list[torch.Tensor], p: Params, *args: object, backe
         ) from error
 
 
-def _values(weights: Weights | Sequence[float] | torch.Tensor) -> tuple[float, ...] | torch.Tensor | None:
+def _values(weights: AnyWeights) -> tuple[float, ...] | torch.Tensor | None:
     if type(weights) is not Weights:  # quicker than isinstance; mypy narrows less by it
         weights = Weights(weights)  # type: ignore[arg-type]
     return weights.tensor if weights.values is None else weights.values
@@ -347,7 +347,7 @@ def _noise(seed: PerRow, position: PerRow, rows: int, device: torch.device) -> t
 
 def sample(
     logits: Sequence[torch.Tensor] | None = None,
-    weights: Weights | Sequence[float] | torch.Tensor | None = None,
+    weights: AnyWeights | None = None,
     *,
     base: torch.Tensor | None = None,
     tuned: int | torch.Tensor = 1,
@@ -575,7 +575,7 @@ def draft(
 
 def verify(
     logits: Sequence[torch.Tensor] | None = None,
-    weights: Weights | Sequence[float] | torch.Tensor | None = None,
+    weights: AnyWeights | None = None,
     draft_tokens: torch.Tensor | Sequence[DraftOutput] | None = None,
     draft_lengths: torch.Tensor | None = None,
     *,
@@ -810,11 +810,11 @@ def _per_slot(name: str, x: Any, row_index: torch.Tensor, n: int, device: torch.
 
 def _models(
     logits: Sequence[torch.Tensor] | None,
-    weights: Weights | Sequence[float] | torch.Tensor | None,
+    weights: AnyWeights | None,
     base: torch.Tensor | None,
     tuned: int | torch.Tensor,
     ref: torch.Tensor | None,
-) -> tuple[Sequence[torch.Tensor], Weights | Sequence[float] | torch.Tensor, int]:
+) -> tuple[Sequence[torch.Tensor], AnyWeights, int]:
     """(logits, weights, index of the tuned model), where base, tuned and ref may be given by name."""
     if base is None and ref is None and not isinstance(tuned, torch.Tensor):
         if logits is None:
@@ -988,7 +988,7 @@ def _integers(name: str, value: object, shape: Sequence[int], device: torch.devi
 
 def _scored(
     logits: Sequence[torch.Tensor] | None,
-    weights: Weights | Sequence[float] | torch.Tensor | None,
+    weights: AnyWeights | None,
     models: tuple[torch.Tensor | None, int | torch.Tensor, torch.Tensor | None],
     sampling: Mapping[str, object],
     vocab_size: int | None,
@@ -1021,7 +1021,7 @@ def _scored(
 
 def logprobs(
     logits: Sequence[torch.Tensor] | None = None,
-    weights: Weights | Sequence[float] | torch.Tensor | None = None,
+    weights: AnyWeights | None = None,
     *,
     base: torch.Tensor | None = None,
     tuned: int | torch.Tensor = 1,
@@ -1065,7 +1065,7 @@ def logprobs(
 
 def combine(
     logits: Sequence[torch.Tensor] | None = None,
-    weights: Weights | Sequence[float] | torch.Tensor | None = None,
+    weights: AnyWeights | None = None,
     *,
     base: torch.Tensor | None = None,
     tuned: int | torch.Tensor = 1,
@@ -1113,7 +1113,7 @@ def combine(
 
 def token_logprobs(
     logits: Sequence[torch.Tensor] | None = None,
-    weights: Weights | Sequence[float] | torch.Tensor | None = None,
+    weights: AnyWeights | None = None,
     ids: torch.Tensor | None = None,
     *,
     base: torch.Tensor | None = None,

@@ -16,14 +16,13 @@ import torch
 
 from . import ops, reference
 from .arguments import dtype_of
-from .combination import Weights, interpolate, upscale
+from .combination import AnyWeights, Weights, interpolate, upscale
 from .parameters import DRAFTED, INT64, METHODS, OFF, PARAMETERS, ROWS, DraftParams, Parameter, Params, TokenBias
 
 TOLERANCE = 1e-5  # nats: float32 log-sum-exp against the fixed-point one
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 INF = float("inf")
 Device = torch.device | str
-AnyWeights = Weights | Sequence[float] | torch.Tensor
 PerRow = Callable[[int], torch.Tensor]  # of the number of rows
 Made = tuple[list[torch.Tensor], Weights, dict[str, Any]]  # logits, weights, the other arguments
 

@@ -624,8 +624,18 @@ def test_masks_repeat_sizes_of_one(backend):
 @pytest.mark.parametrize("preset", [eft.upscale, eft.proxy, eft.interpolate])
 @pytest.mark.parametrize("value", ["2", None, range(3), True, 1j], ids=repr)
 def test_presets_take_numbers(preset, value):
-    with pytest.raises(ValueError, match=f"weights: expected numbers, got {type(value).__name__}"):
+    with pytest.raises(ValueError, match=f"^(beta|alpha|lam): expected numbers, got {type(value).__name__}"):
         preset(value)
+
+
+@pytest.mark.parametrize("preset", [eft.upscale, eft.proxy, eft.interpolate])
+def test_presets_take_tensors_of_numbers(preset):
+    for dtype in (torch.bool, torch.float8_e4m3fn, torch.complex64):
+        with pytest.raises(ValueError, match=f"^(beta|alpha|lam): got a tensor of {dtype}, allowed are integers and"):
+            preset(torch.ones(3).to(dtype))
+    want = preset(torch.tensor([1.0, 2.0])).tensor
+    for dtype in (torch.uint8, torch.int64, torch.bfloat16, torch.float64):  # -2 is no uint8
+        assert torch.equal(preset(torch.tensor([1, 2], dtype=dtype)).tensor, want)
 
 
 def test_weights_as_lists_and_arrays(backend):

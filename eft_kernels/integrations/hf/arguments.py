@@ -19,7 +19,7 @@ from transformers import (
 
 from ...arguments import scalar_or_rows
 from ...checks import from_host, index
-from ...combination import MODE_OF, MODES, Number, Weights
+from ...combination import MODE_OF, MODES, AnyWeights, Weights
 from ...decoding import Value
 from ...ops import PerRow, row_seeds
 from ...parameters import MAX_MODELS
@@ -174,7 +174,7 @@ def combination_of(
 def free_combination_of(
     model: nn.Module,
     models: Models | None,
-    weights: Weights | Sequence[Number] | torch.Tensor | None,
+    weights: AnyWeights | None,
     given: Mapping[str, object],
 ) -> Combination:
     """As `combination_of`, for any number of models with weights of their own: model drafts."""

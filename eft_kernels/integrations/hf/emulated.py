@@ -27,7 +27,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...arguments import check_weights, scalar
 from ...checks import is_real, shown
-from ...combination import MODE_OF, MODES, STRENGTHS, Number, Weights
+from ...combination import MODE_OF, MODES, STRENGTHS, AnyWeights, Weights
 from ...decoding import Value
 from ...ops import PerRow, combine
 from ..composition import (
@@ -100,7 +100,7 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
         ref: nn.Module | None = None,
         *,
         models: Models | None = None,
-        weights: Weights | Sequence[Number] | None = None,
+        weights: AnyWeights | None = None,
         mode: str | None = None,
         beta: float | None = None,
         alpha: float | None = None,

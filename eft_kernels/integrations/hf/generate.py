@@ -29,7 +29,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ...checks import index, one_of
-from ...combination import Number, Weights
+from ...combination import AnyWeights
 from ...decoding import Model, OnTokens, OwnPrompt, Prompt, Speculation, Target, plain, speculative
 from ...ops import PerRow, sample
 from ...parameters import GREEDY, MAX_SLOT, METHODS, OFF, PARAMETERS
@@ -105,7 +105,7 @@ def generate(
     tuned: nn.Module | list[nn.Module] | tuple[nn.Module, ...] | None = None,
     ref: nn.Module | None = None,
     models: list[nn.Module] | tuple[nn.Module, ...] | None = None,
-    weights: Weights | Sequence[Number] | torch.Tensor | None = None,
+    weights: AnyWeights | None = None,
     prompts: Sequence[OwnIds] | Mapping[str, OwnIds] | None = None,
     mode: str | None = None,
     beta: PerRow = None,
