@@ -384,7 +384,8 @@ def sample(
       weights: `Weights`, J numbers, or a tensor [J] or [B, J]. A model of weight 0 is not read.
       base, tuned, ref: instead of ``logits``, the three by name; weights are then `upscale()` if not given. Beside
         ``logits``, tuned is the index of the tuned model (for upscale_top_p and diagnostics).
-      The sampling parameters, numbers, or tensors, lists or NumPy arrays [B], in the order in which they apply:
+      The sampling parameters: numbers, or tensors, lists or NumPy arrays [B]. upscale_top_p applies first, then the
+      others in this order:
         temperature: divides the scores; 0 (below 1e-5) is greedy, the lowest id on ties.
         top_k: keeps the k largest scores; 0 or -1 is off.
         top_p: keeps a token if those more likely have less than this mass together; 1 is off.

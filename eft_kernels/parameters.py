@@ -58,7 +58,7 @@ class Parameter(NamedTuple):
     warper: str = ""  # the class of transformers that does the same
 
 
-# in the order in which they apply, which is transformers'
+# in the order in which they apply, which is transformers'; what is of the stage "combine" applies before them
 PARAMETERS = (
     Parameter(
         name="temperature",

@@ -98,7 +98,7 @@ BLOCK = re.compile(
 
 
 # in a docstring: the lines under one that ends so
-DOCSTRING = re.compile(r"^( *)(.*in the order in which they apply:)\n(?:\1  .*\n)*(\1  Filters .*\n)", re.MULTILINE)
+DOCSTRING = re.compile(r"^( *)(.*others in this order:)\n(?:\1  .*\n)*(\1  Filters .*\n)", re.MULTILINE)
 
 
 def described(indent: str) -> str:
