@@ -25,7 +25,7 @@ from .arguments import (
     check_params,
     check_row_index,
     dtype_of,
-    row_of,
+    parameter_of,
     scalar_or_rows,
 )
 from .checks import INTEGERS, dense, flag, from_host, index, one_of, readable, shown, stands_for_others
@@ -38,7 +38,7 @@ from .parameters import (
     METHOD_CODES,
     METHODS,
     NAMES,
-    ROWS,
+    PER_ROW,
     STREAM_CODES,
     STREAMS,
     DraftParams,
@@ -61,7 +61,7 @@ def _pairs(rows: Iterable[Parameter], prefix: str = "", optional: str = "") -> s
 
 
 _PARAMS = (
-    f"Tensor? weights, float[] weight_values, {_pairs(ROWS.values())}, Tensor? token_mask, Tensor? bias_ids, "
+    f"Tensor? weights, float[] weight_values, {_pairs(PER_ROW.values())}, Tensor? token_mask, Tensor? bias_ids, "
     "Tensor? bias_values, int vocab_size, int tuned, Tensor? row_index"
 )
 SCHEMAS = {
@@ -74,7 +74,7 @@ SCHEMAS = {
     "logprobs": f"(Tensor[] logits, {_PARAMS}, bool scores, str backend) -> Tensor",
     "token_logprobs": f"(Tensor[] logits, {_PARAMS}, Tensor ids, str backend) -> Tensor",
 }
-_COUNT = 2 + 2 * len(ROWS) + 6  # arguments of _PARAMS
+_COUNT = 2 + 2 * len(PER_ROW) + 6  # arguments of _PARAMS
 _DRAFT = slice(_COUNT + 4, _COUNT + 4 + 2 * len(DRAFTED))  # of verify's: what drafts were drawn by
 _F, _I, _B = torch.float32, torch.int64, torch.bool
 _RETURNS = {"sample": (_I, _B, _F, _F, _I, _F, _F, _F), "verify": (_I, _I, _B, _F, _F)}
@@ -84,7 +84,7 @@ def _flatten(p: Params, *args: object) -> list[object]:
     """`Params` and an operation's own arguments (`DraftParams` among them) as the operator's."""
     tensor = isinstance(p.weights, torch.Tensor)
     flat: list[object] = [p.weights if tensor else None, [] if tensor else list(p.weights)]
-    for name, row in ROWS.items():
+    for name, row in PER_ROW.items():
         value = getattr(p, name)
         flat += [value, row.type(0)] if isinstance(value, torch.Tensor) else [None, value]
     flat += [p.token_mask, *(p.token_bias or (None, None)), p.vocab_size, p.tuned, p.row_index]
@@ -318,7 +318,7 @@ def row_seeds(seed: int, rows: int, device: torch.device | str | None = None) ->
 
     `sample` and `verify` do the same to a ``seed`` that is one number.
     """
-    p = ROWS["seed"]
+    p = PER_ROW["seed"]
     seed = index("seed", seed, p.low, p.high, p.allowed) & ((1 << 64) - 1)
     rows = index("rows", rows, 0, 1 << 40, "an integer >= 0")
     return row_seed(seed - (1 << 64) if seed >= 1 << 63 else seed, torch.arange(rows, device=device))
@@ -531,7 +531,7 @@ def draft(
         raise ValueError("seed: got None; give the seed that verify will be given")
     noise: dict[str, Any] = dict(stream="sample") if method == "coupled" else dict(stream="draft", slot=slot)
     given: dict[str, Any] = {  # verify takes None for the target's value
-        name: ROWS[name].off if x is None else x for name, x in zip(DraftParams._fields, sampling)
+        name: PER_ROW[name].off if x is None else x for name, x in zip(DraftParams._fields, sampling)
     }
     out = sample(
         [logits],
@@ -904,7 +904,7 @@ def _differ(name: str, a: Value, b: Value, rows: int, look: bool) -> bool:
     device = next(x.device for x in (a, b) if isinstance(x, torch.Tensor))
     if name == "seed":
         a, b = (x if isinstance(x, torch.Tensor) else row_seeds(int(x), rows, device) for x in (a, b))
-    a, b = (torch.as_tensor(x, dtype=dtype_of(row_of(name)), device=device).expand(rows) for x in (a, b))
+    a, b = (torch.as_tensor(x, dtype=dtype_of(parameter_of(name)), device=device).expand(rows) for x in (a, b))
     return not torch.equal(a, b)
 
 

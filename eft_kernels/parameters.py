@@ -158,7 +158,7 @@ NOISE = (
         tried=(0, 7, 1 << 40),
     ),
 )
-ROWS = {p.name: p for p in (*PARAMETERS, *NOISE)}
+PER_ROW = {p.name: p for p in (*PARAMETERS, *NOISE)}
 NAMES = tuple(p.name for p in PARAMETERS)
 FILTERS = tuple(p for p in PARAMETERS if p.stage == "filter")
 DRAFTED = tuple(p for p in PARAMETERS if p.stage != "combine")  # those that drafts have, too

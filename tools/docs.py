@@ -27,7 +27,8 @@ HEAD = """\
 Written by `python tools/docs.py --write docs/api.md` from the docstrings. `import eft_kernels as eft` throughout.
 `B` is the number of rows (requests), `J` the number of models, `V` the vocabulary, `K` the number of drafts.
 A `Number` is one, or a tensor, list or array with one for each row; `PerRow` is that or None, which is off;
-`AnyWeights` is what [`weights`](#weights) takes. [Semantics](semantics.md) has the formulas, [API stability](stability.md) what may change.
+`AnyWeights` is what [`weights`](#weights) takes.
+[Semantics](semantics.md) has the formulas, [API stability](stability.md) what may change.
 
 <!-- run first
 from dataclasses import dataclass, field

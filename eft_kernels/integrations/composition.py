@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..combination import MODE_OF, MODES, STRENGTHS
-from ..parameters import ROWS
+from ..parameters import PER_ROW
 
 ARCHITECTURE = "EftForCausalLM"
 ADAPTER = "adapter_config.json"  # what makes a folder a PEFT adapter
@@ -122,7 +122,7 @@ def strength_of(given: Mapping[str, Any], mode: str, where: str, default: Streng
     if "beta" in given and "alpha" in given:
         raise ValueError(f"{where}: got beta and alpha; give one (beta up-scales, alpha is proxy-tuning)")
     top_p = given.get("upscale_top_p", default.upscale_top_p if default else 1.0)
-    if not ROWS["upscale_top_p"].low <= top_p <= 1:
+    if not PER_ROW["upscale_top_p"].low <= top_p <= 1:
         raise ValueError(f"{where}: upscale_top_p: got {top_p!r}, allowed is a number in (0, 1] (1 is off)")
     key = next((key for key in allowed if key in given), None)
     if key is None and default is not None:
