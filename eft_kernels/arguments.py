@@ -12,16 +12,16 @@ from typing import Any
 import torch
 
 from .checks import INTEGERS, dense, from_host, index, is_array, is_integer, is_real, readable, shown
-from .combination import Weights
-from .parameters import MAX_MODELS, MAX_VOCAB, PARAMETERS, ROWS, Parameter, Params, TokenBias
+from .combination import AnyWeights, Weights
+from .parameters import MAX_MODELS, MAX_VOCAB, PARAMETERS, PER_ROW, Parameter, Params, TokenBias
 
 MAX_WEIGHT = 2.0**128 - 2.0**103  # from here on a number rounds to an infinite float32
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def row_of(name: str) -> Parameter:
-    """The table's row of a parameter, or of what the drafts were drawn by."""
-    return ROWS[name.removeprefix("draft_")]
+def parameter_of(name: str) -> Parameter:
+    """The parameter of this name, or of what the drafts were drawn by."""
+    return PER_ROW[name.removeprefix("draft_")]
 
 
 def dtype_of(p: Parameter) -> torch.dtype:
@@ -31,7 +31,7 @@ def dtype_of(p: Parameter) -> torch.dtype:
 
 def scalar(name: str, value: object, rows: int) -> float:
     """``value`` as a Python number in range, integers as signed 64 bits; ValueError names ``name``."""
-    p = row_of(name)
+    p = parameter_of(name)
     integer = p.type is int
     if not is_real(value):
         raise ValueError(f"{name}: expected a number or a tensor [{rows}], got {type(value).__name__}")
@@ -47,7 +47,7 @@ def scalar(name: str, value: object, rows: int) -> float:
 
 def scalar_or_rows(name: str, value: object, rows: int, device: torch.device, check: bool) -> float | torch.Tensor:
     """``value`` as a Python scalar or a contiguous tensor [rows] on ``device``; ValueError names ``name``."""
-    p = row_of(name)
+    p = parameter_of(name)
     dtype = dtype_of(p)
     if is_array(value):
         value = value.tolist()  # of no dimensions: a number
@@ -193,7 +193,7 @@ def check_bias(bias: object, lead: Sequence[int], device: torch.device) -> Token
 
 
 def check_weights(
-    weights: Weights | Sequence[float] | torch.Tensor, models: int, rows: int, device: torch.device, check: bool
+    weights: AnyWeights, models: int, rows: int, device: torch.device, check: bool
 ) -> tuple[float, ...] | torch.Tensor:
     """Weights of so many models as a tuple of floats, or a float32 tensor [J] or [rows, J]; ValueError."""
     weights = weights if isinstance(weights, Weights) else Weights(weights)
@@ -218,7 +218,7 @@ def check_weights(
 
 def check_params(
     logits: Sequence[torch.Tensor],
-    weights: Weights | Sequence[float] | torch.Tensor,
+    weights: AnyWeights,
     rows: int,
     vocab_size: int,
     sampling: Mapping[str, object],
@@ -246,7 +246,7 @@ def check_params(
     given = {**sampling, "seed": seed, "position": position}
     values: dict[str, Any] = {  # of the types that the table says
         name: scalar_or_rows(name, p.off if given.get(name) is None else given[name], rows, device, check)
-        for name, p in ROWS.items()
+        for name, p in PER_ROW.items()
     }
     combines = any(
         isinstance(values[p.name], torch.Tensor) or values[p.name] != p.off for p in PARAMETERS if p.stage == "combine"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, TypeVar
 
 import torch
 from torch._C._functorch import is_batchedtensor, is_functorch_wrapped_tensor
@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8)
+
+
+class Array(Protocol):
+    """An array or a scalar of NumPy, which need not be installed."""
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]: ...
 
 
 def readable(x: torch.Tensor) -> bool:

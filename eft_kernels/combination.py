@@ -6,23 +6,31 @@ Every function accepts floats, or tensors, lists or NumPy arrays ``[rows]`` for 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
-from .checks import dense, from_host, is_array, is_real
+from .checks import INTEGERS, Array, dense, from_host, is_array, is_real
 from .parameters import MAX_MODELS
 
-Number = float | int | torch.Tensor | Sequence[float]
+Number = float | Sequence[float] | torch.Tensor | Array  # one, or one for each row
 CPU = torch.device("cpu")
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def _per_row(value: Number) -> float | torch.Tensor:
-    """Lists and arrays as tensors; numbers and tensors as they are; ValueError."""
-    x = from_host("weights", value, CPU, torch.float64)
-    if isinstance(x, torch.Tensor) or is_real(x):
+def _per_row(name: str, value: Number) -> float | torch.Tensor:
+    """Lists, arrays and integers as tensors of floats; numbers and tensors of floats as they are; ValueError."""
+    x = from_host(name, value, CPU, torch.float64)
+    if isinstance(x, torch.Tensor):
+        if x.dtype in INTEGERS:
+            return x.to(torch.float32)  # the negative of an unsigned integer is none
+        if x.dtype not in FLOATS:
+            raise ValueError(f"{name}: got a tensor of {x.dtype}, allowed are integers and float16 to float64")
         return x
-    raise ValueError(f"weights: expected numbers, got {type(value).__name__}")
+    if is_real(x):
+        return x
+    raise ValueError(f"{name}: expected numbers, got {type(value).__name__}")
 
 
 def _real_tensor(x: torch.Tensor) -> torch.Tensor:
@@ -68,7 +76,7 @@ class Weights:
     ``on_host``: calls move it to the logits' device.
     """
 
-    def __init__(self, values: Sequence[Number] | torch.Tensor, on_host: bool = False) -> None:
+    def __init__(self, values: Sequence[Number] | torch.Tensor | Array, on_host: bool = False) -> None:
         self.values: tuple[float, ...] | None = None
         self.tensor: torch.Tensor | None = None
         self.on_host = on_host
@@ -120,7 +128,10 @@ class Weights:
         return f"Weights({list(self.values) if self.values is not None else self.tensor!r})"
 
 
-def weights(values: Sequence[Number] | torch.Tensor | Weights) -> Weights:
+AnyWeights = Weights | Sequence[Number] | torch.Tensor | Array  # what `weights` takes
+
+
+def weights(values: AnyWeights) -> Weights:
     """Any weights: J numbers (or values per row, ``[rows]``), or a tensor, an array or lists ``[J]`` or ``[rows, J]``,
     J = 1..8."""
     return values if isinstance(values, Weights) else Weights(values)
@@ -132,13 +143,13 @@ def upscale(beta: Number = 1.0) -> Weights:
     ``beta = 1`` is emulated fine-tuning (Mitchell et al., arXiv 2310.12962, eq. 3); ``beta > 1`` amplifies what
     the large model knows more than the small one.
     """
-    x = _per_row(beta)
+    x = _per_row("beta", beta)
     return Weights([x, 1.0, -x])
 
 
 def proxy(alpha: Number = 1.0) -> Weights:
     """Proxy-tuning, for logits [base, tuned, ref]: ``base + alpha * (tuned - ref)`` (Liu et al., arXiv 2401.08565)."""
-    x = _per_row(alpha)
+    x = _per_row("alpha", alpha)
     return Weights([1.0, x, -x])
 
 
@@ -150,5 +161,23 @@ def downscale() -> Weights:
 def interpolate(lam: Number = 0.5) -> Weights:
     """Two behaviours mixed at test time, for logits [base, tuned_a, tuned_b, ref]:
     ``base + lam * (tuned_a - ref) + (1 - lam) * (tuned_b - ref)`` (arXiv 2310.12962, section 4.3)."""
-    x = _per_row(lam)
+    x = _per_row("lam", lam)
     return Weights([1.0, x, 1.0 - x, -1.0])
+
+
+class Mode(NamedTuple):
+    """A preset by its name, for the interfaces where the models have names: base, tuned (one or two) and ref."""
+
+    weights: Callable[..., Weights]
+    strength: str | None  # its argument's name
+    default: float = 1.0  # of the strength
+
+
+MODES = {
+    "upscale": Mode(upscale, "beta"),
+    "proxy": Mode(proxy, "alpha"),
+    "downscale": Mode(downscale, None),
+    "interpolate": Mode(interpolate, "lam", 0.5),  # the one for two tuned models
+}
+MODE_OF = {mode.strength: name for name, mode in MODES.items() if mode.strength}
+STRENGTHS = {mode.strength: mode.default for mode in MODES.values() if mode.strength}  # and their defaults

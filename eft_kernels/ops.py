@@ -25,11 +25,11 @@ from .arguments import (
     check_params,
     check_row_index,
     dtype_of,
-    row_of,
+    parameter_of,
     scalar_or_rows,
 )
 from .checks import INTEGERS, dense, flag, from_host, index, one_of, readable, shown, stands_for_others
-from .combination import Weights, upscale
+from .combination import AnyWeights, Number, Weights, upscale
 from .parameters import (
     DRAFTED,
     MAX_MODELS,
@@ -39,7 +39,7 @@ from .parameters import (
     METHOD_CODES,
     METHODS,
     NAMES,
-    ROWS,
+    PER_ROW,
     STREAM_CODES,
     STREAMS,
     DraftParams,
@@ -52,7 +52,7 @@ from .reference import row_seed
 # the operators' namespace: of this copy of the package, so that several can live in one process
 NAMESPACE = re.sub(r"\W", "_", __package__)
 STREAM_NAMES = STREAMS[:2]  # those that are for a caller to choose
-PerRow = float | Sequence[float] | torch.Tensor | None  # a number, or one for each row; None: it is off
+PerRow = Number | None  # None: it is off
 Value = float | torch.Tensor  # the same, checked
 
 
@@ -62,7 +62,7 @@ def _pairs(rows: Iterable[Parameter], prefix: str = "", optional: str = "") -> s
 
 
 _PARAMS = (
-    f"Tensor? weights, float[] weight_values, {_pairs(ROWS.values())}, Tensor? token_mask, Tensor? bias_ids, "
+    f"Tensor? weights, float[] weight_values, {_pairs(PER_ROW.values())}, Tensor? token_mask, Tensor? bias_ids, "
     "Tensor? bias_values, int vocab_size, int tuned, Tensor? row_index"
 )
 SCHEMAS = {
@@ -75,7 +75,7 @@ SCHEMAS = {
     "logprobs": f"(Tensor[] logits, {_PARAMS}, bool scores, str backend) -> Tensor",
     "token_logprobs": f"(Tensor[] logits, {_PARAMS}, Tensor ids, str backend) -> Tensor",
 }
-_COUNT = 2 + 2 * len(ROWS) + 6  # arguments of _PARAMS
+_COUNT = 2 + 2 * len(PER_ROW) + 6  # arguments of _PARAMS
 _DRAFT = slice(_COUNT + 5, _COUNT + 5 + 2 * len(DRAFTED))  # of verify's: what drafts were drawn by
 _F, _I, _B = torch.float32, torch.int64, torch.bool
 _RETURNS = {"sample": (_I, _B, _F, _F, _I, _F, _F, _F, _I), "verify": (_I, _I, _B, _F, _F, _I)}
@@ -85,7 +85,7 @@ def _flatten(p: Params, *args: object) -> list[object]:
     """`Params` and an operation's own arguments (`DraftParams` among them) as the operator's."""
     tensor = isinstance(p.weights, torch.Tensor)
     flat: list[object] = [p.weights if tensor else None, [] if tensor else list(p.weights)]
-    for name, row in ROWS.items():
+    for name, row in PER_ROW.items():
         value = getattr(p, name)
         flat += [value, row.type(0)] if isinstance(value, torch.Tensor) else [None, value]
     flat += [p.token_mask, *(p.token_bias or (None, None)), p.vocab_size, p.tuned, p.row_index]
@@ -212,7 +212,7 @@ def _call(name: str, logits: list[torch.Tensor], p: Params, *args: object, backe
         ) from error
 
 
-def _values(weights: Weights | Sequence[float] | torch.Tensor) -> tuple[float, ...] | torch.Tensor | None:
+def _values(weights: AnyWeights) -> tuple[float, ...] | torch.Tensor | None:
     if type(weights) is not Weights:  # quicker than isinstance; mypy narrows less by it
         weights = Weights(weights)  # type: ignore[arg-type]
     return weights.tensor if weights.values is None else weights.values
@@ -324,7 +324,7 @@ def row_seeds(seed: int, rows: int, device: torch.device | str | None = None) ->
 
     `sample` and `verify` do the same to a ``seed`` that is one number.
     """
-    p = ROWS["seed"]
+    p = PER_ROW["seed"]
     seed = index("seed", seed, p.low, p.high, p.allowed) & ((1 << 64) - 1)
     rows = index("rows", rows, 0, 1 << 40, "an integer >= 0")
     return row_seed(seed - (1 << 64) if seed >= 1 << 63 else seed, torch.arange(rows, device=device))
@@ -353,7 +353,7 @@ def _noise(seed: PerRow, position: PerRow, rows: int, device: torch.device) -> t
 
 def sample(
     logits: Sequence[torch.Tensor] | None = None,
-    weights: Weights | Sequence[float] | torch.Tensor | None = None,
+    weights: AnyWeights | None = None,
     *,
     base: torch.Tensor | None = None,
     tuned: int | torch.Tensor = 1,
@@ -391,7 +391,8 @@ def sample(
       weights: `Weights`, J numbers, or a tensor [J] or [B, J]. A model of weight 0 is not read.
       base, tuned, ref: instead of ``logits``, the three by name; weights are then `upscale()` if not given. Beside
         ``logits``, tuned is the index of the tuned model (for upscale_top_p and diagnostics).
-      The sampling parameters, numbers, or tensors, lists or NumPy arrays [B], in the order in which they apply:
+      The sampling parameters: numbers, or tensors, lists or NumPy arrays [B]. upscale_top_p applies first, then the
+      others in this order:
         temperature: divides the scores; 0 (below 1e-5) is greedy, the lowest id on ties.
         top_k: keeps the k largest scores; 0 or -1 is off.
         top_p: keeps a token if those more likely have less than this mass together; 1 is off.
@@ -545,7 +546,7 @@ def draft(
         raise ValueError("seed: got None; give the seed that verify will be given")
     noise: dict[str, Any] = dict(stream="sample") if method == "coupled" else dict(stream="draft", slot=slot)
     given: dict[str, Any] = {  # verify takes None for the target's value
-        name: ROWS[name].off if x is None else x for name, x in zip(DraftParams._fields, sampling)
+        name: PER_ROW[name].off if x is None else x for name, x in zip(DraftParams._fields, sampling)
     }
     out = sample(
         [logits],
@@ -592,7 +593,7 @@ def draft(
 
 def verify(
     logits: Sequence[torch.Tensor] | None = None,
-    weights: Weights | Sequence[float] | torch.Tensor | None = None,
+    weights: AnyWeights | None = None,
     draft_tokens: torch.Tensor | Sequence[DraftOutput] | None = None,
     draft_lengths: torch.Tensor | None = None,
     *,
@@ -855,11 +856,11 @@ def _per_slot(name: str, x: Any, row_index: torch.Tensor, n: int, device: torch.
 
 def _models(
     logits: Sequence[torch.Tensor] | None,
-    weights: Weights | Sequence[float] | torch.Tensor | None,
+    weights: AnyWeights | None,
     base: torch.Tensor | None,
     tuned: int | torch.Tensor,
     ref: torch.Tensor | None,
-) -> tuple[Sequence[torch.Tensor], Weights | Sequence[float] | torch.Tensor, int]:
+) -> tuple[Sequence[torch.Tensor], AnyWeights, int]:
     """(logits, weights, index of the tuned model), where base, tuned and ref may be given by name."""
     if base is None and ref is None and not isinstance(tuned, torch.Tensor):
         if logits is None:
@@ -952,7 +953,7 @@ def _differ(name: str, a: Value, b: Value, rows: int, look: bool) -> bool:
     device = next(x.device for x in (a, b) if isinstance(x, torch.Tensor))
     if name == "seed":
         a, b = (x if isinstance(x, torch.Tensor) else row_seeds(int(x), rows, device) for x in (a, b))
-    a, b = (torch.as_tensor(x, dtype=dtype_of(row_of(name)), device=device).expand(rows) for x in (a, b))
+    a, b = (torch.as_tensor(x, dtype=dtype_of(parameter_of(name)), device=device).expand(rows) for x in (a, b))
     return not torch.equal(a, b)
 
 
@@ -1037,7 +1038,7 @@ def _integers(name: str, value: object, shape: Sequence[int], device: torch.devi
 
 def _scored(
     logits: Sequence[torch.Tensor] | None,
-    weights: Weights | Sequence[float] | torch.Tensor | None,
+    weights: AnyWeights | None,
     models: tuple[torch.Tensor | None, int | torch.Tensor, torch.Tensor | None],
     sampling: Mapping[str, object],
     vocab_size: int | None,
@@ -1070,7 +1071,7 @@ def _scored(
 
 def logprobs(
     logits: Sequence[torch.Tensor] | None = None,
-    weights: Weights | Sequence[float] | torch.Tensor | None = None,
+    weights: AnyWeights | None = None,
     *,
     base: torch.Tensor | None = None,
     tuned: int | torch.Tensor = 1,
@@ -1114,7 +1115,7 @@ def logprobs(
 
 def combine(
     logits: Sequence[torch.Tensor] | None = None,
-    weights: Weights | Sequence[float] | torch.Tensor | None = None,
+    weights: AnyWeights | None = None,
     *,
     base: torch.Tensor | None = None,
     tuned: int | torch.Tensor = 1,
@@ -1162,7 +1163,7 @@ def combine(
 
 def token_logprobs(
     logits: Sequence[torch.Tensor] | None = None,
-    weights: Weights | Sequence[float] | torch.Tensor | None = None,
+    weights: AnyWeights | None = None,
     ids: torch.Tensor | None = None,
     *,
     base: torch.Tensor | None = None,

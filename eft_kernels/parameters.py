@@ -3,8 +3,11 @@
 Everything else about a parameter follows from its row: how it is checked, the operators' schemas, the structs of
 csrc/semantics/parameters.h and how they are read, the arguments of the Triton kernels, of the public functions and of
 the command line, the table in docs/semantics.md, and the values that tests sweep. Generated text is written by
-``python tools/parameters.py``. What a parameter means is one function in each language: `reference.Rows.interval`,
-csrc/semantics/filters.h and `triton.semantics`.
+``python tools/parameters.py``.
+
+What filters keep is defined by `reference.rows.Rows.interval`. Masses, their limits and typical-p's interval are the
+same functions, under the same names, in csrc/semantics and in triton/semantics.py. How the thresholds are searched for
+is each backend's own: csrc/cpu/row.h, csrc/cuda/row/filter.cuh and triton/filter.py.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ if TYPE_CHECKING:
 # --- limits and codes ----------------------------------------------------------------------------------------------
 
 MAX_MODELS = 8
-MAX_VOCAB = 1 << 22  # the fixed-point masses (2^40 each) of this many tokens cannot overflow 63 bits
+MAX_VOCAB = 1 << 22  # the fixed-point masses (2^MASS_BITS each) of this many tokens cannot overflow 63 bits
 MAX_SLOT = (1 << 24) - 1  # the noise's counters hold 24 bits of it
 MAX_RUNNERS_UP = 15  # of a race
+MASS_BITS = 40  # a fixed-point mass is 2^MASS_BITS at the best score, and 0 from 2^-(MASS_BITS + 1) of it down
 GREEDY = 1e-5  # temperatures below are greedy
 TINY = 2.0**-126  # a float32 that no mode flushes to 0
 # A mask by the least number of a type: a logit <= MASKED excludes its token where the models' sum is not finite, or as
@@ -55,7 +59,7 @@ class Parameter(NamedTuple):
     warper: str = ""  # the class of transformers that does the same
 
 
-# in the order in which they apply, which is transformers'
+# in the order in which they apply, which is transformers'; what is of the stage "combine" applies before them
 PARAMETERS = (
     Parameter(
         name="temperature",
@@ -155,7 +159,7 @@ NOISE = (
         tried=(0, 7, 1 << 40),
     ),
 )
-ROWS = {p.name: p for p in (*PARAMETERS, *NOISE)}
+PER_ROW = {p.name: p for p in (*PARAMETERS, *NOISE)}
 NAMES = tuple(p.name for p in PARAMETERS)
 FILTERS = tuple(p for p in PARAMETERS if p.stage == "filter")
 DRAFTED = tuple(p for p in PARAMETERS if p.stage != "combine")  # those that drafts have, too

@@ -16,14 +16,13 @@ import torch
 
 from . import ops, reference
 from .arguments import dtype_of
-from .combination import Weights, interpolate, upscale
-from .parameters import DRAFTED, INT64, METHODS, OFF, PARAMETERS, ROWS, DraftParams, Parameter, Params, TokenBias
+from .combination import AnyWeights, Weights, interpolate, upscale
+from .parameters import DRAFTED, INT64, METHODS, OFF, PARAMETERS, PER_ROW, DraftParams, Parameter, Params, TokenBias
 
 TOLERANCE = 1e-5  # nats: float32 log-sum-exp against the fixed-point one
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 INF = float("inf")
 Device = torch.device | str
-AnyWeights = Weights | Sequence[float] | torch.Tensor
 PerRow = Callable[[int], torch.Tensor]  # of the number of rows
 Made = tuple[list[torch.Tensor], Weights, dict[str, Any]]  # logits, weights, the other arguments
 
@@ -685,7 +684,7 @@ def odd_calls() -> list[Call]:
         add(f"{p.name} out of range", usual, rows=len(odd), **given)
         given = dict(top_p=0.5, top_k=9) | given
         add(f"{p.name} out of range, filtered", usual, rows=len(odd), **given)
-    beyond = {ROWS["top_k"]: (0, -1, low, high, V)}
+    beyond = {PER_ROW["top_k"]: (0, -1, low, high, V)}
     for p, odd in beyond.items():
         given = {p.name: torch.tensor(odd)}
         add(f"{p.name} below 0 and beyond V", usual, rows=len(odd), **given)
@@ -852,7 +851,7 @@ def random_call(seed: int, largest: int = 1000) -> Call:
         mask = torch.randint(-(1 << 31), 1 << 31, (*lead, (V + 31) // 32), generator=g).to(torch.int32)
         mask *= torch.rand(mask.shape, generator=g) < pick.choice([0.1, 0.9])
 
-    params: dict[str, Any] = {name: per_row(p) for name, p in ROWS.items()}
+    params: dict[str, Any] = {name: per_row(p) for name, p in PER_ROW.items()}
     params |= dict(
         row_index=index, token_mask=mask, vocab_size=pick.choice([V, V, (V + 1) // 2]), tuned=pick.randrange(models)
     )

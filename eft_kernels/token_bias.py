@@ -10,19 +10,17 @@ import torch
 
 from .arguments import MAX_WEIGHT, check_logits, check_weights
 from .checks import INTEGERS, dense, from_host, is_real, readable, shown
-from .combination import Weights
+from .combination import Number, Weights
 from .parameters import TokenBias
-
-PerRow = float | Sequence[float] | torch.Tensor
 
 
 def penalties(
     prompt: torch.Tensor | None,
     output: torch.Tensor | None,
     *,
-    presence: PerRow = 0.0,
-    frequency: PerRow = 0.0,
-    repetition: PerRow = 1.0,
+    presence: Number = 0.0,
+    frequency: Number = 0.0,
+    repetition: Number = 1.0,
     logit_bias: Mapping[int, float] | None = None,
     logits: Sequence[torch.Tensor] | None = None,
     weights: Weights | Sequence[float] | torch.Tensor | None = None,
@@ -103,7 +101,7 @@ def _tokens(name: str, x: torch.Tensor | None) -> torch.Tensor | None:
     return x.to(torch.int64)
 
 
-def _column(name: str, x: PerRow, rows: int, device: torch.device) -> torch.Tensor:
+def _column(name: str, x: Number, rows: int, device: torch.device) -> torch.Tensor:
     """float32 [rows, 1], or [1, 1] of a number."""
     x = from_host(name, x, device, torch.float32)
     if isinstance(x, torch.Tensor):

@@ -4,7 +4,8 @@ python examples/server.py --port 8000
 curl localhost:8000/v1/completions -d '{"prompt": "And the king said", "seed": 7, "eft": {"beta": 1.3}, "stream": true}'
 
 One thread runs the batch. Each connection has a thread of its own, which checks the request, hands it over and writes
-what comes back. The slot of a client that has gone is freed. SIGTERM or Ctrl-C: the server takes no more requests,
+what comes back. The slot of a client that has gone is freed; one that closes its sending side alone looks the same, and
+is told so. SIGTERM or Ctrl-C: the server takes no more requests,
 answers those that it has, and ends; the same again ends it at once. There is no authentication: this is an example.
 """
 
@@ -41,6 +42,10 @@ EFT = {"beta": ((int, float), lambda x: -100 <= x <= 100, "-100 to 100", 1.0)}
 
 class BadRequest(ValueError):
     """The name of the field (None: it is the body), and what is wrong."""
+
+
+class Closed(ConnectionAbortedError):
+    """The client will send nothing more: it has gone, or closed its sending side, which looks the same from here."""
 
 
 @dataclass(eq=False)
@@ -105,6 +110,12 @@ def run(batch: Batch, waiting: queue.Queue) -> None:
 class Handler(BaseHTTPRequestHandler):
     timeout = 10  # seconds that a client may take to send or to receive
 
+    def handle(self) -> None:
+        try:
+            super().handle()
+        except OSError:
+            self.log_message("the client has gone")
+
     def do_GET(self) -> None:
         batch, waiting = self.server.batch, self.server.waiting.qsize()
         if self.path != "/health":
@@ -126,8 +137,13 @@ class Handler(BaseHTTPRequestHandler):
         self.server.waiting.put(job)
         try:
             self.complete(job)
-        except OSError:
-            self.log_message("the client has gone")
+        except Closed:
+            message = "the connection was closed for sending before the answer was there; keep it open"
+            error = dict(message=message, type="invalid_request_error")
+            if job.asked["stream"]:
+                self.wfile.write(b"data: %s\n\n" % json.dumps(dict(error=error)).encode())
+            else:
+                self.answer(400, error=error)
         finally:
             job.gone = True
 
@@ -151,11 +167,11 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, **head, choices=choices, usage=usage)
 
     def pieces(self, job: Job) -> Iterator[tuple[str, str | None, int]]:
-        """(new text, why it ended or None, tokens so far) until it has ended. OSError: the client has gone."""
+        """(new text, why it ended or None, tokens so far) until it has ended."""
         stops, sent, count, finish = job.asked["stop"], 0, 0, None
         while finish is None:
             if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1, socket.MSG_PEEK):
-                raise ConnectionAbortedError
+                raise Closed
             try:
                 count, finish = job.news.get(timeout=0.1)
             except queue.Empty:

@@ -35,8 +35,19 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     interpreter.InterpretedFunction.__call__ = call
 
-# one thread unless a test says otherwise: spinning threads only cost where cores are shared
-torch.set_num_threads(1)
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Unless a test says otherwise: spinning threads only cost where cores are shared."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def llamas():
+    """Small random models of transformers: base, tuned a, tuned b, ref."""
+    from test_hf import make
+
+    return [make("llama", s) for s in (1, 2, 3, 4)]
 
 
 def pytest_generate_tests(metafunc):

@@ -8,6 +8,7 @@ import os
 import random
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -435,6 +436,46 @@ def test_a_client_that_goes_away_frees_its_slot(gated, stream):
         gate.permits.release(5)
         assert other.result(30)[1] == "length"
     assert gate.left == [(3, "gone"), (3, "length")]
+
+
+def test_a_client_that_closes_its_sending_side_is_told(gated):
+    server, gate = gated
+    for stream in (True, False):
+        body = dict(prompt="And", max_tokens=400, seed=1, stream=stream)
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+        connection.request("POST", "/v1/completions", json.dumps(body))
+        until(lambda: any(server.batch.running))  # it is held at its first step
+        connection.sock.shutdown(socket.SHUT_WR)
+        response = connection.getresponse()
+        assert response.status == (200 if stream else 400)
+        (answer,) = events(response) if stream else [response.read()]
+        assert "closed for sending before the answer was there" in json.loads(answer)["error"]["message"]
+        gate.permits.release(1)
+        until(lambda: not any(server.batch.running))
+
+
+@pytest.mark.parametrize("request_line", ("POST /v1/completions", "GET /nothing"))
+def test_a_client_that_is_gone_before_a_refusal_is_no_error(examples, port, capfd, monkeypatch, request_line):
+    """The answer's bytes find the connection reset."""
+    answered = threading.Event()
+
+    def reset(handler, status, kind):
+        assert handler.connection.recv(1, socket.MSG_PEEK) == b""  # the client has closed
+        answered.set()
+        raise BrokenPipeError
+
+    monkeypatch.setattr(examples[1].Handler, "start", reset)
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+        client.sendall(f"{request_line} HTTP/1.0\r\nContent-Length: 5\r\n\r\n".encode())  # and no body
+    assert answered.wait(30)
+    errors = []
+
+    def told():
+        errors.append(capfd.readouterr().err)
+        return any(word in "".join(errors) for word in ("has gone", "Traceback"))
+
+    until(told)
+    assert "Traceback" not in "".join(errors)
 
 
 def test_a_client_that_goes_away_while_it_waits_is_never_run(gated):

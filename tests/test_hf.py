@@ -12,18 +12,18 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
-from transformers import (  # noqa: E402
+from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
 )
-from transformers.generation import logits_process as lp  # noqa: E402
+from transformers.generation import logits_process as lp
 
-import eft_kernels as eft  # noqa: E402
-from eft_kernels.decoding import target as target_module  # noqa: E402
-from eft_kernels.integrations.hf import arguments  # noqa: E402
+import eft_kernels as eft
+from eft_kernels.decoding import target as target_module
+from eft_kernels.integrations.hf import arguments
 
 V = 24
 PAD, EOS = 0, 1
@@ -52,14 +52,6 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make(family, seed, attn=None, **changes):
     config = transformers.AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
     torch.manual_seed(seed)
@@ -69,12 +61,6 @@ def make(family, seed, attn=None, **changes):
             p.add_(torch.randn_like(p) * 0.05)
     model.generation_config.eos_token_id = None  # rows run on unless a test says otherwise
     return model
-
-
-@pytest.fixture(scope="module")
-def llamas():
-    """base, tuned a, tuned b, ref"""
-    return [make("llama", s) for s in (1, 2, 3, 4)]
 
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15], [16, 17, 18, 19, 20]]
@@ -446,7 +432,14 @@ class TwoEven(StoppingCriteria):
 def test_callers_stopping_criteria(llamas, method):
     models = [llamas[0], llamas[1], llamas[3]]
     for k in (0, 1, 4):
-        out = run(models, draft_tokens=k, verify=method, stopping_criteria=[TwoEven()], pad_token_id=21, **SAMPLED)
+        out = run(
+            models,
+            draft_tokens=k,
+            verify=method if k else "coupled",
+            stopping_criteria=[TwoEven()],
+            pad_token_id=21,
+            **SAMPLED,
+        )
         lengths = set()
         for row in out[:, 6:].tolist():
             evens = [i for i, t in enumerate(row) if t % 2 == 0]
@@ -469,7 +462,14 @@ def test_end_of_text_and_lengths(llamas):
     models = [llamas[0], llamas[1], llamas[3]]
     for method in METHODS:
         for k in (0, 1, 5):
-            out = run(models, eos_token_id=[EOS, 3, 7], max_new_tokens=10, draft_tokens=k, verify=method, **SAMPLED)
+            out = run(
+                models,
+                eos_token_id=[EOS, 3, 7],
+                max_new_tokens=10,
+                draft_tokens=k,
+                verify=method if k else "coupled",
+                **SAMPLED,
+            )
             for row in out[:, 6:].tolist():
                 ends = [i for i, t in enumerate(row) if t in (EOS, 3, 7)]
                 assert not ends or row[ends[0] + 1 :] == [PAD] * (len(row) - ends[0] - 1)
@@ -568,6 +568,8 @@ class Tokenizer:
 
 BAD = {
     "verify": (dict(verify="exact"), "verify.*'exact'.*coupled"),
+    "verify without drafts": (dict(verify="block"), "verify: got 'block', allowed is 'coupled' without draft_tokens"),
+    "draft without drafts": (dict(draft=1), "draft: got 1, allowed is None without draft_tokens"),
     "mode": (dict(mode="up"), "mode.*'up'.*upscale"),
     "beta in proxy": (dict(mode="proxy", beta=1.0), "beta.*upscale.*proxy"),
     "beta in downscale": (dict(mode="downscale", beta=1.0), "beta.*upscale"),

@@ -16,23 +16,9 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
-from test_hf import (  # noqa: E402, F401
-    EOS,
-    FAMILIES,
-    GQA,
-    PAD,
-    PROMPTS,
-    SAMPLED,
-    V,
-    full_logits,
-    llamas,
-    make,
-    one_thread,
-    padded,
-    run,
-)
-from test_hf_options import NEGATIVE, adapted, guided, merged  # noqa: E402
-from transformers import (  # noqa: E402
+from test_hf import EOS, FAMILIES, GQA, PAD, PROMPTS, SAMPLED, V, full_logits, make, padded, run
+from test_hf_options import NEGATIVE, adapted, guided, merged
+from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -41,18 +27,18 @@ from transformers import (  # noqa: E402
     LogitsProcessorList,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import CausalLMOutputWithPast  # noqa: E402
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-import eft_kernels as eft  # noqa: E402
-from eft_kernels.cli import main  # noqa: E402
-from eft_kernels.integrations.hf.cache import CACHE  # noqa: E402
+import eft_kernels as eft
+from eft_kernels.cli import main
+from eft_kernels.integrations.hf.cache import CACHE
 
 FAMILY = os.path.join(os.path.dirname(__file__), "..", "examples", "family", "weights", "")
 EmulatedModel = eft.hf.EmulatedModel
 
 
 @pytest.fixture(scope="module")
-def three(llamas):  # noqa: F811
+def three(llamas):
     return [llamas[0], llamas[1], llamas[3]]
 
 
@@ -113,7 +99,7 @@ def test_forward_is_the_sum_of_weights_times_logits(family):
 
 
 @torch.no_grad()
-def test_forward_in_every_mode(llamas, model, three):  # noqa: F811
+def test_forward_in_every_mode(llamas, model, three):
     inputs = padded()
     base, a, b, ref = (m(**inputs).logits for m in llamas)
     close = torch.testing.assert_close
@@ -378,7 +364,7 @@ def test_a_prompt_of_the_tuned_models_own(family):
     assert torch.equal(looked, emulated.generate(**one, **options))
 
 
-def test_guidance_is_one_model_with_two_prompts(llamas):  # noqa: F811
+def test_guidance_is_one_model_with_two_prompts(llamas):
     emulated = EmulatedModel(llamas[0], models=[llamas[0]], weights=[2.5, -1.5])
     want = guided([llamas[0]] * 2, [2.5, -1.5], list(zip(PROMPTS, NEGATIVE)), temperature=0.9, top_p=0.95)
     options = dict(max_new_tokens=12, pad_token_id=PAD, seed=3, **SAMPLED)
@@ -392,7 +378,7 @@ def test_guidance_is_one_model_with_two_prompts(llamas):  # noqa: F811
 
 
 @torch.no_grad()
-def test_an_adapter_is_tuned_and_without_it_ref(llamas, tmp_path):  # noqa: F811
+def test_an_adapter_is_tuned_and_without_it_ref(llamas, tmp_path):
     peft_model, plain = adapted()
     emulated = EmulatedModel(llamas[0], peft_model)
     whole = EmulatedModel(llamas[0], merged(peft_model), plain)
@@ -513,9 +499,21 @@ def test_a_composed_folder_is_a_model(tmp_path, shipped):
     assert [m.dtype for m in (other.base, other.tuned, other.ref)] == [torch.float32, torch.bfloat16, torch.float32]
     assert other.settings == {"mode": "proxy", "alpha": 0.5, "upscale_top_p": 1.0}
 
+    for option, message in (
+        (dict(betta=1.5), "betta: is neither an option of from_pretrained nor in the config of .*base"),
+        (dict(vocab_size=10), "vocab_size: got 10, allowed is what the folder says"),
+        (dict(weights=[1, 1, -1]), r"weights: got \[1, 1, -1\], allowed is what the folder says"),
+        (dict(config=auto.config), "config: got LlamaConfig, allowed is none; the models of the folder have their own"),
+        (dict(adapter_kwargs={}), "adapter_kwargs: got dict, allowed is none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            EmulatedModel.from_pretrained(folder, **option)
+    with pytest.raises(ValueError, match="vocab_size: got 10, allowed is what the folder says, 2048"):
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, vocab_size=10)
+
 
 @torch.no_grad()
-def test_saved_and_loaded_it_is_the_same(tmp_path, llamas):  # noqa: F811
+def test_saved_and_loaded_it_is_the_same(tmp_path, llamas):
     emulated = EmulatedModel(llamas[0], [llamas[1], llamas[2]], llamas[3], lam=0.25)
     emulated.save_pretrained(tmp_path / "saved", max_shard_size="2KB")
     assert len(list((tmp_path / "saved" / "base").glob("*.safetensors"))) > 1
@@ -714,7 +712,7 @@ def test_trainer_evaluates(shipped, tmp_path):
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
-def test_bad_models_are_refused_at_start(llamas, shipped):  # noqa: F811
+def test_bad_models_are_refused_at_start(llamas, shipped):
     base, tuned, other, ref = llamas
     for arguments, message in (
         ((base, tuned, tuned), "tuned: has the same weights as ref .*the result would be model alone"),
@@ -730,8 +728,13 @@ def test_bad_models_are_refused_at_start(llamas, shipped):  # noqa: F811
     for options, message in (
         (dict(mode="sum"), "mode: got 'sum'"),
         (dict(lam=0.5), "lam: goes with mode='interpolate'"),
-        (dict(beta=torch.ones(4)), "allowed are numbers here"),
-        (dict(upscale_top_p=0.0), r"upscale_top_p: got 0.0, allowed is a number in \(0, 1\]"),
+        (dict(beta=torch.ones(4)), r"beta: got a tensor \[4\], allowed is a finite number; values per row go to"),
+        (dict(beta=math.nan), "beta: got nan, allowed is a finite number"),
+        (dict(mode="proxy", alpha="a"), "alpha: got 'a', allowed is a finite number"),
+        (dict(beta=1e39), "weights: got 1e[+]39, allowed are finite float32"),
+        (dict(upscale_top_p=0.0), r"upscale_top_p: got 0.0, allowed is in \(0, 1\]"),
+        (dict(upscale_top_p="a"), "upscale_top_p: got 'a', allowed is a finite number"),
+        (dict(upscale_top_p=None), "upscale_top_p: got None, allowed is a finite number"),
         (dict(vocab_size=25), "vocab_size: got 25, allowed is 1 to 24"),
         (dict(weights=[1, 1, -1]), "tuned: goes with tuned and ref, got weights"),
     ):
@@ -760,9 +763,11 @@ def test_bad_calls_are_refused(model, tmp_path):
             dict(num_beams=2, prefill_chunk_size=4, prompts={"tuned": padded(NEGATIVE)}),
             "prompts: the first pass reads 4 of 6 columns, .* leave prefill_chunk_size out",
         ),
-        (dict(num_beams=2, lam=0.3), "lam: got lam, allowed is one of beta and alpha"),
-        (dict(lam=0.3), "lam: got lam, allowed is one of beta and alpha"),
-        (dict(beta=1.0, alpha=1.0), "beta: got beta, alpha, allowed is one of beta and alpha"),
+        (dict(num_beams=2, lam=0.3), "lam: got 0.3, allowed is None; .*'interpolate'; this model takes beta or alpha"),
+        (dict(lam=0.3), "lam: got 0.3, allowed is None; .*'interpolate'; this model takes beta or alpha"),
+        (dict(beta=1.0, alpha=1.0), "alpha: got 1.0 beside beta, allowed is one of them"),
+        (dict(verify="token"), "verify: got 'token', allowed is 'coupled' without draft_tokens"),
+        (dict(draft=0), "draft: got 0, allowed is None without draft_tokens"),
         (dict(num_beams=2, beta=torch.ones(3)), r"weights: expected \[8, 3\], got \[6, 3\]"),
         (dict(num_beams=2, upscale_top_p=2.0), "upscale_top_p: got 2.0"),
         (dict(num_beams=2, output_attentions=True, return_dict_in_generate=True), "output_attentions: "),
@@ -776,7 +781,7 @@ def test_bad_calls_are_refused(model, tmp_path):
     for options, message in (
         (dict(inputs_embeds=torch.zeros(4, 6, 16)), "inputs_embeds: an emulated model has no such argument"),
         ({CACHE: transformers.DynamicCache()}, f"{CACHE}: got DynamicCache"),
-        (dict(beta=1.0, alpha=1.0), "beta: got beta, alpha, allowed is one of beta and alpha"),
+        (dict(beta=1.0, alpha=1.0), "alpha: got 1.0 beside beta, allowed is one of them"),
         (dict(beta=[1.0, 2.0]), r"weights: expected \[4, 3\], got \[2, 3\]"),
         (dict(beta=math.nan), "weights: got nan"),
     ):
@@ -786,9 +791,9 @@ def test_bad_calls_are_refused(model, tmp_path):
     down = EmulatedModel(model.base, model.tuned, model.ref, mode="downscale")
     for other in (free, down):
         for call in (other, functools.partial(other.generate, max_new_tokens=2)):
-            with pytest.raises(ValueError, match="beta: got beta, allowed is none"):
+            with pytest.raises(ValueError, match="beta: got 2.0, allowed is None; .* takes no strength"):
                 call(**inputs, beta=2.0)
-    with pytest.raises(ValueError, match="upscale_top_p: got 0.5, allowed is none with weights"):
+    with pytest.raises(ValueError, match="upscale_top_p: got 0.5, allowed is None with weights"):
         free(**inputs, upscale_top_p=0.5)
     with pytest.raises(ValueError, match="resize each of the models"):
         model.resize_token_embeddings(30)

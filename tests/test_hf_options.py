@@ -15,23 +15,10 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
-from test_hf import (  # noqa: E402, F401
-    EOS,
-    METHODS,
-    PAD,
-    PROMPTS,
-    SAMPLED,
-    V,
-    full_logits,
-    llamas,
-    make,
-    oracle,
-    padded,
-    run,
-)
-from transformers import LogitsProcessor, LogitsProcessorList  # noqa: E402
+from test_hf import EOS, METHODS, PAD, PROMPTS, SAMPLED, V, full_logits, make, oracle, padded, run
+from transformers import LogitsProcessor, LogitsProcessorList
 
-import eft_kernels as eft  # noqa: E402
+import eft_kernels as eft
 
 # --- adapters ------------------------------------------------------------------------------------------------------
 
@@ -56,7 +43,7 @@ def merged(model):
     return copy.deepcopy(model).merge_and_unload().eval()
 
 
-def test_tuned_that_is_ref_is_refused(llamas):  # noqa: F811
+def test_tuned_that_is_ref_is_refused(llamas):
     base, tuned, ref = llamas[0], llamas[1], llamas[3]
     with pytest.raises(ValueError, match="tuned: has the same weights as ref.*model alone"):
         run([base, tuned, tuned])
@@ -74,7 +61,7 @@ def test_tuned_that_is_ref_is_refused(llamas):  # noqa: F811
 
 
 @pytest.mark.parametrize("k", [0, 3])
-def test_an_adapter_on_and_off_is_tuned_and_ref(llamas, k):  # noqa: F811
+def test_an_adapter_on_and_off_is_tuned_and_ref(llamas, k):
     base = llamas[0]
     model, plain = adapted()
     want = run([base, merged(model), plain], draft_tokens=k, **SAMPLED)
@@ -88,7 +75,7 @@ def test_an_adapter_on_and_off_is_tuned_and_ref(llamas, k):  # noqa: F811
         torch.testing.assert_close(model(ids).logits, merged(model)(ids).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_an_adapter_in_several_threads(llamas):  # noqa: F811
+def test_an_adapter_in_several_threads(llamas):
     """A pass with the adapter off never meets one with it on."""
     base, (model, _) = llamas[0], adapted()
     want, got = run([base, model, None], **SAMPLED), []
@@ -106,7 +93,7 @@ def test_an_adapter_in_several_threads(llamas):  # noqa: F811
     assert torch.equal(run([base, model, None], **SAMPLED), want)
 
 
-def test_an_adapter_without_a_peft_model(llamas):  # noqa: F811
+def test_an_adapter_without_a_peft_model(llamas):
     peft = pytest.importorskip("peft")
     model, plain = adapted()
     own = copy.deepcopy(plain)
@@ -122,7 +109,7 @@ def test_an_adapter_without_a_peft_model(llamas):  # noqa: F811
         run([llamas[0], own, own])
 
 
-def test_an_adapter_counts_as_part_of_base_and_ref(llamas):  # noqa: F811
+def test_an_adapter_counts_as_part_of_base_and_ref(llamas):
     tuned, ref = llamas[1], llamas[3]
     model, plain = adapted()
     want = run([merged(model), tuned, ref], **SAMPLED)
@@ -138,7 +125,7 @@ def test_an_adapter_counts_as_part_of_base_and_ref(llamas):  # noqa: F811
     assert torch.equal(run([model.get_base_model(), model, None], mode="proxy", alpha=2.0, **SAMPLED), want)
 
 
-def test_two_adapters_of_two_models(llamas):  # noqa: F811
+def test_two_adapters_of_two_models(llamas):
     (a, plain), (b, _) = adapted(2), adapted(3)
     want = run([llamas[0], merged(a), merged(b), plain], lam=0.3, **SAMPLED)
     assert torch.equal(run([llamas[0], a, b, a.get_base_model()], lam=0.3, **SAMPLED), want)
@@ -146,7 +133,7 @@ def test_two_adapters_of_two_models(llamas):  # noqa: F811
         run([llamas[0], a, b, None])
 
 
-def test_adapters_that_cannot_be_switched_off_are_refused(llamas):  # noqa: F811
+def test_adapters_that_cannot_be_switched_off_are_refused(llamas):
     peft = pytest.importorskip("peft")
     base, tuned = llamas[0], llamas[1]
     for config in (
@@ -293,7 +280,7 @@ def generated(models, k, processor, **options):
         (Late, "`sums` changes"),
     ],
 )
-def test_a_processor_that_keeps_a_state_is_refused_under_speculation(llamas, kind, why):  # noqa: F811
+def test_a_processor_that_keeps_a_state_is_refused_under_speculation(llamas, kind, why):
     models = [llamas[0], llamas[1], llamas[3]]
     with pytest.raises(ValueError, match=f"logits_processor: {kind.__name__} keeps a state.*{why}.*draft_tokens=0"):
         generated(models, 3, kind())
@@ -312,7 +299,7 @@ def test_a_processor_that_keeps_a_state_is_refused_under_speculation(llamas, kin
 
 
 @pytest.mark.parametrize("kind", [Table, Memo, Sums])
-def test_a_processor_that_can_go_back_is_right_under_speculation(llamas, kind):  # noqa: F811
+def test_a_processor_that_can_go_back_is_right_under_speculation(llamas, kind):
     models = [llamas[0], llamas[1], llamas[3]]
     want = generated(models, 0, kind())
     assert not torch.equal(want, run(models, **SAMPLED))
@@ -322,7 +309,7 @@ def test_a_processor_that_can_go_back_is_right_under_speculation(llamas, kind): 
         generated(models, 3, kind(), verify=method)
 
 
-def test_prefix_allowed_tokens_that_keep_a_state(llamas):  # noqa: F811
+def test_prefix_allowed_tokens_that_keep_a_state(llamas):
     models = [llamas[0], llamas[1], llamas[3]]
     want = run(models, prefix_allowed_tokens_fn=closure(False), **SAMPLED)
     assert torch.equal(run(models, draft_tokens=3, prefix_allowed_tokens_fn=closure(False), **SAMPLED), want)
@@ -345,7 +332,7 @@ def grammar():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_xgrammar_under_speculation(llamas, method):  # noqa: F811
+def test_xgrammar_under_speculation(llamas, method):
     models = [llamas[0], llamas[1], llamas[3]]
     options = dict(do_sample=True, top_k=0, temperature=2.0, eos_token_id=EOS)
     letters = grammar()[1]
@@ -410,14 +397,14 @@ def counts_in_a_closure():
 
 
 @pytest.mark.parametrize("build", [LazyMatchers, CountsInAClass, counts_in_a_closure])
-def test_states_that_do_not_show_in_the_processors_own_attributes(llamas, build):  # noqa: F811
+def test_states_that_do_not_show_in_the_processors_own_attributes(llamas, build):
     models = [llamas[0], llamas[1], llamas[3]]
     with pytest.raises(ValueError, match="logits_processor: .* keeps a state of its own.*draft_tokens=0"):
         run(models, draft_tokens=3, logits_processor=LogitsProcessorList([build()]))
     run(models, logits_processor=LogitsProcessorList([build()]))  # one call a step, as transformers
 
 
-def test_a_grammar_serves_several_calls_and_the_rows_it_was_made_for(llamas):  # noqa: F811
+def test_a_grammar_serves_several_calls_and_the_rows_it_was_made_for(llamas):
     models, processor = [llamas[0], llamas[1], llamas[3]], grammar()[0]
     options = dict(do_sample=True, top_k=0, temperature=2.0, eos_token_id=EOS)
     want = run(models, logits_processor=LogitsProcessorList([processor]), **options)
@@ -433,7 +420,7 @@ def test_a_grammar_serves_several_calls_and_the_rows_it_was_made_for(llamas):  #
 
 @pytest.mark.parametrize("k", [0, 3])
 @pytest.mark.parametrize("result", [lambda scores: None, lambda scores: scores[:, :10]])
-def test_what_a_processor_returns_is_looked_at(llamas, result, k):  # noqa: F811
+def test_what_a_processor_returns_is_looked_at(llamas, result, k):
     class Odd(LogitsProcessor):
         stateless = True
 
@@ -444,7 +431,7 @@ def test_what_a_processor_returns_is_looked_at(llamas, result, k):  # noqa: F811
         run([llamas[0], llamas[1], llamas[3]], draft_tokens=k, logits_processor=LogitsProcessorList([Odd()]))
 
 
-def test_stop_strings_of_the_tuned_models_generation_config(llamas):  # noqa: F811
+def test_stop_strings_of_the_tuned_models_generation_config(llamas):
     models = [llamas[0], copy.deepcopy(llamas[1]), llamas[3]]
     models[1].generation_config.stop_strings = ["x"]
     with pytest.raises(ValueError, match="stop_strings: tuned's generation config ends texts with"):
@@ -452,7 +439,7 @@ def test_stop_strings_of_the_tuned_models_generation_config(llamas):  # noqa: F8
     run(models, stop_strings=[])
 
 
-def test_prompts_that_begin_with_padding_need_a_mask(llamas):  # noqa: F811
+def test_prompts_that_begin_with_padding_need_a_mask(llamas):
     ids = torch.tensor([[PAD, PAD, 5, 6]])
     options = dict(
         custom_generate=eft.hf.generate,
@@ -471,7 +458,7 @@ def test_prompts_that_begin_with_padding_need_a_mask(llamas):  # noqa: F811
     assert torch.equal(a, b)
 
 
-def test_seeds_of_more_than_64_bits_are_refused(llamas):  # noqa: F811
+def test_seeds_of_more_than_64_bits_are_refused(llamas):
     for seed in (1 << 64, -(1 << 63) - 1):
         with pytest.raises(ValueError, match="seed: got"):
             run([llamas[0], llamas[1], llamas[3]], seed=seed)
@@ -577,7 +564,7 @@ def letters():
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
 
 
-def test_stop_strings(llamas):  # noqa: F811
+def test_stop_strings(llamas):
     models, tokenizer = [llamas[0], llamas[1], llamas[3]], letters()
     plain = run(models, **SAMPLED)
     stop = [tokenizer.decode(plain[0, 10:12]).replace(" ", ""), tokenizer.decode(plain[1, 8:9])]
@@ -590,7 +577,7 @@ def test_stop_strings(llamas):  # noqa: F811
         run(models, stop_strings=stop)
 
 
-def test_leftovers_of_a_checkpoints_generation_config(llamas):  # noqa: F811
+def test_leftovers_of_a_checkpoints_generation_config(llamas):
     models = [copy.deepcopy(llamas[0]), llamas[1], llamas[3]]
     want = run(models, do_sample=False)
     left = dict(
@@ -619,7 +606,7 @@ def test_leftovers_of_a_checkpoints_generation_config(llamas):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
-def test_ids_and_masks_of_other_types(llamas, dtype):  # noqa: F811
+def test_ids_and_masks_of_other_types(llamas, dtype):
     models, given = [llamas[0], llamas[1], llamas[3]], padded()
     want = run(models, **SAMPLED)
     for mask in (torch.bool, torch.float32, torch.int32):
@@ -629,7 +616,7 @@ def test_ids_and_masks_of_other_types(llamas, dtype):  # noqa: F811
             assert torch.equal(out, want) and out.dtype == torch.int64
 
 
-def test_arrays_and_lists_of_parameters(llamas):  # noqa: F811
+def test_arrays_and_lists_of_parameters(llamas):
     models = [llamas[0], llamas[1], llamas[3]]
     rows = dict(
         temperature=[0.0, 0.5, 1.0, 1.5],
@@ -655,7 +642,7 @@ def test_arrays_and_lists_of_parameters(llamas):  # noqa: F811
         run(models, do_sample=True, seed=np.array(["a"] * 4))
 
 
-def test_weights_that_hooks_bring(llamas):  # noqa: F811
+def test_weights_that_hooks_bring(llamas):
     """accelerate's hooks, as device_map leaves them; several devices at once need several devices."""
     accelerate = pytest.importorskip("accelerate")
     models, want = [llamas[0], llamas[1], llamas[3]], None
@@ -673,7 +660,7 @@ def test_weights_that_hooks_bring(llamas):  # noqa: F811
         )
 
 
-def test_quantised_models(llamas):  # noqa: F811
+def test_quantised_models(llamas):
     quantization = pytest.importorskip("torchao.quantization")
     models = [copy.deepcopy(llamas[0]).bfloat16(), copy.deepcopy(llamas[1]), llamas[3]]
     for model in models[:2]:
@@ -704,7 +691,7 @@ def guided(models, weights, prompts, steps=12, seed=3, **sampling):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "bloom"])
-def test_classifier_free_guidance_with_prompts_of_any_length(family, llamas):  # noqa: F811
+def test_classifier_free_guidance_with_prompts_of_any_length(family, llamas):
     """Every row's prompt and negative prompt differ in length, both ways round."""
     model = llamas[0] if family == "llama" else make(family, 1)
     want = guided([model, model], [2.5, -1.5], list(zip(PROMPTS, NEGATIVE)), temperature=0.9, top_p=0.95)
@@ -718,7 +705,7 @@ def test_classifier_free_guidance_with_prompts_of_any_length(family, llamas):  #
     assert torch.equal(out.sequences[:, 6:], want) and len(set(out.speculation.accepted.tolist())) > 1  # rows go apart
 
 
-def test_any_number_of_models_and_weights(llamas):  # noqa: F811
+def test_any_number_of_models_and_weights(llamas):
     base, a, b, ref = llamas
     options = dict(custom_generate=eft.hf.generate, max_new_tokens=12, pad_token_id=PAD, seed=3, **SAMPLED)
     want = run([base, a, ref], beta=1.5, **SAMPLED)
@@ -742,7 +729,7 @@ def test_any_number_of_models_and_weights(llamas):  # noqa: F811
         assert torch.equal(out[:, 6:], want)
 
 
-def test_a_negative_prompt_for_every_returned_sequence(llamas):  # noqa: F811
+def test_a_negative_prompt_for_every_returned_sequence(llamas):
     base = llamas[0]
     options = dict(
         custom_generate=eft.hf.generate,
@@ -797,7 +784,7 @@ def test_a_negative_prompt_for_every_returned_sequence(llamas):  # noqa: F811
         (dict(prompts=[None], tuned=1, ref=2), "prompts: got 1, allowed is a list of 2"),
     ],
 )
-def test_bad_combinations(llamas, options, message):  # noqa: F811
+def test_bad_combinations(llamas, options, message):
     def model(x):
         return llamas[x] if isinstance(x, int) else x
 
@@ -809,7 +796,7 @@ def test_bad_combinations(llamas, options, message):  # noqa: F811
         llamas[0].generate(**padded(), custom_generate=eft.hf.generate, max_new_tokens=12, pad_token_id=PAD, **options)
 
 
-def test_a_filter_that_transformers_lacks_comes_last(llamas, monkeypatch):  # noqa: F811
+def test_a_filter_that_transformers_lacks_comes_last(llamas, monkeypatch):
     """min_p as if transformers had no class for it: it comes after top-p anyway, so the text is the same."""
     from transformers.generation import logits_process as lp
 

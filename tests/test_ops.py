@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import eft_kernels as eft
 from eft_kernels import dispatch, ops
 from eft_kernels.arguments import dtype_of
-from eft_kernels.parameters import NAMES, PARAMETERS, ROWS
+from eft_kernels.parameters import NAMES, PARAMETERS, PER_ROW
 
 V, B, K = 40, 3, 2
 
@@ -299,15 +299,15 @@ def test_values_out_of_range(name, values, call):
     for value in values:
         words = ("got", "allowed is")
         refused(call, name, *words, **{name: value})
-        dtype = dtype_of(ROWS[name])
+        dtype = dtype_of(PER_ROW[name])
         if not (dtype == torch.int64 and (value != int(value) if abs(value) < INF else True)) and abs(value) < 1 << 62:
             refused(call, name, *words, **{name: torch.tensor([1, value, 1], dtype=dtype)})
 
 
 @pytest.mark.parametrize("call", (sample, verify), ids=lambda f: f.__name__)
-@pytest.mark.parametrize("name", sorted(ROWS))
+@pytest.mark.parametrize("name", sorted(PER_ROW))
 def test_parameters_of_wrong_shape_type_or_device(name, call):
-    dtype = dtype_of(ROWS[name])
+    dtype = dtype_of(PER_ROW[name])
     one = torch.ones(B, dtype=dtype)
     refused(call, name, "[3]", "[4]", **{name: torch.ones(B + 1, dtype=dtype)})
     refused(call, name, "[3]", "[3, 1]", **{name: one[:, None]})
@@ -624,8 +624,18 @@ def test_masks_repeat_sizes_of_one(backend):
 @pytest.mark.parametrize("preset", [eft.upscale, eft.proxy, eft.interpolate])
 @pytest.mark.parametrize("value", ["2", None, range(3), True, 1j], ids=repr)
 def test_presets_take_numbers(preset, value):
-    with pytest.raises(ValueError, match=f"weights: expected numbers, got {type(value).__name__}"):
+    with pytest.raises(ValueError, match=f"^(beta|alpha|lam): expected numbers, got {type(value).__name__}"):
         preset(value)
+
+
+@pytest.mark.parametrize("preset", [eft.upscale, eft.proxy, eft.interpolate])
+def test_presets_take_tensors_of_numbers(preset):
+    for dtype in (torch.bool, torch.float8_e4m3fn, torch.complex64):
+        with pytest.raises(ValueError, match=f"^(beta|alpha|lam): got a tensor of {dtype}, allowed are integers and"):
+            preset(torch.ones(3).to(dtype))
+    want = preset(torch.tensor([1.0, 2.0])).tensor
+    for dtype in (torch.uint8, torch.int64, torch.bfloat16, torch.float64):  # -2 is no uint8
+        assert torch.equal(preset(torch.tensor([1, 2], dtype=dtype)).tensor, want)
 
 
 def test_weights_as_lists_and_arrays(backend):
@@ -927,7 +937,7 @@ VALUES = st.one_of(
     st.tuples(SHAPES, ANY_DTYPE, st.integers(-3, 3)),
 )
 ARGUMENTS = (
-    *ROWS,
+    *PER_ROW,
     "vocab_size",
     "token_mask",
     "tuned",

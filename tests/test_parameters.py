@@ -15,7 +15,7 @@ import torch
 import eft_kernels as eft
 from eft_kernels import ops, parameters, reference
 from eft_kernels.arguments import dtype_of
-from eft_kernels.parameters import DRAFTED, FILTERS, NAMES, OFF, PARAMETERS, ROWS, Params
+from eft_kernels.parameters import DRAFTED, FILTERS, NAMES, OFF, PARAMETERS, PER_ROW, Params
 from eft_kernels.testing import out_of_range
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,7 +73,7 @@ def test_schemas_have_every_parameter():
     for name in ops.SCHEMAS:
         schema = getattr(torch.ops.eft_kernels, name).default._schema
         types = {a.name: str(a.type) for a in schema.arguments}
-        for p in ROWS.values():
+        for p in PER_ROW.values():
             assert types[p.name] == "Optional[Tensor]" and types[f"{p.name}_value"] == p.type.__name__
         for p in DRAFTED if name == "verify" else ():
             assert types[f"draft_{p.name}"] == "Optional[Tensor]"
@@ -92,7 +92,7 @@ def test_rows_of_the_table_are_sound():
         "tuned",
         "row_index",
     )
-    for p in ROWS.values():
+    for p in PER_ROW.values():
         assert p.low <= p.off <= p.high and all(p.low <= x <= p.high for x in p.tried), p.name
         assert all(type(x) is p.type for x in (p.off, *p.tried)) and p.allowed and p.doc, p.name
         if p.stage != "noise":

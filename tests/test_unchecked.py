@@ -305,6 +305,7 @@ def test_values_that_change_while_a_kernel_runs(isa):
         params = {p.name: torch.full((B,), p.off, dtype=dtype_of(p)) for p in PARAMETERS}
         params |= dict(seed=torch.arange(B), position=torch.arange(B))
         weights = torch.tensor([[1., 1., -1.]]).repeat(B, 1)
+        flat_index, deep_index = torch.arange(B), torch.arange(B * S).view(B, S)
         drafts, lengths, ids = torch.zeros(B, S - 1).long(), torch.full((B,), S - 1), torch.zeros(B, 9).long()
         parents = torch.arange(S - 1).repeat(B, 1)
         floats = torch.tensor([1.0, 0.9, 0.3, 0.0, 0.5, nan, inf, -1.0, 1e-7, 2.0, 1e30])
@@ -321,7 +322,7 @@ def test_values_that_change_while_a_kernel_runs(isa):
                     at = pick.randrange(V - 300)
                     x[..., at : at + pick.choice([1, 32, 256])] = pick.choice([0.0, nan, inf, -inf, 60.0, -60.0, 3e38])
                 mask.fill_(pick.choice([0, -1, 1, 0x55555555]))
-                for y in (*params.values(), weights, drafts, lengths, parents, ids):
+                for y in (*params.values(), weights, flat_index, deep_index, drafts, lengths, parents, ids):
                     if pick.random() < 0.4:
                         values = floats if y.is_floating_point() else numbers
                         y.copy_(values[torch.randint(0, len(values), y.shape)])
@@ -329,24 +330,30 @@ def test_values_that_change_while_a_kernel_runs(isa):
                     for p in PARAMETERS:
                         params[p.name].fill_(dict(top_p=0.5, upscale_top_p=0.7).get(p.name, p.off))
                     weights.copy_(torch.tensor([1., 1., -1.]))
+                    flat_index.copy_(torch.arange(B))
+                    deep_index.copy_(torch.arange(B * S).view(B, S))
 
         other = threading.Thread(target=change)
         other.start()
         end, calls = time.time() + 12, 0
         names, pick = list(params), random.Random(2)
-        rows = [x[:, 0] for x in z]
+        rows, every = [x[:, 0] for x in z], [x.view(B * S, V) for x in z]
         while time.time() < end:
             some = {name: params[name] for name in names if pick.random() < 0.6}
             w = weights if pick.random() < 0.5 else (1.0, 1.0, -1.0)
             flat = dict(some, token_mask=mask[:, 0].contiguous()) if pick.random() < 0.3 else some
             deep = dict(some, token_mask=mask) if pick.random() < 0.3 else some
+            chosen = pick.random() < 0.5  # by row_index
+            if chosen:
+                flat, deep = dict(flat, row_index=flat_index), dict(deep, row_index=deep_index)
             for call in (unchecked("sample", rows, w, "sample", 0, pick.random() < 0.5, pick.choice([0, 5]),
                                    pick.random() < 0.3, pick.choice([0, 3]), **flat),
                          unchecked("logprobs", rows, w, pick.random() < 0.3, **flat),
                          unchecked("token_logprobs", rows, w, ids, **flat),
-                         unchecked("verify", z, w, drafts, lengths, None, pick.choice(eft.ops.METHODS),
-                                   pick.choice([-1, 0, 1]), pick.random() < 0.5, **deep),
-                         unchecked("verify", z, w, drafts, lengths, parents, "coupled", -1, True, **deep)):
+                         unchecked("verify", every if chosen else z, w, drafts, lengths, None,
+                                   pick.choice(eft.ops.METHODS), pick.choice([-1, 0, 1]), pick.random() < 0.5, **deep),
+                         unchecked("verify", every if chosen else z, w, drafts, lengths, parents, "coupled", -1, True,
+                                   **deep)):
                 out, calls = call.run("cpu"), calls + 1
                 tokens = out.get("tokens", torch.zeros(1))
                 assert ((tokens >= -1) & (tokens < V)).all(), tokens

@@ -212,7 +212,7 @@ def call(module, c: Case) -> None:
     import torch
 
     from eft_kernels.arguments import check_logits, check_params, dtype_of
-    from eft_kernels.parameters import NAMES, ROWS, DraftParams
+    from eft_kernels.parameters import NAMES, PER_ROW, DraftParams
 
     names = ("bfloat16", "float32", "float16") if c.dtype == "mixed" else (c.dtype,)
     slots = (5,) if c.op == "verify" else ()
@@ -229,7 +229,7 @@ def call(module, c: Case) -> None:
     if settings.pop("masked", False):
         settings["token_mask"] = torch.empty(c.batch, *slots, (c.vocab + 31) // 32, dtype=torch.int32)
     if settings.pop("rows", False):
-        settings = {name: torch.full((c.batch,), p.tried[1], dtype=dtype_of(p)) for name, p in ROWS.items()}
+        settings = {name: torch.full((c.batch,), p.tried[1], dtype=dtype_of(p)) for name, p in PER_ROW.items()}
         weights = torch.ones(c.batch, c.models)
     if settings.pop("indexed", False):
         settings["row_index"] = torch.zeros(c.batch, *slots, dtype=torch.int64)

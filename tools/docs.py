@@ -26,6 +26,8 @@ HEAD = """\
 
 Written by `python tools/docs.py --write docs/api.md` from the docstrings. `import eft_kernels as eft` throughout.
 `B` is the number of rows (requests), `J` the number of models, `V` the vocabulary, `K` the number of drafts.
+A `Number` is one, or a tensor, list or array with one for each row; `PerRow` is that or None, which is off;
+`AnyWeights` is what [`weights`](#weights) takes.
 [Semantics](semantics.md) has the formulas, [API stability](stability.md) what may change.
 
 <!-- run first
@@ -89,27 +91,41 @@ def fields(cls) -> str:
 
 
 def prose(doc: str | None, parameters=()) -> str:
-    """A docstring as Markdown: what is described by name becomes a list, `Returns:` and `Raises:` paragraphs."""
+    """A docstring as Markdown: what is described by name becomes a list, `Returns:` and `Raises:` paragraphs.
+
+    Under `Args:`, a sentence among the names is an item, too, and one that ends with a colon has items of its own.
+    """
     text = inspect.cleandoc(doc or "").replace("``", "`").replace(" Raises: ", "\nRaises: ")
     if parameters:  # several in one line
         text = re.sub(rf"(?m)^(  \w.*\.) (?=(?:{'|'.join(parameters)}): )", r"\1\n  ", text)
     out, item_indent = [], None  # of the list that the lines above belong to
+    arguments, outer = False, None  # under Args:; the indent of the list around this one
     for line in text.splitlines():
         indent = len(line) - len(line.lstrip())
         item = re.match(r" *(\w+(?:\([^)]*\)| \(default [^)]*\))?(?:, \w+(?: \(default [^)]*\))?)*): (.*)", line)
         section = re.match(r"(Returns|Raises): (.*)", line)
+        arguments = arguments and bool(line)
+        if arguments and out[-1].endswith(":") and item_indent is not None and indent > item_indent:
+            outer, item_indent = item_indent, indent
+        elif outer is not None and indent <= outer:
+            outer, item_indent = None, outer
+        nested = "" if outer is None else "  "
         starts = item_indent == indent or not out or not out[-1]
         if line.strip() == "Args:":
             out += ["**Arguments**", ""]
+            arguments = True
         elif section:
             out += [*([""] if out and out[-1] else []), f"**{section[1]}** {section[2]}"]
             item_indent = None
         elif item and starts:
             names = re.sub(r"(\w+(?:\([^)]*\))?)(?=,|$| \()", r"`\1`", re.sub(r" \(default", " (default", item[1]))
-            out.append(f"- {names}: {item[2]}")
+            out.append(f"{nested}- {names}: {item[2]}")
             item_indent = indent
         elif item_indent is not None and indent > item_indent:
-            out.append("  " + line.strip())
+            out.append(f"{nested}  {line.strip()}")
+        elif arguments and item_indent == indent:
+            sentence = line.strip()[0].isupper()
+            out.append(f"{nested}{'- ' if sentence else '  '}{line.strip()}")
         else:
             out.append(line)
             item_indent = None

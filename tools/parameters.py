@@ -98,7 +98,7 @@ BLOCK = re.compile(
 
 
 # in a docstring: the lines under one that ends so
-DOCSTRING = re.compile(r"^( *)(.*in the order in which they apply:)\n(?:\1  .*\n)*(\1  Filters .*\n)", re.MULTILINE)
+DOCSTRING = re.compile(r"^( *)(.*others in this order:)\n(?:\1  .*\n)*(\1  Filters .*\n)", re.MULTILINE)
 
 
 def described(indent: str) -> str:
@@ -149,6 +149,8 @@ def header() -> str:
         kMaxVocab=("int64_t", parameters.MAX_VOCAB),
         kMaxSlot=("int64_t", parameters.MAX_SLOT),
         kMaxRunnersUp=("int", parameters.MAX_RUNNERS_UP),
+        kMassBits=("int", parameters.MASS_BITS),
+        kTiny=("float", parameters.TINY),
         kGreedy=("float", parameters.GREEDY),
         kMasked=("float", parameters.MASKED),
         kLarge=("float", parameters.LARGE),

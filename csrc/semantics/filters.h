@@ -29,7 +29,7 @@ struct Filters {
   EFT_HD bool processed() const { return greedy || temperature != 1 || filtered(); }
   // the smallest score that min-p keeps
   EFT_HD float least(float best) const {
-    return min_p > 0 ? best + temperature * log(maximum(min_p, 0x1p-126f)) : -INFINITY;
+    return min_p > 0 ? best + temperature * log(maximum(min_p, kTiny)) : -INFINITY;
   }
 };
 

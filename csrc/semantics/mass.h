@@ -1,12 +1,10 @@
 // Masses: exp2((s - best) c) as 64-bit fixed point, 2^40 at the best score, truncated. Sums do not depend on order.
 #pragma once
 #include "math.h"
+#include "parameters.h"
 
 namespace eft {
 namespace EFT_ISA {
-
-constexpr int kMassBits = 40;
-constexpr int kResidualBits = 58;
 
 // significand (24 bits) and shift of a mass; mass_of puts them together
 template <class F>

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..combination import STRENGTHS
 from ..parameters import DRAFTED, OFF
 from .files import argument_text, check_text, read_stdin, read_text
 from .models import Family, first_line, load_family, text_of, token_id
-from .options import REQUEST_OPTIONS, STRENGTHS, mode_settings, option
+from .options import REQUEST_OPTIONS, mode_settings, option
 from .term import BOLD, Refused, json_line, paint
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ from ..integrations.llama_cpp import EmulatedModel, InvalidScoresError
 from .files import argument_text, expand
 from .generate import Parts, Request, check_lengths, counts_of
 from .models import first_line, set_threads
-from .options import STRENGTHS
 from .term import Refused
 
 
@@ -64,13 +63,13 @@ def decode(r: Request, model: EmulatedModel, ends: list[int], args: argparse.Nam
     """Writes the text of one request, on the terminal as well if it is streamed."""
     settings: dict[str, Any] = dict(r.settings)
     mode = settings.pop("mode")
-    strengths = [settings.pop(name) for name in STRENGTHS if name in settings]
+    strengths = [settings.pop(name) for name in combination.STRENGTHS if name in settings]
     if args.greedy:
         settings["temperature"] = 0.0
     try:
         written = model.generate(
             r.inputs,
-            weights=getattr(combination, mode)(*strengths),
+            weights=combination.MODES[mode].weights(*strengths),
             seed=r.seed,
             draft_tokens=args.draft_tokens,
             verify=args.verify or "coupled",

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
+from ..combination import MODE_OF, MODES, STRENGTHS
 from ..parameters import PARAMETERS, Parameter
 from .term import Refused
 
@@ -68,8 +69,6 @@ def sampling_option(p: Parameter) -> Convert:
     return number(p.type, lambda v: p.low <= v <= p.high, p.allowed)
 
 
-STRENGTHS = ("beta", "alpha", "lam")  # of the modes upscale, proxy and interpolate
-
 # What a line of --batch-file may set for its own request.
 REQUEST_OPTIONS: dict[str, Convert] = {
     **{p.name: sampling_option(p) for p in PARAMETERS},
@@ -125,14 +124,18 @@ def add_combination(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how the models are combined")
     group.add_argument(
         "--mode",
-        choices=["upscale", "proxy", "downscale"],
+        choices=[name for name in MODES if name != "interpolate"],
         default=None,
         help="upscale (default): beta (base - ref) + tuned; proxy: base + alpha (tuned - ref); "
         "downscale: small base + large tuned - large ref",
     )
-    group.add_argument("--beta", type=finite, help="strength of the large model's knowledge (upscale; default 1)")
-    group.add_argument("--alpha", type=finite, help="strength of the fine-tuning (proxy; default 1)")
-    group.add_argument("--lam", type=finite, help="share of the first of two --tuned models (default 0.5)")
+    doc = dict(
+        beta="strength of the large model's knowledge",
+        alpha="strength of the fine-tuning",
+        lam="share of the first of two --tuned models",
+    )
+    for name, default in STRENGTHS.items():
+        group.add_argument(option(name), type=finite, help=f"{doc[name]} ({MODE_OF[name]}; default {default:g})")
     add_parameters(group, (p for p in PARAMETERS if p.stage == "combine"))
 
 
@@ -158,17 +161,12 @@ def mode_settings(args: argparse.Namespace) -> dict[str, Any]:
     if mixed and args.mode:
         raise Refused("--mode: two --tuned models are interpolated; leave --mode out")
     mode = "interpolate" if mixed else args.mode or "upscale"
-    owner = dict(beta="upscale", alpha="proxy", lam="interpolate")
-    for name, its_mode in owner.items():
+    for name, its_mode in MODE_OF.items():
         if getattr(args, name) is not None and its_mode != mode:
             needs = "two --tuned models" if name == "lam" else f"--mode {its_mode} and one --tuned model"
             raise Refused(f"--{name}: goes with {needs}")
-    default = dict(beta=1.0, alpha=1.0, lam=0.5)
-    return {
-        "mode": mode,
-        **{
-            name: default[name] if getattr(args, name) is None else getattr(args, name)
-            for name, its_mode in owner.items()
-            if its_mode == mode
-        },
-    }
+    strength = MODES[mode].strength
+    if strength is None:
+        return {"mode": mode}
+    given = getattr(args, strength)
+    return {"mode": mode, strength: STRENGTHS[strength] if given is None else given}

@@ -5,7 +5,17 @@
 """
 
 from .columns import Columns, Model, OwnPrompt, take_columns
-from .loops import Decoded, NewTokens, OnTokens, Speculation, plain, plain_steps, speculative, speculative_rounds
+from .loops import (
+    Decoded,
+    NewTokens,
+    OnTokens,
+    Speculation,
+    finished,
+    plain,
+    plain_steps,
+    speculative,
+    speculative_rounds,
+)
 from .target import Target, Value
 from .text import Prompt, Text
 
@@ -21,6 +31,7 @@ __all__ = [
     "Target",
     "Text",
     "Value",
+    "finished",
     "plain",
     "plain_steps",
     "speculative",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -12,6 +13,8 @@ from .target import Target
 from .text import Prompt, Scores, Text
 
 OnTokens = Callable[[torch.Tensor, list[int]], None]  # new tokens [B, W] and how many of them each row keeps
+Piece = TypeVar("Piece")
+Whole = TypeVar("Whole")
 NewTokens = Generator[tuple[torch.Tensor, list[int]], None, "Decoded"]  # the same, and the whole result in the end
 
 
@@ -131,7 +134,7 @@ def plain(models: Sequence[Model], target: Target, prompt: Prompt, *, on_tokens:
 
     on_tokens(tokens [B, W], kept): called with the new tokens of every step and how many of them each row keeps.
     """
-    return _result(plain_steps(models, target, prompt), on_tokens)
+    return finished(plain_steps(models, target, prompt), on_tokens and (lambda new: on_tokens(*new)))
 
 
 def speculative(
@@ -153,18 +156,19 @@ def speculative(
     method: "coupled", "token" or "block", see `eft_kernels.verify`.
     """
     rounds = speculative_rounds(models, target, prompt, draft=draft, draft_tokens=draft_tokens, method=method)
-    return _result(rounds, on_tokens)
+    return finished(rounds, on_tokens and (lambda new: on_tokens(*new)))
 
 
-def _result(steps: NewTokens, on_tokens: OnTokens | None) -> Decoded:
+def finished(steps: Generator[Piece, None, Whole], on_piece: Callable[[Piece], object] | None) -> Whole:
+    """What a generator returns in the end; ``on_piece`` is called with each of what it yields."""
     while True:
         try:
-            new = next(steps)
+            piece = next(steps)
         except StopIteration as end:
-            done: Decoded = end.value
-            return done
-        if on_tokens is not None:
-            on_tokens(*new)
+            whole: Whole = end.value
+            return whole
+        if on_piece is not None:
+            on_piece(piece)
 
 
 @torch.no_grad()

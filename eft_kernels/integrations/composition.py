@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import eft_kernels as eft
+from ..combination import MODE_OF, MODES, STRENGTHS
+from ..parameters import PER_ROW
 
 ARCHITECTURE = "EftForCausalLM"
 ADAPTER = "adapter_config.json"  # what makes a folder a PEFT adapter
@@ -31,9 +32,7 @@ CODE = f'''"""For AutoModelForCausalLM.from_pretrained(this folder, trust_remote
 
 from eft_kernels.integrations.hf import EmulatedModel as {ARCHITECTURE}
 '''
-STRENGTHS = {"upscale": "beta", "proxy": "alpha", "interpolate": "lam", "downscale": None}
-DEFAULTS = {"beta": 1.0, "alpha": 1.0, "lam": 0.5, "upscale_top_p": 1.0}
-MODE_OF = {strength: mode for mode, strength in STRENGTHS.items() if strength}
+SETTINGS = (*STRENGTHS, "upscale_top_p")
 
 
 def part_names(tuned: int) -> tuple[str, ...]:
@@ -72,7 +71,7 @@ class Composition:
                 f'eft: the config of an {ARCHITECTURE} needs an object "eft" that names the models tuned and ref; make '
                 "the folder with `eft-kernels compose`, or pass it in hf_overrides"
             )
-        known = {"base", "tuned", "ref", "mode", "vocab_size", *DEFAULTS}
+        known = {"base", "tuned", "ref", "mode", "vocab_size", *SETTINGS}
         if unknown := sorted(set(spec) - known):
             raise ValueError(f"eft: got the key {unknown[0]!r}, allowed are {', '.join(sorted(known))}")
         tuned = spec.get("tuned")
@@ -93,10 +92,10 @@ class Composition:
         if len(same) < len(folders) - 1:
             raise ValueError(f"eft: tuned and ref must be different models (equal ones cancel), got {folders[1:]}")
         mode = spec.get("mode", "upscale" if len(tuned) == 1 else "interpolate")
-        if mode not in STRENGTHS or (mode == "interpolate") != (len(tuned) == 2):
+        if mode not in MODES or (mode == "interpolate") != (len(tuned) == 2):
             allowed = "interpolate" if len(tuned) == 2 else "upscale, proxy or downscale"
             raise ValueError(f"eft: mode: got {mode!r}, allowed is {allowed} for {len(tuned)} tuned model(s)")
-        given = {key: spec[key] for key in DEFAULTS if key in spec}
+        given = {key: spec[key] for key in SETTINGS if key in spec}
         default = strength_of(given, mode, "eft")
         key = next((key for key in MODE_OF if key in given), None)
         settings = {"mode": MODE_OF[key], key: float(given[key])} if key else {"mode": mode}
@@ -109,7 +108,7 @@ def strength_of(given: Mapping[str, Any], mode: str, where: str, default: Streng
 
     Any number is a strength: 0 takes the difference away, negative ones turn it round. ValueError naming the key.
     """
-    own = STRENGTHS[mode]
+    own = MODES[mode].strength
     allowed = [own] if own else []
     if mode in ("upscale", "proxy"):
         allowed = ["beta", "alpha"]
@@ -123,17 +122,12 @@ def strength_of(given: Mapping[str, Any], mode: str, where: str, default: Streng
     if "beta" in given and "alpha" in given:
         raise ValueError(f"{where}: got beta and alpha; give one (beta up-scales, alpha is proxy-tuning)")
     top_p = given.get("upscale_top_p", default.upscale_top_p if default else 1.0)
-    if not 2.0**-126 <= top_p <= 1:
+    if not PER_ROW["upscale_top_p"].low <= top_p <= 1:
         raise ValueError(f"{where}: upscale_top_p: got {top_p!r}, allowed is a number in (0, 1] (1 is off)")
     key = next((key for key in allowed if key in given), None)
     if key is None and default is not None:
         return Strength(default.weights, float(top_p))
-    mode = MODE_OF[key] if key else mode
-    strength = STRENGTHS[mode]
-    if strength is None:
-        weights = eft.downscale()
-    else:
-        weights = getattr(eft, mode)(float(given[key]) if key else DEFAULTS[strength])
+    weights = MODES[MODE_OF[key]].weights(float(given[key])) if key else MODES[mode].weights()
     return Strength(weights.values or (), float(top_p))
 
 

@@ -236,12 +236,12 @@ def compare(got, want, words: str):
 
 def tame(call):
     """``call`` with its values in range, so that what is hostile in it is what was put there later."""
-    from eft_kernels.parameters import ROWS
+    from eft_kernels.parameters import PER_ROW
 
     K = call.params.lead(call.logits)[-1] - 1
     V, p = call.params.vocab_size, call.params
     changed = {}
-    for name, row in ROWS.items():
+    for name, row in PER_ROW.items():
         x = getattr(p, name)
         if isinstance(x, torch.Tensor):
             changed[name] = (

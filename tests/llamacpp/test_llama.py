@@ -380,6 +380,7 @@ def test_added_tokens_may_differ(files, exact):
         ({"draft_tokens": 1.0}, "draft_tokens: got 1.0"),
         ({"draft_tokens": 512}, "draft_tokens: got 512, allowed is up to 511"),
         ({"draft_tokens": 2, "verify": "exact"}, "verify: got 'exact', allowed are coupled, token, block"),
+        ({"verify": "token"}, "verify: got 'token', allowed is 'coupled' without draft_tokens"),
         ({"eos": [5000]}, "eos: got 5000"),
         ({"repetition": 0.0}, "repetition"),
         ({"presence": "much"}, "presence"),

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from ... import parameters
 from .race import race_kept, sums, total
 from .rows import (
     Kept,
@@ -29,6 +30,7 @@ from .rows import (
     value,
 )
 from .semantics import (
+    BEST_MASS,
     CHUNK,
     INF,
     LARGE,
@@ -36,6 +38,7 @@ from .semantics import (
     MASS_ONE,
     NEG_INF,
     NONE,
+    TINY,
     log,
     log_total,
     mass,
@@ -51,7 +54,8 @@ from .semantics import (
 )
 
 HUGE = tl.constexpr(1 << 62)
-NOWHERE = tl.constexpr(1 << 22)  # a chunk beyond every vocabulary
+NOWHERE = tl.constexpr(parameters.MAX_VOCAB)  # a chunk beyond every vocabulary
+NO_MASS = tl.constexpr(parameters.MASS_BITS + 1.0)  # scores so many powers of two below the best have none
 
 
 class State(NamedTuple):
@@ -276,7 +280,7 @@ def kept_interval(
     everything, ceiling = tl.cast(NEG_INF, tl.float32), tl.cast(INF, tl.float32)
     least = everything
     if params.min_p > 0.0:
-        least = best + times(params.temperature, log(tl.maximum(params.min_p, 1.1754943508222875e-38)))
+        least = best + times(params.temperature, log(tl.maximum(params.min_p, TINY)))
     low = least
     if use_k:
         low = everything
@@ -285,7 +289,7 @@ def kept_interval(
     elif use_p:
         low = cutoff(best, params.top_p, approximate * (1.0 - slack), params.temperature, row.V.to(tl.float32))
     elif TYPICAL:
-        low = tl.maximum(low, best - tl.div_rn(41.0, params.c))  # what is lower has no mass
+        low = tl.maximum(low, best - tl.div_rn(NO_MASS, params.c))
     count = gather(kept_scores, Kept(m, up, row, everything, ceiling), top, chunk, low, found, buffer, TC)
     floor = everything
     if use_k:
@@ -384,7 +388,7 @@ def row_kernel(
             if mass_kept > 0:
                 log_kept = log_total(mass_kept)
     if params.greedy:
-        floor, log_kept, mass_kept = best, 0.0, tl.cast(1 << 40, tl.int64)
+        floor, log_kept, mass_kept = best, 0.0, tl.cast(BEST_MASS, tl.int64)
     token = tl.cast(-1, tl.int64)
     if (tokens is not None) or params.greedy:
         winner, score = race_kept(m, up, row, high, chunk, floor, ceiling, params, tl.cast(domain, tl.uint32))

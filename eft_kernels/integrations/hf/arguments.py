@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -19,7 +19,7 @@ from transformers import (
 
 from ...arguments import scalar_or_rows
 from ...checks import from_host, index
-from ...combination import Number, Weights, downscale, interpolate, proxy, upscale
+from ...combination import MODE_OF, MODES, AnyWeights, Weights
 from ...decoding import Value
 from ...ops import PerRow, row_seeds
 from ...parameters import MAX_MODELS
@@ -30,14 +30,6 @@ Models = list[nn.Module] | tuple[nn.Module, ...]  # of transformers, or a PeftMo
 # the prompt of one model: ids [n, columns], or a dict with an attention_mask, too; None: the prompt of all
 OwnIds = torch.Tensor | Mapping[str, torch.Tensor] | None
 T = TypeVar("T")
-
-# name: the strength it takes, and its weights for [model, tuned, ref] (interpolate: two tuned models)
-MODES: dict[str, tuple[str | None, Callable[..., Weights]]] = {
-    "upscale": ("beta", upscale),
-    "proxy": ("alpha", proxy),
-    "downscale": (None, downscale),
-    "interpolate": ("lam", interpolate),
-}
 
 # Options of GenerationConfig that are honoured; every other one must be unset or at its default.
 HONOURED = frozenset(
@@ -169,20 +161,20 @@ def combination_of(
     refuse_unless("mode", mode, mode in MODES, f"one of {', '.join(MODES)}")
     if two != (mode == "interpolate"):
         raise ValueError(f"tuned: got {2 if two else 1} model(s) with mode={mode!r}; two go with 'interpolate'")
-    own, preset = MODES[mode]
     given = {k: v for k, v in dict(beta=beta, alpha=alpha, lam=lam).items() if v is not None}
     for name in given:
-        if name != own:
-            owner = next(m for m, (strength, _) in MODES.items() if strength == name)
-            raise ValueError(f"{name}: goes with mode={owner!r}, got mode={mode!r}")
+        if MODE_OF[name] != mode:
+            raise ValueError(f"{name}: goes with mode={MODE_OF[name]!r}, got mode={mode!r}")
     names = ["model", "tuned[0]", "tuned[1]", "ref"] if two else ["model", "tuned", "ref"]
-    return Combination([model, *several, ref], names, preset(*given.values()), 0 if mode == "downscale" else 1)
+    return Combination(
+        [model, *several, ref], names, MODES[mode].weights(*given.values()), 0 if mode == "downscale" else 1
+    )
 
 
 def free_combination_of(
     model: nn.Module,
     models: Models | None,
-    weights: Weights | Sequence[Number] | torch.Tensor | None,
+    weights: AnyWeights | None,
     given: Mapping[str, object],
 ) -> Combination:
     """As `combination_of`, for any number of models with weights of their own: model drafts."""

@@ -6,7 +6,9 @@ import copy
 import functools
 import inspect
 import json
+import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -23,22 +25,19 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ...arguments import check_weights
-from ...combination import Number, Weights
+from ...arguments import check_weights, scalar
+from ...checks import is_real, shown
+from ...combination import MODE_OF, MODES, STRENGTHS, AnyWeights, Weights
 from ...decoding import Value
 from ...ops import PerRow, combine
 from ..composition import (
     ADAPTER,
-    DEFAULTS,
-    MODE_OF,
-    STRENGTHS,
     Composition,
     composed_config,
     part_names,
     write_composed,
 )
 from .arguments import (
-    MODES,
     Models,
     OwnIds,
     check_models,
@@ -101,7 +100,7 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
         ref: nn.Module | None = None,
         *,
         models: Models | None = None,
-        weights: Weights | Sequence[Number] | None = None,
+        weights: AnyWeights | None = None,
         mode: str | None = None,
         beta: float | None = None,
         alpha: float | None = None,
@@ -110,7 +109,9 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
         vocab_size: int | None = None,
         tokenizers: Sequence[PreTrainedTokenizerBase] | None = None,
     ):
-        strengths = dict(beta=beta, alpha=alpha, lam=lam)
+        given = dict(beta=beta, alpha=alpha, lam=lam)
+        strengths = {name: None if x is None else _number(name, x) for name, x in given.items()}
+        upscale_top_p = scalar("upscale_top_p", _number("upscale_top_p", upscale_top_p), 1)
         free = weights is not None or models is not None
         if free:
             unused = dict(tuned=tuned, ref=ref, mode=mode, **strengths)
@@ -122,13 +123,10 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
             if isinstance(model, EmulatedModel):
                 raise ValueError(f"{name}: got an EmulatedModel, allowed are the models that it is made of")
         if combination.weights.values is None:
-            raise ValueError(
-                "weights, beta, alpha, lam: allowed are numbers here; values per row go to generate or forward"
-            )
-        filtered = not free and len(names) == 3
-        if not 0 < upscale_top_p <= 1 or (upscale_top_p != 1 and not filtered):
-            allowed = "a number in (0, 1]" if filtered else "1 with weights or two tuned models"
-            raise ValueError(f"upscale_top_p: got {upscale_top_p!r}, allowed is {allowed}")
+            raise ValueError(f"weights: got {combination.weights!r}, allowed are numbers")
+        check_weights(combination.weights, len(names), 1, device_of(base), check=True)
+        if upscale_top_p != 1 and (free or len(names) == 4):
+            raise ValueError(f"upscale_top_p: got {upscale_top_p}, allowed is 1 with weights or two tuned models")
         terms, contexts, off = resolved(combination.models, names)
         check_models(terms, names)
         size, _ = shared_vocabulary(terms, names, vocab_size, tokenizers)
@@ -136,9 +134,10 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
         settings: dict[str, Any] = {}
         if not free:
             settings["mode"] = mode or ("interpolate" if len(names) == 4 else "upscale")
-            if key := STRENGTHS[settings["mode"]]:
-                settings[key] = DEFAULTS[key] if strengths[key] is None else float(cast(float, strengths[key]))
-            settings["upscale_top_p"] = float(upscale_top_p)
+            if key := MODES[settings["mode"]].strength:
+                own = strengths[key]
+                settings[key] = STRENGTHS[key] if own is None else own
+            settings["upscale_top_p"] = upscale_top_p
         ends = {*end_tokens(terms), *(t.eos_token_id for t in tokenizers or () if t.eos_token_id is not None)}
         if tokenizers is not None:
             ends |= set(end_of_turn(tokenizers[0 if free else 1]))
@@ -181,19 +180,32 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
             "tuned" ("tuned_a", "tuned_b"), "ref": ``device_map={"base": "auto", "tuned": "cuda:1", "ref": "cuda:1"}``.
 
         A PEFT adapter in the folder of ``tuned`` is laid over ref, whose weights are held once.
+
+        Raises: ValueError naming an argument that no model takes, or that is the folder's own (``config``,
+        ``vocab_size`` and the like).
         """
         if model_args:
             raise ValueError(f"model_args: got {len(model_args)}, allowed is none")
         if kwargs.pop("output_loading_info", False):
             raise ValueError("output_loading_info: got True, allowed is False; load the models one by one for theirs")
         given = {k: kwargs.pop(k) for k in ("mode", *MODE_OF, "upscale_top_p") if k in kwargs}
-        for name in ("config", "_from_auto", "adapter_kwargs"):
-            kwargs.pop(name, None)
+        kwargs.pop("_from_auto", None)
+        auto: dict[str, Any] = {k: kwargs.pop(k) for k in ("config", "adapter_kwargs") if k in kwargs}
+        if len(auto) == 1:  # transformers' Auto class gives both, read in the folder
+            unread, value = auto.popitem()
+            got = type(value).__name__
+            raise ValueError(f"{unread}: got {got}, allowed is none; the models of the folder have their own")
+        for name in PARTS:
+            if name in kwargs:
+                raise ValueError(f"{name}: got {shown(kwargs[name])}, allowed is what the folder says; leave it out")
         hub = {k: kwargs.pop(k) for k in ("revision", "subfolder") if k in kwargs}
         folder = _local_folder(os.fspath(pretrained_model_name_or_path), kwargs, **hub)
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             config = json.load(file)
         composition = Composition.parse(config.get("eft"), folder)
+        size = (config.get("text_config") or config)["vocab_size"]
+        if auto and (got := auto["config"].get_text_config().vocab_size) != size:
+            raise ValueError(f"vocab_size: got {got}, allowed is what the folder says, {size}")
         folders = (composition.folders[0] or folder, *composition.folders[1:])
         options = [_options_of(name, composition.names, kwargs) for name in composition.names]
         if composition.base_within is None:
@@ -205,7 +217,7 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
         once = adapters[1] and len(folders) == 3  # ref is tuned with its adapter off
         parts: list[Any] = []
         for path, adapter, own in zip(folders, adapters, options):
-            whole = AutoModelForCausalLM.from_pretrained(folders[-1] if adapter else path, **own)
+            whole = _loaded(folders[-1] if adapter else path, own)
             parts.append(_with_adapter(whole, path) if adapter else whole)
             if once and adapter:
                 break
@@ -215,7 +227,6 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
             settings = {"mode": MODE_OF[key], "upscale_top_p": settings["upscale_top_p"], **given}
         elif given.get("mode", settings["mode"]) != composition.settings["mode"]:  # the folder's strength is another's
             settings = {"mode": given["mode"], "upscale_top_p": settings["upscale_top_p"], **given}
-        size = (config.get("text_config") or config)["vocab_size"]
         model = cls(base, tuned if len(tuned) > 1 else tuned[0], ref, vocab_size=size, **settings)
         model.generation_config = GenerationConfig.from_pretrained(folder)
         model.name_or_path = model.config.name_or_path = folder
@@ -341,7 +352,7 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
         """(weights, the up-scaling filter's mass) of a call, per row where it gives tensors."""
         weights = self.weights
         if name := self._own_strength(strengths, upscale_top_p):
-            weights = MODES[MODE_OF[name]][1](on_device(name, strengths[name], device))
+            weights = MODES[MODE_OF[name]].weights(on_device(name, strengths[name], device))
             check_weights(weights, len(self.names), rows, device, check=True)
         top_p = self.settings.get("upscale_top_p", 1.0) if upscale_top_p is None else upscale_top_p
         return weights, per_row("upscale_top_p", top_p, rows, device)
@@ -351,11 +362,15 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
         allowed = {"upscale": ("beta", "alpha"), "proxy": ("beta", "alpha"), "interpolate": ("lam",)}
         own = allowed.get(self.settings.get("mode", ""), ())
         given = [k for k, v in strengths.items() if v is not None]
-        if len(given) > 1 or not set(given) <= set(own):
-            which = f"one of {' and '.join(own)}" if own else "none (the weights of this model have no strength)"
-            raise ValueError(f"{given[0]}: got {', '.join(given)}, allowed is {which}")
+        for name in given:
+            if name not in own:
+                why = f"goes with mode={MODE_OF[name]!r}; this model takes {' or '.join(own) or 'no strength'}"
+                raise ValueError(f"{name}: got {shown(strengths[name])}, allowed is None; {why}")
+        if len(given) > 1:
+            raise ValueError(f"{given[1]}: got {shown(strengths[given[1]])} beside {given[0]}, allowed is one of them")
         if upscale_top_p is not None and (not self.settings or len(self.names) == 4):
-            raise ValueError(f"upscale_top_p: got {upscale_top_p!r}, allowed is none with weights or two tuned models")
+            got = shown(upscale_top_p)
+            raise ValueError(f"upscale_top_p: got {got}, allowed is None with weights or two tuned models")
         return given[0] if given else None
 
     def new_cache(
@@ -503,6 +518,28 @@ def _local_folder(name: str, options: Mapping[str, Any], revision: str | None = 
         hub = {k: options[k] for k in ("cache_dir", "force_download", "local_files_only", "token") if k in options}
         name = snapshot_download(name, revision=revision, **hub)
     return os.path.join(name, subfolder) if subfolder else name
+
+
+def _number(name: str, value: object) -> float:
+    """``value`` as a finite float; ValueError. A model has one for all rows."""
+    if isinstance(value, torch.Tensor) and not value.dim():
+        value = value.item()
+    if not is_real(value) or not math.isfinite(value):
+        raise ValueError(
+            f"{name}: got {shown(value)}, allowed is a finite number; values per row go to generate or forward"
+        )
+    return float(value)
+
+
+def _loaded(folder: str, options: Mapping[str, Any]) -> Any:
+    """The model of a folder; ValueError for an option that is none, which transformers hands to the model."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
+    except TypeError as error:
+        found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if found is None or found[1] not in options:
+            raise
+        raise ValueError(f"{found[1]}: is neither an option of from_pretrained nor in the config of {folder}") from None
 
 
 def _options_of(name: str, names: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ...checks import index, one_of
-from ...combination import Number, Weights
+from ...combination import AnyWeights
 from ...decoding import Model, OnTokens, OwnPrompt, Prompt, Speculation, Target, plain, speculative
 from ...ops import PerRow, sample
 from ...parameters import GREEDY, MAX_SLOT, METHODS, OFF, PARAMETERS
@@ -105,7 +105,7 @@ def generate(
     tuned: nn.Module | list[nn.Module] | tuple[nn.Module, ...] | None = None,
     ref: nn.Module | None = None,
     models: list[nn.Module] | tuple[nn.Module, ...] | None = None,
-    weights: Weights | Sequence[Number] | torch.Tensor | None = None,
+    weights: AnyWeights | None = None,
     prompts: Sequence[OwnIds] | Mapping[str, OwnIds] | None = None,
     mode: str | None = None,
     beta: PerRow = None,
@@ -156,7 +156,8 @@ def generate(
         (top_k=50 by default).
       draft_tokens: K, drafted per round; 0 decodes one token a step.
       verify: "coupled": the tokens of plain decoding where the logits are equal: float32 (a pass over K + 1 tokens
-        rounds bfloat16 in another order than one over 1); "token", "block": the same distribution, more accepted.
+        rounds bfloat16 in another order than one over 1); "token", "block": the same distribution, more accepted, for
+        draft_tokens > 0 alone.
       draft: which of [model, *tuned, ref] or [model, *models] drafts; default tuned (the first of two), in downscale
         and with ``models`` ``model``.
       seed: int (row 0 keeps it), tensor int64 [rows], or None: from torch's global generator.
@@ -206,11 +207,14 @@ def generate(
     names = combination.names
     terms, contexts, off = resolved(combination.models, names)  # J models
     base = terms[0]
-    draft = combination.draft if draft is None else draft
     home, input_ids = input_ids.device, input_ids.to(device)
 
     one_of("verify", verify, METHODS)
     draft_tokens = index("draft_tokens", draft_tokens, 0, MAX_SLOT, "an integer >= 0")
+    if not draft_tokens:
+        refuse_unless("verify", verify, verify == "coupled", "'coupled' without draft_tokens")
+        refuse_unless("draft", draft, draft is None, "None without draft_tokens")
+    draft = combination.draft if draft is None else draft
     draft = index("draft", draft, 0, len(terms) - 1, f"0 to {len(terms) - 1}")
     one_of("on_invalid", on_invalid, ("raise", "warn"))
     check_options(config, call, model_kwargs, sees=base.config.get_text_config(decoder=True) is not base.config)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...combination import Weights, interpolate, upscale
-from ...decoding import Decoded, NewTokens, Prompt, Speculation, Target, plain_steps, speculative_rounds
+from ...decoding import Decoded, NewTokens, Prompt, Speculation, Target, finished, plain_steps, speculative_rounds
 from ...ops import row_seeds, sample
 from ...parameters import DRAFTED, METHODS, NAMES
 from ...token_bias import penalties
@@ -193,15 +193,7 @@ class EmulatedModel:
         self, prompt: str | Sequence[int], *, on_text: Callable[[str], object] | None = None, **arguments: Any
     ) -> Written:
         """The whole text, whose pieces `on_text` is called with as they come; otherwise as `tokens`."""
-        steps = self.stream(prompt, **arguments)
-        while True:
-            try:
-                piece = next(steps)
-            except StopIteration as end:
-                written: Written = end.value
-                return written
-            if on_text is not None:
-                on_text(piece)
+        return finished(self.stream(prompt, **arguments), on_text)
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of tokens, without special ones."""
@@ -315,6 +307,8 @@ class EmulatedModel:
             raise ValueError(f"draft_tokens: got {draft_tokens!r}, allowed is an integer >= 0")
         if verify not in METHODS:
             raise ValueError(f"verify: got {verify!r}, allowed are {', '.join(METHODS)}")
+        if verify != "coupled" and not draft_tokens:
+            raise ValueError(f"verify: got {verify!r}, allowed is 'coupled' without draft_tokens")
         for name, model in zip(self.names, self.models) if draft_tokens else ():
             if model.recurrent:
                 raise ValueError(
