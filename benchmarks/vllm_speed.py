@@ -82,9 +82,8 @@ def make_models(root: Path) -> None:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         rest = (hidden / width) ** 0.5  # RMSNorm: what is not there makes the rest larger
         with torch.no_grad():
-            for own, shared in ((model.model.embed_tokens.weight, embedding), (model.lm_head.weight, head / rest)):
-                own.mul_(0.2 if hidden > width else 0.0)
-                own[:, :width] = shared
+            model.model.embed_tokens.weight[:, :width] = embedding
+            model.lm_head.weight[:, :width] = head / rest
             if name == "tuned":
                 model.lm_head.weight.add_(torch.randn(VOCAB, width, generator=g) * (1.0 / width**0.5))
         model.save_pretrained(root / name)
