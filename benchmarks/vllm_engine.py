@@ -1,7 +1,8 @@
 """A vLLM engine in a process of its own, driven by lines of JSON; `Engine` is the other end.
 
 The runner "v1" is what vLLM takes on a CPU. "v2" is what it takes on GPUs: its Triton kernels run in Triton's
-interpreter here, for which Triton must believe in a driver for the CPU.
+interpreter here, for which Triton must believe in a driver for the CPU. Both the tests (tests/vllm) and the table of
+speeds (vllm_speed.py) use it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,12 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parents[1]
 
 ENVIRONMENT = dict(
     OMP_NUM_THREADS="1",
@@ -28,7 +34,10 @@ RUNNERS = {
 
 
 class Engine:
-    """``LLM(**options)`` in a process of its own, which `close` (or leaving a with block) ends."""
+    """``LLM(**options)`` in a process of its own, which `close` (or leaving a with block) ends.
+
+    With ``stopwatch=True``, `spent` says how many seconds of the last `generate` went where, see `Stopwatch`.
+    """
 
     def __init__(self, runner: str = "v1", environment=None, **options):
         options = {
@@ -40,12 +49,13 @@ class Engine:
             **options,
         }
         inside = dict(VLLM_ENABLE_V1_MULTIPROCESSING="0") if options["distributed_executor_backend"] == "uni" else {}
+        here = dict(PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
         self.process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, "-m", "benchmarks.vllm_engine"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | ENVIRONMENT | RUNNERS[runner] | inside | (environment or {}),
+            env=os.environ | ENVIRONMENT | RUNNERS[runner] | inside | here | (environment or {}),
         )
         self.send(options)
         if "error" in (answer := self.receive()):
@@ -68,7 +78,7 @@ class Engine:
         answer = self.receive()
         if "error" in answer:
             raise RuntimeError(answer["error"])
-        self.metrics, self.seconds = answer["metrics"], answer["seconds"]
+        self.metrics, self.seconds, self.spent = answer["metrics"], answer["seconds"], answer["spent"]
         return answer["outputs"]
 
     def close(self) -> None:
@@ -110,6 +120,47 @@ def pretend_driver() -> None:
 
     driver = SimpleNamespace(is_active=staticmethod(lambda: True))
     triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
+
+
+class Stopwatch:
+    """Seconds in functions, by a name for them. What one of them spends in another counts for that other alone."""
+
+    def __init__(self):
+        self.spent: Counter = Counter()
+        self.inside: list[float] = []  # of each function that runs: seconds in others
+
+    def wrap(self, owner, function: str, name: str) -> None:
+        call = getattr(owner, function)
+
+        def timed(*args, **kwargs):
+            start = time.perf_counter()
+            self.inside.append(0.0)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                seconds = time.perf_counter() - start
+                self.spent[name] += seconds - self.inside.pop()
+                if self.inside:
+                    self.inside[-1] += seconds
+
+        setattr(owner, function, timed)
+
+    def start(self) -> None:
+        """Before an engine starts: "sampling", and "interpreted" (Triton kernels that are not compiled on a CPU)."""
+        from triton.runtime.interpreter import GridExecutor
+        from vllm.v1.sample.sampler import Sampler
+
+        import eft_kernels as eft
+
+        self.wrap(Sampler, "forward", "sampling")
+        self.wrap(eft, "combine", "sampling")
+        if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1":
+            from eft_kernels.integrations.vllm.sampler import EftSampler
+            from eft_kernels.integrations.vllm.verifier import EftVerifier
+
+            self.wrap(EftSampler, "__call__", "sampling")
+            self.wrap(EftVerifier, "__call__", "sampling")
+            self.wrap(GridExecutor, "__call__", "interpreted")
 
 
 def params_of(given: dict):
@@ -167,8 +218,6 @@ def run_lifecycle(llm, requests, arrivals, aborts) -> list[dict]:
 
 
 def main() -> None:
-    import time
-
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what vLLM prints is no answer
 
@@ -182,6 +231,9 @@ def main() -> None:
         from vllm import LLM
 
         options = json.loads(sys.stdin.readline())
+        stopwatch = Stopwatch()
+        if options.pop("stopwatch", False):
+            stopwatch.start()
         llm = LLM(disable_log_stats=False, **options)
     except Exception as error:
         answer({"error": f"{type(error).__name__}: {error}"})
@@ -190,6 +242,7 @@ def main() -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         requests = asked.pop("requests")
+        stopwatch.spent.clear()
         start = time.perf_counter()
         try:
             if asked:
@@ -203,7 +256,7 @@ def main() -> None:
             continue
         seconds = time.perf_counter() - start
         metrics = {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
-        answer({"outputs": outputs, "metrics": metrics, "seconds": seconds})
+        answer({"outputs": outputs, "metrics": metrics, "seconds": seconds, "spent": stopwatch.spent})
 
 
 if __name__ == "__main__":
