@@ -481,8 +481,8 @@ def test_good_arguments_at_the_edges(backend):
     ):
         out = sample(**dict(seed=1, position=0) | kwargs, backend=backend)
         assert bool(out.valid.all()) and int(out.tokens.min()) >= 0 and int(out.tokens.max()) < V, kwargs
-    empty = sample(z=models(0, V), backend=backend, top_logprobs=2, diagnostics=True)
-    assert [list(x.shape) for x in empty] == [[0], [0], [0], [0], [0, 2], [0, 2], [0], [0]]
+    empty = sample(z=models(0, V), backend=backend, top_logprobs=2, runners_up=3, diagnostics=True)
+    assert [list(x.shape) for x in empty] == [[0], [0], [0], [0], [0, 2], [0, 2], [0], [0], [0, 3]]
     assert list(logprobs(z=models(0, V), backend=backend).shape) == [0, V]
     none = verify(z=models(B, 1, V), drafts=torch.zeros(B, 0).long(), backend=backend, seed=1, position=0)
     want = sample(z=[z[:, 0] for z in models(B, 1, V)], seed=1, position=0, backend=backend)
@@ -761,6 +761,7 @@ def everything():
         mask3=mask(B, K + 1),
         drafts=torch.tensor([[1, 2], [3, 4], [5, 6]]),
         lengths=torch.tensor([2, 1, 2]),
+        parents=torch.tensor([[0, 0], [0, 1], [0, 1]]),
         ids=torch.tensor([[1, 2], [3, 4], [5, 6]]),
         **TENSORS,
         **NOISE,
@@ -770,9 +771,16 @@ def everything():
 def calls(t, backend="auto"):
     several = {name: t[name] for name in (*TENSORS, *NOISE)}
     few = {name: t[name] for name in TENSORS}
-    out = eft.sample(t["z"], t["w"], token_mask=t["mask"], backend=backend, **several)
-    judged = eft.verify(t["zz"], t["w"], t["drafts"], t["lengths"], token_mask=t["mask3"], backend=backend, **several)
-    return [*out, *judged, eft.token_logprobs(t["z"], t["w"], t["ids"], token_mask=t["mask"], backend=backend, **few)]
+    out = eft.sample(t["z"], t["w"], token_mask=t["mask"], runners_up=2, backend=backend, **several)
+    args = t["zz"], t["w"], t["drafts"], t["lengths"]
+    judged = eft.verify(*args, token_mask=t["mask3"], backend=backend, **several)
+    tree = eft.verify(*args, parents=t["parents"], method="coupled", backend=backend, **several)
+    return [
+        *out,
+        *judged,
+        *tree,
+        eft.token_logprobs(t["z"], t["w"], t["ids"], token_mask=t["mask"], backend=backend, **few),
+    ]
 
 
 @pytest.mark.parametrize("kind, change, plain", RIGHT, ids=[kind for kind, *_ in RIGHT])
