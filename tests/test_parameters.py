@@ -15,6 +15,7 @@ import torch
 import eft_kernels as eft
 from eft_kernels import ops, parameters, reference
 from eft_kernels.arguments import dtype_of
+from eft_kernels.combination import MODES
 from eft_kernels.parameters import DRAFTED, FILTERS, NAMES, OFF, PARAMETERS, PER_ROW, Params
 from eft_kernels.testing import out_of_range
 
@@ -255,3 +256,10 @@ def test_filtered_is_the_same_in_triton(tmp_path):
     with open(tmp_path / "out", "rb") as f:
         for got, want in zip(pickle.load(f), of_reference(values)):
             assert torch.equal(got, want)
+
+
+def test_the_modes_are_the_presets_with_their_defaults():
+    for name, mode in MODES.items():
+        (*strength,) = inspect.signature(getattr(eft, name)).parameters.values()
+        assert mode.weights is getattr(eft, name)
+        assert [(p.name, p.default) for p in strength] == ([(mode.strength, mode.default)] if mode.strength else [])
