@@ -14,7 +14,19 @@ from torch.utils._pytree import tree_map_only
 
 import eft_kernels as eft
 from eft_kernels import dispatch, ops, testing
-from eft_kernels.testing import BF16, CASES, F16, F32, Case, check_logprobs, check_sample, check_verify, make, per_row
+from eft_kernels.testing import (
+    BF16,
+    CASES,
+    F16,
+    F32,
+    Case,
+    check_logprobs,
+    check_sample,
+    check_tree,
+    check_verify,
+    make,
+    per_row,
+)
 from tools import sanitize
 
 DEVICE = torch.device(os.environ.get("EFT_KERNELS_TEST_DEVICE", "cuda"))
@@ -63,6 +75,19 @@ def test_logprobs(case, name):
 @over_the_table
 def test_verify(case, method, name):
     check_verify(case, name, method, device=DEVICE)
+
+
+@on_every_backend
+@over_the_table
+def test_verify_of_trees(case, name):
+    check_tree(case, name, device=DEVICE)
+
+
+@on_every_backend
+@pytest.mark.parametrize("logprobs", (True, False))
+@over_the_table
+def test_runners_up(case, logprobs, name):
+    check_sample(case, name, device=DEVICE, logprobs=logprobs, runners_up=4)
 
 
 @on_every_backend

@@ -13,7 +13,7 @@ from tools import __main__ as command
 
 def test_sanitize_runs_its_cases_through_the_backends_of_a_device(capsys):
     assert {*sanitize.NAMES} <= {case.name for case in sanitize.CASES}
-    calls = sum(len(sanitize.NAMES) * (8 + 5 * (name == "triton")) for name in sanitize.backends("cpu"))
+    calls = sum(len(sanitize.NAMES) * (9 + 5 * (name == "triton")) for name in sanitize.backends("cpu"))
     assert sanitize.sanitize("cpu") == calls and f"{calls} calls on cpu" in capsys.readouterr().out
     assert command.main(["sanitize", "xpu"]) == 0 and "no backend but the reference" in capsys.readouterr().out
 

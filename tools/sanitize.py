@@ -10,7 +10,7 @@ import contextlib
 from eft_kernels import dispatch, ops
 from eft_kernels._backends.triton.config import TileConfig
 from eft_kernels.cli.options import Parser
-from eft_kernels.testing import BF16, CASES, Case, check_logprobs, check_sample, check_verify
+from eft_kernels.testing import BF16, CASES, Case, check_logprobs, check_sample, check_tree, check_verify
 
 from .launch_config import launch_config
 from .tune import forced
@@ -51,7 +51,7 @@ def calls(case, name: str, launch: str, device) -> int:
     """Runs a case under one of `LAUNCHES`; how many calls they were. With many rows only what differs."""
     if name == "cuda" and launch == "many rows":
         with launch_config(direct_chunks_per_sm=0, early_exit_blocks_per_sm=0):
-            check_sample(case, name, device=device, logprobs=True)
+            check_sample(case, name, device=device, logprobs=True, runners_up=2)
             for method in ("coupled", "token"):
                 check_verify(case, name, method, device=device)
         return 3
@@ -67,7 +67,8 @@ def calls(case, name: str, launch: str, device) -> int:
             check_verify(case, name, method, device=device)
         if launch == "few rows":
             check_sample(case, name, device=device)
-    return 4 + len(methods) + (launch == "few rows")
+            check_tree(case, name, device=device)
+    return 4 + len(methods) + 2 * (launch == "few rows")
 
 
 def sanitize(device: str) -> int:
