@@ -76,7 +76,7 @@ def test_torchs_default_dtype_changes_nothing():
 
     def run():
         several = {name: x for name, x in kwargs.items() if name not in ("seed", "position")}
-        out = ops.sample(logits, weights, backend="triton", top_logprobs=3, diagnostics=True, **kwargs)
+        out = ops.sample(logits, weights, backend="triton", top_logprobs=3, diagnostics=True, runners_up=2, **kwargs)
         return [
             *out,
             ops.logprobs(logits, weights, backend="triton", **several),
