@@ -41,7 +41,7 @@ NOT_RUN = {
     "docs/integration.md": {"needs a GPU": 1},
     "docs/quickstart.md": {"installs": 2, "downloads models": 1},
     "examples/family/README.md": {"hours": 1},
-    "docs/vllm.md": {"needs vLLM": 4},
+    "docs/vllm.md": {"needs vLLM": 5},
     "docs/llama.cpp.md": {"needs llama.cpp": 4},  # tests/llamacpp runs them
 }
 
