@@ -79,11 +79,9 @@ def by_trees(tables, weights, first, steps, seed, shape, **options):
         )
         assert bool(ver.valid.all())
         assert torch.equal(ver.path >= 0, ver.tokens >= 0)
-        accepted = torch.where(ver.path[:, 1:] > 0, drafts.gather(1, (ver.path[:, 1:] - 1).clamp(min=0)), -1)
-        assert torch.equal(
-            accepted[:, : len(shape)].clamp(min=-1),
-            torch.where(ver.path[:, 1 : len(shape) + 1] > 0, ver.tokens[:, : len(shape)], -1),
-        )
+        followed = ver.path[:, 1:]  # the accepted drafts' own slots
+        accepted = drafts.gather(1, (followed - 1).clamp(min=0))
+        assert bool(((accepted == ver.tokens[:, :-1]) | (followed < 0)).all())
         for k in range(len(shape) + 1):
             here = (k < ver.num_emitted) & (length + k < steps + len(shape) + 1) & (length < steps)
             out[rows[here], length[here] + k] = ver.tokens[here, k]
