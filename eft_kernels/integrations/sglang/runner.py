@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 
-import torch
 from sglang.srt.configs.model_config import AttentionArch, ModelConfig
+from sglang.srt.layers.sampler import register_sampler_backend
 from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
 from sglang.srt.model_executor.model_runner import ModelRunner, ModelRunnerOutput
 from sglang.srt.model_executor.pool_configurator import create_memory_pool_configurator
 from sglang.srt.models.registry import ModelRegistry
-from sglang.srt.runtime_context import get_schedule
+from sglang.srt.runtime_context import get_device, get_schedule
 
 import eft_kernels as eft
 
 from ..composition import ARCHITECTURE, Composition
+from . import SAMPLING_BACKEND
+from .sampler import EftSampler, Requests, Step, changes_scores
 
 
 class EftModelRunner(ModelRunner):
@@ -40,6 +42,7 @@ class EftModelRunner(ModelRunner):
         return cls(Composition.parse(outer.hf_config.eft, outer.model_path), outer, given)
 
     def __init__(self, composition: Composition, outer: ModelConfig, given: dict):
+        register_sampler_backend(SAMPLING_BACKEND, EftSampler)
         self.composition = composition
         self.others: list[OtherRunner] = []
         self.vocab_size = outer.vocab_size
@@ -50,6 +53,11 @@ class EftModelRunner(ModelRunner):
         self.others = [OtherRunner(model_config=config, is_draft_worker=True, **given) for config in configs[1:]]
         # the scheduler asks what kind of model it serves
         ModelRegistry.models[ARCHITECTURE] = type(self.model)
+        self.requests: Requests | None = None
+        if isinstance(self.sampler, EftSampler):
+            self.requests = Requests(composition, get_device().random_seed, self.device)
+            ends = outer.hf_eos_token_id
+            self.sampler.end = min(ends) if ends else 0
 
     def init_kv_cache_configurator(self, draft_parallel_layout=None) -> None:
         super().init_kv_cache_configurator(draft_parallel_layout)
@@ -77,22 +85,40 @@ class EftModelRunner(ModelRunner):
             other.init_cuda_graphs(*args, **kwargs)
 
     def forward(self, forward_batch, *args, **kwargs) -> ModelRunnerOutput:
-        """The output of base's forward pass, with the combined scores as its logits, float32 [rows, vocab_size]."""
+        """The output of base's forward pass, with the combined scores as its logits, float32 [rows, vocab_size].
+
+        Where `EftSampler` samples from the models' logits, base's stand in for the scores.
+        """
         # a forward pass writes into its batch
         logits = [other.forward(copy.copy(forward_batch)).logits_output.next_token_logits for other in self.others]
         out = super().forward(forward_batch, *args, **kwargs)
         own = out.logits_output.next_token_logits
         if own is None:
             return out
-        scores = self.combined([own, *logits])
+        models = [z[:, : self.vocab_size] for z in (own, *logits)]
         # a copy, because a graph's output is written again at the next replay
-        out.logits_output = dataclasses.replace(out.logits_output, next_token_logits=scores)
+        out.logits_output = dataclasses.replace(out.logits_output, next_token_logits=models[0])
+        step = self.step(forward_batch)
+        fused = step is not None and not needs_scores(forward_batch)
+        if not fused:
+            given = self.composition.default if step is None else step.rows
+            out.logits_output.next_token_logits = eft.combine(models, given.weights, upscale_top_p=given.upscale_top_p)
+        if step is not None:
+            step.models = models if fused else None
+            out.logits_output.eft = step
         return out
 
-    def combined(self, logits: list[torch.Tensor]) -> torch.Tensor:
-        default = self.composition.default
-        shared = [z[:, : self.vocab_size] for z in logits]
-        return eft.combine(shared, default.weights, upscale_top_p=default.upscale_top_p)
+    def step(self, forward_batch) -> Step | None:
+        """What `EftSampler` needs to know of the batch; None where SGLang's sampler is to sample."""
+        if self.requests is None:
+            return None
+        rows = self.requests.rows(forward_batch.eft_requests)
+        return Step(None, rows, (forward_batch.seq_lens - rows.prompt_length).clamp(min=0))
+
+
+def needs_scores(forward_batch) -> bool:
+    """Whether more than tokens is read off the scores, or SGLang changes them first."""
+    return forward_batch.return_logprob or forward_batch.is_prefill_only or changes_scores(forward_batch.sampling_info)
 
 
 class OtherRunner(ModelRunner):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
-from ..composition import ARCHITECTURE, Composition, refuse_adapters, request_of
-from . import KNOWN_VERSIONS
+from ..composition import ARCHITECTURE, Composition, refuse_adapters, request_of, strength_of
+from . import KNOWN_VERSIONS, SAMPLING_BACKEND
 
 log = logging.getLogger(f"sglang.{__name__}")
 
@@ -16,10 +17,12 @@ def is_ours(model_config) -> bool:
 
 def check(server_args) -> None:
     """ValueError for a start that would fail later, or that would sample from another distribution."""
-    from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
+    from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
 
     model = model_config_of(server_args)
     if not is_ours(model):
+        if server_args.sampling_backend == SAMPLING_BACKEND:
+            raise ValueError(f"sampling_backend: got {SAMPLING_BACKEND!r}, which samples from an {ARCHITECTURE} alone")
         return
     check_version()
     composition = Composition.parse(getattr(model.hf_config, "eft", None), model.model_path)
@@ -27,6 +30,9 @@ def check(server_args) -> None:
     options = resolving_view(server_args)
     refuse_options(options)
     check_tokenizers(composition, model, options)
+    if server_args.sampling_backend == SAMPLING_BACKEND:
+        # SGLang has put its own in the place of any other on a CPU, and for deterministic inference
+        declare_resolution(server_args, __name__, sampling_backend=SAMPLING_BACKEND)
 
 
 def check_version() -> None:
@@ -111,20 +117,34 @@ def check_tokenizers(composition: Composition, model, options) -> None:
     check(tokenizers, names, model.vocab_size, True)
 
 
-def check_request(request, input_ids) -> None:
-    """ValueError, the client's, for what base would answer alone."""
+@functools.lru_cache(maxsize=1)
+def mode_of(model_config) -> str:
+    return Composition.parse(model_config.hf_config.eft, model_config.model_path).mode
+
+
+def check_request(request, input_ids, model_config) -> None:
+    """ValueError, the client's, for what base would answer alone, and for strengths that there are not."""
+    from sglang.srt.runtime_context import get_exec
 
     def refuse(what: str, why: str):
         raise ValueError(f"{ARCHITECTURE}: {what}: {why}")
 
+    params = request.sampling_params or {}
     if request.return_hidden_states:
         refuse("return_hidden_states", "they would be those of base")
-    if getattr(request, "return_routed_experts", False):
+    if request.return_routed_experts:
         refuse("return_routed_experts", "they would be those of base")
     if request.input_embeds is not None or request.positional_embed_overrides is not None:
         refuse("input_embeds", "an embedding belongs to one of the models, not to all")
+    if (params.get("beam_width") or 1) > 1:
+        refuse("beam_width", "beams are not supported")
     start = request.logprob_start_len
     if request.return_logprob and start is not None and 0 <= start < len(input_ids or ()):
         refuse("logprob_start_len", f"got {start}, allowed is -1: log-probs of a prompt's tokens are not supported")
-    if request_of((request.sampling_params or {}).get("custom_params")):
-        refuse("custom_params: eft", "all requests have the weights of the model's config")
+    given = request_of(params.get("custom_params"), "custom_params")
+    if get_exec().kernel.sampling_backend == SAMPLING_BACKEND:
+        strength_of(given, mode_of(model_config), "custom_params: eft")
+        if request.return_sampling_mask:
+            refuse("return_sampling_mask", "the fused sampler makes no list of the tokens that filters keep")
+    elif given:
+        refuse("custom_params", f"a request's own weights need --sampling-backend {SAMPLING_BACKEND}")
