@@ -1,7 +1,7 @@
 """`torchvision` and `sgl_kernel`, which SGLang imports everywhere and whose wheels need CUDA, as empty modules.
 
 Every name in them is a class that does nothing. On a CPU a language model's forward pass calls none of them: SGLang has
-PyTorch code for each. transformers is asked first whether torchvision is here, so that it does not take the stub for it.
+PyTorch code for each. transformers is asked first whether torchvision is here, so that it takes no stub for it.
 """
 
 from __future__ import annotations
