@@ -131,8 +131,8 @@ def strength_of(given: Mapping[str, Any], mode: str, where: str, default: Streng
     return Strength(weights.values or (), float(top_p))
 
 
-def request_of(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What a request says under ``eft``: an object, or its JSON text (the OpenAI server takes no nested objects)."""
+def request_of(extra_args: Mapping[str, Any] | None, where: str = "extra_args") -> dict[str, Any]:
+    """What a request says under ``eft``: an object, or its JSON text (vLLM's OpenAI server takes no nested objects)."""
     given = (extra_args or {}).get("eft")
     if given is None:
         return {}
@@ -142,7 +142,7 @@ def request_of(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
         except ValueError:
             pass
     if not isinstance(given, dict):
-        raise ValueError(f'extra_args: eft: got {given!r}, allowed is an object such as {{"beta": 1.2}}')
+        raise ValueError(f'{where}: eft: got {given!r}, allowed is an object such as {{"beta": 1.2}}')
     return given
 
 

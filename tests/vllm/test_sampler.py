@@ -2,90 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import re
 
 import pytest
-import torch
-from shipped import FAMILY, PROMPTS, override
+from shipped import FAMILY, PROMPTS, Loop, override
 
-import eft_kernels as eft
 from benchmarks.vllm_engine import Engine
 
-WEIGHTS = {"beta": lambda b: [b, 1.0, -b], "alpha": lambda a: [1.0, a, -a]}
 LIKELY = [5, 11, 13, 14, 16, 262, 263, 264, 265, 266, 270, 280, 300, 310]  # ids, to ban and to allow
-
-
-class Loop:
-    """One request, token by token: three passes over the whole text, the scores, what changes them, a draw."""
-
-    def __init__(self, family, request: dict):
-        self.family, self.request = family, request
-        self.prompt = family.ids(request["prompt"])
-        asked = (request.get("extra_args") or {}).get("eft", {})
-        key = next((k for k in WEIGHTS if k in asked), None)
-        self.weights = WEIGHTS[key](asked[key]) if key else [1.0, 1.0, -1.0]
-        self.upscale_top_p = asked.get("upscale_top_p", 1.0)
-        self.logprobs: list[torch.Tensor] = []  # of the scores before anything but a grammar, [V] a token
-
-    @torch.no_grad()
-    def scores(self, ids, mask=None) -> torch.Tensor:
-        models = [self.family.models[name] for name in ("base", "tuned-a", "ref")]
-        logits = [m(torch.tensor([ids])).logits[:, -1].float() for m in models]
-        if self.upscale_top_p < 1:
-            return eft.combine(logits, self.weights, upscale_top_p=self.upscale_top_p, token_mask=mask)
-        return sum(w * z for w, z in zip(self.weights, logits))
-
-    def changed(self, scores: torch.Tensor, new: list[int]) -> torch.Tensor:
-        request, s = self.request, scores[0].clone()
-        if allowed := request.get("allowed_token_ids"):
-            banned = torch.ones_like(s, dtype=torch.bool)
-            banned[allowed] = False
-            s[banned] = -math.inf
-        for i, bias in request.get("logit_bias", {}).items():
-            s[int(i)] += bias
-        if len(new) < request.get("min_tokens", 0):
-            s[self.family.tokenizer.eos_token_id] = -math.inf
-        seen = torch.tensor(sorted({*self.prompt, *new}))
-        penalty = request.get("repetition_penalty", 1.0)
-        s[seen] = torch.where(s[seen] > 0, s[seen] / penalty, s[seen] * penalty)
-        counts = torch.bincount(torch.tensor(new, dtype=torch.int64), minlength=len(s))
-        s -= request.get("frequency_penalty", 0.0) * counts
-        s -= request.get("presence_penalty", 0.0) * (counts > 0)
-        for text in request.get("bad_words", []):
-            for word in self.family.bad_word(text):
-                if new[len(new) - len(word) + 1 :] == word[:-1] or len(word) == 1:
-                    s[word[-1]] = -math.inf
-        return s[None]
-
-    def run(self, matcher=None) -> list[int]:
-        request, new = self.request, []
-        mask = None
-        while len(new) < request["max_tokens"]:
-            if matcher is not None:
-                mask = torch.full((1, (len(self.family.tokenizer) + 31) // 32), -1, dtype=torch.int32)
-                matcher.fill_next_token_bitmask(mask)
-            scores = self.scores(self.prompt + new, mask)
-            allowed = eft.logprobs([scores], [1.0], token_mask=mask, tuned=0)
-            self.logprobs.append(allowed[0])
-            token = eft.sample(
-                [self.changed(scores, new)],
-                [1.0],
-                temperature=request.get("temperature", 1.0),
-                top_p=request.get("top_p", 1.0),
-                top_k=request.get("top_k", 0),
-                min_p=request.get("min_p", 0.0),
-                token_mask=mask,
-                seed=torch.tensor([request.get("seed", 0)]),
-                position=len(new),
-                tuned=0,
-            ).tokens.item()
-            new.append(token)
-            if matcher is not None:
-                matcher.accept_token(token)
-            if token == self.family.tokenizer.eos_token_id:
-                break
-        return new
 
 
 CHANGES = [
