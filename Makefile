@@ -91,6 +91,26 @@ test-vllm: .venv-vllm/.ready ## EftForCausalLM in vLLM's own engine ($(VLLM), 4 
 	  EFT_KERNELS_CPU=0 EFT_KERNELS_CUDA=0 $$pip install --no-build-isolation --no-deps -e .
 	@touch $@
 
+# SGLang's engine on a CPU, over this environment's torch and transformers. torchvision and sgl_kernel are stubs of the
+# tests; the list is what SGLang imports besides.
+SGLANG ?= sglang==0.5.23
+SGLANG_NEEDS = orjson aiohttp msgspec pyzmq pybase64 einops fastapi uvicorn uvloop interegular partial_json_parser pillow \
+  psutil pydantic python-multipart setproctitle scipy sentencepiece tiktoken tqdm xxhash zstandard prometheus-client \
+  IPython dill compressed-tensors outlines llguidance xgrammar openai openai-harmony nvidia-ml-py distro gguf watchfiles \
+  blobfile
+test-sglang: .venv-sglang/.ready build ## a composed folder in SGLang's own engine ($(SGLANG), 1 GB; a quarter of an hour)
+	@PYTHONPATH="$(CURDIR)" .venv-sglang/bin/python -m pytest tests/sglang $(PYTEST_ARGS)
+
+.venv-sglang/.ready: Makefile $(TOOLS)
+	@rm -rf .venv-sglang && $$($(PY) -c 'import sys; print(sys._base_executable)') -m venv .venv-sglang
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$(.venv-sglang/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	@pip=".venv-sglang/bin/python -m pip --disable-pip-version-check -qq"; \
+	  $(PY) -m pip freeze | grep -E '^(torch|transformers|triton|numpy|tokenizers|huggingface)' > .venv-sglang/pins.txt; \
+	  $$pip install --no-deps '$(SGLANG)' && $$pip install --no-warn-conflicts -c .venv-sglang/pins.txt $(SGLANG_NEEDS) && \
+	  EFT_KERNELS_CPU=0 EFT_KERNELS_CUDA=0 $$pip install --no-build-isolation --no-deps -e .
+	@touch $@
+
 # A fork of llama.cpp with wheels for Linux on x86-64. LLAMA=llama-cpp-python compiles llama.cpp (half an hour).
 LLAMA ?= ik-llama-cpp-python==0.1.5
 test-llama: .venv-llama/.ready build ## GGUF models in llama.cpp ($(LLAMA), 30 MB; half a minute)
