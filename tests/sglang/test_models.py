@@ -29,7 +29,10 @@ def test_equal_tuned_and_ref_leave_base(compose, family, tmp_path):
     "options,asked",
     [
         (["--beta", "1.7"], dict(beta=1.7)),
-        (["--mode", "proxy", "--alpha", "1.5", "--upscale-top-p", "0.8"], dict(alpha=1.5, upscale_top_p=0.8)),
+        (
+            ["--mode", "proxy", "--alpha", "1.5", "--upscale-top-p", "0.8"],
+            dict(mode="proxy", alpha=1.5, upscale_top_p=0.8),
+        ),
     ],
     ids=["beta", "proxy, up-scaling filter"],
 )
@@ -85,6 +88,7 @@ def test_mixed_architectures(mixed, options, sampler):
     requests = requests_of(8, temperature=0, seed=0)
     if sampler == "eft":
         requests = requests_of(8, temperature=0.8, top_k=20, seed=lambda i: i)
-    with Engine(model_path=folder, sampling_backend=sampler, **options) as engine:
+    binding = {"SGLANG_CPU_OMP_THREADS_BIND": "0|0"} if "tp_size" in options else {}
+    with Engine(binding, model_path=folder, sampling_backend=sampler, **options) as engine:
         outputs = engine.generate(as_sglang(theirs, requests))
         check(theirs, requests, outputs, tuned=("tuned",), beta=0.7, vocab_size=2048)
