@@ -39,7 +39,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 
 HAVE_TORCH := import torch; v = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])); assert v >= (2, 11)
 
-.PHONY: help demo test test-transformers test-hf-tools test-vllm test-llama interpreted bench report lint docs wheel sanitize fuzz build semantics clean
+.PHONY: help demo test test-transformers test-hf-tools test-vllm test-llama test-sglang interpreted bench report lint docs wheel sanitize fuzz build semantics clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
@@ -101,6 +101,25 @@ test-llama: .venv-llama/.ready build ## GGUF models in llama.cpp ($(LLAMA), 30 M
 	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > $$(.venv-llama/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
 	@.venv-llama/bin/python -m pip --disable-pip-version-check -qq install '$(LLAMA)' gguf
+	@touch $@
+
+# SGLang without the CUDA packages that it asks for: what its engine and server need to run a language model on a CPU,
+# beside this environment's torch and transformers. tests/sglang/stubs.py stands in for torchvision and sgl_kernel.
+SGLANG ?= sglang==0.5.23
+SGLANG_NEEDS := IPython aiohttp blobfile compressed-tensors dill distro einops fastapi gguf interegular llguidance msgspec \
+  nvidia-ml-py openai openai-harmony orjson outlines partial_json_parser pillow prometheus-client psutil pybase64 pydantic \
+  python-multipart pyzmq scipy sentencepiece setproctitle soundfile tiktoken tqdm uvicorn uvloop watchfiles xgrammar \
+  xxhash zstandard
+test-sglang: .venv-sglang/.ready build ## an emulated model in SGLang's own engine ($(SGLANG), 600 MB; a quarter of an hour)
+	@PYTHONPATH="$(CURDIR)" .venv-sglang/bin/python -m pytest tests/sglang $(PYTEST_ARGS)
+
+.venv-sglang/.ready: Makefile $(TOOLS)
+	@rm -rf .venv-sglang && $$($(PY) -c 'import sys; print(sys._base_executable)') -m venv .venv-sglang
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$(.venv-sglang/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	@$(PY) -m pip --disable-pip-version-check freeze --exclude-editable > .venv-sglang/constraints.txt
+	@pip=".venv-sglang/bin/python -m pip --disable-pip-version-check -qq install --no-warn-conflicts"; \
+	  $$pip --no-deps '$(SGLANG)' && $$pip -c .venv-sglang/constraints.txt $(SGLANG_NEEDS)
 	@touch $@
 
 interpreted: $(TOOLS) build ## the Triton kernels on the whole case table, in Triton's interpreter (half an hour with -n 2)

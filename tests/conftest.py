@@ -17,8 +17,9 @@ import torch
 import eft_kernels as eft
 from eft_kernels import dispatch
 
-# Each has an environment of its own: make test-llama, make test-vllm. (Two files named conftest would be one module.)
-collect_ignore = ["llamacpp", "vllm"]
+# Each has an environment of its own: make test-llama, make test-sglang, make test-vllm. (Two files named conftest would
+# be one module.)
+collect_ignore = ["llamacpp", "sglang", "vllm"]
 
 BACKENDS = [name for name, row in eft.backends().items() if row["available"]]
 COMPILED = [name for name in BACKENDS if name != "reference"]

@@ -60,10 +60,14 @@ class Engine:
             raise RuntimeError(answer["error"])
         return answer
 
-    def generate(self, requests: list[dict], **more) -> list[dict]:
+    def call(self, name: str, *arguments):
+        """What a method of `sglang.Engine` returns, as far as JSON has it."""
+        return self.ask({"call": name, "arguments": arguments})["outputs"]
+
+    def generate(self, requests: list[dict]) -> list[dict]:
         """``requests``: {"prompt": ids, "max_tokens": int, other sampling parameters of SGLang, "extra": {arguments of
         `Engine.generate`}}, all running at once; what SGLang returns for each. RuntimeError with the engine's."""
-        return self.ask({"requests": requests, **more})["outputs"]
+        return self.ask({"requests": requests})["outputs"]
 
     def close(self) -> None:
         if self.process.poll() is None:
@@ -121,7 +125,11 @@ def main() -> None:
     answer({})
     for line in sys.stdin:
         try:
-            answer({"outputs": run(engine, **json.loads(line))})
+            asked = json.loads(line)
+            if "call" in asked:
+                answer({"outputs": getattr(engine, asked["call"])(*asked["arguments"])})
+            else:
+                answer({"outputs": run(engine, asked["requests"])})
         except Exception as error:
             answer({"error": f"{type(error).__name__}: {error}"})
     engine.shutdown()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from engine import Engine
 
-from tests.vllm.shipped import PROMPTS, requests_of
+from tests.vllm.shipped import FAMILY, PROMPTS, requests_of
 
 
 def ids(family, requests) -> list[dict]:
@@ -38,6 +38,13 @@ def test_long_prompts_and_shared_prefixes(engine, family):
     outputs = engine.generate(requests)
     assert all(output["meta_info"]["cached_tokens"] > 30 for output in outputs)
     check(family, requests, outputs)
+
+
+def test_weights_stay(engine, family):
+    success, message, *_ = engine.call("update_weights_from_disk", str(FAMILY / "base"))
+    assert not success and "it would change the weights of base alone" in message
+    requests = ids(family, requests_of(2, temperature=0))
+    check(family, requests, engine.generate(requests))
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import stubs
@@ -55,14 +57,15 @@ def test_bad_combinations(changed, words):
 
 
 def test_other_tokenizers(tmp_path):
-    import shutil
-
     shutil.copytree(FAMILY / "ref", tmp_path / "ref")
-    text = (tmp_path / "ref" / "tokenizer.json").read_text()
-    (tmp_path / "ref" / "tokenizer.json").write_text(text.replace('"the": ', '"xthe": '))
+    file = tmp_path / "ref" / "tokenizer.json"
+    text = file.read_text(encoding="utf-8")
+    swapped = text.replace('"hat":304', '"hat":303').replace('"ot":303', '"ot":304')
+    assert swapped != text
+    file.write_text(swapped, encoding="utf-8")
     given = override()
     given["eft"]["ref"] = str(tmp_path / "ref")
-    with pytest.raises(ValueError, match="okenizer"):
+    with pytest.raises(ValueError, match="tokenizers: 'hat' is 303 for ref and 304 for base"):
         startup.check(args(json_model_override_args=json.dumps(given)))
 
 
@@ -105,8 +108,6 @@ def test_the_engine_says_why(options, words):
 
 
 def test_models_that_cannot_stand_side_by_side():
-    from types import SimpleNamespace
-
     from sglang.srt.configs.model_config import ModelConfig
 
     from eft_kernels.integrations.sglang.runner import check_models

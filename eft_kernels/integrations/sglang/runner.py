@@ -59,6 +59,9 @@ class EftModelRunner(ModelRunner):
             ends = outer.hf_eos_token_id
             self.sampler.end = min(ends) if ends else 0
 
+    def init_weight_updater(self) -> None:
+        self.weight_updater = NoUpdates()
+
     def init_kv_cache_configurator(self, draft_parallel_layout=None) -> None:
         super().init_kv_cache_configurator(draft_parallel_layout)
         for other in self.others:
@@ -119,6 +122,13 @@ class EftModelRunner(ModelRunner):
 def needs_scores(forward_batch) -> bool:
     """Whether more than tokens is read off the scores, or SGLang changes them first."""
     return forward_batch.return_logprob or forward_batch.is_prefill_only or changes_scores(forward_batch.sampling_info)
+
+
+class NoUpdates:
+    """In the place of SGLang's updater of weights, whose answers are (success, message)."""
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: (False, f"{ARCHITECTURE}: {name}: it would change the weights of base alone")
 
 
 class OtherRunner(ModelRunner):
