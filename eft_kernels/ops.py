@@ -294,7 +294,7 @@ class VerifyOutput(NamedTuple):
     valid: torch.Tensor  # bool [B], False: the slot after the accepted drafts is invalid, as in `SampleOutput`
     logprobs: torch.Tensor | None  # float32 [B, K+1], nats, under the processed target
     raw_logprobs: torch.Tensor | None  # float32 [B, K+1], nats, under the emulated distribution
-    path: torch.Tensor | None  # of a tree: int64 [B, K+1], the slot that each token was drawn at, -1 padded
+    path: torch.Tensor | None  # of a tree: int64 [B, K+1], slots of the tokens and the one that is invalid, -1 padded
 
 
 class DraftOutput(NamedTuple):
@@ -414,8 +414,8 @@ def sample(
       logprobs: return the token's log-probs; off saves the exponentials.
       top_logprobs: n most likely tokens of the emulated distribution, n up to 2^22. diagnostics: entropy and TV to
         ``tuned``.
-      runners_up: m tokens, 0 to 15, that came next in the draw that the token won (greedy: the next best): without the
-        token they would have been drawn, in this order.
+      runners_up: m tokens, 0 to 15, that came next in the draw that the token won, in order, of those that the filters
+        keep; -1 where there are fewer. Greedy: the next best scores, whatever the filters.
       row_index: int64 [B], which row of the logits, then [N, V_j], each row reads; one outside [0, N) is invalid. All
         else is by row of the call.
       out: int64 [B], contiguous, no memory of other arguments; tokens are written there, and it is returned as
@@ -526,7 +526,7 @@ def draft(
 
     Args:
       logits: the drafting model's own, [B, V].
-      slot: the draft's place in its round, 0 to K - 1. method: as `verify` will be told.
+      slot: the draft's place in its round, 0 to K - 1; of a tree, how many drafts lead to it. method: as `verify` is told.
       seed: the one that `verify` will be given. position: of this draft: the round's (that of slot 0) + slot.
       The sampling parameters are the drafts' own; they need not be the target's. The others: see `sample`.
       runners_up: further drafts for the same place, for a tree (``parents`` of `verify`); "coupled" alone.
@@ -541,7 +541,9 @@ def draft(
     one_of("method", method, METHODS)
     slot = _slot(slot)
     if runners_up and method != "coupled":
-        raise ValueError(f"runners_up: got {shown(runners_up)} with method={method!r}, allowed is 0: coupled has trees")
+        raise ValueError(
+            f"runners_up: got {shown(runners_up)} with method={method!r}, allowed is 0; trees go with method='coupled'"
+        )
     if seed is None:
         raise ValueError("seed: got None; give the seed that verify will be given")
     noise: dict[str, Any] = dict(stream="sample") if method == "coupled" else dict(stream="draft", slot=slot)
@@ -640,7 +642,7 @@ def verify(
       parents: int64 [B, K], of drafts that are a tree ("coupled" alone): the slot that draft i follows, 0 to i. Slot 0
         follows the text so far, slot i + 1 draft i, and its logits are those after the text and the drafts on the way
         to it. Accepted is the longest path of drafts that are the target's own samples; of equally long ones, the one
-        that ends in the lowest slot.
+        that ends in the lowest slot. A draft of -1 is none (a draw that had fewer runners-up).
       draft_lengths: int64 [B], how many of them count (default K, or what ``offsets`` have room for).
       method: "coupled": slot i's own sample with the noise of (seed, position + i), accepted while it equals the
         draft (of `draft` at the same positions): exactly the tokens of plain decoding for equal logits (a model's
@@ -720,7 +722,7 @@ def verify(
                 *(_per_slot(f"token_bias[{i}]", x, row_index, n, device) for i, x in enumerate(token_bias))
             )
     draft, logprobs = _check_method(logits, slots, method, draft), flag("logprobs", logprobs)
-    parents = _check_parents(parents, rows, slots, method, device, look)
+    parents = _check_parents(parents, rows, slots, method, device, look, draft_lengths)
     seed, position = _noise(seed, position, rows, device)
     p = check_params(
         logits,
@@ -772,8 +774,9 @@ def verify(
     _check_lengths(draft_lengths, slots, look)
     if look and rows and readable(draft_tokens) and readable(draft_lengths):
         counts = torch.arange(slots - 1, device=device) < draft_lengths[:, None]
-        if bool((counts & ((draft_tokens < 0) | (draft_tokens >= vocab_size))).any()):
-            raise ValueError(f"draft_tokens: got an id outside 0 to {vocab_size - 1}")
+        least = 0 if parents is None else -1
+        if bool((counts & ((draft_tokens < least) | (draft_tokens >= vocab_size))).any()):
+            raise ValueError(f"draft_tokens: got an id outside {least} to {vocab_size - 1}")
     out = _call(
         "verify",
         logits,
@@ -794,15 +797,22 @@ def verify(
 
 
 def _check_parents(
-    parents: object, rows: int, slots: int, method: str, device: torch.device, look: bool
+    parents: object, rows: int, slots: int, method: str, device: torch.device, look: bool, lengths: object = None
 ) -> torch.Tensor | None:
     if parents is None:
         return None
     if method != "coupled":
         raise ValueError(f"parents: got a tree with method={method!r}, allowed is 'coupled'")
     checked = _integers("parents", parents, (rows, slots - 1), device)
-    if look and readable(checked) and bool(((checked < 0) | (checked > torch.arange(slots - 1, device=device))).any()):
-        raise ValueError(f"parents: got {checked.tolist()}, allowed is 0 to i for draft i: a slot before its own")
+    if not look or not readable(checked):
+        return checked
+    draft = torch.arange(slots - 1, device=device)
+    wrong = (checked < 0) | (checked > draft)
+    if lengths is not None:  # what follows a row's drafts may be anything
+        wrong &= draft < _integers("draft_lengths", lengths, (rows,), device)[:, None]
+    if bool(wrong.any()):
+        b, i = wrong.nonzero()[0].tolist()
+        raise ValueError(f"parents[{b}, {i}]: got {int(checked[b, i])}, allowed is 0 to {i}: a slot before its own")
     return checked
 
 

@@ -187,12 +187,18 @@ def test_of_equal_paths_the_one_to_the_lowest_slot(backend):
 @pytest.mark.parametrize(
     "wrong, words",
     [
-        (dict(parents=torch.tensor([[0, 2, 1], [0, 1, 2]])), "parents: got .*a slot before its own"),
+        (
+            dict(parents=torch.tensor([[0, 2, 1], [0, 1, 2]])),
+            r"parents\[0, \d\]: got .*, allowed is 0 to \d: a slot before its own",
+        ),
         (
             dict(parents=torch.tensor([[0, 1, 3], [0, 1, 2]])),
-            "parents: got .*a slot before its own",
+            r"parents\[0, \d\]: got .*, allowed is 0 to \d: a slot before its own",
         ),  # its own: a cycle
-        (dict(parents=torch.tensor([[-1, 1, 2], [0, 1, 2]])), "parents: got .*a slot before its own"),
+        (
+            dict(parents=torch.tensor([[-1, 1, 2], [0, 1, 2]])),
+            r"parents\[0, \d\]: got .*, allowed is 0 to \d: a slot before its own",
+        ),
         (dict(parents=torch.zeros(2, 4, dtype=torch.int64)), r"parents: expected an int64 tensor \[2, 3\]"),
         (dict(parents=torch.zeros(2, 3)), r"parents: expected an int64 tensor \[2, 3\], got torch.float32"),
         (dict(parents="tree"), "parents: expected an int64 tensor"),
@@ -244,3 +250,21 @@ def test_trees_that_nobody_has_checked(compiled):
         got, want = call.run(compiled), call.run("reference")
         for name in ("tokens", "num_emitted", "valid", "path"):
             assert torch.equal(got[name], want[name]), (parents, name)
+
+
+def test_what_is_no_draft_may_be_anything(backend):
+    """A draw with fewer runners-up gives -1; behind a row's drafts nothing counts."""
+    tables, seed, rows = models(), torch.arange(30), torch.arange(30)
+    drafts, parents = draft_tree(tables[1], rows, 0, (3, 2), seed)
+    args = dict(method="coupled", seed=seed, position=0, backend=backend)
+    logits = [t[torch.cat([rows[:, None], drafts], 1)] for t in tables]
+    few = drafts.clone()
+    few[:, 1:3] = -1
+    got = eft.verify(logits, eft.upscale(), few, parents=parents, **args)
+    want = eft.verify(logits, eft.upscale(), torch.where(few < 0, drafts * 0 + V - 1, few), parents=parents, **args)
+    assert torch.equal(got.path, want.path) and torch.equal(got.tokens, want.tokens)
+    lengths, junk, anything = torch.full((30,), 3), parents.clone(), drafts.clone()
+    junk[:, 3:], anything[:, 3:] = 1 << 40, -5
+    got = eft.verify(logits, eft.upscale(), anything, lengths, parents=junk, **args)
+    want = eft.verify(logits, eft.upscale(), drafts, lengths, parents=parents, **args)
+    assert torch.equal(got.path, want.path) and torch.equal(got.tokens, want.tokens)

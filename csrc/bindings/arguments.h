@@ -368,8 +368,9 @@ inline bool prepare(Reader& r, VerifyCall& c, Outputs& out) {
       const int64_t length = c.draft_lengths[b];
       if (!r.need(length >= 0 && length < S)) break;
       for (int64_t k = 0; k < length; ++k)
-        r.need(c.draft_tokens[b * (S - 1) + k] >= 0 && c.draft_tokens[b * (S - 1) + k] < c.vocab_size);
-      for (int64_t k = 0; c.parents && k < S - 1; ++k)
+        r.need(c.draft_tokens[b * (S - 1) + k] >= (c.parents ? -1 : 0) &&
+               c.draft_tokens[b * (S - 1) + k] < c.vocab_size);
+      for (int64_t k = 0; c.parents && k < length; ++k)
         r.need(c.parents[b * (S - 1) + k] >= 0 && c.parents[b * (S - 1) + k] <= k);
     }
   if (!r.done()) return false;
