@@ -526,7 +526,7 @@ def draft(
 
     Args:
       logits: the drafting model's own, [B, V].
-      slot: the draft's place in its round, 0 to K - 1; of a tree, how many drafts lead to it. method: as `verify` is told.
+      slot: the draft's place in its round, 0 to K - 1; of a tree, how many drafts lead to it. method: as for `verify`.
       seed: the one that `verify` will be given. position: of this draft: the round's (that of slot 0) + slot.
       The sampling parameters are the drafts' own; they need not be the target's. The others: see `sample`.
       runners_up: further drafts for the same place, for a tree (``parents`` of `verify`); "coupled" alone.
