@@ -42,6 +42,7 @@ NOT_RUN = {
     "docs/quickstart.md": {"installs": 2, "downloads models": 1},
     "examples/family/README.md": {"hours": 1},
     "docs/vllm.md": {"needs vLLM": 4},
+    "docs/sglang.md": {"needs SGLang": 2},  # tests/sglang runs what they show
     "docs/llama.cpp.md": {"needs llama.cpp": 4},  # tests/llamacpp runs them
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import Any, NoReturn
 
 from ..composition import ARCHITECTURE, Composition, refuse_adapters, request_of, strength_of
 from . import KNOWN_VERSIONS, SAMPLING_BACKEND
@@ -11,11 +12,11 @@ from . import KNOWN_VERSIONS, SAMPLING_BACKEND
 log = logging.getLogger(f"sglang.{__name__}")
 
 
-def is_ours(model_config) -> bool:
+def is_ours(model_config: Any) -> bool:
     return ARCHITECTURE in (getattr(model_config.hf_config, "architectures", None) or ())
 
 
-def check(server_args) -> None:
+def check(server_args: Any) -> None:
     """ValueError for a start that would fail later, or that would sample from another distribution."""
     from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
 
@@ -85,7 +86,7 @@ REFUSED = {
 }
 
 
-def refuse_options(options) -> None:
+def refuse_options(options: Any) -> None:
     """ValueError naming the first option that would change the distribution, or be ignored."""
     from sglang.srt.environ import envs
 
@@ -98,7 +99,7 @@ def refuse_options(options) -> None:
         )
 
 
-def check_tokenizers(composition: Composition, model, options) -> None:
+def check_tokenizers(composition: Composition, model: Any, options: Any) -> None:
     """Models that write other tokens at the same id would be combined into nonsense. `compose` has looked already."""
     if composition.base_within or options.skip_tokenizer_init:
         return
@@ -118,15 +119,15 @@ def check_tokenizers(composition: Composition, model, options) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def mode_of(model_config) -> str:
+def mode_of(model_config: Any) -> str:
     return Composition.parse(model_config.hf_config.eft, model_config.model_path).mode
 
 
-def check_request(request, input_ids, model_config) -> None:
+def check_request(request: Any, input_ids: list[int] | None, model_config: Any) -> None:
     """ValueError, the client's, for what base would answer alone, and for strengths that there are not."""
     from sglang.srt.runtime_context import get_exec
 
-    def refuse(what: str, why: str):
+    def refuse(what: str, why: str) -> NoReturn:
         raise ValueError(f"{ARCHITECTURE}: {what}: {why}")
 
     params = request.sampling_params or {}
