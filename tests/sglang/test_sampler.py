@@ -44,7 +44,11 @@ CHANGES = [
 ]
 OWN = [
     dict(repetition_penalty=1.4, extra_args={"eft": {"beta": 1.4}}),
-    dict(presence_penalty=2.0, frequency_penalty=2.0, extra_args={"eft": {"upscale_top_p": 0.8}}),
+    dict(
+        presence_penalty=2.0,
+        logit_bias={str(i): 4.0 for i in LIKELY},
+        extra_args={"eft": {"upscale_top_p": 0.8}},
+    ),
     dict(repetition_penalty=1.2, top_p=0.8, min_p=0.02, top_k=30, extra_args={"eft": {"alpha": 0.5}}),
 ]
 
