@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def add_command(command: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
     p = command(
         "compose",
-        "one folder of base, tuned and ref, for transformers and `vllm serve`",
+        "one folder of base, tuned and ref, for transformers, `vllm serve` and `sglang serve`",
         "A folder that transformers and serving engines load as one model. Weights are linked, not copied.",
     )
     group = p.add_argument_group("models (folders or hub ids)")
@@ -110,8 +110,10 @@ def run(args: argparse.Namespace) -> int:
             (out / name).symlink_to(os.path.abspath(folder), target_is_directory=True)
     print(f"{out}: {', '.join(f'{n} {f}' for n, f in zip(names, folders))}")
     whole = args.merge or not any(adapters)
-    then = f"next: vllm serve {out}" if whole else "next: eft.hf.EmulatedModel.from_pretrained (vLLM needs --merge)"
-    print(f"ids {vocab_size}, end tokens {', '.join(map(str, ends))}, {settings['mode']}; {then}")
+    then = f"vllm serve {out}, or sglang serve --model-path {out}"
+    if not whole:
+        then = "eft.hf.EmulatedModel.from_pretrained (vLLM and SGLang need --merge)"
+    print(f"ids {vocab_size}, end tokens {', '.join(map(str, ends))}, {settings['mode']}; next: {then}")
     return 0
 
 

@@ -64,7 +64,7 @@ def test_completion_and_stream(server, family):
     "more,words",
     [
         (dict(custom_params={"eft": {"gamma": 1}}), "'gamma', allowed are beta, alpha, upscale_top_p"),
-        (dict(echo=True, logprobs=1), "log-probs of a prompt's tokens are not supported"),
+        (dict(return_hidden_states=True), "return_hidden_states: they would be those of base"),
     ],
 )
 def test_bad_requests_are_the_clients(server, more, words):

@@ -130,3 +130,13 @@ def test_models_that_cannot_stand_side_by_side():
             check_models(names, [base, config(**more), base], base)
     with pytest.raises(ValueError, match="vocab_size: got 2048, the models share 2000 ids"):
         check_models(names, [base, config(vocab_size=2000), base], SimpleNamespace(vocab_size=2048))
+
+
+def test_the_memory_is_shared(monkeypatch):
+    """Of what is free, base's cache takes the share that its tokens have of all."""
+    from eft_kernels.integrations.sglang.runner import KVCacheConfigurator, SharedBudget
+
+    monkeypatch.setattr(KVCacheConfigurator, "config_from_budget", lambda self, budget, cap_tokens=None: budget)
+    configurator = SharedBudget.__new__(SharedBudget)
+    configurator.share = (3840, 3840 + 2 * 1536)
+    assert configurator.config_from_budget(6912 * 100) == 3840 * 100

@@ -45,7 +45,7 @@ def _check_request(manager: Any, request: Any, input_ids: list[int] | None) -> N
     from .startup import check_request, is_ours
 
     if is_ours(manager.model_config):
-        check_request(request, input_ids, manager.model_config)
+        check_request(request, manager.model_config)
 
 
 def _make_runner(original: Any, worker: Any) -> None:

@@ -17,6 +17,7 @@ import eft_kernels as eft
 
 from ..composition import ARCHITECTURE, Composition
 from . import SAMPLING_BACKEND
+from .prompts import install
 from .sampler import EftSampler, Requests, Step, changes_scores
 
 
@@ -51,6 +52,7 @@ class EftModelRunner(ModelRunner):
         check_models(composition.names, configs, outer)
         super().__init__(model_config=configs[0], **given)
         self.others = [OtherRunner(model_config=config, is_draft_worker=True, **given) for config in configs[1:]]
+        self.prompts = install([runner.model for runner in (self, *self.others)], self.vocab_size)
         # the scheduler asks what kind of model it serves
         ModelRegistry.models[ARCHITECTURE] = type(self.model)
         self.requests: Requests | None = None
@@ -92,20 +94,25 @@ class EftModelRunner(ModelRunner):
 
         Where `EftSampler` samples from the models' logits, base's stand in for the scores.
         """
+        step = self.step(forward_batch)
+        given = self.prompts.strengths = self.composition.default if step is None else step.rows
         # a forward pass writes into its batch
         logits = [other.forward(copy.copy(forward_batch)).logits_output.next_token_logits for other in self.others]
         out = super().forward(forward_batch, *args, **kwargs)
         own = out.logits_output.next_token_logits
         if own is None:
             return out
-        models = [z[:, : self.vocab_size] for z in (own, *logits)]
-        # a copy, because a graph's output is written again at the next replay
-        out.logits_output = dataclasses.replace(out.logits_output, next_token_logits=models[0])
-        step = self.step(forward_batch)
         fused = step is not None and not needs_scores(forward_batch)
-        if not fused:
-            given = self.composition.default if step is None else step.rows
-            out.logits_output.next_token_logits = eft.combine(models, given.weights, upscale_top_p=given.upscale_top_p)
+        models = None
+        if any(z is None for z in logits):  # log-probs of the prompt: base's are the combined scores
+            scores = own
+        else:
+            models = [z[:, : self.vocab_size] for z in (own, *logits)]
+            scores = models[0]
+            if not fused:
+                scores = eft.combine(models, given.weights, upscale_top_p=given.upscale_top_p)
+        # a copy, because a graph's output is written again at the next replay
+        out.logits_output = dataclasses.replace(out.logits_output, next_token_logits=scores)
         if step is not None:
             step.models = models if fused else None
             out.logits_output.eft = step

@@ -123,7 +123,7 @@ def mode_of(model_config: Any) -> str:
     return Composition.parse(model_config.hf_config.eft, model_config.model_path).mode
 
 
-def check_request(request: Any, input_ids: list[int] | None, model_config: Any) -> None:
+def check_request(request: Any, model_config: Any) -> None:
     """ValueError, the client's, for what base would answer alone, and for strengths that there are not."""
     from sglang.srt.runtime_context import get_exec
 
@@ -139,9 +139,8 @@ def check_request(request: Any, input_ids: list[int] | None, model_config: Any) 
         refuse("input_embeds", "an embedding belongs to one of the models, not to all")
     if (params.get("beam_width") or 1) > 1:
         refuse("beam_width", "beams are not supported")
-    start = request.logprob_start_len
-    if request.return_logprob and start is not None and 0 <= start < len(input_ids or ()):
-        refuse("logprob_start_len", f"got {start}, allowed is -1: log-probs of a prompt's tokens are not supported")
+    if request.multi_item_delimiter_indices is not None or request.token_indices_to_pool is not None:
+        refuse("multi-item scoring", "base would score alone")
     given = request_of(params.get("custom_params"), "custom_params")
     if get_exec().kernel.sampling_backend == SAMPLING_BACKEND:
         strength_of(given, mode_of(model_config), "custom_params: eft")
