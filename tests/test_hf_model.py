@@ -545,7 +545,7 @@ def test_compose_links_or_merges_an_adapter(tmp_path, shipped, capsys):
     want = models[0](ids).logits + merged(held)(ids).logits - models[2](ids).logits
     arguments = ["compose", "--base", FAMILY + "base", "--tuned", str(tmp_path / "adapter"), "--ref"]
     assert main([*arguments, FAMILY + "ref", "--out", str(tmp_path / "linked")]) == 0
-    assert "vLLM needs --merge" in capsys.readouterr().out
+    assert "vLLM and SGLang need --merge" in capsys.readouterr().out
     assert main([*arguments, FAMILY + "ref", "--out", str(tmp_path / "merged"), "--merge"]) == 0
     assert "vllm serve" in capsys.readouterr().out
     for name in ("linked", "merged"):

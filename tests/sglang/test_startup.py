@@ -88,6 +88,11 @@ def test_sampling_backend_of_other_models():
         startup.check(ServerArgs(model_path=str(FAMILY / "base"), device="cpu", sampling_backend="eft"))
 
 
+def test_fused_sampling_on_policy():
+    with pytest.raises(ValueError, match="rl_on_policy_target: goes with SGLang's own sampler"):
+        startup.check(args(sampling_backend="eft", rl_on_policy_target="fsdp"))
+
+
 def test_unknown_version(monkeypatch):
     monkeypatch.setattr("sglang.version.__version__", "0.5.24")
     with pytest.raises(ValueError, match="SGLang 0.5.24 is not known to work; allowed is SGLang 0.5.23"):

@@ -32,6 +32,8 @@ def check(server_args: Any) -> None:
     refuse_options(options)
     check_tokenizers(composition, model, options)
     if server_args.sampling_backend == SAMPLING_BACKEND:
+        if options.rl_on_policy_target is not None:
+            raise ValueError(f"rl_on_policy_target: goes with SGLang's own sampler, got {SAMPLING_BACKEND!r}")
         # SGLang has put its own in the place of any other on a CPU, and for deterministic inference
         declare_resolution(server_args, __name__, sampling_backend=SAMPLING_BACKEND)
 
