@@ -294,7 +294,7 @@ class VerifyOutput(NamedTuple):
     valid: torch.Tensor  # bool [B], False: the slot after the accepted drafts is invalid, as in `SampleOutput`
     logprobs: torch.Tensor | None  # float32 [B, K+1], nats, under the processed target
     raw_logprobs: torch.Tensor | None  # float32 [B, K+1], nats, under the emulated distribution
-    path: torch.Tensor | None  # of a tree: int64 [B, K+1], slots of the tokens and the one that is invalid, -1 padded
+    path: torch.Tensor | None  # of a tree: int64 [B, K+1], each token's slot (an invalid one ends it), -1 padded
 
 
 class DraftOutput(NamedTuple):
@@ -640,9 +640,9 @@ def verify(
       draft_tokens: int64 [B, K], or the round's K outputs of `draft`: these say how they were drawn, and what cannot
         be judged is refused (of tensors on a GPU only with ``check``); a row's drafts end at its first invalid one.
       parents: int64 [B, K], of drafts that are a tree ("coupled" alone): the slot that draft i follows, 0 to i. Slot 0
-        follows the text so far, slot i + 1 draft i, and its logits are those after the text and the drafts on the way
-        to it. Accepted is the longest path of drafts that are the target's own samples; of equally long ones, the one
-        that ends in the lowest slot. A draft of -1 is none (a draw that had fewer runners-up).
+        follows the text so far, slot i + 1 follows draft i; a slot's logits are those after the text and the drafts on
+        its path. The longest path whose drafts are all the target's own samples is accepted; among equally long ones,
+        the path that ends in the lowest slot. A draft of -1 is never accepted (a draw may have fewer runners-up).
       draft_lengths: int64 [B], how many of them count (default K, or what ``offsets`` have room for).
       method: "coupled": slot i's own sample with the noise of (seed, position + i), accepted while it equals the
         draft (of `draft` at the same positions): exactly the tokens of plain decoding for equal logits (a model's
@@ -746,7 +746,7 @@ def verify(
     ):
         if parents is not None:
             raise ValueError(
-                "draft_tokens: got outputs of eft.draft, allowed is their tokens [B, K] where parents are given"
+                "draft_tokens: got outputs of eft.draft, allowed with parents is a tensor of their tokens [B, K]"
             )
         drafts, draft_tokens = draft_tokens, _tokens_of(draft_tokens, rows, slots - 1, device)
     elif isinstance(draft_tokens, (list, tuple)) and any(

@@ -515,7 +515,7 @@ FAULTS = {
     ),
     "runners-up of other splits are not looked at": ("row/sample.cu", "splits * (more + 1)", "splits"),
     "a tree's noise by slot": ("row/row.cu", "tree_of(drafts, b, call.slots).depth(slot)", "slot"),
-    "the last of equal paths": ("../semantics/accept.h", "if (d > longest)", "if (d >= longest)"),
+    "the last of equal paths": ("../semantics/accept.h", "if (depths[i] > longest)", "if (depths[i] >= longest)"),
     "a sum that matters": ("verify/verify.cu", "return u <= ratio * 1.000001 &&", "return u <= ratio * 0.5 &&"),
 }
 

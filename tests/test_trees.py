@@ -217,7 +217,7 @@ def test_outputs_of_draft_are_a_chain():
     z, args = torch.randn(2, V), dict(method="coupled", draft=0, seed=1, position=0)
     out = eft.draft(z, slot=0, method="coupled", seed=1, position=0, runners_up=2)
     assert out.runners_up.shape == (2, 2)
-    with pytest.raises(ValueError, match="draft_tokens: got outputs of eft.draft, allowed is their tokens"):
+    with pytest.raises(ValueError, match="draft_tokens: got outputs of eft.draft, allowed with parents is a tensor"):
         eft.verify([torch.randn(2, 2, V)], [1.0], [out], parents=torch.zeros(2, 1).long(), **args)
     with pytest.raises(ValueError, match="runners_up: got 1 with method='token', allowed is 0"):
         eft.draft(z, slot=0, method="token", seed=1, position=0, runners_up=1)

@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
     place = torch.stack(ranks, 1)
     shares = ", ".join(f"{(place < m).float().mean():.2f}" for m in (1, 2, 3, 4))
     print(f"{args.texts} texts of {args.tokens} tokens, temperature 1.", end=" ")
-    print(f"The token is among the first 1, 2, 3, 4 of the drafting model's draw in shares of {shares}.\n")
+    print(f"The text's token is among the first 1, 2, 3, 4 of the drafting model's draw in shares of {shares}.\n")
     print("| drafts | K = 4: drafts | tokens a round | K = 8: drafts | tokens a round |\n|---|--:|--:|--:|--:|")
     for name, (own, others) in SHAPES.items():
         cells = [

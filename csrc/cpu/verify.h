@@ -174,12 +174,12 @@ void verify(const VerifyCall& call) {
       constexpr int64_t kUnknown = -2;
       int64_t* own = tokens;  // those that were asked for
       std::fill(own, own + S, kUnknown);
-      const auto sample = [&](int64_t slot) {
-        if (own[slot] == kUnknown) own[slot] = sample_at(slot, tree.depth(slot));
+      const auto sample = [&](int64_t slot, int64_t depth) {
+        if (own[slot] == kUnknown) own[slot] = sample_at(slot, depth);
         return own[slot];
       };
       accepted = tree.accept(S, path, sample) - 1;
-      for (int64_t d = 0; d <= accepted; ++d) own[d] = sample(path[d]);
+      for (int64_t d = 0; d <= accepted; ++d) own[d] = sample(path[d], d);
       token = own[accepted];
     } else if (call.method == kCoupled) {
       for (;; ++accepted) {

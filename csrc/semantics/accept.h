@@ -41,27 +41,19 @@ struct Tree {
     for (; slot > 0; ++d) slot = parent(slot);
     return d;
   }
-  // The same, -1 where one of them is not the target's own: sample(slot) is what the target draws there, -1 where it is
-  // invalid.
-  template <class Sample>
-  EFT_HD int64_t accepted_depth(int64_t slot, const Sample& sample) const {
-    if (slot > length) return -1;
-    int64_t d = 0;
-    for (; slot > 0; ++d) {
-      const int64_t p = parent(slot), token = drafts[slot - 1];
-      if (p < 0 || token < 0 || token != sample(p)) return -1;
-      slot = p;
-    }
-    return d;
-  }
-  // The slots of the longest accepted path, of equally long ones of that to the lowest slot, into path[S], -1 behind
-  // its end. Their number is returned.
+  // Writes the slots of the longest path whose drafts are all the target's own samples into path[S], then -1; among
+  // equally long ones, the path that ends in the lowest slot. sample(slot, depth) is what the target draws at a slot
+  // that is accepted, -1 where it is invalid. Returns the number of slots.
   template <class Sample>
   EFT_HD int64_t accept(int64_t S, int64_t* path, const Sample& sample) const {
+    int64_t* depths = path;  // of accepted slots, else -1; at most the slot's number
     int64_t last = 0, longest = 0;
+    depths[0] = 0;
     for (int64_t i = 1; i < S; ++i) {
-      const int64_t d = accepted_depth(i, sample);
-      if (d > longest) last = i, longest = d;
+      const int64_t p = i <= length ? parent(i) : -1, token = drafts[i - 1];
+      const bool accepted = p >= 0 && depths[p] >= 0 && token >= 0 && token == sample(p, depths[p]);
+      depths[i] = accepted ? depths[p] + 1 : -1;
+      if (depths[i] > longest) last = i, longest = depths[i];
     }
     for (int64_t d = S - 1; d > longest; --d) path[d] = -1;
     for (int64_t d = longest; d > 0; --d) {

@@ -181,8 +181,8 @@ def race(
     return first_max(keys(scores, temperature, seed, position, stream, slot))
 
 
-def runners_up(key: torch.Tensor, n: int) -> torch.Tensor:
-    """The tokens behind the winner, lower ids first on ties, [R, n]; -1 where there are fewer."""
+def after_winner(key: torch.Tensor, n: int) -> torch.Tensor:
+    """The n tokens of the next largest keys, lower ids first on ties, [R, n]; -1 where there are fewer."""
     order = key.sort(dim=1, descending=True, stable=True)
     ids = torch.where(order.values > float("-inf"), order.indices, -1)[:, 1 : n + 1]
     return torch.nn.functional.pad(ids, (0, n - ids.shape[1]), value=-1)

@@ -9,8 +9,7 @@ import torch
 from ..dispatch import Sampled
 from ..parameters import STREAM_CODES, Params, TokenBias
 from .masses import log_total
-from .noise import first_max, keys
-from .noise import runners_up as behind
+from .noise import after_winner, first_max, keys
 from .rows import NEG_INF, Rows, read_rows
 
 NAN = float("nan")
@@ -59,7 +58,7 @@ def sample(
         raced = torch.where(r.greedy[:, None], s, kept) if runners_up else kept
         key = keys(raced, r.temperature, r.seed, r.position, STREAM_CODES[stream], torch.full_like(r.seed, slot))
         chosen = first_max(key)
-        others[part] = torch.where(ok[:, None], behind(key, runners_up), -1)
+        others[part] = torch.where(ok[:, None], after_winner(key, runners_up), -1)
         tokens[part], valid[part] = torch.where(ok, chosen, -1), ok
         emulated = r.log_softmax(s, False) if logprobs or top_logprobs or diagnostics else s
         if logprobs:

@@ -148,25 +148,20 @@ def depths(parents: torch.Tensor) -> torch.Tensor:
     return depth
 
 
-def accept_tree(slots: list[Slot], parents: torch.Tensor, drafts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """The slots of the longest path whose drafts are the target's own samples, [B, N + 1], -1 behind its end.
-
-    Of paths of one length it is the one that ends in the lowest slot.
-    """
-    B, S = drafts.shape[0], len(slots)
-    own = torch.stack([torch.where(slot.valid, slot.sample(), -1) for slot in slots], 1)
-    paths = torch.full((B, S, S), -1, dtype=torch.int64, device=drafts.device)  # to each slot, where it is accepted
+def accept_tree(own: torch.Tensor, parents: torch.Tensor, drafts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """The slots of the longest path whose drafts are all the target's ``own`` samples [B, N + 1] (-1: invalid); among
+    equally long ones, the path that ends in the lowest slot. [B, N + 1], -1 after its end."""
+    B, S = own.shape
+    paths = torch.full((B, S, S), -1, dtype=torch.int64, device=own.device)  # to each slot, where it is accepted
     paths[:, 0, 0] = 0
-    rows = torch.arange(B, device=drafts.device)
+    rows = torch.arange(B, device=own.device)
     for i in range(1, S):
-        parent = parents[:, i - 1]
+        parent, token = parents[:, i - 1], drafts[:, i - 1]
         there = (parent >= 0) & (parent < i) & (i <= lengths)
         parent = parent.clamp(0, i - 1)
         before = paths[rows, parent]
-        token = drafts[:, i - 1]
         accepted = there & (before[:, 0] == 0) & (token >= 0) & (token == own[rows, parent])
-        end = (before >= 0).sum(1)
-        before[rows, end.clamp(max=S - 1)] = i
+        before[rows, (before >= 0).sum(1).clamp(max=S - 1)] = i
         paths[:, i] = torch.where(accepted[:, None], before, -1)
     longest = first_max((paths >= 0).sum(2))
     return paths[rows, longest]
@@ -247,14 +242,11 @@ def verify_tree(
     slots: list[Slot], parents: torch.Tensor, drafts: torch.Tensor, lengths: torch.Tensor, logprobs: bool
 ) -> Verified:
     """`verify` of "coupled" drafts that are trees."""
-    path = accept_tree(slots, parents, drafts, lengths)
+    own = torch.stack([torch.where(slot.valid, slot.sample(), -1) for slot in slots], 1)
+    path = accept_tree(own, parents, drafts, lengths)
     there, at = path >= 0, path.clamp(min=0)
-
-    def along(values: list[torch.Tensor]) -> torch.Tensor:
-        return torch.stack(values, 1).gather(1, at)
-
-    ok = along([slot.valid for slot in slots]) & there
-    tokens = torch.where(ok, along([slot.sample() for slot in slots]), -1)
+    tokens = torch.where(there, own.gather(1, at), -1)
+    ok = tokens >= 0
     emitted, valid = ok.sum(1), ok.sum(1) == there.sum(1)
     if not logprobs:
         return tokens, emitted, valid, None, None, path

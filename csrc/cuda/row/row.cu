@@ -156,9 +156,9 @@ EFT_DEVICE Winner draw(ClusterGroup& group, RowShared& shared, Interval& kept, b
   }
 }
 
-// The tokens behind the winner, a race each.
-EFT_DEVICE void write_runners_up(ClusterGroup& group, RowShared& shared, const RowCall& call, Interval kept,
-                                 bool by_rejection, int turn, int64_t key) {
+// The tokens that come after the winner, a race each.
+EFT_DEVICE void draw_runners_up(ClusterGroup& group, RowShared& shared, const RowCall& call, Interval kept,
+                                bool by_rejection, int turn, int64_t key) {
   const bool ok = shared.state.valid;
   if (shared.params.greedy) kept = Interval();
   for (int k = 0; k < call.num_runners_up; ++k) {
@@ -235,7 +235,7 @@ EFT_DEVICE void run_row(ClusterGroup& group, RowShared& shared, const RowCall& c
   Winner w;
   int turn = 0;  // of shared.leads
   if (ok && (call.samples || params.greedy)) w = draw(group, shared, kept, by_rejection, turn);
-  if (call.num_runners_up) write_runners_up(group, shared, call, kept, by_rejection, turn, w.key);
+  if (call.num_runners_up) draw_runners_up(group, shared, call, kept, by_rejection, turn, w.key);
 
   write_sample(group, shared, call, w);
   __syncthreads();

@@ -47,7 +47,7 @@ EFT_DEVICE int64_t key_below(int64_t limit, int n, const Key& key) {
   return warp_reduce(most, Max());
 }
 
-// The tokens behind the winner of key `w`, of n keys, into the call's row. A warp calls this.
+// The tokens that come after the winner of key `w`, of n keys, into the call's row. A warp calls this.
 template <class Key>
 EFT_DEVICE void write_runners_up(const SampleCall& call, int64_t b, int64_t w, int n, const Key& key) {
   int64_t last = w == kBad ? kNone : w;
@@ -140,7 +140,8 @@ EFT_DEVICE Piece piece_at(int64_t at, const Call& call, int64_t per) {
 #endif
 
 // A block has `per` chunks of all rows' chunks. Its results go to parts[blockIdx.x + row]: of one row they follow each
-// other. kMore: with runners-up, for which it needs registers.
+// other. kMore: with runners-up, which take more registers.
+static_assert(EFT_STREAM_BLOCKS > 1, "");
 template <bool kMore>
 EFT_KERNEL void __launch_bounds__(kThreads, EFT_STREAM_BLOCKS - kMore)
     sample_stream(const __grid_constant__ SampleCall call, int64_t per, Part* parts, int64_t* others,
@@ -178,7 +179,7 @@ EFT_KERNEL void __launch_bounds__(kThreads, EFT_STREAM_BLOCKS - kMore)
       best.key = kBad;
       if (static_cast<int>(threadIdx.x) < call.num_runners_up) shared.others[threadIdx.x] = kNone;
     } else {
-      // with runners-up a block's own: a lead of the row would hide what comes behind it here
+      // with runners-up a block's own: under the row's lead it would miss what comes after the row's winner
       unsigned* lead = kMore ? &shared.lead : counters + call.rows + piece.b;
       const auto race = [&](int64_t limit) {
         const Winner w = race_chunks(
@@ -342,13 +343,11 @@ EFT_KERNEL void __launch_bounds__(EFT_DIRECT_BOUNDS) sample_direct(const __grid_
                counters);
 }
 
-}  // namespace
-
-namespace {
 int64_t num_parts(const SampleCall& call, const Device& device) {
   const int64_t all = call.rows * chunks_of(call);  // a block's last row may be the next one's first
   return is_direct(call, device) ? all : all / streamed_chunks(call, device) + 1 + call.rows;
 }
+
 }  // namespace
 
 int64_t plain_scratch(const SampleCall& call, const Device& device) {

@@ -77,7 +77,7 @@ EFT_DEVICE void write_coupled(const RowCall& call, const RowParams& params, int6
   int64_t* path = d.parents ? d.out.path + b * S : nullptr;
   if (path) {
     if (threadIdx.x == 0)
-      tree_of(d, b, S).accept(S, path, [&](int64_t slot) -> int64_t {
+      tree_of(d, b, S).accept(S, path, [&](int64_t slot, int64_t) -> int64_t {
         const State& f = d.target[b * S + slot];
         return f.valid ? f.token : -1;
       });

@@ -224,7 +224,7 @@ class Call:
         raw: MaybeTensor = None,
         runners_up: MaybeTensor = None,
     ) -> None:
-        """Thresholds into ``state``; samples into ``tokens``, those behind them into ``runners_up``."""
+        """Thresholds into ``state``; samples into ``tokens``, those that come after them into ``runners_up``."""
         scratch = self.scratch() if self.filtered else (None, None)
         self.launch(
             filter.row_kernel,

@@ -117,10 +117,10 @@ def finish(r, tokens, valid, logprobs, raw, best, score, top, sum, sum_c, params
 
 
 @triton.jit
-def behind(
+def write_runners_up(
     r, runners_up, part_key, part_others, winner, n, SPLITS: tl.constexpr, PARTS: tl.constexpr, OTHERS: tl.constexpr
 ):
-    """Writes the n tokens behind a row's winner, from the keys of its splits."""
+    """Writes the n tokens that come after a row's winner, from the keys of its splits."""
     split, k = tl.arange(0, PARTS), tl.arange(0, OTHERS)
     at = r * SPLITS + split
     keys = tl.full([PARTS], NONE, tl.int64)  # of one split the winner itself
@@ -254,7 +254,7 @@ def sample_kernel(
     if SPLITS == 1:
         if runners_up is not None:
             tl.debug_barrier()
-            behind(r, runners_up, part_key, part_others, best, n, 1, 1, OTHERS)
+            write_runners_up(r, runners_up, part_key, part_others, best, n, 1, 1, OTHERS)
         finish(r, tokens, valid, logprobs, raw, best, score, top, sum, sum_c, params, PROCESSED)
     else:
         at = r * SPLITS + split
@@ -283,5 +283,5 @@ def sample_kernel(
                 if PROCESSED:
                     sums_c = tl.load(part + all_at * 4 + 3, mask=here, other=0.0, cache_modifier=".cg")
             if runners_up is not None:
-                behind(r, runners_up, part_key, part_others, winner, n, SPLITS, PARTS, OTHERS)
+                write_runners_up(r, runners_up, part_key, part_others, winner, n, SPLITS, PARTS, OTHERS)
             finish(r, tokens, valid, logprobs, raw, winner, win, highs, sums_1, sums_c, params, PROCESSED)

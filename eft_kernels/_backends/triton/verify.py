@@ -229,28 +229,21 @@ def depth_kernel(parents, depths, slots):
 
 @triton.jit(do_not_specialize=["slots"])
 def tree_kernel(parents, draft_tokens, draft_lengths, own, tokens, emitted, valid, path, slots, SP: tl.constexpr):
-    """Grid (B): the longest path of drafts that are the target's ``own`` samples [B, slots], and its tokens.
-
-    Of equally long ones it is the one to the lowest slot. SP is the power of two >= slots.
-    """
+    """Grid (B): the longest path of drafts that are all the target's ``own`` samples [B, slots], and its tokens; among
+    equally long ones, the path that ends in the lowest slot. SP is the power of two >= slots."""
     b = tl.program_id(0).to(tl.int64)
     length = length_of(draft_lengths, b, slots)
-    last, longest = tl.cast(0, tl.int64), tl.cast(0, tl.int32)
-    for i in range(1, length + 1):
-        slot, depth = tl.cast(i, tl.int64), tl.cast(0, tl.int32)
-        going = slot > 0
-        while going:
-            parent = parent_of(parents, b, slot, slots)
-            proposed = tl.load(draft_tokens + b * (slots - 1) + slot - 1)
-            drawn = tl.load(own + b * slots + tl.maximum(parent, 0))
-            accepted = (parent >= 0) & (proposed >= 0) & (proposed == drawn)
-            slot = tl.where(accepted, parent, slot)
-            depth += 1
-            going = accepted & (slot > 0)
-        longer = (slot == 0) & (depth > longest)
-        last = tl.where(longer, tl.cast(i, tl.int64), last)
-        longest = tl.where(longer, depth, longest)
     lane = tl.arange(0, SP)
+    depths = tl.where(lane == 0, 0, -1)  # of accepted slots
+    for i in range(1, length + 1):
+        parent = parent_of(parents, b, i, slots)
+        before = tl.max(tl.where(lane == parent, depths, -1), 0)
+        proposed = tl.load(draft_tokens + b * (slots - 1) + i - 1)
+        drawn = tl.load(own + b * slots + tl.maximum(parent, 0))
+        accepted = (before >= 0) & (proposed >= 0) & (proposed == drawn)
+        depths = tl.where((lane == i) & accepted, before + 1, depths)
+    longest = tl.max(depths, 0)
+    last = tl.min(tl.where(depths == longest, lane, SP), 0).to(tl.int64)
     slots_of = tl.where(lane == 0, 0, -1).to(tl.int64)
     depth = longest
     while depth > 0:
