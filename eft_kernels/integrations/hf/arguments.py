@@ -20,12 +20,14 @@ from transformers import (
 from ...arguments import scalar_or_rows
 from ...checks import from_host, index
 from ...combination import MODE_OF, MODES, AnyWeights, Weights
-from ...decoding import Value
+from ...decoding import Drafts, Value
+from ...decoding.trees import size
 from ...ops import PerRow, row_seeds
-from ...parameters import MAX_MODELS
+from ...parameters import MAX_MODELS, MAX_RUNNERS_UP
 from .frames import Call
 from .models import CACHE_NAMES, GenerativeModel, Off, device_of, layers_of, logits_width, unwrapped
 
+MAX_DRAFTS = 1024  # of a tree, a round
 Models = list[nn.Module] | tuple[nn.Module, ...]  # of transformers, or a PeftModel over one
 # the prompt of one model: ids [n, columns], or a dict with an attention_mask, too; None: the prompt of all
 OwnIds = torch.Tensor | Mapping[str, torch.Tensor] | None
@@ -122,6 +124,24 @@ def seeds_of(seed: PerRow, rows: int, device: torch.device, greedy: bool) -> tor
         seed = 0 if greedy else int(torch.randint(1 << 62, ()))
     checked = per_row("seed", seed, rows, device)
     return checked if isinstance(checked, torch.Tensor) else row_seeds(int(checked), rows, device)
+
+
+def drafts_of(draft_tokens: int, draft_width: object, draft_budget: object, verify: str) -> Drafts:
+    """The drafts of each round, of checked ``draft_tokens``."""
+    width = index("draft_width", draft_width, 1, MAX_RUNNERS_UP + 1, f"1 to {MAX_RUNNERS_UP + 1}")
+    refuse_unless("draft_width", width, width == 1 or draft_tokens > 0, "1 without draft_tokens")
+    refuse_unless("draft_width", width, width == 1 or verify == "coupled", f"1 with verify={verify!r}")
+    if draft_budget is None:
+        drafts = size(draft_tokens, width)
+        if drafts > MAX_DRAFTS and width > 1:
+            raise ValueError(
+                f"draft_width: got {width} with draft_tokens={draft_tokens}, {drafts} drafts a round, allowed are "
+                f"{MAX_DRAFTS}; give draft_budget"
+            )
+        return Drafts(draft_tokens, width)
+    refuse_unless("draft_budget", draft_budget, width > 1, "None with draft_width=1")
+    allowed = f"draft_tokens, {draft_tokens}, to {MAX_DRAFTS}"
+    return Drafts(draft_tokens, width, index("draft_budget", draft_budget, draft_tokens, MAX_DRAFTS, allowed))
 
 
 # --- models and weights ----------------------------------------------------------------------------------------------

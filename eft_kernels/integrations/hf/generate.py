@@ -39,6 +39,7 @@ from .arguments import (
     check_inputs,
     check_options,
     combination_of,
+    drafts_of,
     end_tokens,
     endings_of,
     free_combination_of,
@@ -50,7 +51,7 @@ from .arguments import (
     stop_strings_of,
 )
 from .frames import current_call, meant_model
-from .models import CausalLM, check_boundaries, check_distinct, device_of, logits_width, resolved
+from .models import CausalLM, check_boundaries, check_distinct, check_trees, device_of, logits_width, resolved
 from .processing import RowProcessors, hold_back, sampling_of
 
 
@@ -120,6 +121,8 @@ def generate(
     upscale_top_p: PerRow = 1.0,
     # parameters: end
     draft_tokens: int = 0,
+    draft_width: int = 1,
+    draft_budget: int | None = None,
     verify: str = "coupled",
     draft: int | None = None,
     seed: PerRow = None,
@@ -154,7 +157,11 @@ def generate(
       The sampling parameters as in `eft_kernels.sample`. Those that are options of transformers, too, mean the same
         there; a temperature of 0 is greedy, and with do_sample=True one that is not given is the generation config's
         (top_k=50 by default).
-      draft_tokens: K, drafted per round; 0 decodes one token a step.
+      draft_tokens: K, drafted after each other in a round; 0 decodes one token a step.
+      draft_width: of a tree of drafts, K levels deep, how many children a node has: the winner of the drafting model's
+        draw and the next runners-up. 1 is a chain. With verify="coupled" and models that take a 4D mask alone.
+      draft_budget: the most drafts a round, K or more: of the tree those that are likeliest to be accepted, by what was
+        accepted so far.
       verify: "coupled": the tokens of plain decoding where the logits are equal: float32 (a pass over K + 1 tokens
         rounds bfloat16 in another order than one over 1); "token", "block": the same distribution, more accepted, for
         draft_tokens > 0 alone.
@@ -214,6 +221,7 @@ def generate(
     if not draft_tokens:
         refuse_unless("verify", verify, verify == "coupled", "'coupled' without draft_tokens")
         refuse_unless("draft", draft, draft is None, "None without draft_tokens")
+    shape = drafts_of(draft_tokens, draft_width, draft_budget, verify)
     draft = combination.draft if draft is None else draft
     draft = index("draft", draft, 0, len(terms) - 1, f"0 to {len(terms) - 1}")
     one_of("on_invalid", on_invalid, ("raise", "warn"))
@@ -278,12 +286,14 @@ def generate(
         keep_logits=bool(verbose and config.output_logits),
         keep_scores=bool(verbose and config.output_scores),
     )
+    longest = max(lengths) + max_new_tokens
     causal = [
-        CausalLM(m, name, rollback=draft_tokens > 0, context=context)
+        CausalLM(m, name, rollback=draft_tokens > 0, context=context, longest=longest)
         for m, name, context in zip(terms, names, contexts)
     ]
     if draft_tokens:
-        check_boundaries(causal, rows, max(lengths) + max_new_tokens)
+        check_boundaries(causal, rows, longest)
+        check_trees(causal, draft_width)
     shared = input_ids.shape[1] - int(left.min())
     decoders: list[Model] = [
         m if p is None else OwnPrompt(m, shared, *p, max_new_tokens=max_new_tokens) for m, p in zip(causal, own)
@@ -291,9 +301,7 @@ def generate(
 
     on_tokens = None if streamer is None else streaming(streamer)
     if draft_tokens:
-        done = speculative(
-            decoders, target, prompt, draft=draft, draft_tokens=draft_tokens, method=verify, on_tokens=on_tokens
-        )
+        done = speculative(decoders, target, prompt, draft=draft, drafts=shape, method=verify, on_tokens=on_tokens)
     else:
         done = plain(decoders, target, prompt, on_tokens=on_tokens)
     if streamer is not None:
