@@ -5,7 +5,7 @@
 """
 
 from .columns import Columns, Model, NodeModel, OwnPrompt, take_columns
-from .drafts import Drafts
+from .drafts import Auto, Drafts
 from .loops import (
     Decoded,
     NewTokens,
@@ -22,6 +22,7 @@ from .text import Prompt, Text
 from .trees import Tree
 
 __all__ = [
+    "Auto",
     "Columns",
     "Decoded",
     "Drafts",

@@ -10,12 +10,14 @@ import torch
 
 from .columns import Model
 from .drafts import Drafts, Ranks
-from .readers import Reader, layout, reader_of
+from .readers import layout, reader_of
 from .target import Target
 from .text import Prompt, Scores, Text
+from .times import Clock
 from .trees import Tree, chain
 
 OnTokens = Callable[[torch.Tensor, list[int]], None]  # new tokens [B, W] and how many of them each row keeps
+Read = Callable[[torch.Tensor, Tree, range, torch.Tensor], torch.Tensor]  # see `Reader.read`
 Piece = TypeVar("Piece")
 Whole = TypeVar("Whole")
 NewTokens = Generator[tuple[torch.Tensor, list[int]], None, "Decoded"]  # the same, and the whole result in the end
@@ -32,6 +34,15 @@ class Speculation:
     # int64 [K, 1 + width] of all rows: how often, after as many accepted drafts, the token was the draft's winner, its
     # first runner-up, ...; the last column: none of those drawn
     ranks: torch.Tensor
+    seconds: tuple[float, ...]  # in passes of each model after the prompt, and outside of all of them
+    plain_seconds: float | None  # of a round without drafts; None where there was none
+    expected: float | None  # how many times as fast as without drafts the chosen drafts are expected to be ("auto")
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times as fast as rounds without drafts the text was written, after its first token."""
+        steps, seconds = int(self.emitted.max()) - 1, sum(self.seconds)
+        return self.plain_seconds * steps / seconds if self.plain_seconds and seconds else None
 
     @property
     def acceptance(self) -> float:
@@ -203,7 +214,8 @@ class Round:
     def __init__(self, tree: Tree, feed: torch.Tensor):
         self.tree, self.feed = tree, feed
         self.tokens = feed[:, :0]  # int64 [B, N], -1: there is none
-        self.draws: list[torch.Tensor] = []  # of each depth: int64 [B, E, W] of the slots that have children
+        # of each depth: the slots that were drawn from, and the draws int64 [B, E, W]
+        self.draws: list[tuple[list[int], torch.Tensor]] = []
         self.left = torch.zeros_like(feed[:, 0])  # [B], drafts that each row may have after each other
         self.begun = False  # nodes were read
 
@@ -212,30 +224,40 @@ class Round:
         """Drafts of each row, [B]; those of a chain come first."""
         return (self.tokens >= 0).sum(1)
 
-    def draw(
-        self, reader: Reader, target: Target, text: Text, left: torch.Tensor, method: str, width: int
-    ) -> torch.Tensor:
-        """Drafts level by level; the drafting model's logits [B, N+1, V] of all slots."""
+    def draw(self, read: Read, target: Target, text: Text, left: torch.Tensor, method: str, width: int) -> torch.Tensor:
+        """Drafts level by level, from the first ``width`` tokens of each draw; the drafting model's logits [B, N+1, V]
+        of all slots."""
         self.begun, self.left, tree = True, left, self.tree
         steps, level = [], self.feed
-        alive = ~text.ended[:, None].expand_as(level)  # [B, n], of the level's slots
+        alive = ~text.ended[:, None]  # [B, n], of the level's slots
         for depth, slots in enumerate(tree.levels):
-            steps.append(reader.read(level.clamp(min=0), tree, slots, left))
+            steps.append(read(level.clamp(min=0), tree, slots, left))
             if depth == len(tree.levels) - 1:
                 break
             children = tree.levels[depth + 1]
             parents = tree.parents[children.start - 1 : children.stop - 1]
             inner = sorted(set(parents))
-            drawn, valid = target.draft(
-                steps[-1][:, [s - slots.start for s in inner]], text.length + depth, depth, method, width - 1
+            drawn, valid = self._drawn(
+                steps[-1][:, [s - slots.start for s in inner]], inner, target, text, method, width
             )
-            self.draws.append(drawn)
             place, rank = [inner.index(p) for p in parents], list(tree.ranks[children.start : children.stop])
             alive = (alive[:, [p - slots.start for p in parents]] & valid[:, place]) & (depth < left)[:, None]
             level = torch.where(alive, drawn[:, place, rank], -1)
             alive = level >= 0
             self.tokens = torch.cat([self.tokens, level], 1)
         return torch.cat(steps, 1)
+
+    def look(self, logits: torch.Tensor, target: Target, text: Text, left: torch.Tensor, width: int) -> None:
+        """Without drafts: draws from the drafting model's logits [B, 1, V] only to count them."""
+        self._drawn(logits, [0], target, text, "coupled", width)
+
+    def _drawn(
+        self, logits: torch.Tensor, slots: list[int], target: Target, text: Text, method: str, width: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        depth = len(self.draws)
+        drawn, valid = target.draft(logits, text.length + depth, depth, method, width - 1)
+        self.draws.append((slots, drawn))
+        return drawn, valid
 
     def count(
         self,
@@ -250,20 +272,15 @@ class Round:
 
         tokens: int64 [B, K+1], what was drawn there from the target; hits: int64 [B], drafts accepted.
         """
-        for depth, drawn in enumerate(self.draws):
+        for depth, (slots, drawn) in enumerate(self.draws):
             seen = writing & (hits >= depth) & (depth < self.left)
-            if method != "coupled":
-                got = torch.where(hits > depth, drawn[:, 0, 0], -2)
-                ranks.add(depth, drawn[:, 0], got, seen)
+            if method != "coupled":  # drawn with other noise than the target's: not the same token need be accepted
+                ranks.add(depth, drawn[:, 0], torch.where(hits > depth, drawn[:, 0, 0], -2), seen)
                 continue
-            level = self.tree.levels[depth]
-            inner = [s for s in level if s in self.tree.inner]
-            place = torch.full((level.stop,), -1)
-            place[inner] = torch.arange(len(inner))
             slot = path[:, depth] if path is not None else torch.full_like(hits, depth)
-            at = place.to(slot.device)[slot]
-            own = drawn[torch.arange(len(drawn), device=at.device), at.clamp(min=0)]  # [B, W]
-            ranks.add(depth, own, tokens[:, depth], seen & (at >= 0) & (own[:, 0] >= 0))
+            at = slot[:, None] == torch.tensor(slots, device=slot.device)  # [B, E]
+            own = drawn[torch.arange(len(drawn), device=slot.device), at.int().argmax(1)]  # [B, W]
+            ranks.add(depth, own, tokens[:, depth], seen & at.any(1) & (own[:, 0] >= 0))
 
 
 @torch.no_grad()
@@ -276,7 +293,8 @@ def speculative_rounds(
     if drafts.width > 1 and not all(reader.trees for reader in readers):
         raise ValueError(f"drafts: got a tree of width {drafts.width}, allowed is 1: not all models take a tree")
     in_step = any(reader.in_step for reader in readers)
-    drafts.begin(text.ids.device)
+    drafts.begin(len(models), draft, len(text.length) if in_step else 1, text.ids.device)
+    clock, read = drafts.clock, [timed(reader.read, drafts.clock, j) for j, reader in enumerate(readers)]
     rounds, drafted, accepted = (torch.zeros_like(text.length) for _ in range(3))
     # the first round is the pass over the prompt, without drafts
     feed, reach = prompt.ids[:, -1:], [1] * len(text.length)
@@ -285,28 +303,43 @@ def speculative_rounds(
     while True:
         tree, lengths = round_.tree, round_.lengths
         ver, raw, scores = target.verify(logits, text, tree, round_.tokens, lengths, reach, method, draft)
-        # NaN at a draft reaches other slots through attention (0 * NaN), and their cached columns: a row is invalid
-        # only if it is so without drafts, so a round without any follows
-        suspect = ~ver.valid & (lengths > 0)
-        writing, emitted, valid = ~text.ended, ver.num_emitted, ver.valid | suspect
-        if in_step:  # what a row has beyond the others is judged again: drafts of another slot, so with fresh noise
-            least = emitted.masked_fill(text.ended, len(tree.levels)).min()
-            valid, emitted = valid | (emitted > least), emitted.clamp(max=least)
         tokens, path = ver.tokens[:, : len(tree.levels)], ver.path
+        emitted, valid, suspect = ver.num_emitted, ver.valid, None
+        writing, hits = ~text.ended, lengths  # hits: drafts accepted, [B]
         if path is not None:
             path = path[:, : len(tree.levels)].clamp(min=0)  # [B, K+1]
             raw, scores = (x if x is None else taken(x, path) for x in (raw, scores))
-        hits = torch.minimum(ver.num_emitted - ver.valid.long(), emitted)  # drafts accepted, [B]
+        if len(tree):
+            # NaN at a draft reaches other slots through attention (0 * NaN), and their cached columns: a row is invalid
+            # only if it is so without drafts, so a round without any follows
+            suspect = ~valid & (lengths > 0)
+            valid = valid | suspect
+            if in_step:  # what a row has beyond the others is judged again: drafts of another slot, so with fresh noise
+                least = emitted.masked_fill(text.ended, len(tree.levels)).min()
+                valid, emitted = valid | (emitted > least), emitted.clamp(max=least)
+            hits = torch.minimum(ver.num_emitted - ver.valid.long(), emitted)
+            drafted += lengths
+            accepted += torch.where(writing, hits, 0)
+        if round_.draws:
+            round_.count(drafts.ranks, tokens, path, hits, writing & (emitted > 0), method)
         rounds += writing
-        drafted += lengths
-        accepted += torch.where(writing, hits, 0)
-        round_.count(drafts.ranks, tokens, path, hits, writing & (emitted > 0), method)
         kept = out.write(tokens, emitted, valid, raw, scores, suspect)
+        clock.stop(len(tree.levels) - 1, learn=round_.begun)
         if any(kept):
             yield tokens, kept
+        clock.start()
         if all(out.ended):
-            stats = (rounds, drafted, accepted, text.length, drafts.ranks.counts)
-            return out.decoded(Speculation(*(s.cpu() for s in stats)))
+            done = Speculation(
+                rounds=rounds.cpu(),
+                drafted=drafted.cpu(),
+                accepted=accepted.cpu(),
+                emitted=text.length.cpu(),
+                ranks=drafts.ranks.counts.cpu(),
+                seconds=tuple(clock.totals),
+                plain_seconds=clock.plain(),
+                expected=drafts.expected,
+            )
+            return out.decoded(done)
         newest = torch.tensor(kept, device=feed.device)[:, None]
         feed = torch.where(newest > 0, tokens.gather(1, (newest - 1).clamp(min=0)).clamp(min=0), feed)
         for reader in readers if round_.begun else ():
@@ -322,9 +355,19 @@ def speculative_rounds(
         tree = drafts.tree(0 if failed else most)
         reach = [0 if e else min(len(tree.levels), prompt.max_new_tokens - n) for n, e in zip(out.length, out.ended)]
         round_ = Round(tree, feed)
-        own = round_.draw(readers[draft], target, text, left, method, drafts.drawn)  # [B, N+1, V]
+        own = round_.draw(read[draft], target, text, left, method, drafts.width)  # [B, N+1, V]
+        if drafts.curious and method == "coupled":
+            round_.look(own, target, text, left, drafts.width)
         ids, every = torch.cat([feed, round_.tokens.clamp(min=0)], 1), range(len(tree) + 1)
-        logits = [own if j == draft else reader.read(ids, tree, every, left) for j, reader in enumerate(readers)]
+        logits = [own if j == draft else read[j](ids, tree, every, left) for j in range(len(models))]
+
+
+def timed(read: Read, clock: Clock, model: int) -> Read:
+    def timed_read(ids: torch.Tensor, tree: Tree, slots: range, left: torch.Tensor) -> torch.Tensor:
+        with clock.a_pass(model, len(slots)):
+            return read(ids, tree, slots, left)
+
+    return timed_read
 
 
 def taken(x: torch.Tensor, path: torch.Tensor) -> torch.Tensor:

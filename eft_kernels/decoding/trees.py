@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import islice
 
 import torch
 
@@ -101,23 +102,27 @@ def size(depth: int, width: int) -> int:
     return sum(width**level for level in range(1, depth + 1))
 
 
-def best(depth: int, width: int, budget: int, chances: Sequence[Sequence[float]]) -> Tree:
-    """The tree of at most ``budget`` drafts with the most expected accepted ones.
+def likeliest(depth: int, width: int, chances: Sequence[Sequence[float]]) -> Iterator[tuple[tuple[int, ...], float]]:
+    """The nodes of a tree by how likely they are accepted, likeliest first: (ranks on the way to it, how likely).
 
     chances[d][r]: how likely the target's token is the draw's r-th at a slot of depth d (r = 0 is the winner),
-    independent of what lies elsewhere. A draft is accepted if all on its way are, so the tree is made of the likeliest.
+    independent of what lies elsewhere, and not rising with r. A draft is accepted if all on its way are.
     """
-    chosen: list[tuple[int, ...]] = []  # a node by the ranks on the way to it
     found: list[tuple[float, tuple[int, ...]]] = [(-chances[0][0], (0,))] if depth else []  # a heap
-    while found and len(chosen) < budget:
+    while found:
         likely, node = heapq.heappop(found)
-        chosen.append(node)
+        yield node, -likely
         level, rank = len(node), node[-1]
         if rank + 1 < width:
             sibling = likely / max(chances[level - 1][rank], 1e-30) * chances[level - 1][rank + 1]
             heapq.heappush(found, (sibling, (*node[:-1], rank + 1)))
         if level < depth:
             heapq.heappush(found, (likely * chances[level][0], (*node, 0)))
+
+
+def best(depth: int, width: int, budget: int, chances: Sequence[Sequence[float]]) -> Tree:
+    """The tree of at most ``budget`` drafts with the most expected accepted ones."""
+    chosen = [node for node, _ in islice(likeliest(depth, width, chances), budget)]
     chosen.sort(key=lambda node: (len(node), node))
     slot = {(): 0, **{node: i + 1 for i, node in enumerate(chosen)}}
     return Tree(tuple(slot[node[:-1]] for node in chosen))

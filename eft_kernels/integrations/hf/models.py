@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, NoReturn, Protocol, TypeGuard
+from typing import Any, NoReturn, Protocol, TypeGuard, cast
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTra
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils.generic import ModelOutput
 
+from ...decoding import Auto, Drafts
 from .texts import Place, TextLayer, Texts
 
 # What models call their cache: transformers from 5.24 on, before it, and state-space models before it.
@@ -407,6 +408,23 @@ def check_trees(models: Sequence[CausalLM], width: int) -> None:
                 f"draft_width: {m.name} ({type(m.model).__name__}) takes no tree of drafts ({m.no_trees}); "
                 "use draft_width=1"
             )
+
+
+_remembered: weakref.WeakKeyDictionary[nn.Module, dict[Any, Auto]] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def remembered(models: Sequence[CausalLM], drafts: Drafts, *of: object) -> Iterator[Drafts]:
+    """``drafts``; of `Auto` the one that served the same models and settings ``of`` before, which knows their times."""
+    if not isinstance(drafts, Auto):
+        yield drafts
+        return
+    first, *others = (cast(nn.Module, m.model) for m in models)
+    key = (*of, drafts.depth, drafts.width, drafts.budget, *map(weakref.ref, others), torch.get_num_threads())
+    held = _remembered.setdefault(first, {})
+    found = held.pop(key, drafts)  # of one text at a time
+    yield found
+    held[key] = found
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------
