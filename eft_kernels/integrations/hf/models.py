@@ -141,7 +141,7 @@ class CausalLM:
         if rollback:
             self._see_nodes()
         kind, self.chunk = model.config.model_type, chunk
-        if chunk and (kind in ONE_BY_ONE or self.cache_name not in self.state or not self._rows_can_be_taken()):
+        if chunk and (kind in ONE_BY_ONE or self.cache_name not in self.state or not self.can_take_rows):
             why = ONE_BY_ONE.get(kind, "its cache is of its own kind")
             raise ValueError(f"prefill_chunk_size: {name} ({type(model).__name__}) reads its prompt at once ({why})")
         if rollback and (kind in ONE_BY_ONE or getattr(model, "_is_stateful", False)):
@@ -193,7 +193,7 @@ class CausalLM:
         home, past = ids.device, self.ids.shape[1]
         ids = ids.to(self.device)
         attention_mask = None if attention_mask is None else attention_mask.to(self.device)
-        if not past and len(ids) > 1 and self._rows_can_be_taken():
+        if not past and len(ids) > 1 and self.can_take_rows:
             rows, of = distinct_rows(ids if attention_mask is None else torch.cat([ids, attention_mask], 1))
             if len(rows) < len(ids):  # several texts of one prompt, which is read once
                 mask = None if attention_mask is None else attention_mask[rows]
@@ -229,7 +229,9 @@ class CausalLM:
             )
         return self._forward(inputs, keep).to(home)
 
-    def _rows_can_be_taken(self) -> bool:
+    @property
+    def can_take_rows(self) -> bool:
+        """Whether `take_rows` can be used: all that it keeps are keys and values of each row."""
         cache = self.state.get(self.cache_name)
         kinds = (TextLayer, DynamicSlidingWindowLayer)
         return isinstance(cache, DynamicCache) and all(isinstance(layer, kinds) for layer in cache.layers)
@@ -323,6 +325,8 @@ class CausalLM:
     def take_rows(self, rows: torch.Tensor) -> None:
         """Row i becomes what was row ``rows[i]``: beams that are reordered, repeated or dropped."""
         rows = rows.to(self.device)
+        if self.texts is not None:
+            self.texts.take_rows(rows)
         self.ids = self.ids[rows]
         self.positions = None if self.positions is None else self.positions[rows]
         for name, held in self.state.items():
