@@ -409,3 +409,24 @@ def test_what_is_refused(llamas):
         run(bloom, draft_tokens=2, draft_width=2)
     with pytest.raises(ValueError, match="draft: proposed list, expected"):
         run(llamas, draft_tokens=2, draft=lambda texts, k: [[1] * k for _ in texts])
+
+
+# --- models that the caller compiled ---------------------------------------------------------------------------------
+
+
+def test_compiled_models():
+    """A text is the same, and another one compiles nothing anew: no shape or number that changes is a constant."""
+    from torch._dynamo.testing import CompileCounter
+
+    models = [make("llama", s) for s in (1, 2, 3)]
+    inputs = padded(PROMPTS[:1])
+    options = dict(max_new_tokens=30, draft_tokens=2, draft_width=2, **SAMPLED)
+    want = run(models, inputs, **options)
+    counter = CompileCounter()
+    for model in models:
+        model.forward = torch.compile(type(model).forward.__get__(model), backend=counter)
+    assert torch.equal(run(models, inputs, **options), want)
+    compiled = counter.frame_count
+    assert 0 < compiled <= 8
+    assert torch.equal(run(models, inputs, **options), want) and counter.frame_count == compiled
+    torch._dynamo.reset()
