@@ -395,6 +395,18 @@ def test_generate_float32(hf, models, method, k):
             assert torch.equal(got.sequences.cpu(), generate(hf, models, **sampling).sequences), sampling
 
 
+TREE = dict(draft_tokens=3, draft_width=2, draft_budget=7)
+
+
+@pytest.mark.parametrize("drafts", [TREE, dict(draft_tokens="auto"), dict(draft_tokens=3, draft="lookup")])
+def test_generate_trees_and_other_drafts(hf, models, drafts):
+    """In float32 the tokens of the CPU; times are those of the GPU's own events."""
+    there = moved(models, F32)
+    got = generate(hf, there, **drafts, **hf.SAMPLED)
+    assert torch.equal(got.sequences.cpu(), generate(hf, models, **hf.SAMPLED).sequences)
+    assert len(got.speculation.seconds) == 4 and all(0 <= s < 60 for s in got.speculation.seconds)
+
+
 @pytest.mark.parametrize("method, k", KS)
 def test_generate_bf16(hf, models, method, k):
     """Forwards of other lengths round differently, so near ties may fall otherwise: each greedy token is the best of
