@@ -111,7 +111,9 @@ class Target:
         """
         noise = dict(self.noise, position=text.length, method=method)
         shape: dict[str, Any] = dict(draft_lengths=lengths)
-        if not tree.is_chain:
+        if tree.is_chain:
+            drafts = drafts.clamp(min=0)  # what lies beyond a row's length
+        else:
             shape = dict(parents=torch.tensor(tree.parents, device=drafts.device).expand(len(drafts), -1))
         if not self.materialise:
             return verify(logits, self.weights, drafts, draft=draft, **shape, **self.emulate, **noise), None, None

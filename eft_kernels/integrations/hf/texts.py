@@ -131,7 +131,7 @@ class Texts:
         self.end = torch.full_like(left, layers[0].width)  # int64 [B], the same
         self.padded = bool((left > 0).any())
         self.pending = 0  # nodes read in this round
-        self.depths = left.new_zeros(len(left), 0)  # int64 [B, pending]
+        self.depths = left.new_zeros(len(left), 0)  # int64 [B, pending], where there are windows
         self.off: float = False if dtype is torch.bool else torch.finfo(dtype).min
         self.on: float = True if dtype is torch.bool else 0.0
         # what the i-th node of a pass attends to: [B, 1, n, columns], the text, and this round's nodes when they come
@@ -149,7 +149,6 @@ class Texts:
         """
         count, start = depth.shape[1], self.pending
         self.pending += count
-        self.depths = torch.cat([self.depths, depth], 1)
         stop = max(self.ends) + self.pending
         if self.uniform:
             self.place.start, self.place.columns = self.ends[0] + start, None
@@ -158,6 +157,8 @@ class Texts:
             self.place.columns, self.place.stop = self.end[:, None] + new, stop
         positions = (self.end - self.left)[:, None] + depth
         windowed = any(self.windows.values())
+        if windowed:
+            self.depths = torch.cat([self.depths, depth], 1)
         if self.uniform and not self.padded and count == 1 and not windowed and bool(sees.all()):
             return positions, None
         self._reserve(count, stop)
