@@ -347,7 +347,8 @@ def test_stats_of_all_requests_together(zoo, capsys, tmp_path):
     rows = [json.loads(line) for line in out.splitlines()]
     rounds, drafted, accepted = (sum(row[name] for row in rows) for name in ("rounds", "drafted", "accepted"))
     tokens = sum(len(row["token_ids"]) for row in rows)
-    first = f"speculation: {tokens / rounds:.2f} tokens a round, {accepted} of {drafted} drafts accepted ({accepted / drafted:.0%})"
+    share = f"{accepted / drafted:.0%}"
+    first = f"speculation: {tokens / rounds:.2f} tokens a round, {accepted} of {drafted} drafts accepted ({share})"
     assert err.splitlines()[0] == again.splitlines()[0] == first
     table = [re.split("  +", line.strip()) for line in err.splitlines()[1:]]
     assert table[0] == ["accepted so far", "times", "then winner", "runner-up 1", "none"]
@@ -355,9 +356,11 @@ def test_stats_of_all_requests_together(zoo, capsys, tmp_path):
     depths = table[1:at]
     assert [int(line[0]) for line in depths] == list(range(len(depths))) and 0 < len(depths) <= 4
     # every accepted draft was the winner or the runner-up of its draw
-    share = [[int(x.rstrip("%")) / 100 for x in line[2:]] for line in depths]
-    hits = sum(int(line[1]) * (s[0] + s[1]) for line, s in zip(depths, share))
-    assert all(abs(sum(s) - 1) < 0.02 for s in share) and hits >= accepted - 0.01 * sum(int(line[1]) for line in depths)
+    shares = [[int(x.rstrip("%")) / 100 for x in line[2:]] for line in depths]
+    hits = sum(int(line[1]) * (s[0] + s[1]) for line, s in zip(depths, shares))
+    assert all(abs(sum(s) - 1) < 0.02 for s in shares) and hits >= accepted - 0.01 * sum(
+        int(line[1]) for line in depths
+    )
     assert table[at] == ["time in", "base", "tuned", "ref", "outside"] and table[at + 1][0] == "seconds"
     assert all(float(x) >= 0 for x in table[at + 1][1:]) and float(table[at + 1][1]) > 0
     assert err.splitlines()[-1].startswith("  speed over plain decoding: ")
