@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -233,10 +234,14 @@ def test_seed_decides_and_is_told(zoo, capsys):
 def test_coupled_speculation_changes_nothing(zoo, capsys):
     call = ["generate", *models(zoo), "--prompt", "the people", "--seed", "3", "--max-new-tokens", "12", "--json"]
     rows = []
-    for extra in ([], ["--draft-tokens", "3"], ["--draft-tokens", "3", "--verify", "token"]):
+    tree = ["--draft-tokens", "3", "--draft-width", "2", "--draft-budget", "5"]
+    for extra in ([], ["--draft-tokens", "3"], tree, ["--draft-tokens", "auto"]):
         assert main([*call, *extra]) == 0
         rows += lines(capsys)
-    assert rows[0]["token_ids"] == rows[1]["token_ids"] and len(rows[2]["token_ids"]) > 0
+    assert all(row["token_ids"] == rows[0]["token_ids"] for row in rows)
+    assert rows[1]["drafted"] <= 3 * rows[1]["rounds"] < rows[2]["drafted"] <= 5 * rows[2]["rounds"]
+    assert main([*call, "--draft-tokens", "3", "--verify", "token"]) == 0
+    assert len(lines(capsys)[0]["token_ids"]) > 0
 
 
 def test_batch_file_requests_do_not_touch_each_other(zoo, capsys, tmp_path):
@@ -320,8 +325,54 @@ def test_json_tells_what_was_accepted(zoo, capsys):
         assert 0 <= row["accepted"] <= row["drafted"] <= 3 * row["rounds"] and row["rounds"] > 0
         assert row["acceptance"] == row["accepted"] / row["drafted"]
         assert len(row["token_ids"]) <= row["accepted"] + row["rounds"]
+        assert row["tokens_per_round"] == len(row["token_ids"]) / row["rounds"]
     assert main([*call, "--draft-tokens", "3", "--max-new-tokens", "1"]) == 0
     assert all(row["acceptance"] is None for row in lines(capsys) if not row["drafted"])
+
+
+def test_stats_of_all_requests_together(zoo, capsys, tmp_path):
+    """On standard error, and in numbers that the rows of --json have."""
+    path = tmp_path / "batch"  # three batches, of which one has fewer drafts after each other
+    path.write_text('go see\nthe people\nand the king\n{"prompt": "land", "max_new_tokens": 3}\n')
+    call = ["generate", *models(zoo), "--batch-file", str(path), "--batch-size", "2", "--seed", "4"]
+    call += ["--max-new-tokens", "12"]
+    tree = ["--draft-tokens", "4", "--draft-width", "2", "--draft-budget", "6"]
+    assert main([*call, *tree]) == 0
+    text = capsys.readouterr().out
+    assert main([*call, *tree, "--stats"]) == 0
+    out, err = capsys.readouterr()
+    assert out == text and "\x1b" not in err
+    assert main([*call, *tree, "--stats", "--json"]) == 0
+    out, again = capsys.readouterr()
+    rows = [json.loads(line) for line in out.splitlines()]
+    rounds, drafted, accepted = (sum(row[name] for row in rows) for name in ("rounds", "drafted", "accepted"))
+    tokens = sum(len(row["token_ids"]) for row in rows)
+    share = f"{accepted / drafted:.0%}"
+    first = f"speculation: {tokens / rounds:.2f} tokens a round, {accepted} of {drafted} drafts accepted ({share})"
+    assert err.splitlines()[0] == again.splitlines()[0] == first
+    table = [re.split("  +", line.strip()) for line in err.splitlines()[1:]]
+    assert table[0] == ["accepted so far", "times", "then winner", "runner-up 1", "none"]
+    at = next(i for i, line in enumerate(table) if line[0] == "time in")
+    depths = table[1:at]
+    assert [int(line[0]) for line in depths] == list(range(len(depths))) and 0 < len(depths) <= 4
+    # every accepted draft was the winner or the runner-up of its draw
+    shares = [[int(x.rstrip("%")) / 100 for x in line[2:]] for line in depths]
+    hits = sum(int(line[1]) * (s[0] + s[1]) for line, s in zip(depths, shares))
+    assert all(abs(sum(s) - 1) < 0.02 for s in shares) and hits >= accepted - 0.01 * sum(
+        int(line[1]) for line in depths
+    )
+    assert table[at] == ["time in", "base", "tuned", "ref", "outside"] and table[at + 1][0] == "seconds"
+    assert all(float(x) >= 0 for x in table[at + 1][1:]) and float(table[at + 1][1]) > 0
+    assert err.splitlines()[-1].startswith("  speed over plain decoding: ")
+
+    assert main([*call, "--draft-tokens", "auto", "--stats"]) == 0
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"  speed over plain decoding: [\d.]+ times measured, [\d.]+ expected of the drafts .*", last)
+    two = ["--tuned", str(zoo / "other"), "--draft-tokens", "2", "--stats"]
+    assert main(["generate", *models(zoo), "--prompt", "go", "--max-new-tokens", "1", *two]) == 0
+    assert capsys.readouterr().err.splitlines()[0] == "speculation: 1.00 tokens a round, 0 of 0 drafts accepted"
+    assert main(["generate", *models(zoo), "--prompt", "go", "--max-new-tokens", "4", *two]) == 0
+    assert re.search("time in +base +tuned 1 +tuned 2 +ref +outside", capsys.readouterr().err)
 
 
 def test_every_models_end_of_text_ends_it(zoo, capsys, tmp_path):
@@ -656,7 +707,13 @@ def test_demo(family, capsys):
     assert places == sorted(places) and "truth" not in out
     assert "coupled wrote exactly the tokens of plain decoding" in out
     table = out[out.index("method") :].splitlines()
-    assert [row.split()[:2] for row in table[2:11]] == [[m, k] for m in ("coupled", "token", "block") for k in "248"]
+    assert [re.split("  +", row.strip())[:2] for row in table[2:11]] == [
+        *(["coupled", k] for k in "248"),
+        ["coupled, a tree", "4"],
+        ["coupled", "auto"],
+        *([m, k] for m in ("token", "block") for k in "24"),
+    ]
+    assert "auto expects " in out
     command = out[out.index("Next, ") :].partition(":")[2].replace("\\\n", "")  # what one is told to try works
     command = shlex.split(command)
     assert main([*command[command.index("generate") :], "--max-new-tokens", "3"]) == 0
@@ -855,7 +912,51 @@ BAD = {
     "top-k fraction": (["generate", "{models}", "--top-k", "1.5"], "--top-k: got '1.5', allowed is an integer >= 0"),
     "min-p": (["generate", "{models}", "--min-p", "1.1"], "--min-p: got '1.1'"),
     "upscale-top-p": (["generate", "{models}", "--upscale-top-p", "0"], "--upscale-top-p: got '0'"),
-    "draft tokens": (["generate", "{models}", "--draft-tokens", "-1"], "--draft-tokens: got '-1'"),
+    "draft tokens": (
+        ["generate", "{models}", "--draft-tokens", "-1"],
+        "--draft-tokens: got '-1', allowed is an integer >= 0 or auto",
+    ),
+    "draft tokens, a word": (["generate", "{models}", "--draft-tokens", "all"], "--draft-tokens: got 'all'"),
+    "draft width 0": (["generate", "{models}", "--draft-width", "0"], "--draft-width: got '0'"),
+    "draft width": (
+        ["generate", "{models}", "--draft-tokens", "2", "--draft-width", "17"],
+        "--draft-width: got 17, allowed is 1 to 16",
+    ),
+    "draft width alone": (["generate", "{models}", "--draft-width", "2"], "--draft-width 2: goes with --draft-tokens"),
+    "a tree by token": (
+        ["generate", "{models}", "--draft-tokens", "2", "--draft-width", "2", "--verify", "token"],
+        "--draft-width: got 2, allowed is 1 with --verify='token'",
+    ),
+    "too large a tree": (
+        ["generate", "{models}", "--draft-tokens", "9", "--draft-width", "3"],
+        "1024; give --draft-budget",
+    ),
+    "draft budget": (
+        ["generate", "{models}", "--draft-tokens", "4", "--draft-width", "2", "--draft-budget", "3"],
+        "--draft-budget: got 3, allowed is 4 to 1024, and not below --draft-tokens",
+    ),
+    "draft budget of a chain": (
+        ["generate", "{models}", "--draft-tokens", "4", "--draft-budget", "8"],
+        "--draft-width",
+    ),
+    "draft budget alone": (["generate", "{models}", "--draft-budget", "2"], "--draft-budget 2: goes with --draft-tok"),
+    "stats alone": (["generate", "{models}", "--stats"], "--stats: goes with --draft-tokens"),
+    "stats and no drafts": (
+        ["generate", "{models}", "--stats", "--draft-tokens", "0"],
+        "--stats: goes with --draft-tok",
+    ),
+    "gguf and auto": (
+        ["generate", "--gguf", "b", "t", "r", "--draft-tokens", "auto"],
+        "--draft-tokens auto: goes without --gguf; llama.cpp takes --draft-tokens K, a chain",
+    ),
+    "gguf and a tree": (
+        ["generate", "--gguf", "b", "t", "r", "--draft-tokens", "2", "--draft-width", "2"],
+        "--draft-width: goes without --gguf",
+    ),
+    "gguf and a budget": (
+        ["generate", "--gguf", "b", "t", "r", "--draft-tokens", "2", "--draft-budget", "2"],
+        "--draft-budget: goes without --gguf",
+    ),
     "verify": (["generate", "{models}", "--verify", "guess"], "'guess'"),
     "max new tokens": (["generate", "{models}", "--max-new-tokens", "0"], "--max-new-tokens: got '0'"),
     "seed": (["generate", "{models}", "--seed", "x"], "--seed: got 'x', allowed is a 64-bit integer"),

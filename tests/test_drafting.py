@@ -41,12 +41,13 @@ def test_the_best_tree_is_the_best_of_all(depth, width):
     for _ in range(5):
         chances = (torch.rand(depth, width, generator=g).sort(1, descending=True).values / width).tolist()
         order = sorted((likely(n, chances) for n in all_nodes(depth, width)), reverse=True)
-        for budget in (1, 2, 3, 5, 8, size(depth, width)):
+        for budget in (1, 2, 3, 5, 8, size(depth, width, 99999)):
             tree = best(depth, width, budget, chances)
-            count = min(budget, size(depth, width))
+            count = min(budget, size(depth, width, 99999))
             assert len(tree) == count and tree.parents == tuple(sorted(tree.parents)) and tree.width <= width
             assert expected(tree, chances) == pytest.approx(sum(order[:count]))
-    assert size(4, 2) == 30 and size(8, 3) == 9840 and size(5, 1) == 5
+    assert size(4, 2, 999) == 30 and size(8, 3, 9999) == 9840 and size(5, 1, 9) == 5
+    assert size(10**9, 2, 100) == size(10**9, 1, 100) == 101
     assert len(best(0, width, 5, chances)) == 0
 
 
@@ -161,7 +162,7 @@ def test_auto_begins_without_drafts_and_grows():
 def test_drafts_of_a_fixed_shape():
     drafts = Drafts(2, 3)
     drafts.begin(3, 1, 1, torch.device("cpu"))
-    assert len(drafts.tree(9)) == size(2, 3) == 12 and len(drafts.tree(1)) == 3
+    assert len(drafts.tree(9)) == size(2, 3, 99) == 12 and len(drafts.tree(1)) == 3
     fewer = Drafts(3, 2, 5)
     fewer.begin(3, 1, 1, torch.device("cpu"))
     assert len(fewer.tree(9)) == 5 and Drafts(1, 2, 50).budget == 2

@@ -202,6 +202,15 @@ def test_generate_is_hf_generate(model, three, options):
     assert torch.equal(out, want)
 
 
+def test_trees_of_drafts_arrive(model, three):
+    tree = dict(SAMPLED, draft_tokens=3, draft_width=2, draft_budget=5, return_dict_in_generate=True)
+    want = run(three, **tree)
+    out = model.generate(**padded(), max_new_tokens=12, pad_token_id=PAD, seed=3, **tree)
+    assert torch.equal(out.sequences, want.sequences)
+    assert torch.equal(out.speculation.drafted, want.speculation.drafted)
+    assert torch.equal(out.speculation.ranks, want.speculation.ranks) and out.speculation.ranks.shape == (3, 3)
+
+
 def test_generate_in_every_way_that_it_is_called(model, three):
     ids = torch.tensor(PROMPTS[:1])
     want = run(three, dict(input_ids=ids), **SAMPLED)
@@ -756,6 +765,9 @@ def test_bad_calls_are_refused(model, tmp_path):
         (dict(weights=[1, 2, 3]), "weights: is part of the model"),
         (dict(num_beams=2, seed=1), "seed: goes with greedy decoding and sampling, got beam_search"),
         (dict(num_beams=2, draft_tokens=2), "draft_tokens: goes with greedy"),
+        (dict(num_beams=2, draft_width=2), "draft_width: goes with greedy"),
+        (dict(num_beams=2, draft_budget=2), "draft_budget: goes with greedy"),
+        (dict(draft_width=2), "draft_width: got 2, allowed is 1 without draft_tokens"),
         (dict(num_beams=2, use_cache=False), "use_cache: got False"),
         (dict(num_beams=2, cache_implementation="static"), "cache_implementation: got 'static'"),
         (dict(generation_config=GenerationConfig(num_beams=2, use_cache=False)), "use_cache: got False"),

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..parameters import DRAFTED, METHODS
 from . import compose
-from .options import REQUEST_OPTIONS, Parser, add_combination, add_models, add_parameters, count, positive
+from .options import REQUEST_OPTIONS, Parser, add_combination, add_models, add_parameters, count, drafts, positive
 from .term import Refused, drop_output, ready_streams
 
 
@@ -85,11 +85,28 @@ def parser() -> Parser:
     )
     add_combination(p)
     group = p.add_argument_group("speculation (the tuned model drafts)")
-    group.add_argument("--draft-tokens", type=count, default=0, metavar="K", help="drafts a round (default 0: off)")
+    group.add_argument(
+        "--draft-tokens",
+        type=drafts,
+        default=0,
+        metavar="K|auto",
+        help="drafts after each other in a round (default 0: off); auto: as many, in such a tree, as most tokens a "
+        "second are expected of",
+    )
+    group.add_argument(
+        "--draft-width", type=positive, metavar="N", help="children a node of a tree of drafts (default 1: a chain)"
+    )
+    group.add_argument("--draft-budget", type=positive, metavar="N", help="the most drafts a round of such a tree")
     group.add_argument(
         "--verify",
         choices=METHODS,
         help="coupled (default): the tokens of plain decoding, exactly so in float32; token, block: its distribution",
+    )
+    group.add_argument(
+        "--stats",
+        action="store_true",
+        help="then print on standard error what was accepted, the seconds in each model, and the speed over plain "
+        "decoding",
     )
 
     p = command("score", "perplexity of a text under base, tuned, ref and the emulated model")

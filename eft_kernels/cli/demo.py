@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..parameters import METHODS
 from .files import expand, read_text
 from .models import Family, check_folder, load_model, load_tokenizer, set_threads, text_of
 from .score import Emulation, Score, Window, recovered, score, windows
@@ -31,7 +30,15 @@ PROMPTS = {"a": "And the king said unto", "b": "She had been so much"}
 BOTH = "The young man"
 CONTEXT = 256
 UNIT_END = "\n\f\n"  # between the chapters of a held-out file
-KS = (2, 4, 8)
+Run = tuple[str, str]  # the method, and K
+RUNS: dict[Run, dict[str, Any]] = {
+    ("plain", ""): {},
+    **{("coupled", f"{k}"): dict(draft_tokens=k) for k in (2, 4, 8)},
+    ("coupled, a tree", "4"): dict(draft_tokens=4, draft_width=2, draft_budget=8),
+    ("coupled", "auto"): dict(draft_tokens="auto"),
+    **{(m, f"{k}"): dict(draft_tokens=k, verify=m) for m in ("token", "block") for k in (2, 4)},
+}
+PLAIN, AUTO = ("plain", ""), ("coupled", "auto")
 
 
 def find_family(given: str | None, heldout: str | None) -> tuple[Path, dict[str, str]]:
@@ -297,46 +304,51 @@ def show_speed(
     family = family_of(models, ["tuned-a"], tokenizer)
     chapters = texts["a"].split(UNIT_END)[:4]
     prompts = [tokenizer(chapter, verbose=False).input_ids[:33] for chapter in chapters]
-    runs = [("plain", 0)] + [(m, k) for m in METHODS for k in KS]
-    seconds = {r: 0.0 for r in runs}
-    written: dict[tuple[str, int], list[list[int]]] = {r: [] for r in runs}
-    stats: dict[tuple[str, int], list[Speculation]] = {r: [] for r in runs}
-    with Progress("timing", len(prompts) * len(runs)) as progress:
+    seconds = dict.fromkeys(RUNS, 0.0)
+    written: dict[Run, list[list[int]]] = {r: [] for r in RUNS}
+    stats: dict[Run, list[Speculation]] = {r: [] for r in RUNS}
+    with Progress("timing", len(prompts) * len(RUNS)) as progress:
         for seed, ids in enumerate(prompts, args.seed):
-            for method, k in runs:  # in turn, so that a busy machine hurts all alike
-                settings: dict[str, Any] = dict(draft_tokens=k, verify=method) if k else {}
+            for run_, settings in RUNS.items():  # in turn, so that a busy machine hurts all alike
                 text, spec, took = emulate(family, ids, seed, args.new_tokens, temperature=1.0, **settings)
-                seconds[method, k] += took
-                written[method, k].append(text)
+                seconds[run_] += took
+                written[run_].append(text)
                 if spec is not None:
-                    stats[method, k].append(spec)
-                progress.step(f"timing {method}{f' K={k}' if k else ''}")
-    lines, speeds = [], {r: sum(map(len, written[r])) / seconds[r] for r in runs}  # tokens/s
-    for method, k in runs:
-        told = ["", "", "1"]
-        if k:
+                    stats[run_].append(spec)
+                progress.step(f"timing {run_[0]}{f', K = {run_[1]}' if run_[1] else ''}")
+    lines, speeds = [], {r: sum(map(len, written[r])) / seconds[r] for r in RUNS}  # tokens/s
+    for run_ in RUNS:
+        shares = ["", "", "1"]
+        if stats[run_]:
             rounds, drafted, accepted, emitted = (
-                sum(int(getattr(s, name).sum()) for s in stats[method, k])
+                sum(int(getattr(s, name).sum()) for s in stats[run_])
                 for name in ("rounds", "drafted", "accepted", "emitted")
             )
-            told = [f"{k}", f"{accepted / max(1, drafted):.0%}", f"{emitted / max(1, rounds):.2f}"]
-        lines.append([method, *told, f"{speeds[method, k]:.0f}", f"{speeds[method, k] / speeds['plain', 0]:.2f}x"])
-    best = max(range(len(runs)), key=lambda i: speeds[runs[i]])
-    print(table(["method", "K", "accepted", "tokens a round", "tokens/s", "against plain"], lines, best=best))
-    same = all(written["coupled", k] == written["plain", 0] for k in KS)
+            shares = [
+                f"{drafted / max(1, rounds):.1f}",
+                f"{accepted / drafted:.0%}" if drafted else "-",
+                f"{emitted / max(1, rounds):.2f}",
+            ]
+        lines.append([*run_, *shares, f"{speeds[run_]:.0f}", f"{speeds[run_] / speeds[PLAIN]:.2f}x"])
+    best = max(RUNS, key=lambda r: speeds[r])
+    header = ["method", "K", "drafts a round", "accepted", "tokens a round", "tokens/s", "against plain"]
+    print(table(header, lines, best=list(RUNS).index(best)))
+    same = all(written[r] == written[PLAIN] for r in RUNS if r[0].startswith("coupled"))
     print(
         "  "
         + paint(
-            f"coupled wrote {'exactly the tokens' if same else 'NOT the tokens'} of plain decoding for K = "
-            f"{', '.join(map(str, KS))}",
+            f"coupled wrote {'exactly the tokens' if same else 'NOT the tokens'} of plain decoding with every number "
+            "and shape of drafts",
             GREEN if same else YELLOW,
         )
     )
-    if best == 0:
+    if best == PLAIN:
         print(
             "  "
             + paint("speculation does NOT pay here: with models this small a draft costs nearly what it saves", YELLOW)
         )
+    if stats[AUTO]:
+        print(f"  auto expects {stats[AUTO][-1].expected:.2f} times the speed of rounds without drafts")
     print(paint(f"  {len(prompts)} held-out openings of style a, {args.new_tokens} tokens each, temperature 1", DIM))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +16,7 @@ from ..parameters import DRAFTED, OFF
 from .files import argument_text, check_text, read_stdin, read_text
 from .models import Family, first_line, load_family, text_of, token_id
 from .options import REQUEST_OPTIONS, mode_settings, option
-from .term import BOLD, Refused, json_line, paint
+from .term import BOLD, Refused, json_line, paint, table
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,7 @@ class Request:
     ids: list[int] = field(default_factory=list)  # generated token ids
     text: str = ""
     error: str | None = None
-    speculation: dict[str, float | None] = field(default_factory=dict)  # rounds, drafted, accepted, acceptance
+    speculation: dict[str, float | None] = field(default_factory=dict)  # see `counts_of`
     done: bool = False
 
 
@@ -133,8 +134,9 @@ def run(args: argparse.Namespace) -> int:
     choose_models(args)
     requests = read_requests(args)
     mode = mode_settings(args)
-    if args.verify and not args.draft_tokens:
-        raise Refused(f"--verify {args.verify}: goes with --draft-tokens")
+    for name in ("verify", "draft_width", "draft_budget", "stats") if not args.draft_tokens else ():
+        if value := getattr(args, name):
+            raise Refused(f"{option(name)}{'' if value is True else f' {value}'}: goes with --draft-tokens")
     given = {name: value for name in OFF if (value := getattr(args, name)) is not None}
     for r, settings in [(None, given), *((r, r.settings) for r in requests)]:
         for name in SAMPLING if args.greedy else ():
@@ -157,12 +159,13 @@ def run(args: argparse.Namespace) -> int:
     seeds = row_seeds(seed, len(requests)).tolist()
     for i, r in enumerate(requests):
         r.seed = seeds[i] if r.seed is None else r.seed
+    seen: list[Speculation] = []
     if args.gguf:
         from . import gguf
 
-        parts, decode_part = gguf.prepare(requests, args, stream)
+        parts, decode_part = gguf.prepare(requests, args, stream, seen)
     else:
-        parts, decode_part = prepare(requests, args, stream)
+        parts, decode_part = prepare(requests, args, stream, seen)
 
     printed = 0
     try:
@@ -178,6 +181,8 @@ def run(args: argparse.Namespace) -> int:
     for r in requests:
         if r.error:
             print(f"eft-kernels generate: {r.where}: {r.error}", file=sys.stderr)
+    if args.stats:
+        print(told(seen, model_names(args)), file=sys.stderr)
     return 1 if any(r.error for r in requests) else 0
 
 
@@ -198,6 +203,11 @@ def choose_models(args: argparse.Namespace) -> None:
         wrong = next((name for name, value in theirs.items() if value), None)
         if wrong:
             raise Refused(f"{wrong}: goes without --gguf")
+        chain = {"--draft-tokens auto": args.draft_tokens == "auto"}
+        chain |= {option(name): getattr(args, name) is not None for name in ("draft_width", "draft_budget")}
+        wrong = next((name for name, value in chain.items() if value), None)
+        if wrong:
+            raise Refused(f"{wrong}: goes without --gguf; llama.cpp takes --draft-tokens K, a chain")
         args.base, *args.tuned, args.ref = args.gguf
         return
     missing = [name for name, value in folders.items() if not value]
@@ -213,8 +223,9 @@ def choose_models(args: argparse.Namespace) -> None:
 Parts = tuple[Iterable[list[Request]], Callable[[list[Request]], None]]  # requests to decode at a time, and how
 
 
-def prepare(requests: list[Request], args: argparse.Namespace, stream: bool) -> Parts:
+def prepare(requests: list[Request], args: argparse.Namespace, stream: bool, seen: list[Speculation]) -> Parts:
     """Loads the models, encodes the prompts and refuses what is too long, before anything is computed."""
+    check_drafts(args)
     family = load_family(args)
     encode(requests, family.tokenizer, args.chat)
     check_lengths(requests, family.context)
@@ -223,7 +234,18 @@ def prepare(requests: list[Request], args: argparse.Namespace, stream: bool) -> 
     ends = {*family.ends, *(token_id(e, family.tokenizer, family.vocab_size) for e in args.eos)}
     family.ends = sorted(ends.union(end_of_turn(family.tokenizer) if args.chat else ()))
     streamer = until_end(family) if stream else None
-    return batches(requests, args.batch_size or 8), lambda batch: decode(batch, family, args, streamer)
+    return batches(requests, args.batch_size or 8), lambda batch: decode(batch, family, args, seen, streamer)
+
+
+def check_drafts(args: argparse.Namespace) -> None:
+    """Refuses what `eft.hf.generate` would, in the words of the command line."""
+    from ..integrations.hf.arguments import drafts_of
+
+    try:
+        drafts_of(args.draft_tokens, args.draft_width, args.draft_budget, args.verify or "coupled")
+    except ValueError as error:
+        words = re.sub(r"\b(draft_tokens|draft_width|draft_budget|verify)\b", lambda m: option(m[0]), str(error))
+        raise Refused(words) from None
 
 
 def check_lengths(requests: list[Request], context: int | None) -> None:
@@ -249,9 +271,14 @@ def until_end(family: Family) -> BaseStreamer:
 
 
 def decode(
-    batch: list[Request], family: Family, args: argparse.Namespace, streamer: BaseStreamer | None = None
+    batch: list[Request],
+    family: Family,
+    args: argparse.Namespace,
+    seen: list[Speculation],
+    streamer: BaseStreamer | None = None,
 ) -> None:
-    """Generates for requests of one length limit and fills in their ids, text and error."""
+    """Generates for requests of one length limit and fills in their ids, text and error, and what was seen of
+    speculation."""
     import torch
 
     from .. import hf
@@ -275,7 +302,9 @@ def decode(
             custom_generate=hf.generate,
             tuned=family.tuned if len(family.tuned) > 1 else family.tuned[0],
             ref=family.ref,
-            draft_tokens=min(args.draft_tokens, new),
+            draft_tokens=args.draft_tokens if args.draft_tokens == "auto" else min(args.draft_tokens, new),
+            draft_width=args.draft_width,
+            draft_budget=args.draft_budget,
             verify=args.verify or "coupled",
             vocab_size=family.vocab_size,
             do_sample=not greedy,
@@ -295,6 +324,8 @@ def decode(
         raise Refused(f"{where}: {first_line(error)}") from None
     else:
         failed = {}
+    if out.speculation is not None:
+        seen.append(out.speculation)
     for i, (r, row) in enumerate(zip(batch, out.sequences[:, longest:].tolist())):
         stop = next((n for n, token in enumerate(row) if token in family.ends), len(row))
         r.ids = row[: failed.get(i, stop + 1)]
@@ -307,7 +338,49 @@ def decode(
 def counts_of(speculation: Speculation, row: int) -> dict[str, float | None]:
     """What --json tells of a row's speculation."""
     counts = {name: int(getattr(speculation, name)[row]) for name in ("rounds", "drafted", "accepted")}
-    return {**counts, "acceptance": counts["accepted"] / counts["drafted"] if counts["drafted"] else None}
+    rounds, drafted, accepted = counts.values()
+    return {
+        **counts,
+        "acceptance": accepted / drafted if drafted else None,
+        "tokens_per_round": int(speculation.emitted[row]) / max(1, rounds),
+    }
+
+
+def model_names(args: argparse.Namespace) -> list[str]:
+    two = len(args.tuned) > 1
+    return ["base", *([f"tuned {i}" for i in (1, 2)] if two else ["tuned"]), "ref"]
+
+
+def told(seen: list[Speculation], names: list[str]) -> str:
+    """What speculation did over all ``seen``, in tables for standard error."""
+    if not seen:
+        return "speculation: none, for a model cannot take drafts back; one token a step"
+    rounds, drafted, accepted, emitted = (
+        sum(int(getattr(s, name).sum()) for s in seen) for name in ("rounds", "drafted", "accepted", "emitted")
+    )
+    depth = max(len(s.ranks) for s in seen)  # they differ where max_new_tokens did
+    ranks = [
+        [sum(column) for column in zip(*(s.ranks[d].tolist() for s in seen if d < len(s.ranks)))] for d in range(depth)
+    ]  # [K][1 + width]
+    seconds = [sum(of_one) for of_one in zip(*(s.seconds for s in seen))]
+    lines = [
+        f"speculation: {emitted / max(1, rounds):.2f} tokens a round, {accepted} of {drafted} drafts accepted"
+        + (f" ({accepted / drafted:.0%})" if drafted else "")
+    ]
+    if any(map(any, ranks)):
+        runners_up = [f"runner-up {i}" for i in range(1, len(ranks[0]) - 1)]
+        shares = [[f"{d}", f"{n}", *(f"{c / n:.0%}" for c in row)] for d, row in enumerate(ranks) if (n := sum(row))]
+        lines.append(table(["accepted so far", "times", "then winner", *runners_up, "none"], shares, stream=sys.stderr))
+    if whole := sum(seconds):
+        times = [["seconds", *(f"{s:.3f}" for s in seconds)], ["share", *(f"{s / whole:.0%}" for s in seconds)]]
+        lines.append(table(["time in", *names, "outside"], times, stream=sys.stderr))
+    # of those that had a round without drafts: what its tokens would take in such rounds, and what they took
+    known = [(s.speedup * sum(s.seconds), sum(s.seconds)) for s in seen if s.speedup is not None]
+    plain, took = (sum(column) for column in zip(*known)) if known else (0.0, 0.0)
+    speed = f"{plain / took:.2f} times measured" if took else "not measured, for no round was without drafts"
+    if seen[-1].expected is not None:
+        speed += f", {seen[-1].expected:.2f} expected of the drafts chosen last"
+    return "\n".join([*lines, f"  speed over plain decoding: {speed}"])
 
 
 def report(requests: list[Request], i: int, args: argparse.Namespace, streamed: bool) -> None:

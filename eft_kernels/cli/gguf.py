@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from .. import combination
+from ..decoding import Speculation
 from ..integrations.llama_cpp import EmulatedModel, InvalidScoresError
 from .files import argument_text, expand
 from .generate import Parts, Request, check_lengths, counts_of
@@ -14,7 +15,7 @@ from .models import first_line, set_threads
 from .term import Refused
 
 
-def prepare(requests: list[Request], args: argparse.Namespace, stream: bool) -> Parts:
+def prepare(requests: list[Request], args: argparse.Namespace, stream: bool, seen: list[Speculation]) -> Parts:
     """Loads the models, encodes the prompts and refuses what is too long, before anything is computed."""
     set_threads(args.threads)
     model = load(args)
@@ -29,7 +30,7 @@ def prepare(requests: list[Request], args: argparse.Namespace, stream: bool) -> 
             raise Refused(f"{r.where}: the tokenizer makes no token of it")
     check_lengths(requests, model.n_ctx)
     ends = [token_id(e, model) for e in args.eos]
-    return ([r] for r in requests), lambda part: decode(part[0], model, ends, args, stream)
+    return ([r] for r in requests), lambda part: decode(part[0], model, ends, args, stream, seen)
 
 
 def load(args: argparse.Namespace) -> EmulatedModel:
@@ -59,7 +60,14 @@ def token_id(given: str, model: EmulatedModel) -> int:
     return found
 
 
-def decode(r: Request, model: EmulatedModel, ends: list[int], args: argparse.Namespace, stream: bool) -> None:
+def decode(
+    r: Request,
+    model: EmulatedModel,
+    ends: list[int],
+    args: argparse.Namespace,
+    stream: bool,
+    seen: list[Speculation],
+) -> None:
     """Writes the text of one request, on the terminal as well if it is streamed."""
     settings: dict[str, Any] = dict(r.settings)
     mode = settings.pop("mode")
@@ -86,6 +94,7 @@ def decode(r: Request, model: EmulatedModel, ends: list[int], args: argparse.Nam
     r.ids, r.text, r.done = written.ids, written.text, True
     if written.speculation is not None:
         r.speculation = counts_of(written.speculation, 0)
+        seen.append(written.speculation)
 
 
 def show(text: str) -> None:

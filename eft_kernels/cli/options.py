@@ -60,8 +60,14 @@ def number(kind: type[int] | type[float], allowed: Callable[[Any], bool], words:
 
 positive = number(int, lambda v: v > 0, "an integer > 0")
 count = number(int, lambda v: v >= 0, "an integer >= 0")
+count_or_auto = number(int, lambda v: v >= 0, "an integer >= 0 or auto")
 finite = number(float, math.isfinite, "a finite number")
 share = number(float, lambda v: 0 < v <= 1, "a number in (0, 1]")
+
+
+def drafts(text: str) -> int | str:
+    """The type of --draft-tokens."""
+    return text if text == "auto" else int(count_or_auto(text))
 
 
 def sampling_option(p: Parameter) -> Convert:

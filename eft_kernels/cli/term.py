@@ -66,7 +66,7 @@ def heading(text: str) -> None:
     print(f"\n{paint(text, BOLD)}", flush=True)
 
 
-def table(header: list[str], rows: list[list[str]], best: int | None = None) -> str:
+def table(header: list[str], rows: list[list[str]], best: int | None = None, stream: TextIO | None = None) -> str:
     """First column left, the others right aligned; row number ``best`` in green."""
     widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
 
@@ -74,7 +74,8 @@ def table(header: list[str], rows: list[list[str]], best: int | None = None) -> 
         return "  " + "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths))).rstrip()
 
     return "\n".join(
-        [paint(line(header), DIM)] + [paint(line(r), GREEN) if i == best else line(r) for i, r in enumerate(rows)]
+        [paint(line(header), DIM, stream=stream)]
+        + [paint(line(r), GREEN, stream=stream) if i == best else line(r) for i, r in enumerate(rows)]
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,8 @@ class Drafts:
 
     def __init__(self, depth: int, width: int = 1, budget: int | None = None):
         self.depth, self.width = depth, width
-        self.budget = size(depth, width) if budget is None else min(budget, size(depth, width))
+        most = sys.maxsize if budget is None else budget
+        self.budget = min(most, size(depth, width, most))
         self.clock = Clock(0)
         self.expected: float | None = None  # how many times as fast as without drafts the newest shape should be
         self.curious = False  # draw even where no drafts follow, to count how often they would be accepted

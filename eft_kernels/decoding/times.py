@@ -58,6 +58,7 @@ class Clock:
         """A new text, on ``device``."""
         self.device = device
         self.totals = [0.0] * (len(self.of_model) + 1)  # seconds of this text in each model, and outside
+        self.without: list[float] = []  # of its rounds without drafts
         self.waiting: list[tuple[int, int, Any, Any]] = []
         self.start()
 
@@ -95,10 +96,14 @@ class Clock:
         if learn:
             self.outside.add(depth, outside)
             self.totals[-1] += outside
+            if not depth:
+                self.without.append(self._between(self.started, stopped))
         self.waiting = []
 
     def plain(self) -> float | None:
-        """Seconds of a round without drafts; None where there was none."""
+        """Seconds of a round without drafts, of this text or of those before; None where there was none."""
+        if len(self.without) > RECENT:
+            return statistics.fmean(self.without)
         alone = [t.at(1) for t in self.of_model if 1 in t.seen]
         return sum(alone) + self.outside.at(0) if len(alone) == len(self.of_model) and 0 in self.outside.seen else None
 

@@ -97,9 +97,15 @@ def chain(length: int) -> Tree:
     return Tree(tuple(range(length)))
 
 
-def size(depth: int, width: int) -> int:
-    """Drafts of a tree whose slots have ``width`` children each, ``depth`` levels of them."""
-    return sum(width**level for level in range(1, depth + 1))
+def size(depth: int, width: int, most: int) -> int:
+    """Drafts of a tree whose slots have ``width`` children each, ``depth`` levels of them; no more than most + 1."""
+    drafts, level = 0, 1
+    for _ in range(depth if width > 1 else 0):
+        level *= width
+        drafts += level
+        if drafts > most:
+            return most + 1
+    return drafts if width > 1 else min(depth, most + 1)
 
 
 def likeliest(depth: int, width: int, chances: Sequence[Sequence[float]]) -> Iterator[tuple[tuple[int, ...], float]]:

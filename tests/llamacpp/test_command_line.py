@@ -54,6 +54,9 @@ def test_it_is_the_model(generate, files):
         )
         assert row["token_ids"] == want.ids and row["accepted"] == int(fast.speculation.accepted) > 0
         assert row["acceptance"] == pytest.approx(row["accepted"] / row["drafted"])
+        code, out, err = generate(*options, "--draft-tokens", "3", "--stats")
+        accepted = f"{row['accepted']} of {row['drafted']} drafts accepted"
+        assert (code, out) == (0, want.text + "\n") and accepted in err and re.search("time in +base +tuned +ref", err)
         (row,) = rows(generate("--prompt", "The king", "--greedy", "--json", "--max-new-tokens", "9"))
         assert row["token_ids"] == model.generate("The king", temperature=0.0, max_new_tokens=9).ids
         assert row["token_ids"] != want.ids[:9]

@@ -144,10 +144,10 @@ def drafts_of(draft_tokens: object, draft_width: object, draft_budget: object, v
         budget = index("draft_budget", draft_budget, max(depth, 1), MAX_DRAFTS, allowed)
     if auto:
         return Auto(width=width, **({} if budget is None else {"budget": budget}))
-    if budget is None and width > 1 and size(depth, width) > MAX_DRAFTS:
+    if budget is None and width > 1 and size(depth, width, MAX_DRAFTS) > MAX_DRAFTS:
         raise ValueError(
-            f"draft_width: got {width} with draft_tokens={depth}, {size(depth, width)} drafts a round, allowed are "
-            f"{MAX_DRAFTS}; give draft_budget"
+            f"draft_width: got {width} with draft_tokens={depth}, more drafts a round than {MAX_DRAFTS}, which are "
+            "allowed; give draft_budget"
         )
     return Drafts(depth, width, budget)
 

@@ -55,7 +55,7 @@ from .models import CausalLM, GenerativeModel, device_of, layers_of, resolved, u
 
 # What a call may not change; and what transformers' own strategies, such as beams, know nothing of.
 PARTS = ("tuned", "ref", "models", "weights", "mode", "vocab_size", "tokenizers")
-OURS = ("seed", "draft_tokens", "verify", "draft", "on_invalid")
+OURS = ("seed", "draft_tokens", "draft_width", "draft_budget", "verify", "draft", "on_invalid")
 
 
 class EmulatedConfig(PreTrainedConfig):
@@ -410,7 +410,8 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
         Args:
           beta, alpha, lam, upscale_top_p: in the place of the model's own; numbers or tensors [rows].
           prompts: own prompts of models, in a list of all but base or a dict by name: ``{"tuned": ids}``.
-          seed, draft_tokens, verify, draft, on_invalid: with greedy decoding and sampling alone.
+          seed, draft_tokens, draft_width, draft_budget, verify, draft, on_invalid: with greedy decoding and sampling
+            alone.
 
         Returns and raises: as `eft_kernels.hf.generate`; with beams and the like as transformers.
         """
