@@ -1,7 +1,7 @@
 """Pairs of models that behave like real ones, made from a seed: for benchmarks/pairs.py.
 
-ref is a small random Llama, tuned is ref and a small perturbation. base is ref made larger: its embedding, its layer and
-its head, then further layers. Where the residual branches of those are zero base is ref, and every draft is accepted;
+ref is a small random Llama, tuned is ref and a small perturbation. base is ref made larger: its embedding, its layer
+and its head, then further layers. Where the residual branches of those are zero base is ref, and every draft is accepted;
 one scalar on them (`STRENGTHS`) says how much base knows beyond ref, so how often the two agree.
 
 As in a language model some tokens are followed by few others and some by many: a token's embedding has a share that the
@@ -42,7 +42,12 @@ class Size(NamedTuple):
 
 
 # ratio: size; 0 is a small one for tests, of a ratio of 3
-SIZES = {0: Size(96, 256, 9, heads=3, vocab=4000), 4: Size(384, 6144, 9), 10: Size(384, 6144, 24), 20: Size(384, 6144, 50)}
+SIZES = {
+    0: Size(96, 256, 9, heads=3, vocab=4000),
+    4: Size(384, 6144, 9),
+    10: Size(384, 6144, 24),
+    20: Size(384, 6144, 50),
+}
 RATIOS = (4, 10, 20)
 TINY = Size(128, 128, 4, heads=2)  # almost no weights: its time lies outside the models
 # {ratio: {acceptance: scale of base's own branches}}; printed by `python -m benchmarks pairs --find`

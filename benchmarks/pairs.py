@@ -3,11 +3,12 @@
 `python -m benchmarks pairs` makes the pairs (pair_models.py), or measures checkpoints (--models BASE TUNED REF). In one
 process, in turns, with the same prompts and seeds, they write texts of random prompts by every way of `VARIANTS`.
 
-Predicted is what follows from two measurements alone: how often a draft is accepted on the texts of plain decoding, and
-how long a pass of each model over n tokens takes by itself. A round of a chain costs K + 1 passes of tuned and one of
-base and ref over K + 1 tokens. What is accepted says how many rounds a text needs; with several rows the slowest row
-counts. For "block" and trees the rounds and passes are those that were made. Outside is what of a round is no model's
-forward: sampling, verifying, caches, masks, Python.
+Predicted is what follows from two measurements alone: which drafts would be accepted on the texts of plain decoding,
+and how long a pass of each model over n tokens takes by itself. A round of a chain costs K + 1 passes of tuned and one of
+base and ref over K + 1 tokens; with several rows there are rounds until the last row is done. Only coupled chains have
+the very texts of plain decoding. For the others the predicted time is that of the passes that were made, and the
+predicted tokens a round are those to expect. Outside is what of a round is no model's forward: sampling, verifying,
+caches, masks, Python.
 
 --contexts measures what is outside the models against the length of the text, with models of almost no weights.
 """
@@ -19,7 +20,6 @@ import bisect
 import contextlib
 import functools
 import inspect
-import math
 import statistics
 import sys
 import time
@@ -43,7 +43,8 @@ from .pair_models import ACCEPTANCES, RATIOS, SIZES, STRENGTHS, Models
 PROMPT, GATE = 8, 12  # tokens: of a prompt (its pass costs about what any other does), of the gate's texts
 SAMPLED = dict(do_sample=True, temperature=1.0, top_k=0)
 NAMES = ("base", "tuned", "ref")
-LENGTHS = (1, 2, 4, 8, 16)  # tokens of the passes that are timed alone, beside those that the variants make
+LENGTHS = (1, 2, 4, 8, 16)  # tokens of the passes that are timed alone
+EIGHT = ("", "0.8")  # acceptances that B = 8 is measured at, where the command does not say
 CONTEXTS = (256, 1024, 4096, 16384)
 
 # (name, options of eft.hf.generate); K stands for each number of drafts that the command is asked for
@@ -51,12 +52,12 @@ K = "K"
 VARIANTS = (
     ("plain", {}),
     ("coupled", dict(verify="coupled", draft_tokens=K)),
-    ("token", dict(verify="token", draft_tokens=4)),
-    ("block", dict(verify="block", draft_tokens=4)),
-    ("tree of 2", dict(verify="coupled", draft_tokens=4, draft_width=2, draft_budget=16)),
+    ("token", dict(verify="token", draft_tokens=3)),
+    ("block", dict(verify="block", draft_tokens=3)),
+    ("tree of 2", dict(verify="coupled", draft_tokens=3, draft_width=2, draft_budget=14)),
     ("auto", dict(verify="coupled", draft_tokens="auto", draft_width=2)),
 )
-ASSISTED = 4  # drafts of transformers' assisted generation
+ASSISTED = 3  # drafts of transformers' assisted generation
 
 
 class Variant(NamedTuple):
@@ -69,11 +70,6 @@ class Variant(NamedTuple):
         """K of a number of drafts that is known beforehand."""
         k = self.options.get("draft_tokens")
         return k if isinstance(k, int) else None
-
-    @property
-    def chain(self) -> bool:
-        """Whether the text says how many of its drafts would be accepted."""
-        return self.name in ("coupled", "token") and self.drafts is not None and "draft_width" not in self.options
 
     @property
     def label(self) -> str:
@@ -250,58 +246,59 @@ def family(dtype: str) -> Pair:
 
 
 class Forwards:
-    """Seconds of a pass over n tokens after ``columns`` cached ones, for each model alone; linear in between."""
+    """Seconds of a pass over n tokens after ``columns`` cached ones, of each model alone; linear in between."""
 
-    def __init__(self, pair: Pair, batch: int, lengths, columns: int, repetitions: int = 5):
+    @torch.no_grad()
+    def __init__(self, pair: Pair, batch: int, columns: int):
         from transformers import DynamicCache
 
+        self.pair, self.batch, self.columns = pair, batch, columns
+        self.caches = [DynamicCache() for _ in pair.models]
+        self.token = pair.prompts(batch, 0)[:, :1]
+        self.seen: dict[tuple[str, int], list[float]] = {}
+        for i in range(3):
+            self._run(i, columns)
+        self.take()
+        self.seen.clear()  # that was a warm-up
+
+    def _run(self, i: int, n: int, times: int = 1) -> float:
         from eft_kernels.integrations.hf.models import cache_name
 
-        self.points = sorted({*lengths})
-        first = pair.prompts(batch, 0)[:, :1]
-        caches = [DynamicCache() for _ in pair.models]
-        seen: dict[tuple[str, int], list[float]] = {}
+        model, cache = self.pair.models[i], self.caches[i]
+        known = cache.get_seq_length()
+        start = time.perf_counter()
+        for j in range(times):
+            at = torch.arange(known + j * n, known + (j + 1) * n)[None].expand(self.batch, -1)
+            held = {cache_name(model): cache}
+            model(self.token.expand(-1, n), position_ids=at, use_cache=True, logits_to_keep=n, **held)
+        seconds = (time.perf_counter() - start) / times
+        if known:
+            cache.crop(-times * n)
+        return seconds
 
-        @torch.no_grad()
-        def run(i: int, n: int, times: int = 1) -> float:
-            model, cache = pair.models[i], caches[i]
-            known = columns if cache.get_seq_length() else 0
-            tokens = first.expand(-1, n)
-            start = time.perf_counter()
-            for j in range(times):
-                at = torch.arange(known + j * n, known + (j + 1) * n)[None].expand(batch, -1)
-                model(
-                    input_ids=tokens,
-                    position_ids=at,
-                    use_cache=True,
-                    logits_to_keep=n,
-                    **{cache_name(model): cache},
-                )
-            seconds = (time.perf_counter() - start) / times
-            if known:
-                cache.crop(-times * n)
-            return seconds
-
-        for i in range(3):
-            run(i, columns)
-        for turn in range(repetitions + 1):
-            for n in self.points:
+    @torch.no_grad()
+    def take(self) -> None:
+        """Measures each pass once more (quick ones some times more), in the order of a round."""
+        begin = time.perf_counter()
+        for _ in range(10):
+            for n in LENGTHS:
                 for i in (1, 0, 2):
-                    seconds = run(i, n)
-                    if turn:  # the first is a warm-up
-                        seen.setdefault((NAMES[i], n), []).append(seconds)
-            seconds = run(1, 1, 4)  # a draft after a draft finds the weights in the caches, where they fit
-            if turn:
-                seen.setdefault(("drafting", 1), []).append(seconds)
-        self.seconds = {key: statistics.median(times) for key, times in seen.items()}
+                    self.seen.setdefault((NAMES[i], n), []).append(self._run(i, n))
+            # a draft after a draft finds the weights in the caches, where they fit
+            self.seen.setdefault(("drafting", 1), []).append(self._run(1, 1, 4))
+            if time.perf_counter() - begin > 0.5:
+                break
+
+    @property
+    def seconds(self) -> dict[tuple[str, int], float]:
+        return {key: statistics.median(times) for key, times in self.seen.items()}
 
     def __call__(self, name: str, n: int) -> float:
         if name == "drafting":
             return self.seconds[name, 1]
-        low = self.points[max(bisect.bisect_right(self.points, n) - 1, 0)]
-        high = self.points[min(bisect.bisect_left(self.points, n), len(self.points) - 1)]
-        a, b = self.seconds[name, low], self.seconds[name, high]
-        return a if low == high else a + (b - a) * (n - low) / (high - low)
+        at = min(max(bisect.bisect_left(LENGTHS, n), 1), len(LENGTHS) - 1)
+        (low, a), (high, b) = ((m, self.seconds[name, m]) for m in LENGTHS[at - 1 : at + 1])
+        return a + (b - a) * (n - low) / (high - low)
 
     def step(self) -> float:
         """A step of plain decoding: a pass of every model."""
@@ -339,56 +336,63 @@ def acceptance(pair: Pair, texts: torch.Tensor, turn: int, new: int) -> Acceptan
     return Acceptance(torch.stack(places, 1), torch.stack(chances, 1))
 
 
-class Predicted(NamedTuple):
-    seconds: float
-    tokens_a_round: float
-
-
-def predict_plain(forwards: Forwards, new: int) -> Predicted:
-    return Predicted(sum(forwards(name, PROMPT) for name in NAMES) + (new - 1) * forwards.step(), 1.0)
-
-
-def predict_chain(forwards: Forwards, accepted: torch.Tensor, k: int) -> Predicted:
-    """Of chains of k drafts; accepted: bool [B, T], whether a draft is accepted at each token of the texts."""
-    new = accepted.shape[1]
-    at, seconds, rounds, first = [0] * len(accepted), 0.0, 0, True
+def drafts_of_rounds(accepted: torch.Tensor, k: int) -> list[int]:
+    """Drafts of each round of chains, until all texts are done; accepted: bool [B, T], whether a draft would be
+    accepted at each of their tokens."""
+    new, at, found = accepted.shape[1], [0] * len(accepted), []
     rows = accepted.tolist()
-    while any(n < new for n in at):
-        drafts = min(k, max(new - n for n in at if n < new) - 1)  # a token more is emitted than accepted
-        fed = PROMPT if first else 1
-        seconds += forwards("tuned", fed) + drafts * forwards("drafting", 1)
-        seconds += sum(forwards(name, fed + drafts) for name in ("base", "ref"))
-        for b, n in enumerate(at):
-            if n < new:
-                most = min(drafts, new - 1 - n)
-                got = next((j for j in range(most) if not rows[b][n + j]), most)
-                at[b], rounds = n + got + 1, rounds + 1
-        first = False
-    return Predicted(seconds, len(accepted) * new / rounds)
+    while left := [b for b, n in enumerate(at) if n < new]:
+        drafts = min(k, max(new - at[b] for b in left) - 1)  # a token more is emitted than accepted
+        found.append(drafts)
+        for b in left:
+            most = min(drafts, new - 1 - at[b])
+            at[b] += 1 + next((j for j in range(most) if not rows[b][at[b] + j]), most)
+    return found
 
 
-def predict(v: Variant, forwards: Forwards, on_text: Acceptance, written: Written) -> Predicted | None:
-    """None where nothing is predicted."""
-    new = on_text.place.shape[1]
-    if v.name == "plain":
-        return predict_plain(forwards, new)
-    if v.implementation != "eft":
+def time_of_plain(forwards: Forwards, new: int) -> float:
+    return sum(forwards(name, PROMPT) for name in NAMES) + (new - 1) * sum(forwards(name, 1) for name in NAMES)
+
+
+def time_of_chain(forwards: Forwards, drafts: list[int]) -> float:
+    """Of rounds with so many drafts."""
+    seconds = 0.0
+    for i, k in enumerate(drafts):
+        fed = 1 if i else PROMPT
+        seconds += forwards("tuned", fed) + k * forwards("drafting", 1)
+        seconds += sum(forwards(name, fed + k) for name in ("base", "ref"))
+    return seconds
+
+
+def time_of_passes(forwards: Forwards, passes: list[Pass]) -> float:
+    """Of the passes that were made."""
+    seconds, before = 0.0, None
+    for p in passes:
+        again = p.model == 1 and p.tokens == 1 and before == 1
+        seconds += forwards("drafting" if again else NAMES[p.model], p.tokens)
+        before = p.model
+    return seconds
+
+
+def tokens_to_expect(v: Variant, on_text: Acceptance, draws: int = 64) -> float | None:
+    """Tokens that a row gains in a round, by what is accepted on plain texts; None where they do not say it."""
+    if v.drafts is None or v.name == "block":
         return None
-    if not v.chain:  # the passes that were made
-        firsts, seconds = set(), 0.0
-        for p in written.watch.passes:
-            follows = p.model == 1 and p.tokens == 1 and last == 1
-            seconds += forwards("drafting" if follows else NAMES[p.model], p.tokens)
-            last = p.model
-        return Predicted(seconds, written.speculation.tokens_per_round)
+    if v.options["verify"] == "coupled":
+        accepted = on_text.place < v.options.get("draft_width", 1)  # a tree of which no node is missing
+    else:
+        chance = on_text.chance.repeat(draws, 1)
+        accepted = torch.rand(chance.shape, generator=torch.Generator().manual_seed(0)) < chance
+    return accepted.numel() / sum(len(drafts_of_rounds(row, v.drafts)) for row in accepted.split(1))
+
+
+def predict(v: Variant, forwards: Forwards, on_text: Acceptance, written: Written) -> float:
+    """Seconds."""
+    if v.name == "plain":
+        return time_of_plain(forwards, on_text.place.shape[1])
     if v.name == "coupled":
-        return predict_chain(forwards, on_text.place == 0, v.drafts)
-    g = torch.Generator().manual_seed(0)
-    runs = [
-        predict_chain(forwards, torch.rand(on_text.chance.shape, generator=g) < on_text.chance, v.drafts)
-        for _ in range(64)
-    ]
-    return Predicted(*(statistics.fmean(x) for x in zip(*runs)))
+        return time_of_chain(forwards, drafts_of_rounds(on_text.place == 0, v.drafts))
+    return time_of_passes(forwards, written.watch.passes)
 
 
 # --- a pair at a batch ---------------------------------------------------------------------------------------------
@@ -418,28 +422,35 @@ def gate(pair: Pair, found: list[Variant], batch: int, exact: bool) -> dict[str,
     return states
 
 
-def take_turns(pair: Pair, found: list[Variant], batch: int, new: int, rounds: int) -> dict[str, list[Written]]:
-    """Generations of every variant by its label, one a turn, with the same prompts and seeds; the order rotates."""
+def take_turns(
+    pair: Pair, found: list[Variant], batch: int, new: int, rounds: int
+) -> tuple[dict[str, list[Written]], Forwards]:
+    """Generations of every variant by its label, one a turn, with the same prompts and seeds; the order rotates.
+    Passes alone are timed in every turn, too. transformers' own way takes one turn."""
+    forwards = Forwards(pair, batch, PROMPT + new // 2)
     written: dict[str, list[Written]] = {v.label: [] for v in found}
     for turn in range(rounds):
         at = turn % len(found)
         for v in found[at:] + found[:at]:
-            written[v.label].append(pair.write(v, batch, turn, new))
-    return written
+            if not turn or v.implementation == "eft":
+                written[v.label].append(pair.write(v, batch, turn, new))
+        forwards.take()
+    return written, forwards
 
 
-def measure_batch(pair: Pair, batch: int, drafts, dtype: str, new: int, rounds: int) -> list[dict]:
-    """Rows of op "pairs": one a variant."""
+def measure_batch(pair: Pair, batch: int, drafts, dtype: str, new: int, rounds: int, checked: dict) -> list[dict]:
+    """Rows of op "pairs": one a variant. ``checked`` remembers what the gate said of a size."""
     found = variants(drafts, batch)
-    states = gate(pair, found, batch, exact=dtype == "float32")
+    key = (pair.name.partition(",")[0], dtype, batch)
+    if key not in checked:
+        checked[key] = gate(pair, found, batch, exact=dtype == "float32")
+    states = checked[key]
     timed = [v for v in found if states[v.label]["status"] == "measured"]
-    written = take_turns(pair, timed, batch, new, rounds)
-    made = {p.tokens for each in written.values() for w in each for p in w.watch.passes if p.tokens <= 32}
-    forwards = Forwards(pair, batch, {*LENGTHS, *made}, PROMPT + new // 2)
+    written, forwards = take_turns(pair, timed, batch, new, rounds)
     plain = written["plain"]
     on_text = [acceptance(pair, w.texts, turn, new) for turn, w in enumerate(plain)]
-    place = torch.cat([a.place for a in on_text])
-    simple = predict_plain(forwards, new)
+    every = Acceptance(*(torch.cat(x) for x in zip(*on_text)))
+    place = every.place
     rows = []
     for v in found:
         row = dict.fromkeys(MEASURED)
@@ -461,9 +472,10 @@ def measure_batch(pair: Pair, batch: int, drafts, dtype: str, new: int, rounds: 
             agreement=float((place == 0).float().mean()),
             ranks=[float((place == m).float().mean()) for m in range(MAX_RUNNERS_UP + 1)],
             forward_us=forwards.table(),
+            place=found.index(v),
         )
-        row.update(dict.fromkeys(("speedup", "tokens_per_round", "predicted_speedup", "predicted_tokens_per_round")))
-        row.update(dict.fromkeys(("outside_us", "round_us")))
+        row.update(dict.fromkeys(("speedup", "tokens_per_round", "tokens_to_expect", "predicted_us", "outside_us")))
+        row.update(dict.fromkeys(("predicted_speedup", "round_us")))
         each = written.get(v.label, [])
         if each:
             seconds = [w.seconds for w in each]
@@ -472,22 +484,21 @@ def measure_batch(pair: Pair, batch: int, drafts, dtype: str, new: int, rounds: 
         if each and v.implementation == "eft":
             row["round_us"] = 1e6 * statistics.median(b - a for w in each for a, b in w.watch.spans())
             row["outside_us"] = 1e6 * statistics.median(s for w in each for s in w.watch.outside())
-            counts = [w.speculation for w in each if w.speculation]
-            if counts:
-                row["acceptance"] = sum(int(s.accepted.sum()) for s in counts) / sum(int(s.drafted.sum()) for s in counts)
+            if counts := [w.speculation for w in each if w.speculation]:
+                row["acceptance"] = sum(int(s.accepted.sum()) for s in counts) / sum(
+                    int(s.drafted.sum()) for s in counts
+                )
                 row["tokens_per_round"] = batch * new * len(each) / sum(int(s.rounds.sum()) for s in counts)
-            else:
-                row["tokens_per_round"] = 1.0
+                row["tokens_to_expect"] = tokens_to_expect(v, every)
             said = [predict(v, forwards, a, w) for a, w in zip(on_text, each)]
-            row["predicted_speedup"] = statistics.median(simple.seconds / p.seconds for p in said)
-            row["predicted_tokens_per_round"] = len(said) / sum(1 / p.tokens_a_round for p in said)
-            row["predicted_us"] = 1e6 * statistics.median(p.seconds for p in said)
+            row["predicted_us"] = 1e6 * statistics.median(said)
+            row["predicted_speedup"] = statistics.median(time_of_plain(forwards, new) / t for t in said)
         rows.append(row)
     return rows
 
 
 def pairs_of(args) -> list[tuple[str, str, object]]:
-    """(what is measured, dtype, a function that makes its pair) of everything, in an order that makes each size once."""
+    """(what is measured, dtype, a function that makes its pair) of all, in an order that makes each size once."""
     if args.models:
         return [(args.models[0], d, functools.partial(loaded, args.models, "--models", d)) for d in args.dtypes]
     todo = [] if args.ratios else [("family", d, functools.partial(family, d)) for d in args.dtypes]
@@ -506,16 +517,16 @@ def pairs_of(args) -> list[tuple[str, str, object]]:
 
 
 def measure(args, command: str, tell, keep) -> list[dict]:
-    todo, rows, run_id = pairs_of(args), [], None
+    todo, rows, run_id, checked = pairs_of(args), [], None, {}
     for i, (what, dtype, make) in enumerate(todo):
         pair = make()
-        for batch in args.batch:
+        for batch in args.batch or ([1, 8] if what.partition(", ")[2] in EIGHT else [1]):
             tell(i, len(todo), f"pairs {what} {dtype} B={batch}")
             about = machine.environment(command, "cpu") | provenance.of_a_row()
             run_id = about["run"] = run_id or about["run"]
             new = [
                 dict(about, **row, threads=args.threads)
-                for row in measure_batch(pair, batch, args.draft_tokens, dtype, args.new, args.rounds)
+                for row in measure_batch(pair, batch, args.draft_tokens, dtype, args.new, args.rounds, checked)
             ]
             keep(new)
             rows += new
@@ -531,8 +542,8 @@ def measure_contexts(args, tell) -> list[list[str]]:
     models = Models(pair_models.TINY).set(pair_models.TINY_STRENGTH)
     pair = Pair("tiny", models.all, models.size.vocab)
     lines = []
-    for batch in args.batch:
-        found = [v for v in variants((4,), batch) if v.name in ("plain", "coupled", "tree of 2", "auto")]
+    for batch in args.batch or [1, 8]:
+        found = [v for v in variants((3,), batch) if v.name in ("plain", "coupled", "tree of 2", "auto")]
         found = [v for v in found if v.implementation == "eft"]
         for v in found:
             pair.write(v, batch, 0, GATE)  # a warm-up
@@ -567,14 +578,22 @@ def parser() -> argparse.ArgumentParser:
     )
     what = p.add_mutually_exclusive_group()
     what.add_argument("--models", nargs=3, metavar=("BASE", "TUNED", "REF"), help="checkpoints: folders or hub ids")
-    what.add_argument("--ratios", type=int, nargs="+", choices=RATIOS, metavar="R", help="base : tuned, of 4, 10 and 20")
+    what.add_argument(
+        "--ratios", type=int, nargs="+", choices=RATIOS, metavar="R", help="base : tuned, of 4, 10 and 20"
+    )
     what.add_argument("--quick", action="store_true", help="one small pair, in less than a minute")
     what.add_argument("--contexts", action="store_true", help="what is outside the models, against the context")
     what.add_argument("--find", action="store_true", help="print the scales of pair_models.STRENGTHS anew")
     p.add_argument("--acceptances", type=float, nargs="+", choices=ACCEPTANCES, default=list(ACCEPTANCES), metavar="A")
     p.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
-    p.add_argument("--batch", type=positive, nargs="+", default=[1, 8], metavar="B", help="rows at once")
-    p.add_argument("--draft-tokens", type=positive, nargs="+", default=[4, 8], metavar="K", help="of coupled chains")
+    p.add_argument(
+        "--batch",
+        type=positive,
+        nargs="+",
+        metavar="B",
+        help="rows at once (default: 1, and 8 at an acceptance of 0.8)",
+    )
+    p.add_argument("--draft-tokens", type=positive, nargs="+", default=[3, 7], metavar="K", help="of coupled chains")
     p.add_argument("--new", type=positive, default=32, metavar="N", help="tokens that each row writes")
     p.add_argument("--rounds", type=positive, default=3, metavar="N", help="turns of every variant")
     p.add_argument("--threads", type=positive, default=len(machine.cores()), metavar="N", help="pinned CPU threads")
@@ -602,7 +621,7 @@ def main(argv: list[str] | None = None, tell=on_stderr) -> int:
             return 0
         if args.quick:
             args.ratios, args.acceptances, args.dtypes = [0], [0.8], ["float32"]
-            args.draft_tokens, args.new, args.rounds = [4], 16, 2
+            args.draft_tokens, args.new, args.rounds, args.batch = [3], 16, 2, [1, 2]
         if args.json:
             provenance.refuse_dirty()
             check_writable(args.json, "--json")

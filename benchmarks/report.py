@@ -208,7 +208,9 @@ def generate_table(shapes: dict[Shape, Group]) -> list[str]:
 
 
 def pairs_rows(shapes: dict[Shape, Group]) -> list[dict]:
-    return [row for s, g in shapes.items() if s.op == "pairs" for name in g if (row := timed(g, name))]
+    """As they were measured."""
+    rows = [row for s, g in shapes.items() if s.op == "pairs" for name in g if (row := timed(g, name))]
+    return sorted(rows, key=lambda r: (r["date"], r["batch"], r["place"]))
 
 
 def pairs_goals(shapes: dict[Shape, Group]) -> list[list[str]]:
@@ -260,7 +262,7 @@ def pairs_table(shapes: dict[Shape, Group]) -> list[str]:
 
     lines = []
     for r in pairs_rows(shapes):
-        ours = r["implementation"] == "eft"
+        ours, tokens = r["implementation"] == "eft", 1e3 * r["new_tokens"] * r["batch"]
         lines.append(
             [
                 r["logits"],
@@ -271,8 +273,9 @@ def pairs_table(shapes: dict[Shape, Group]) -> list[str]:
                 r["variant"] if ours else name_of(r["implementation"]),
                 str(r["draft_tokens"] or "-"),
                 cell(r["tokens_per_round"], "{:.2f}".format),
-                cell(r["predicted_tokens_per_round"], "{:.2f}".format),
-                f"{r['median_us'] / r['new_tokens'] / r['batch'] / 1e3:.2f}",
+                cell(r["tokens_to_expect"], "{:.2f}".format),
+                f"{r['median_us'] / tokens:.2f}",
+                cell(r["predicted_us"], lambda t, tokens=tokens: f"{t / tokens:.2f}"),
                 times(r["speedup"]),
                 cell(r["predicted_speedup"], times),
                 cell(r["predicted_speedup"] and r["predicted_speedup"] / r["speedup"], "{:.2f}".format),
@@ -289,15 +292,16 @@ def pairs_table(shapes: dict[Shape, Group]) -> list[str]:
         "variant",
         "K",
         "tokens a round",
-        "predicted",
+        "expected",
         "ms a token",
+        "predicted",
         "over plain",
         "predicted",
         "predicted / measured",
         "outside, a round",
         "share",
     ]
-    return table(header, lines)
+    return table(header, lines, left=2)
 
 
 def pass_table(shapes: dict[Shape, Group]) -> list[str]:
@@ -308,9 +312,7 @@ def pass_table(shapes: dict[Shape, Group]) -> list[str]:
             for name, found in r["forward_us"].items():
                 found = {str(n): t for n, t in found.items()}
                 if set(lengths) <= set(found):
-                    lines.append(
-                        [r["logits"], r["dtype"], str(r["batch"]), name, *(us(found[n]) for n in lengths)]
-                    )
+                    lines.append([r["logits"], r["dtype"], str(r["batch"]), name, *(us(found[n]) for n in lengths)])
     return table(["pair", "dtype", "B", "model", *(f"n = {n}" for n in lengths)], lines, left=1)
 
 
