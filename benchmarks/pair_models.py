@@ -1,8 +1,8 @@
 """Pairs of models that behave like real ones, made from a seed: for benchmarks/pairs.py.
 
 ref is a small random Llama, tuned is ref and a small perturbation. base is ref made larger: its embedding, its layer
-and its head, then further layers. Where the residual branches of those are zero base is ref, and every draft is accepted;
-one scalar on them (`STRENGTHS`) says how much base knows beyond ref, so how often the two agree.
+and its head, then further layers. Where the residual branches of those are zero base is ref, and every draft is
+accepted; one scalar on them (`STRENGTHS`) says how much base knows beyond ref, so how often the two agree.
 
 As in a language model some tokens are followed by few others and some by many: a token's embedding has a share that the
 head reads, and the scores spread as far as that share is large.

@@ -4,11 +4,11 @@
 process, in turns, with the same prompts and seeds, they write texts of random prompts by every way of `VARIANTS`.
 
 Predicted is what follows from two measurements alone: which drafts would be accepted on the texts of plain decoding,
-and how long a pass of each model over n tokens takes by itself. A round of a chain costs K + 1 passes of tuned and one of
-base and ref over K + 1 tokens; with several rows there are rounds until the last row is done. Only coupled chains have
-the very texts of plain decoding. For the others the predicted time is that of the passes that were made, and the
-predicted tokens a round are those to expect. Outside is what of a round is no model's forward: sampling, verifying,
-caches, masks, Python.
+and how long a pass of each model over n tokens takes by itself. A round of a chain costs K + 1 passes of tuned and
+one of base and ref over K + 1 tokens; with several rows there are rounds until the last row is done. Only coupled
+chains have the very texts of plain decoding. For the others the predicted time is that of the passes that were made,
+and the predicted tokens a round are those to expect. Outside is what of a round is no model's forward: sampling,
+verifying, caches, masks, Python.
 
 --contexts measures what is outside the models against the length of the text, with models of almost no weights.
 """
@@ -304,11 +304,11 @@ class Forwards:
         """A step of plain decoding: a pass of every model."""
         return sum(self(name, 1) for name in NAMES)
 
-    def table(self) -> dict[str, dict[int, float]]:
+    def table(self) -> dict[str, dict[str, float]]:
         """Microseconds, for the row."""
-        found: dict[str, dict[int, float]] = {}
+        found: dict[str, dict[str, float]] = {}
         for (name, n), seconds in self.seconds.items():
-            found.setdefault(name, {})[n] = round(seconds * 1e6, 1)
+            found.setdefault(name, {})[str(n)] = round(seconds * 1e6, 1)
         return found
 
 
@@ -542,19 +542,19 @@ def measure_contexts(args, tell) -> list[list[str]]:
     models = Models(pair_models.TINY).set(pair_models.TINY_STRENGTH)
     pair = Pair("tiny", models.all, models.size.vocab)
     lines = []
-    for batch in args.batch or [1, 8]:
-        found = [v for v in variants((3,), batch) if v.name in ("plain", "coupled", "tree of 2", "auto")]
-        found = [v for v in found if v.implementation == "eft"]
-        for v in found:
+    todo = [(batch, columns) for batch in args.batch or [1, 8] for columns in args.context]
+    for i, (batch, columns) in enumerate(todo):
+        tell(i, len(todo), f"pairs context {columns} B={batch}")
+        for v in variants((3,), batch):
+            if v.implementation != "eft" or v.name in ("token", "block"):
+                continue
             pair.write(v, batch, 0, GATE)  # a warm-up
-        for columns in args.context:
-            for v in found:
-                tell(0, 1, f"context {columns}, B={batch}, {v.label}")
-                w = pair.write(v, batch, 1, args.new, columns=columns, caches=True).watch
-                outside, caches = (1e3 * statistics.median(x) for x in (w.outside(), w.updating()))
-                whole = 1e3 * statistics.median(b - a for a, b in w.spans())
-                cells = [f"{x:.2f}" for x in (outside, caches, whole - outside - caches)]
-                lines.append([str(columns), str(batch), v.label, str(w.rounds), *cells])
+            w = pair.write(v, batch, 1, args.new, columns=columns, caches=True).watch
+            outside, caches = (1e3 * statistics.median(x) for x in (w.outside(), w.updating()))
+            whole = 1e3 * statistics.median(b - a for a, b in w.spans())
+            cells = [f"{x:.2f}" for x in (outside, caches, whole - outside - caches)]
+            lines.append([str(columns), str(batch), v.label, str(w.rounds), *cells])
+    tell(len(todo), len(todo), "done")
     return lines
 
 
@@ -634,6 +634,7 @@ def main(argv: list[str] | None = None, tell=on_stderr) -> int:
         )
     shapes = newest(rows)
     print("\n".join(report.pairs_section(shapes)))
+    print("\n".join(report.table(["goal", "wanted", "measured", "verdict"], report.pairs_goals(shapes), left=1)))
     if not args.json:
         print("not saved (--json FILE saves the rows)")
     return 0

@@ -250,7 +250,7 @@ def pairs_goals(shapes: dict[Shape, Group]) -> list[list[str]]:
             percent,
         )
     )
-    slow = [r for r in rows if r["forward_us"]["base"][min(r["forward_us"]["base"], key=int)] >= 50e3]
+    slow = [r for r in rows if r["forward_us"]["base"]["1"] >= 50e3]
     share = "pairs: time outside the models of a round, where a pass of base takes 50 ms and more"
     lines.append(line(share, "<= 10%", lambda r: r["outside_us"] / r["round_us"], slow, 0.1, True, percent))
     return lines
@@ -305,25 +305,21 @@ def pairs_table(shapes: dict[Shape, Group]) -> list[str]:
 
 
 def pass_table(shapes: dict[Shape, Group]) -> list[str]:
-    """Times of a pass of each model, by the tokens that it reads."""
-    lines, lengths = [], ("1", "2", "4", "8", "16")
+    """Times of a pass of each model, by the tokens that it reads. They do not depend on the pair's acceptance."""
+    found: dict[tuple, dict] = {}
     for r in pairs_rows(shapes):
-        if r["variant"] == "plain":
-            for name, found in r["forward_us"].items():
-                found = {str(n): t for n, t in found.items()}
-                if set(lengths) <= set(found):
-                    lines.append([r["logits"], r["dtype"], str(r["batch"]), name, *(us(found[n]) for n in lengths)])
-    return table(["pair", "dtype", "B", "model", *(f"n = {n}" for n in lengths)], lines, left=1)
+        found.setdefault((r["logits"].partition(",")[0], r["dtype"], r["batch"]), r["forward_us"])
+    lengths = list(next(iter(found.values()))["base"])
+    lines = [
+        [*map(str, pair), name, *(us(times[n]) if n in times else "-" for n in lengths)]
+        for pair, models in found.items()
+        for name, times in models.items()
+    ]
+    return table(["pair", "dtype", "B", "model", *(f"n = {n}" for n in lengths)], lines, left=2)
 
 
 def pairs_section(shapes: dict[Shape, Group]) -> list[str]:
-    return [
-        *pairs_table(shapes),
-        "A pass over n tokens, alone:",
-        "",
-        *pass_table(shapes),
-        *table(["goal", "wanted", "measured", "verdict"], pairs_goals(shapes), left=1),
-    ]
+    return [*pairs_table(shapes), "A pass over n tokens of each row, alone:", "", *pass_table(shapes)]
 
 
 def environments(rows: list[dict]) -> list[str]:
@@ -350,6 +346,9 @@ def environments(rows: list[dict]) -> list[str]:
     return [*lines, ""]
 
 
+WHOLE = {"generate": generate_table, "pairs": pairs_section}  # operations with one section for all variants
+
+
 def markdown(rows: list[dict], figures: list[tuple[str, str]]) -> str:
     """The page of one device; ``figures``: (file, what it shows)."""
     shapes = newest(rows)
@@ -373,7 +372,7 @@ def markdown(rows: list[dict], figures: list[tuple[str, str]]) -> str:
     ]
     for file, text in figures:
         out += [f"![{text}]({file})", ""]
-    for op, variant in dict.fromkeys((s.op, s.variant if s.op != "generate" else "") for s in shapes):
+    for op, variant in dict.fromkeys((s.op, "" if s.op in WHOLE else s.variant) for s in shapes):
         part = {
             s: g
             for s, g in shapes.items()
@@ -383,7 +382,7 @@ def markdown(rows: list[dict], figures: list[tuple[str, str]]) -> str:
             out += [
                 f"## {op}{variant and ', '}{variant}",
                 "",
-                *(generate_table(part) if op == "generate" else op_table(part)),
+                *WHOLE.get(op, op_table)(part),
             ]
     if lines := untimed(shapes):
         out += ["## Not timed", "", *(f"- {line}" for line in lines), ""]
