@@ -5,10 +5,10 @@ process, in turns, with the same prompts and seeds, they write texts of random p
 
 Predicted is what follows from two measurements alone: which drafts would be accepted on the texts of plain decoding,
 and how long a pass of each model over n tokens takes by itself. A round of a chain costs K + 1 passes of tuned and
-one of base and ref over K + 1 tokens; with several rows there are rounds until the last row is done. Only coupled
-chains have the very texts of plain decoding. For the others the predicted time is that of the passes that were made,
-and the predicted tokens a round are those to expect. Outside is what of a round is no model's forward: sampling,
-verifying, caches, masks, Python.
+one of base and ref over K + 1 tokens; with several rows there are rounds until the last row is done. A variant that
+writes other texts than plain decoding has other luck: its predicted time is that of the passes that it made, and
+"expected" says how many tokens a round it gains on average. Outside is what of a round is no model's forward:
+sampling, verifying, caches, masks, Python.
 
 --contexts measures what is outside the models against the length of the text, with models of almost no weights.
 """
@@ -386,11 +386,11 @@ def tokens_to_expect(v: Variant, on_text: Acceptance, draws: int = 64) -> float 
     return accepted.numel() / sum(len(drafts_of_rounds(row, v.drafts)) for row in accepted.split(1))
 
 
-def predict(v: Variant, forwards: Forwards, on_text: Acceptance, written: Written) -> float:
+def predict(v: Variant, forwards: Forwards, on_text: Acceptance, written: Written, plain: Written) -> float:
     """Seconds."""
     if v.name == "plain":
         return time_of_plain(forwards, on_text.place.shape[1])
-    if v.name == "coupled":
+    if v.name == "coupled" and torch.equal(written.texts, plain.texts):
         return time_of_chain(forwards, drafts_of_rounds(on_text.place == 0, v.drafts))
     return time_of_passes(forwards, written.watch.passes)
 
@@ -490,7 +490,7 @@ def measure_batch(pair: Pair, batch: int, drafts, dtype: str, new: int, rounds: 
                 )
                 row["tokens_per_round"] = batch * new * len(each) / sum(int(s.rounds.sum()) for s in counts)
                 row["tokens_to_expect"] = tokens_to_expect(v, every)
-            said = [predict(v, forwards, a, w) for a, w in zip(on_text, each)]
+            said = [predict(v, forwards, *known) for known in zip(on_text, each, plain)]
             row["predicted_us"] = 1e6 * statistics.median(said)
             row["predicted_speedup"] = statistics.median(time_of_plain(forwards, new) / t for t in said)
         rows.append(row)
