@@ -87,7 +87,7 @@ class Models:
     def __init__(self, size: Size, dtype: torch.dtype = torch.float32, seed: int = 0):
         transformers = quiet_transformers()
 
-        self.size, self.dtype = size, dtype
+        self.size = size
 
         def llama(layers: int):
             config = transformers.LlamaConfig(
@@ -138,7 +138,6 @@ class Models:
         for model in self.all:
             model.to(dtype)
         self.own = [(weight, whole.to(dtype)) for weight, whole in self.own]
-        self.dtype = dtype
         return self
 
     @property
@@ -150,46 +149,38 @@ def prompts(rows: int, columns: int, vocab: int, seed: int) -> torch.Tensor:
     return torch.randint(vocab, (rows, columns), generator=torch.Generator().manual_seed(seed))
 
 
-class Agreement:
-    """How often a coupled draft is the target's token, over texts of tuned, which do not depend on base's scale."""
-
-    @torch.no_grad()
-    def __init__(self, models: Models, rows: int = 8, tokens: int = 64, draws: int = 8):
-        self.models, self.tokens, self.draws = models, tokens, draws
-        ids = prompts(rows, 8, models.size.vocab, 1)
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            self.ids = models.tuned.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=True,
-                top_k=0,
-                max_new_tokens=tokens,
-                pad_token_id=0,
-            )
-        self.small = [self.logits(m) for m in (models.tuned, models.ref)]
-
-    def logits(self, model) -> torch.Tensor:
-        """[rows * tokens, V]"""
-        return model(self.ids[:, :-1], logits_to_keep=self.tokens).logits.flatten(0, 1)
-
-    @torch.no_grad()
-    def __call__(self, scale: float) -> float:
-        self.models.set(scale)
-        logits, same = [self.logits(self.models.base), *self.small], 0.0
-        for turn in range(self.draws):
-            noise = dict(seed=eft.row_seeds(turn, len(logits[0])), position=0)
-            target = eft.sample(logits, eft.upscale(), logprobs=False, **noise).tokens
-            draft = eft.draft(logits[1], slot=0, method="coupled", **noise).tokens
-            same += float((target == draft).float().mean()) / self.draws
-        return same
+@torch.no_grad()
+def agreement(models: Models, scale: float, rows: int = 16, tokens: int = 64, draws: int = 8) -> float:
+    """How often a coupled draft is the target's token, over texts of plain decoding."""
+    base, tuned, ref = models.set(scale).all
+    ids = prompts(rows, 8, models.size.vocab, 1)
+    ids = base.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        custom_generate=eft.hf.generate,
+        tuned=tuned,
+        ref=ref,
+        do_sample=True,
+        top_k=0,
+        seed=1,
+        max_new_tokens=tokens,
+        pad_token_id=0,
+    )
+    logits = [model(ids[:, :-1], logits_to_keep=tokens).logits.flatten(0, 1) for model in models.all]
+    same = 0.0
+    for turn in range(draws):
+        noise = dict(seed=eft.row_seeds(turn, rows * tokens), position=tokens)  # not the noise of the texts
+        target = eft.sample(logits, eft.upscale(), logprobs=False, **noise).tokens
+        draft = eft.draft(logits[1], slot=0, method="coupled", **noise).tokens
+        same += float((target == draft).float().mean()) / draws
+    return same
 
 
-def strength(agreement, wanted: float, near: float = 0.004) -> float:
-    """The scale at which ``agreement(scale)`` is ``wanted``, to within ``near``."""
+def strength(models: Models, wanted: float, near: float = 0.005) -> float:
+    """The scale at which `agreement` is ``wanted``, to within ``near``."""
     low, high, scale = 0.0, math.inf, 0.5
     for _ in range(12):
-        got = agreement(scale)
+        got = agreement(models, scale)
         if abs(got - wanted) <= near:
             break
         low, high = (scale, high) if got > wanted else (low, scale)
@@ -202,7 +193,7 @@ def find(tell=print) -> dict[int, dict[float, float]]:
     """The table `STRENGTHS`, in minutes."""
     found = {}
     for ratio, size in SIZES.items():
-        agreement = Agreement(Models(size))
-        found[ratio] = {a: strength(agreement, a) for a in ACCEPTANCES}
+        models = Models(size)
+        found[ratio] = {a: strength(models, a) for a in ACCEPTANCES}
         tell(f"    {ratio}: {found[ratio]},")
     return found

@@ -40,10 +40,9 @@ def test_base_is_ref_and_what_one_number_adds(models):
 
 
 def test_drafts_are_accepted_as_often_as_the_table_says(models):
-    agreement = pair_models.Agreement(models)
     for wanted, scale in pair_models.STRENGTHS[0].items():
-        assert agreement(scale) == pytest.approx(wanted, abs=0.01)
-    assert pair_models.strength(agreement, 0.8) == pytest.approx(pair_models.STRENGTHS[0][0.8], rel=0.05)
+        assert pair_models.agreement(models, scale) == pytest.approx(wanted, abs=0.01)
+    assert pair_models.strength(models, 0.8) == pytest.approx(pair_models.STRENGTHS[0][0.8], rel=0.05)
     assert set(pair_models.STRENGTHS) == set(pair_models.SIZES)
     for ratio, size in pair_models.SIZES.items():
         assert set(pair_models.STRENGTHS[ratio]) == set(pair_models.ACCEPTANCES)
