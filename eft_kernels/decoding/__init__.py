@@ -4,7 +4,8 @@
 `Model` is what a model has to offer, `Target` what is sampled, `Prompt` where it starts and ends.
 """
 
-from .columns import Columns, Model, OwnPrompt, take_columns
+from .columns import Columns, Model, NodeModel, OwnPrompt, take_columns
+from .drafts import Auto, Drafts
 from .loops import (
     Decoded,
     NewTokens,
@@ -18,18 +19,23 @@ from .loops import (
 )
 from .target import Target, Value
 from .text import Prompt, Text
+from .trees import Tree
 
 __all__ = [
+    "Auto",
     "Columns",
     "Decoded",
+    "Drafts",
     "Model",
     "NewTokens",
+    "NodeModel",
     "OnTokens",
     "OwnPrompt",
     "Prompt",
     "Speculation",
     "Target",
     "Text",
+    "Tree",
     "Value",
     "finished",
     "plain",
