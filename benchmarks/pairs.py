@@ -3,12 +3,12 @@
 `python -m benchmarks pairs` makes the pairs (pair_models.py), or measures checkpoints (--models BASE TUNED REF). In one
 process, in turns, with the same prompts and seeds, they write texts of random prompts by every way of `VARIANTS`.
 
-Predicted is what follows from two measurements alone: which drafts would be accepted on the texts of plain decoding,
-and how long a pass of each model over n tokens takes by itself. A round of a chain costs K + 1 passes of tuned and
-one of base and ref over K + 1 tokens; with several rows there are rounds until the last row is done. A variant that
-writes other texts than plain decoding has other luck: its predicted time is that of the passes that it made, and
-"expected" says how many tokens a round it gains on average. Outside is what of a round is no model's forward:
-sampling, verifying, caches, masks, Python.
+Predicted is what follows from two measurements alone: where in the draw of the drafting model each token of the texts
+of plain decoding is, and how long a pass of each model over n tokens takes by itself. The first says how many rounds
+a tree of drafts needs for a text (with several rows until the last one is done), the second how long each takes. A
+variant that writes other texts than plain decoding, or chooses its drafts as it goes, is predicted from the passes
+that it made; "expected" says how many tokens a round it gains on average. Outside is what of a round is no model's
+forward: sampling, verifying, caches, masks, Python.
 
 --contexts measures what is outside the models against the length of the text, with models of almost no weights.
 """
@@ -19,7 +19,6 @@ import argparse
 import bisect
 import contextlib
 import functools
-import inspect
 import statistics
 import sys
 import time
@@ -35,6 +34,8 @@ from eft_kernels.bench.run import MEASURED, WrongTokens, error_line, on_stderr, 
 from eft_kernels.cli import demo
 from eft_kernels.cli import models as checkpoints
 from eft_kernels.cli.files import check_writable
+from eft_kernels.decoding.trees import Tree, best, chain, size
+from eft_kernels.integrations.hf.models import _remembered, cache_name
 from eft_kernels.parameters import MAX_RUNNERS_UP
 
 from . import generate, pair_models, provenance, report
@@ -54,8 +55,10 @@ VARIANTS = (
     ("coupled", dict(verify="coupled", draft_tokens=K)),
     ("token", dict(verify="token", draft_tokens=3)),
     ("block", dict(verify="block", draft_tokens=3)),
-    ("tree of 2", dict(verify="coupled", draft_tokens=3, draft_width=2, draft_budget=14)),
-    ("auto", dict(verify="coupled", draft_tokens="auto", draft_width=2)),
+    ("tree of 7", dict(verify="coupled", draft_tokens=4, draft_width=3, draft_budget=7)),
+    ("tree of 15", dict(verify="coupled", draft_tokens=6, draft_width=4, draft_budget=15)),
+    ("auto", dict(verify="coupled", draft_tokens="auto")),
+    ("auto, block", dict(verify="block", draft_tokens="auto")),
 )
 ASSISTED = 3  # drafts of transformers' assisted generation
 
@@ -76,21 +79,11 @@ class Variant(NamedTuple):
         return self.name + (f", K = {self.drafts}" if self.drafts else "")
 
 
-def takes(options: dict) -> bool:
-    """Whether `eft.hf.generate` has these options."""
-    known = inspect.signature(eft.hf.generate).parameters
-    return set(options) <= set(known) and (
-        options.get("draft_tokens") != "auto" or "str" in str(known["draft_tokens"].annotation)
-    )
-
-
 def variants(drafts, batch: int) -> list[Variant]:
     found = []
     for name, options in VARIANTS:
         for k in drafts if K in options.values() else (None,):
-            given = {n: k if x is K else x for n, x in options.items()}
-            if takes(given):
-                found.append(Variant(name, given))
+            found.append(Variant(name, {n: k if x is K else x for n, x in options.items()}))
     if batch == 1:  # transformers assists one row alone
         found.append(Variant("assisted", dict(draft_tokens=ASSISTED), "assisted"))
     return found
@@ -224,6 +217,7 @@ class Pair:
 
 def made(ratio: int, models: Models, acceptance: float) -> Pair:
     models.set(STRENGTHS[ratio][acceptance])
+    _remembered.pop(models.base, None)  # what "auto" knows of these weights as they were
     return Pair(f"{models.size.ratio:.0f}:1, {acceptance:g}", models.all, models.size.vocab)
 
 
@@ -262,8 +256,6 @@ class Forwards:
         self.seen.clear()  # that was a warm-up
 
     def _run(self, i: int, n: int, times: int = 1) -> float:
-        from eft_kernels.integrations.hf.models import cache_name
-
         model, cache = self.pair.models[i], self.caches[i]
         known = cache.get_seq_length()
         start = time.perf_counter()
@@ -336,63 +328,72 @@ def acceptance(pair: Pair, texts: torch.Tensor, turn: int, new: int) -> Acceptan
     return Acceptance(torch.stack(places, 1), torch.stack(chances, 1))
 
 
-def drafts_of_rounds(accepted: torch.Tensor, k: int) -> list[int]:
-    """Drafts of each round of chains, until all texts are done; accepted: bool [B, T], whether a draft would be
-    accepted at each of their tokens."""
-    new, at, found = accepted.shape[1], [0] * len(accepted), []
-    rows = accepted.tolist()
+def rounds_of(place: torch.Tensor, tree: Tree) -> list[Tree]:
+    """The trees of the rounds until all texts are written; place: int64 [B, T], of each of their tokens in the draw of
+    the drafting model. A round that all rows are near the end in has a smaller tree."""
+    new, at, found = place.shape[1], [1] * len(place), [chain(0)]  # the pass over the prompt writes a token
+    rows, children = place.tolist(), {}
+    for slot, (parent, rank) in enumerate(zip(tree.parents, tree.ranks[1:]), 1):
+        children[parent, rank] = slot
     while left := [b for b, n in enumerate(at) if n < new]:
-        drafts = min(k, max(new - at[b] for b in left) - 1)  # a token more is emitted than accepted
-        found.append(drafts)
+        found.append(tree.cut(max(new - 1 - at[b] for b in left)))
         for b in left:
-            most = min(drafts, new - 1 - at[b])
-            at[b] += 1 + next((j for j in range(most) if not rows[b][at[b] + j]), most)
+            slot = 0
+            while at[b] < new - 1 and (slot := children.get((slot, rows[b][at[b]]))) is not None:
+                at[b] += 1
+            at[b] += 1  # a token more is written than drafts are accepted
     return found
 
 
-def time_of_plain(forwards: Forwards, new: int) -> float:
-    return sum(forwards(name, PROMPT) for name in NAMES) + (new - 1) * sum(forwards(name, 1) for name in NAMES)
+def passes_of(rounds: list[Tree], prompt: int = PROMPT) -> list[tuple[int, int]]:
+    """(model, tokens a row) of every pass of these rounds, the first over the prompt."""
+    found = []
+    for i, tree in enumerate(rounds):
+        found += [(1, len(level)) for level in tree.levels] if i else [(1, prompt)]
+        found += [(model, len(tree) + 1 if i else prompt) for model in (0, 2)]
+    return found
 
 
-def time_of_chain(forwards: Forwards, drafts: list[int]) -> float:
-    """Of rounds with so many drafts."""
-    seconds = 0.0
-    for i, k in enumerate(drafts):
-        fed = 1 if i else PROMPT
-        seconds += forwards("tuned", fed) + k * forwards("drafting", 1)
-        seconds += sum(forwards(name, fed + k) for name in ("base", "ref"))
-    return seconds
-
-
-def time_of_passes(forwards: Forwards, passes: list[Pass]) -> float:
-    """Of the passes that were made."""
+def time_of(forwards: Forwards, passes) -> float:
     seconds, before = 0.0, None
-    for p in passes:
-        again = p.model == 1 and p.tokens == 1 and before == 1
-        seconds += forwards("drafting" if again else NAMES[p.model], p.tokens)
-        before = p.model
+    for model, tokens in passes:
+        again = model == 1 and tokens == 1 and before == 1
+        seconds += forwards("drafting" if again else NAMES[model], tokens)
+        before = model
     return seconds
 
 
-def tokens_to_expect(v: Variant, on_text: Acceptance, draws: int = 64) -> float | None:
-    """Tokens that a row gains in a round, by what is accepted on plain texts; None where they do not say it."""
+def tree_of(v: Variant, on_text: Acceptance) -> Tree:
+    """The drafts of a round, where most are accepted by what was measured."""
+    width, budget = v.options.get("draft_width", 1), v.options.get("draft_budget")
+    if width == 1:
+        return chain(v.drafts)
+    shares = [float((on_text.place == rank).float().mean()) for rank in range(width)]
+    shares = [min(shares[: i + 1]) for i in range(width)]
+    return best(v.drafts, width, budget or size(v.drafts, width), [shares] * v.drafts)
+
+
+def expected(v: Variant, on_text: Acceptance, draws: int = 64) -> float | None:
+    """Tokens that a row gains in a round after the first, which is the pass over the prompt, by what is accepted on
+    plain texts; None where they do not say it."""
     if v.drafts is None or v.name == "block":
         return None
-    if v.options["verify"] == "coupled":
-        accepted = on_text.place < v.options.get("draft_width", 1)  # a tree of which no node is missing
-    else:
+    place, tree = on_text.place, tree_of(v, on_text)
+    if v.options["verify"] == "token":
         chance = on_text.chance.repeat(draws, 1)
-        accepted = torch.rand(chance.shape, generator=torch.Generator().manual_seed(0)) < chance
-    return accepted.numel() / sum(len(drafts_of_rounds(row, v.drafts)) for row in accepted.split(1))
+        place = (torch.rand(chance.shape, generator=torch.Generator().manual_seed(0)) >= chance).long()
+    rounds = sum(len(rounds_of(row, tree)) - 1 for row in place.split(1))
+    return len(place) * (place.shape[1] - 1) / rounds
 
 
-def predict(v: Variant, forwards: Forwards, on_text: Acceptance, written: Written, plain: Written) -> float:
-    """Seconds."""
-    if v.name == "plain":
-        return time_of_plain(forwards, on_text.place.shape[1])
-    if v.name == "coupled" and torch.equal(written.texts, plain.texts):
-        return time_of_chain(forwards, drafts_of_rounds(on_text.place == 0, v.drafts))
-    return time_of_passes(forwards, written.watch.passes)
+def predict(
+    v: Variant, forwards: Forwards, on_text: Acceptance, every: Acceptance, w: Written, plain: Written
+) -> float:
+    """Seconds of a generation."""
+    fixed = v.options.get("verify") == "coupled" and v.drafts is not None
+    if fixed and torch.equal(w.texts, plain.texts):
+        return time_of(forwards, passes_of(rounds_of(on_text.place, tree_of(v, every))))
+    return time_of(forwards, [p[:2] for p in w.watch.passes])
 
 
 # --- a pair at a batch ---------------------------------------------------------------------------------------------
@@ -426,9 +427,13 @@ def take_turns(
     pair: Pair, found: list[Variant], batch: int, new: int, rounds: int
 ) -> tuple[dict[str, list[Written]], Forwards]:
     """Generations of every variant by its label, one a turn, with the same prompts and seeds; the order rotates.
-    Passes alone are timed in every turn, too. transformers' own way takes one turn."""
+    Passes alone are timed in every turn, too. transformers' own way takes one turn. What chooses its drafts by what it
+    has seen has written a text of the same length before."""
     forwards = Forwards(pair, batch, PROMPT + new // 2)
     written: dict[str, list[Written]] = {v.label: [] for v in found}
+    for v in found:
+        if v.options.get("draft_tokens") == "auto":
+            pair.write(v, batch, rounds, new)
     for turn in range(rounds):
         at = turn % len(found)
         for v in found[at:] + found[:at]:
@@ -488,11 +493,12 @@ def measure_batch(pair: Pair, batch: int, drafts, dtype: str, new: int, rounds: 
                 row["acceptance"] = sum(int(s.accepted.sum()) for s in counts) / sum(
                     int(s.drafted.sum()) for s in counts
                 )
-                row["tokens_per_round"] = batch * new * len(each) / sum(int(s.rounds.sum()) for s in counts)
-                row["tokens_to_expect"] = tokens_to_expect(v, every)
-            said = [predict(v, forwards, *known) for known in zip(on_text, each, plain)]
+                row["tokens_per_round"] = batch * (new - 1) * len(each) / sum(int((s.rounds - 1).sum()) for s in counts)
+                row["tokens_to_expect"] = expected(v, every)
+            said = [predict(v, forwards, a, every, w, p) for a, w, p in zip(on_text, each, plain)]
             row["predicted_us"] = 1e6 * statistics.median(said)
-            row["predicted_speedup"] = statistics.median(time_of_plain(forwards, new) / t for t in said)
+            simple = time_of(forwards, passes_of([chain(0)] * new))
+            row["predicted_speedup"] = statistics.median(simple / t for t in said)
         rows.append(row)
     return rows
 
@@ -546,7 +552,7 @@ def measure_contexts(args, tell) -> list[list[str]]:
     for i, (batch, columns) in enumerate(todo):
         tell(i, len(todo), f"pairs context {columns} B={batch}")
         for v in variants((3,), batch):
-            if v.implementation != "eft" or v.name in ("token", "block"):
+            if v.implementation != "eft" or v.options.get("verify") in ("token", "block"):
                 continue
             pair.write(v, batch, 0, GATE)  # a warm-up
             w = pair.write(v, batch, 1, args.new, columns=columns, caches=True).watch

@@ -9,9 +9,10 @@ pytest.importorskip("transformers", minversion="5.0")
 
 from benchmarks import __main__ as command  # noqa: E402
 from benchmarks import pair_models, pairs, report  # noqa: E402
-from benchmarks.pairs import Acceptance, Pass, Variant  # noqa: E402
+from benchmarks.pairs import Acceptance, Variant  # noqa: E402
 from eft_kernels.bench import rows as bench_rows  # noqa: E402
 from eft_kernels.bench.run import WrongTokens  # noqa: E402
+from eft_kernels.decoding.trees import Tree, chain  # noqa: E402
 
 PLAIN, COUPLED = Variant("plain", {}), Variant("coupled", dict(verify="coupled", draft_tokens=3))
 
@@ -113,7 +114,7 @@ def test_passes_and_what_is_outside_of_them(pair):
     assert 0 < updates < inside and len(w.watch.updates) == 6 * layers
     assert 0 < sum(w.watch.updating()) < updates  # without the first pass
     w = pair.write(COUPLED, 2, 0, 6, caches=True)
-    assert [p.model for p in w.watch.passes[:6]] == [1, 1, 1, 1, 0, 2] and w.watch.passes[4].tokens == pairs.PROMPT + 3
+    assert [p[:2] for p in w.watch.passes[3:9]] == [(1, 1)] * 4 + [(0, 4), (2, 4)]
     seen = len(w.watch.updates)
     pair.write(PLAIN, 1, 0, 2)
     assert len(w.watch.updates) == seen, "nobody watches any more"
@@ -136,19 +137,20 @@ def test_nothing_is_timed_when_ours_is_wrong(wrong, pair, monkeypatch):
 
 
 def test_rounds_by_hand():
-    yes, no = True, False
-    accepted = torch.tensor([[yes, yes, no, yes, yes, yes, yes, yes], [no, no, no, no, no, no, no, no]])
-    # 3 tokens, then 3 accepted and one more, then the last, which needs no draft
-    assert pairs.drafts_of_rounds(accepted[:1], 3) == [3, 3, 0]
-    assert pairs.drafts_of_rounds(accepted[1:], 3) == [3, 3, 3, 3, 3, 2, 1, 0]
-    assert pairs.drafts_of_rounds(accepted, 3) == [3, 3, 3, 3, 3, 2, 1, 0]  # the slow row counts
-    place, chance = torch.where(accepted[:1], 0, 1), accepted[:1].float()
+    # the prompt's pass writes the first token
+    place = torch.tensor([[9, 0, 0, 1, 0, 0, 0, 0, 0], [9, 2, 2, 2, 2, 2, 2, 2, 2]])
+    # two drafts and a token, three and one more, then the last, which needs no draft
+    assert pairs.rounds_of(place[:1], chain(3)) == [chain(k) for k in (0, 3, 3, 0)]
+    slow = [chain(k) for k in (0, 3, 3, 3, 3, 3, 2, 1, 0)]
+    assert pairs.rounds_of(place[1:], chain(3)) == pairs.rounds_of(place, chain(3)) == slow  # the slow row counts
+    wide = Tree((0, 0, 1, 1, 3, 3))  # two children on the likeliest way, three levels
+    assert [len(t) for t in pairs.rounds_of(place[:1], wide)] == [0, 6, 6]  # the runner-up was among the drafts
+    on_text = Acceptance(place[:1], (place[:1] == 0).float())
     token = Variant("token", dict(verify="token", draft_tokens=3))
-    for v in (COUPLED, token):
-        assert pairs.tokens_to_expect(v, Acceptance(place, chance)) == pytest.approx(8 / 3)
-    assert pairs.tokens_to_expect(PLAIN, Acceptance(place, chance)) is None
     tree = Variant("tree", dict(verify="coupled", draft_tokens=3, draft_width=2))
-    assert pairs.tokens_to_expect(tree, Acceptance(place, chance)) == pytest.approx(8 / 2)
+    assert pairs.expected(COUPLED, on_text) == pytest.approx(8 / 3) == pairs.expected(token, on_text)
+    assert pairs.expected(tree, on_text) == 8 / 2
+    assert pairs.expected(PLAIN, on_text) is None
 
 
 class Costs(pairs.Forwards):
@@ -160,14 +162,26 @@ class Costs(pairs.Forwards):
 
 
 def test_times_by_hand():
-    costs, first = Costs(), pairs.PROMPT
+    costs, prompt = Costs(), 120 + 3 * pairs.PROMPT
     assert costs("base", 3) == 103 and costs("base", 16) == 116 and costs("ref", 20) == 30  # on the line
-    assert pairs.time_of_plain(costs, 5) == 120 + 3 * first + 4 * 123
-    assert pairs.time_of_chain(costs, [3, 1]) == (10 + first + 27 + 110 + 2 * (first + 3)) + (11 + 9 + 110 + 2 * 2)
-    made = [(1, first), (1, 1), (1, 1), (1, 1), (0, first + 3), (2, first + 3), (1, 1), (1, 1), (0, 2), (2, 2)]
-    passes = [Pass(model, n, 0.0, 0.0) for model, n in made]
-    # the first draft after the prompt is not a draft after a draft
-    assert pairs.time_of_passes(costs, passes) == pairs.time_of_chain(costs, [3, 1])
+    assert pairs.time_of(costs, pairs.passes_of([chain(0)] * 5)) == prompt + 4 * 123
+    assert pairs.time_of(costs, pairs.passes_of([chain(0), chain(3)])) == prompt + (11 + 3 * 9 + 104 + 14)
+    tree = Tree((0, 0, 1, 1))  # of two levels
+    assert pairs.time_of(costs, pairs.passes_of([chain(0), tree])) == prompt + (11 + 12 + 12 + 105 + 15)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_passes_that_are_predicted_are_made(pair, batch):
+    new = 24
+    plain = pair.write(PLAIN, batch, 1, new)
+    made = [p[:2] for p in plain.watch.passes]
+    assert sorted(made) == sorted(pairs.passes_of([chain(0)] * new))
+    place = pairs.acceptance(pair, plain.texts, 1, new).place
+    for k in (1, 3, 6):
+        w = pair.write(Variant("coupled", dict(verify="coupled", draft_tokens=k)), batch, 1, new)
+        assert torch.equal(w.texts, plain.texts)
+        said = pairs.passes_of(pairs.rounds_of(place, chain(k)))
+        assert [p[:2] for p in w.watch.passes][3:] == said[3:] and sorted(p[:2] for p in w.watch.passes) == sorted(said)
 
 
 # --- the command ---------------------------------------------------------------------------------------------------
