@@ -490,9 +490,10 @@ def measure_batch(pair: Pair, batch: int, drafts, dtype: str, new: int, rounds: 
             row["round_us"] = 1e6 * statistics.median(b - a for w in each for a, b in w.watch.spans())
             row["outside_us"] = 1e6 * statistics.median(s for w in each for s in w.watch.outside())
             if counts := [w.speculation for w in each if w.speculation]:
-                row["acceptance"] = sum(int(s.accepted.sum()) for s in counts) / sum(
-                    int(s.drafted.sum()) for s in counts
+                accepted, drafted = (
+                    sum(int(x.sum()) for x in n) for n in zip(*((s.accepted, s.drafted) for s in counts))
                 )
+                row["acceptance"] = accepted / drafted if drafted else None  # "auto" may draft nothing
                 row["tokens_per_round"] = batch * (new - 1) * len(each) / sum(int((s.rounds - 1).sum()) for s in counts)
                 row["tokens_to_expect"] = expected(v, every)
             said = [predict(v, forwards, a, every, w, p) for a, w, p in zip(on_text, each, plain)]
