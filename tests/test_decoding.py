@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import eft_kernels as eft
-from eft_kernels.decoding import Columns, Drafts, Prompt, Target, Text, plain, speculative
+from eft_kernels.decoding import Columns, Drafts, Prompt, Target, Text, lookup, plain, speculative
 
 V = 6
 METHODS = ("coupled", "token", "block")
@@ -103,13 +103,14 @@ def kind(request, monkeypatch):
     monkeypatch.setattr(run, "kind", dict(zip(("moving", "in place"), (Table, InPlace)))[request.param], raising=False)
 
 
-def run(models, target, start, method, k):
+def run(models, target, start, method, k, draft=1):
     """k: the number of drafts, or `Drafts`."""
     last = start.ids.shape[1] - start.left + start.max_new_tokens - 1
     models = [run.kind(t, last) for t in models]
     if method == "plain":
         return plain(models, target, start)
-    return speculative(models, target, start, draft=1, drafts=k if isinstance(k, Drafts) else Drafts(k), method=method)
+    drafts = k if isinstance(k, Drafts) else Drafts(k)
+    return speculative(models, target, start, draft=draft, drafts=drafts, method=method)
 
 
 def critical(df):
@@ -130,7 +131,7 @@ def assert_joint(tokens, first, second, what):
     assert chi < critical(int(there.sum()) - 1), f"{what}: chi-squared {chi:.1f} over {int(there.sum())} cells"
 
 
-def check_joint(method, k, target, models, process=None, bias=0.0):
+def check_joint(method, k, target, models, process=None, bias=0.0, draft=1):
     rows = 8000
     filters = dict(temperature=0.9, top_k=5)
     logits = (target + bias) / 0.9
@@ -143,7 +144,7 @@ def check_joint(method, k, target, models, process=None, bias=0.0):
         criteria=lambda ids, scores: torch.full((len(ids),), ids.shape[1] >= 5 + 3),
     )
     seeds = eft.row_seeds(11 * getattr(k, "budget", k), rows)
-    out = run(models, Target(eft.upscale(), seeds, filters, process=process), start, method, k)
+    out = run(models, Target(eft.upscale(), seeds, filters, process=process), start, method, k, draft)
     new = out.sequences[:, 5:]
     assert new.shape[1] == 3
     what = f"{method} K={getattr(k, 'budget', k)}, tokens"
@@ -153,7 +154,7 @@ def check_joint(method, k, target, models, process=None, bias=0.0):
 
     for b in (1, 2):  # a batch of one gives the same tokens: the same distribution
         alone = Prompt(start.ids[b : b + 1], start.left[b : b + 1], start.max_new_tokens, criteria=start.criteria)
-        one = run(models, Target(eft.upscale(), seeds[b : b + 1], filters, process=process), alone, method, k)
+        one = run(models, Target(eft.upscale(), seeds[b : b + 1], filters, process=process), alone, method, k, draft)
         assert torch.equal(one.sequences, out.sequences[b : b + 1])
 
 
@@ -211,6 +212,51 @@ def test_coupled_is_plain(filters):
         for k in (1, 2, 3, 8):
             got = run(models, target, start, "coupled", k)
             assert torch.equal(got.sequences, want.sequences) and torch.equal(got.lengths, want.lengths)
+
+
+# --- drafts of no model ----------------------------------------------------------------------------------------------
+
+
+def propose(texts, k):
+    """Drafts by a rule: some rows get fewer than k, some none."""
+    drafts = torch.stack([(text[-1] + torch.arange(k) * text[-2]) % V for text in texts])
+    count = torch.tensor([int(text.sum()) % (k + 1) for text in texts])
+    return torch.where(torch.arange(k) < count[:, None], drafts, -1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("draft", [propose, lookup()])
+def test_the_joint_distribution_with_a_proposer(method, draft):
+    check_joint(method, 3, *tables(), draft=draft)
+
+
+def test_coupled_is_plain_with_a_proposer():
+    _, models = tables(13, scale=1.0)
+    target, start = Target(eft.upscale(), eft.row_seeds(9, 9)), prompt(9, 13, eos=[1])
+    want = run(models, target, start, "plain", 0)
+    for draft in (propose, lookup(), lookup(1)):
+        got = run(models, target, start, "coupled", 4, draft)
+        assert torch.equal(got.sequences, want.sequences)
+        spec = got.speculation
+        assert 0 < int(spec.accepted.sum()) < int(spec.drafted.sum())
+        assert int(spec.ranks[:, 0].sum()) == int(spec.accepted.sum())
+
+
+@pytest.mark.parametrize(
+    "text, found", [([1, 2, 3, 1, 2], [3, 1, 2]), ([1, 2, 4, 3, 2], [4, 3, 2]), ([1, 2, 3], []), ([7], [])]
+)
+def test_lookup(text, found):
+    """The longest suffix that occurred before; the last time that it did."""
+    assert lookup()([torch.tensor(text)], 4).tolist() == [[*found, -1, -1, -1, -1][:4]]
+    again = [5, 6, 1, 2, 8, 1, 2, 9, 6, 1, 2]
+    assert lookup()([torch.tensor(again)], 2).tolist() == [[8, 1]]  # after 6, 1, 2
+    assert lookup(2)([torch.tensor(again)], 2).tolist() == [[9, 6]]  # after the last 1, 2
+
+
+@pytest.mark.parametrize("drafts", [torch.zeros(2, 3), torch.zeros(1, 3, dtype=torch.int64), [[1, 2, 3]] * 2])
+def test_a_proposer_of_another_shape_is_refused(drafts):
+    with pytest.raises(ValueError, match=r"draft: proposed .*expected int64 \[2, 3\]"):
+        run(tables()[1], Target(eft.upscale(), torch.arange(2)), prompt(2, 9), "coupled", 3, lambda texts, k: drafts)
 
 
 # --- trees of drafts -----------------------------------------------------------------------------------------------

@@ -5,18 +5,10 @@
 """
 
 from .columns import Columns, Model, NodeModel, OwnPrompt, take_columns
-from .drafts import Auto, Drafts
-from .loops import (
-    Decoded,
-    NewTokens,
-    OnTokens,
-    Speculation,
-    finished,
-    plain,
-    plain_steps,
-    speculative,
-    speculative_rounds,
-)
+from .drafts import Auto, Drafts, Speculation
+from .loops import Decoded, NewTokens, OnTokens, finished, plain, plain_steps
+from .proposers import Proposer, lookup
+from .rounds import speculative, speculative_rounds
 from .target import Target, Value
 from .text import Prompt, Text
 from .trees import Tree
@@ -32,12 +24,14 @@ __all__ = [
     "OnTokens",
     "OwnPrompt",
     "Prompt",
+    "Proposer",
     "Speculation",
     "Target",
     "Text",
     "Tree",
     "Value",
     "finished",
+    "lookup",
     "plain",
     "plain_steps",
     "speculative",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from .times import Clock
@@ -58,8 +60,11 @@ class Drafts:
         self.expected: float | None = None  # how many times as fast as without drafts the newest shape should be
         self.curious = False  # draw even where no drafts follow, to count how often they would be accepted
 
-    def begin(self, models: int, draft: int, rows_in_step: int, device: torch.device) -> None:
-        """A new text, of J models, of which that of index ``draft`` drafts; so many rows keep as many tokens each."""
+    def begin(self, models: int, draft: int | None, rows_in_step: int, device: torch.device) -> None:
+        """A new text, of J models, of which that of index ``draft`` drafts (None: no model does).
+
+        rows_in_step: so many rows keep as many tokens each.
+        """
         self.ranks = Ranks(self.depth, self.width, device)
         self.clock = Clock(models)
         self.clock.begin(device)
@@ -93,7 +98,7 @@ class Auto(Drafts):
         self.known: Ranks | None = None
         self.expected = 1.0
 
-    def begin(self, models: int, draft: int, rows_in_step: int, device: torch.device) -> None:
+    def begin(self, models: int, draft: int | None, rows_in_step: int, device: torch.device) -> None:
         self.ranks = Ranks(self.depth, self.width, device, None if self.known is None else self.known.known())
         self.clock = Clock(models) if self.known is None else self.clock
         self.clock.begin(device)
@@ -120,7 +125,9 @@ class Auto(Drafts):
         # a round of twice the tokens of any so far is the largest that is tried
         most = min(self.budget, *(2 * max(t.seen) for t in verifying))
         together = [sum(t.at(n + 1) for t in verifying) for n in range(most + 1)]
-        own = [self.clock.of_model[self.draft].at(n) for n in range(most + 1)]
+        own = [0.0] * (most + 1)  # a level of n drafts
+        if self.draft is not None:
+            own = [self.clock.of_model[self.draft].at(n) for n in range(most + 1)]
         plain = together[0] + own[1] + self.clock.outside.at(0)
         fastest, found = self.GAIN / plain, (0, 0)
         for depth in range(1, min(self.depth, most) + 1):
@@ -134,3 +141,35 @@ class Auto(Drafts):
                     fastest, found = speed, (depth, n)
         self.expected = fastest * plain if found[0] else 1.0
         return best(found[0], self.width, found[1], chances)
+
+
+@dataclass
+class Speculation:
+    """What speculation did, per row; int64 [B] on the CPU. The pass over the prompt is a round without drafts."""
+
+    rounds: torch.Tensor  # in which the row was still being written
+    drafted: torch.Tensor  # tokens proposed to it
+    accepted: torch.Tensor  # of these, by the verifier
+    emitted: torch.Tensor  # tokens of its text
+    # int64 [K, 1 + width] of all rows: how often, after as many accepted drafts, the token was the draft's winner, its
+    # first runner-up, ...; the last column: none of those drawn
+    ranks: torch.Tensor
+    seconds: tuple[float, ...]  # in passes of each model after the prompt, and outside of all of them
+    plain_seconds: float | None  # of a round without drafts; None where there was none
+    expected: float | None  # how many times as fast as without drafts the chosen drafts are expected to be ("auto")
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times as fast as rounds without drafts the text was written, after its first token."""
+        steps, seconds = int(self.emitted.max()) - 1, sum(self.seconds)
+        return self.plain_seconds * steps / seconds if self.plain_seconds and seconds else None
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the proposed tokens that was accepted, over all rows."""
+        return float(self.accepted.sum() / self.drafted.sum().clamp(min=1))
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Tokens a row gained per round, over all rows."""
+        return float(self.emitted.sum() / self.rounds.sum().clamp(min=1))

@@ -102,12 +102,12 @@ class Target:
         lengths: torch.Tensor,
         reach: list[int],
         method: str,
-        draft: int,
+        draft: int | None,
     ) -> tuple[VerifyOutput, torch.Tensor | None, torch.Tensor | None]:
         """`verify` of a tree's drafts [B, N] under logits [B, N+1, V_j]: (its output, raw scores, processed scores).
 
         Scores are [B, N+1, V], of the slots. lengths: int64 [B], the drafts of a chain that count. reach[b]: how many
-        tokens of row b can be emitted, 0 for a row that ended.
+        tokens of row b can be emitted, 0 for a row that ended. draft: the model that drew them (None: no model did).
         """
         noise = dict(self.noise, position=text.length, method=method)
         shape: dict[str, Any] = dict(draft_lengths=lengths)
@@ -119,7 +119,10 @@ class Target:
         raw = scores = torch.stack([self.scores([z[:, i] for z in logits]) for i in range(slots)], 1)  # [B, N+1, V]
         if self.process is not None:
             scores = self._processed(raw, text, tree, drafts, reach)
-        out = verify([scores, logits[draft]], [1.0, 0.0], drafts, draft=1, vocab_size=raw.shape[2], **shape, **noise)
+        models, weights, drawn = [scores], [1.0], None
+        if draft is not None:
+            models, weights, drawn = [scores, logits[draft]], [1.0, 0.0], 1
+        out = verify(models, weights, drafts, draft=drawn, vocab_size=raw.shape[2], **shape, **noise)
         final = None
         if self.keep_scores:
             final = torch.stack([self.filtered(scores[:, i]) for i in range(slots)], 1)

@@ -30,7 +30,19 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ...checks import index, one_of
 from ...combination import AnyWeights
-from ...decoding import Auto, Model, OnTokens, OwnPrompt, Prompt, Speculation, Target, plain, speculative
+from ...decoding import (
+    Auto,
+    Model,
+    OnTokens,
+    OwnPrompt,
+    Prompt,
+    Proposer,
+    Speculation,
+    Target,
+    lookup,
+    plain,
+    speculative,
+)
 from ...ops import PerRow, sample
 from ...parameters import GREEDY, METHODS, OFF, PARAMETERS
 from .arguments import (
@@ -133,7 +145,7 @@ def generate(
     draft_width: int | None = None,
     draft_budget: int | None = None,
     verify: str = "coupled",
-    draft: int | None = None,
+    draft: int | str | Proposer | None = None,
     seed: PerRow = None,
     vocab_size: int | None = None,
     tokenizers: Sequence[PreTrainedTokenizerBase] | None = None,
@@ -178,7 +190,9 @@ def generate(
         rounds bfloat16 in another order than one over 1); "token", "block": the same distribution, more accepted, for
         draft_tokens > 0 alone.
       draft: which of [model, *tuned, ref] or [model, *models] drafts; default tuned (the first of two), in downscale
-        and with ``models`` ``model``.
+        and with ``models`` ``model``. "lookup": no model, but what followed the last time that the text had its newest
+        three tokens, or two, or one. Or a function (texts, k) -> int64 [rows, k], -1 from where a row has no draft;
+        texts: rows tensors int64 [n] on the CPU. A chain, no tree.
       seed: int (row 0 keeps it), tensor int64 [rows], or None: from torch's global generator.
       vocab_size: use ids below it only; needed where the models' logits differ in width.
       tokenizers: one per model of [model, *tuned, ref]: refused unless they agree; shows what a longer tail is.
@@ -234,8 +248,14 @@ def generate(
     if not speculate:
         refuse_unless("verify", verify, verify == "coupled", "'coupled' without draft_tokens")
         refuse_unless("draft", draft, draft is None, "None without draft_tokens")
-    draft = combination.draft if draft is None else draft
-    draft = index("draft", draft, 0, len(terms) - 1, f"0 to {len(terms) - 1}")
+    by: int | Proposer
+    if draft == "lookup" or callable(draft):
+        by = draft if callable(draft) else lookup()
+        refuse_unless("draft_width", draft_width, draft_width in (None, 1), "1 where no model drafts")
+        shape.width = 1
+    else:
+        allowed = f'0 to {len(terms) - 1}, "lookup" or a function'
+        by = index("draft", combination.draft if draft is None else draft, 0, len(terms) - 1, allowed)
     one_of("on_invalid", on_invalid, ("raise", "warn"))
     check_options(config, call, model_kwargs, sees=base.config.get_text_config(decoder=True) is not base.config)
     left, vocab_size = check_inputs(terms, names, input_ids, model_kwargs, vocab_size, tokenizers)
@@ -300,10 +320,13 @@ def generate(
         keep_scores=bool(verbose and config.output_scores),
     )
     longest = max(lengths) + max_new_tokens
+    chunk: int | None = getattr(config, "prefill_chunk_size", None)
+    if chunk is not None:
+        chunk = index("prefill_chunk_size", chunk, 1, 1 << 40, "an integer above 0")
     causal: list[CausalLM] = []
     try:
         for m, name, context in zip(terms, names, contexts) if speculate else ():
-            causal.append(CausalLM(m, name, rollback=True, context=context, longest=longest))
+            causal.append(CausalLM(m, name, rollback=True, context=context, longest=longest, chunk=chunk))
         check_boundaries(causal, rows, longest)
         check_trees(causal, shape.width if draft_width is not None else 1)
     except ValueError:
@@ -311,7 +334,10 @@ def generate(
             raise
         speculate = False  # a model that cannot go back writes one token a step
     if not speculate:
-        causal = [CausalLM(m, name, rollback=False, context=c) for m, name, c in zip(terms, names, contexts)]
+        causal = [
+            CausalLM(m, name, rollback=False, context=c, longest=longest, chunk=chunk)
+            for m, name, c in zip(terms, names, contexts)
+        ]
     elif any(m.no_trees for m in causal):
         shape.width = 1
     shared = input_ids.shape[1] - int(left.min())
@@ -322,7 +348,7 @@ def generate(
     on_tokens = None if streamer is None else streaming(streamer)
     if speculate:
         with remembered(causal, shape, rows, draft, verify) as drafts:
-            done = speculative(decoders, target, prompt, draft=draft, drafts=drafts, method=verify, on_tokens=on_tokens)
+            done = speculative(decoders, target, prompt, draft=by, drafts=drafts, method=verify, on_tokens=on_tokens)
     else:
         done = plain(decoders, target, prompt, on_tokens=on_tokens)
     if streamer is not None:
