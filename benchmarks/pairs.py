@@ -511,14 +511,15 @@ def pairs_of(args) -> list[tuple[str, str, object]]:
     if args.models:
         return [(args.models[0], d, functools.partial(loaded, args.models, "--models", d)) for d in args.dtypes]
     todo = [] if args.ratios else [("family", d, functools.partial(family, d)) for d in args.dtypes]
+    held: dict[int, Models] = {}  # of one size at a time
+
+    def make(ratio: int, acceptance: float, dtype: str) -> Pair:
+        if ratio not in held:
+            held.clear()
+            held[ratio] = Models(SIZES[ratio])
+        return made(ratio, held[ratio].to(getattr(torch, dtype)), acceptance)
+
     for ratio in args.ratios or RATIOS:
-        held: dict[str, Models] = {}
-
-        def make(ratio, acceptance, dtype, held=held):
-            if not held:
-                held["models"] = Models(SIZES[ratio])
-            return made(ratio, held["models"].to(getattr(torch, dtype)), acceptance)
-
         for dtype in sorted(args.dtypes, reverse=True):  # float32 first: bfloat16 is made from it
             for a in args.acceptances or MEASURED_AT[dtype]:
                 todo.append((f"{ratio}:1, {a:g}", dtype, functools.partial(make, ratio, a, dtype)))
