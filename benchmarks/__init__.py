@@ -6,6 +6,7 @@
 |---|---|
 | registry.py | suites of shapes |
 | generate.py | end to end: our generation against transformers' |
+| pairs.py, pair_models.py | speculation on pairs of models beside what arithmetic says; those models, from a seed |
 | vllm_speed.py, vllm_engine.py | tokens a second in vLLM; an engine in a process of its own (tests/vllm use it) |
 | provenance.py | which sources made a row; rows that become results |
 | report.py, plots.py | rows as tables, goals met or missed, plots; measures nothing |

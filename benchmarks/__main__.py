@@ -1,4 +1,4 @@
-"""python -m benchmarks {list, run, add, report, compare, vllm}
+"""python -m benchmarks {list, run, add, report, compare, pairs, vllm}
 
 Exit codes: 0 it worked, 1 our own tokens are wrong (nothing was timed), 2 bad input or refused, 130 interrupted.
 """
@@ -19,7 +19,7 @@ from eft_kernels.cli.files import check_writable
 from eft_kernels.cli.options import Parser
 from eft_kernels.cli.term import Refused
 
-from . import compare, generate, provenance, report, vllm_speed
+from . import compare, generate, pairs, provenance, report, vllm_speed
 from .registry import GENERATIONS, SUITES
 
 
@@ -42,6 +42,7 @@ def parser(prog: str) -> Parser:
     p.add_argument("file", type=Path)
     commands.add_parser("report", help="tables and plots of results", add_help=False)
     commands.add_parser("compare", help="rows against rows", add_help=False)
+    commands.add_parser("pairs", help="speculation on pairs of models, beside what arithmetic says", add_help=False)
     commands.add_parser("vllm", help="tokens a second in vLLM (where it is installed)", add_help=False)
     return root
 
@@ -192,7 +193,7 @@ def catalogue() -> str:
 def main(argv: list[str] | None = None, prog: str = "python -m benchmarks") -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
-        own = dict(report=report, compare=compare, vllm=vllm_speed)
+        own = dict(report=report, compare=compare, pairs=pairs, vllm=vllm_speed)
         if argv and argv[0] in own:
             return own[argv[0]].main(argv[1:])
         args = parser(prog).parse_args(argv)

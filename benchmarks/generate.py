@@ -46,6 +46,26 @@ def writers(drafts) -> list[Writer]:
     ]
 
 
+def stateless(tuned, ref):
+    """The processors that make base's generation the emulated one: both small models read the whole text each time."""
+    from transformers import LogitsProcessor, LogitsProcessorList
+
+    class Stateless(LogitsProcessor):
+        def __call__(self, ids, scores):
+            up, down = (m(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1] for m in (tuned, ref))
+            return scores + up - down
+
+    return LogitsProcessorList([Stateless()])
+
+
+def assistance(tuned, draft_tokens: int) -> dict:
+    """The options with which transformers drafts always so many tokens by ``tuned``."""
+    config = tuned.generation_config
+    config.num_assistant_tokens, config.num_assistant_tokens_schedule = draft_tokens, "constant"
+    config.assistant_confidence_threshold = 0.0
+    return dict(assistant_model=tuned)
+
+
 class Family:
     """base, tuned and ref in float32, held-out text, and every writer's way to write."""
 
@@ -55,16 +75,7 @@ class Family:
             models.load_model(str(folder / name), "--family", "float32", kind) for name in ("base", "tuned-a", "ref")
         )
         tokenizer = models.load_tokenizer(str(folder / "base"), "--family")
-        from transformers import LogitsProcessor, LogitsProcessorList
-
-        class Stateless(LogitsProcessor):
-            def __call__(_, ids, scores):
-                tuned, ref = (
-                    m(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1] for m in (self.tuned, self.ref)
-                )
-                return scores + tuned - ref
-
-        self.processors = LogitsProcessorList([Stateless()])
+        self.processors = stateless(self.tuned, self.ref)
         for model in (self.base, self.tuned, self.ref):
             model.generation_config.eos_token_id = None  # every text is NEW tokens long
         text = texts["a"][:40000]
@@ -91,10 +102,7 @@ class Family:
             return out.sequences[:, PROMPT:], out.speculation
         torch.manual_seed(turn)
         if writer.implementation == "assisted":
-            config = self.tuned.generation_config
-            config.num_assistant_tokens, config.num_assistant_tokens_schedule = writer.draft_tokens, "constant"
-            config.assistant_confidence_threshold = 0.0  # always K, as ours
-            options["assistant_model"] = self.tuned
+            options.update(assistance(self.tuned, writer.draft_tokens))
         return self.base.generate(ids, **options, logits_processor=self.processors)[:, PROMPT:], None
 
 

@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from eft_kernels.bench.rows import OUR_NAMES, STYLE, Group, name_of, percent, ratio, timed, times, us
 from eft_kernels.bench.shapes import Shape
 
-from .report import CENTRE, speculation
+from .report import CENTRE, WHOLE, pairs_rows, speculation
 
 METHODS = {"coupled": ("#08306B", "o"), "token": ("#0072B2", "s"), "block": ("#56B4E9", "^")}
 INK, GREY, GRID = "#222222", "#6E6E6E", "#E4E4E4"
@@ -204,13 +204,47 @@ def speculation_plot(shapes: dict[Shape, Group]) -> Figure:
     return fig
 
 
+def pairs_plot(shapes: dict[Shape, Group]) -> Figure:
+    """Measured speed-up of speculation on pairs of models against the predicted one; a dot a pair and variant."""
+    rows = [r for r in pairs_rows(shapes) if r["predicted_speedup"] and r["variant"] != "plain"]
+    first, batches = next(iter(shapes)), sorted({r["batch"] for r in rows})
+    fig, axes = canvas(
+        4.4,
+        f"pairs: what speculation brings over plain decoding, {config(first)}",
+        f"{first.device_name}; dashed: what the arithmetic says, and 10% from it; hollow: bfloat16",
+        len(batches),
+    )
+    fig.subplots_adjust(left=0.075, right=0.985, top=0.8, bottom=0.125, wspace=0.16)
+    low = 0.9 * min(min(r["speedup"], r["predicted_speedup"]) for r in rows)
+    high = 1.1 * max(max(r["speedup"], r["predicted_speedup"]) for r in rows)
+    colours = dict(zip(dict.fromkeys(r["variant"] for r in rows), ("#0072B2", "#E69F00", "#009E73", "#CC79A7", GREY)))
+    for ax, batch in zip(axes, batches):
+        for share in (0.9, 1.0, 1.1):
+            ax.plot([low, high], [share * low, share * high], color=GREY, lw=1.4 if share == 1 else 0.7, ls=DASHED)
+        for variant, colour in colours.items():
+            for dtype, face in (("float32", colour), ("bfloat16", "white")):
+                of = [r for r in rows if (r["variant"], r["dtype"], r["batch"]) == (variant, dtype, batch)]
+                label = variant if of and dtype == "float32" else None
+                x, y = [r["predicted_speedup"] for r in of], [r["speedup"] for r in of]
+                ax.scatter(x, y, s=34, facecolor=face, edgecolor=colour, lw=1.4, label=label, zorder=3)
+        ax.set_xlim(low, high)
+        ax.set_ylim(low, high)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda t, _: f"{t:g}x"))
+        ax.grid(color=GRID, lw=0.8)
+        ax.set_xlabel("predicted", fontsize=10, color=INK)
+        ax.set_title(f"measured, B = {batch}", fontsize=11, color=INK, loc="left", pad=6)
+    axes[0].legend(fontsize=9.5, frameon=False, labelcolor=INK)
+    return fig
+
+
 def plots(shapes: dict[Shape, Group]) -> Iterator[tuple[str, str, Figure]]:
     """(file, what it shows, figure) of every picture that the rows can fill."""
 
     def families(ops, *free):  # shapes that differ in the ``free`` fields alone
         out: dict[Shape, dict] = {}
         for s, g in shapes.items():
-            if s.op in ops and (s.op == "generate" or s.variant in ("plain", "top_p")):
+            if s.op in ops and (s.op in WHOLE or s.variant in ("plain", "top_p")):
                 out.setdefault(s._replace(**dict.fromkeys(free)), {})[s] = g
         return out.items()
 
@@ -238,4 +272,12 @@ def plots(shapes: dict[Shape, Group]) -> Iterator[tuple[str, str, Figure]]:
                 f"{file('speculation', s)}-b{s.batch}.png",
                 f"Speculation against K, B = {s.batch}",
                 speculation_plot(part),
+            )
+    for s, part in families(["pairs"], "variant", "draft_tokens", "dtype", "logits", "vocab", "batch"):
+        if any(r["predicted_speedup"] and r["variant"] != "plain" for r in pairs_rows(part)):
+            s = s._replace(variant="")
+            yield (
+                f"{file('speed-up', s)}.png",
+                "Speculation on pairs of models, measured against predicted",
+                pairs_plot(part),
             )

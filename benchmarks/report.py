@@ -207,6 +207,121 @@ def generate_table(shapes: dict[Shape, Group]) -> list[str]:
     return [*([shared + ".", ""] if shared else []), *table(header, lines, left=2)]
 
 
+def pairs_rows(shapes: dict[Shape, Group]) -> list[dict]:
+    """As they were measured."""
+    rows = [row for s, g in shapes.items() if s.op == "pairs" for name in g if (row := timed(g, name))]
+    return sorted(rows, key=lambda r: (r["date"], r["batch"], r["place"]))
+
+
+def pairs_goals(shapes: dict[Shape, Group]) -> list[list[str]]:
+    """Of speculation on pairs of models, each the worst of the pairs that it is about."""
+    best: dict[tuple, dict] = {}
+    rows = [r for r in pairs_rows(shapes) if r["implementation"] == "eft" and r["variant"] != "plain"]
+    for r in rows:
+        pair = (r["logits"], r["dtype"], r["batch"], r["threads"])
+        if pair not in best or r["speedup"] > best[pair]["speedup"]:
+            best[pair] = r
+
+    def line(text: str, wanted: str, of, found: list[dict], bound: float, upper: bool, form) -> list[str]:
+        worst = (max if upper else min)(found, key=of, default=None)
+        if worst is None:
+            return [text, wanted, "no rows", "-"]
+        met = of(worst) <= bound if upper else of(worst) >= bound
+        where = f"{worst['logits']}, {worst['dtype']}, {worst['variant']}, B = {worst['batch']}"
+        return [text, wanted, f"{form(of(worst))} ({where})", "met" if met else "missed"]
+
+    def gain(r):
+        return r["speedup"]
+
+    lines = []
+    for batch, bound in ((1, 2.5), (8, 1.6)):
+        # as they were made: measured they are a little less
+        about = [r for r in best.values() if r["batch"] == batch and r["cost_ratio"] >= 8 and r["agreement"] >= 0.67]
+        text = f"pairs: best variant over plain, cost ratio 10 and more, acceptance 0.7 and more, B = {batch}"
+        lines.append(line(text, f">= {times(bound)}", gain, about, bound, False, times))
+    lines.append(
+        line(
+            "pairs: predicted speed-up, how far from the measured one",
+            "<= 10%",
+            lambda r: abs(r["predicted_speedup"] / r["speedup"] - 1),
+            rows,
+            0.1,
+            True,
+            percent,
+        )
+    )
+    slow = [r for r in rows if r["forward_us"]["base"]["1"] >= 50e3]
+    share = "pairs: time outside the models of a round, where a pass of base takes 50 ms and more"
+    lines.append(line(share, "<= 10%", lambda r: r["outside_us"] / r["round_us"], slow, 0.1, True, percent))
+    return lines
+
+
+def pairs_table(shapes: dict[Shape, Group]) -> list[str]:
+    def cell(x: float | None, form) -> str:
+        return "-" if x is None else form(x)
+
+    lines = []
+    for r in pairs_rows(shapes):
+        ours, tokens = r["implementation"] == "eft", 1e3 * r["new_tokens"] * r["batch"]
+        lines.append(
+            [
+                r["logits"],
+                r["dtype"],
+                f"{r['cost_ratio']:.1f}",
+                f"{r['agreement']:.2f}",
+                str(r["batch"]),
+                r["variant"] if ours else name_of(r["implementation"]),
+                str(r["draft_tokens"] or "-"),
+                cell(r["tokens_per_round"], "{:.2f}".format),
+                cell(r["tokens_to_expect"], "{:.2f}".format),
+                f"{r['median_us'] / tokens:.2f}",
+                cell(r["predicted_us"], lambda t, tokens=tokens: f"{t / tokens:.2f}"),
+                times(r["speedup"]),
+                cell(r["predicted_speedup"], times),
+                cell(r["predicted_speedup"] and r["predicted_speedup"] / r["speedup"], "{:.2f}".format),
+                cell(r["outside_us"], us),
+                cell(r["outside_us"] and r["outside_us"] / r["round_us"], percent),
+            ]
+        )
+    header = [
+        "pair",
+        "dtype",
+        "cost ratio",
+        "acceptance",
+        "B",
+        "variant",
+        "K",
+        "tokens a round",
+        "expected",
+        "ms a token",
+        "predicted",
+        "over plain",
+        "predicted",
+        "predicted / measured",
+        "outside, a round",
+        "share",
+    ]
+    return table(header, lines, left=2)
+
+
+def pass_table(shapes: dict[Shape, Group]) -> list[str]:
+    """Times of a pass of each model, by the tokens that it reads. They do not depend on the pair's acceptance."""
+    found: dict[tuple, dict] = {}
+    for r in pairs_rows(shapes):
+        found.setdefault((r["logits"].partition(",")[0], r["dtype"], r["batch"]), r["forward_us"])
+    lengths = list(next(iter(found.values()))["base"])
+    lines = [
+        [*map(str, pair), name, *(us(times[n]) if n in times else "-" for n in lengths)]
+        for pair, models in found.items()
+        for name, times in models.items()
+    ]
+    return table(["pair", "dtype", "B", "model", *(f"n = {n}" for n in lengths)], lines, left=2)
+
+
+def pairs_section(shapes: dict[Shape, Group]) -> list[str]:
+    return [*pairs_table(shapes), "A pass over n tokens of each row, alone:", "", *pass_table(shapes)]
+
+
 def environments(rows: list[dict]) -> list[str]:
     """Each run: when, of what, on what, and the command that made it."""
     runs: dict[str, dict] = {row["run"]: row for row in sorted(rows, key=lambda r: r["date"])}
@@ -231,6 +346,9 @@ def environments(rows: list[dict]) -> list[str]:
     return [*lines, ""]
 
 
+WHOLE = {"generate": generate_table, "pairs": pairs_section}  # operations with one section for all variants
+
+
 def markdown(rows: list[dict], figures: list[tuple[str, str]]) -> str:
     """The page of one device; ``figures``: (file, what it shows)."""
     shapes = newest(rows)
@@ -246,11 +364,15 @@ def markdown(rows: list[dict], figures: list[tuple[str, str]]) -> str:
         "",
         "## Goals",
         "",
-        *table(["goal", "wanted", "measured", "verdict"], goals(shapes, kind), left=1),
+        *table(
+            ["goal", "wanted", "measured", "verdict"],
+            goals(shapes, kind) + (pairs_goals(shapes) if pairs_rows(shapes) else []),
+            left=1,
+        ),
     ]
     for file, text in figures:
         out += [f"![{text}]({file})", ""]
-    for op, variant in dict.fromkeys((s.op, s.variant if s.op != "generate" else "") for s in shapes):
+    for op, variant in dict.fromkeys((s.op, "" if s.op in WHOLE else s.variant) for s in shapes):
         part = {
             s: g
             for s, g in shapes.items()
@@ -260,7 +382,7 @@ def markdown(rows: list[dict], figures: list[tuple[str, str]]) -> str:
             out += [
                 f"## {op}{variant and ', '}{variant}",
                 "",
-                *(generate_table(part) if op == "generate" else op_table(part)),
+                *WHOLE.get(op, op_table)(part),
             ]
     if lines := untimed(shapes):
         out += ["## Not timed", "", *(f"- {line}" for line in lines), ""]
