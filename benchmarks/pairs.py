@@ -372,7 +372,7 @@ def tree_of(v: Variant, on_text: Acceptance) -> Tree:
         return chain(v.drafts)
     shares = [float((on_text.place == rank).float().mean()) for rank in range(width)]
     shares = [min(shares[: i + 1]) for i in range(width)]
-    return best(v.drafts, width, budget or size(v.drafts, width), [shares] * v.drafts)
+    return best(v.drafts, width, budget or size(v.drafts, width, 9999), [shares] * v.drafts)
 
 
 def expected(v: Variant, on_text: Acceptance, draws: int = 64) -> float | None:
