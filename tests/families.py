@@ -82,6 +82,7 @@ OVERRIDES: dict[str, dict] = {
     "bamba": dict(MAMBA2, attn_layer_indices=[1]),
     "falcon_h1": dict(mamba_n_heads=4, mamba_d_ssm=32, mamba_d_head=8),
     "granitemoehybrid": dict(MAMBA2, layer_types=["linear_attention", "full_attention"]),
+    "inkling_text": dict(logits_mup_width_multiplier=1.0),  # logits far enough apart that drafts are accepted
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1),
     "recurrent_gemma": dict(num_hidden_layers=3),
     "hrm_text": dict(num_layers_per_stack=None),

@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils.generic import ModelOutput
 
 from ...decoding import take_columns
+from .recurrent import Recurrence, holds_states, without_window
 
 # What models call their cache: transformers from 5.24 on, before it, and state-space models before it.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
@@ -35,6 +36,7 @@ ONE_BY_ONE = {
     "flaubert": "it reads a mask token after its text",
     "git": "its mask is made for one token at a time",
     "prophetnet": "its cache takes one token at a time",
+    "recurrent_gemma": "its states are not in its cache",
     "xlm": "it reads a mask token after its text",
 }
 # Older versions find new tokens by `cache_position`, newer ones by their number.
@@ -116,12 +118,13 @@ class CausalLM:
         self.ids = torch.zeros(0, 0, dtype=torch.int64)  # [B, S] of all columns
         self.positions: torch.Tensor | None = self.ids  # None: the model counts its own
         self.state: dict[str, Any] = {}  # what the model keeps from pass to pass, its cache among it
+        self.recurrence: Recurrence | None = None  # what takes back the states in its cache
         if model._supports_default_dynamic_cache():
             self.state[self.cache_name] = self._new_cache()
         elif rollback:
             self._refuse_rollback("its cache is of its own kind")
         kind = model.config.model_type
-        if rollback and (kind in ONE_BY_ONE or getattr(model, "_is_stateful", False)):
+        if rollback and (kind in ONE_BY_ONE or (getattr(model, "_is_stateful", False) and self.recurrence is None)):
             self._refuse_rollback(ONE_BY_ONE.get(kind, "it is stateful"))
 
     def _refuse_rollback(self, why: str) -> NoReturn:
@@ -135,12 +138,21 @@ class CausalLM:
         if self.rollback:
             # a window's layer forgets what a rollback needs; a full layer is masked to the window by the model
             cache.layers = [
-                DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers
+                DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else without_window(layer)
+                for layer in cache.layers
             ]
+            states = [layer for layer in cache.layers if holds_states(layer)]
             # a DummyLayer reads another layer's cache; early 5.x has none to import
-            fixed = {type(layer).__name__ for layer in cache.layers} - {"DynamicLayer", "DummyLayer"}
-            if fixed:
+            fixed = {type(layer).__name__ for layer in cache.layers if layer not in states}
+            if fixed := fixed - {"DynamicLayer", "DummyLayer"}:
                 self._refuse_rollback(", ".join(sorted(fixed)))
+            if states:
+                try:
+                    self.recurrence = Recurrence(self.model, cache)
+                except ValueError as e:
+                    self._refuse_rollback(str(e))
+                if len(states) == len(cache.layers):
+                    self.can_realign = True  # no layer has columns
         return cache
 
     def __call__(
@@ -148,6 +160,13 @@ class CausalLM:
     ) -> torch.Tensor:
         """As `Model`; beside it, ``position_ids`` None leaves them to the model and ``keep`` 0 is all columns."""
         home, past = ids.device, self.ids.shape[1]
+        if self.recurrence is not None and not past and (keep or ids.shape[1]) > 1:
+            # the prompt is read by itself: a pass from no state is not recorded
+            keep = keep or ids.shape[1]
+            first = ids.shape[1] - keep + 1
+            begin, rest = ([None if x is None else x[:, s] for x in (ids, position_ids)] for s in (slice(first), slice(first, None)))
+            mask = None if attention_mask is None else attention_mask[:, :first]
+            return torch.cat([self(begin[0], mask, begin[1], 1), self(rest[0], attention_mask, rest[1], keep - 1)], 1)
         ids = ids.to(self.device)
         attention_mask = None if attention_mask is None else attention_mask.to(self.device)
         self.ids = torch.cat([self.ids, ids], 1) if past else ids
@@ -169,7 +188,7 @@ class CausalLM:
                 f"{self.name}: {type(self.model).__name__} keeps no cache and reads {given} tokens of "
                 f"{self.ids.shape[1]}; allowed are models that keep one or read the whole text"
             )
-        with self.context():
+        with self.context(), nullcontext() if self.recurrence is None else self.recurrence.reading(given):
             out = self.model(**inputs, return_dict=True)
         self._keep(out)
         if out.logits.shape[-1] != self.width:
@@ -188,9 +207,12 @@ class CausalLM:
             options["cache_position"] = torch.arange(past, columns, device=self.ids.device)
         else:
             options["next_sequence_length"] = columns - past if past else None
-        return self.model.prepare_inputs_for_generation(
+        inputs = self.model.prepare_inputs_for_generation(
             self.ids, is_first_iteration=past == 0, use_cache=True, **options, **self.state
         )
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = keep  # some put their config's number there
+        return inputs
 
     def _keep(self, out: ModelOutput) -> None:
         """Holds on to what the model wants back at its next pass."""
@@ -212,16 +234,24 @@ class CausalLM:
 
     def _layers(self) -> list[Any]:
         """The cache's layers that hold keys and values [B, heads, S, dim]."""
-        return [layer for layer in self.state[self.cache_name].layers if layer.keys is not None]
+        layers = self.state[self.cache_name].layers
+        return [layer for layer in layers if getattr(layer, "keys", None) is not None]
 
     def crop(self, count: int) -> None:
+        if self.recurrence is not None:
+            with self.context():
+                self.recurrence.keep([self.recurrence.pending - count] * len(self.ids))
         self.ids = self.ids[:, :-count]
         self.positions = None if self.positions is None else self.positions[:, :-count]
         for layer in self._layers():
-            layer.crop(-count)
+            DynamicLayer.crop(layer, -count)
 
     def realign(self, columns: torch.Tensor) -> None:
         columns = columns.to(self.device)
+        if self.recurrence is not None:
+            begin = self.ids.shape[1] - self.recurrence.pending
+            with self.context():
+                self.recurrence.keep((columns[:, -1] + 1 - begin).tolist())
         self.ids = self.ids.gather(1, columns)
         self.positions = None if self.positions is None else self.positions.gather(1, columns)
         for layer in self._layers():
@@ -230,6 +260,8 @@ class CausalLM:
     def take_rows(self, rows: torch.Tensor) -> None:
         """Row i becomes what was row ``rows[i]``: beams that are reordered, repeated or dropped."""
         rows = rows.to(self.device)
+        if self.recurrence is not None:
+            self.recurrence.forget()
         self.ids = self.ids[rows]
         self.positions = None if self.positions is None else self.positions[rows]
         for name, held in self.state.items():

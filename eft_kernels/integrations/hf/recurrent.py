@@ -8,6 +8,7 @@ convolution and scan alone are computed for the tokens that are kept. No large w
 from __future__ import annotations
 
 import inspect
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -48,6 +49,13 @@ def _code_names(module: nn.Module) -> set[str]:
     """The names that a module's forward uses."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return set() if code is None else set(code.co_names)
+
+
+def _one_by_one(mixer: nn.Module) -> bool:
+    """Whether a mixer's call over several tokens is not several calls over one: it drops the state before them, or
+    limits time steps as a call over one does not."""
+    low, high = getattr(mixer, "time_step_limit", None) or (0.0, math.inf)
+    return bool(_code_names(mixer) & FROM_ZERO) or low > 0 or high < math.inf
 
 
 class Recurrence:
@@ -226,7 +234,7 @@ class _Call:
     def read(self) -> Any:
         """Makes the call."""
         shape = _hidden(self.args, self.kwargs).shape[:2]
-        if _code_names(self.mixer) & FROM_ZERO:
+        if _one_by_one(self.mixer):
             return self._read_by_token(*shape)
 
         def recorded(name: str, child: nn.Module) -> Callable[..., Any]:
