@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, NoReturn, Protocol, TypeGuard
+from typing import Any, NoReturn, Protocol, TypeGuard, cast
 
 import torch
 from torch import nn
@@ -148,7 +148,7 @@ class CausalLM:
                 self._refuse_rollback(", ".join(sorted(fixed)))
             if states:
                 try:
-                    self.recurrence = Recurrence(self.model, cache)
+                    self.recurrence = Recurrence(cast(nn.Module, self.model), cache)
                 except ValueError as e:
                     self._refuse_rollback(str(e))
                 if len(states) == len(cache.layers):
@@ -160,13 +160,14 @@ class CausalLM:
     ) -> torch.Tensor:
         """As `Model`; beside it, ``position_ids`` None leaves them to the model and ``keep`` 0 is all columns."""
         home, past = ids.device, self.ids.shape[1]
-        if self.recurrence is not None and not past and (keep or ids.shape[1]) > 1:
-            # the prompt is read by itself: a pass from no state is not recorded
-            keep = keep or ids.shape[1]
-            first = ids.shape[1] - keep + 1
-            begin, rest = ([None if x is None else x[:, s] for x in (ids, position_ids)] for s in (slice(first), slice(first, None)))
+        count = ids.shape[1]
+        if self.recurrence is not None and not past and count > 1 and keep != 1:
+            # the prompt is a pass of its own: one that begins with no state cannot be gone back into
+            first = count - (keep or count) + 1
             mask = None if attention_mask is None else attention_mask[:, :first]
-            return torch.cat([self(begin[0], mask, begin[1], 1), self(rest[0], attention_mask, rest[1], keep - 1)], 1)
+            where = (None, None) if position_ids is None else (position_ids[:, :first], position_ids[:, first:])
+            begun = self(ids[:, :first], mask, where[0], 1)
+            return torch.cat([begun, self(ids[:, first:], attention_mask, where[1], count - first)], 1)
         ids = ids.to(self.device)
         attention_mask = None if attention_mask is None else attention_mask.to(self.device)
         self.ids = torch.cat([self.ids, ids], 1) if past else ids
@@ -241,9 +242,10 @@ class CausalLM:
         if self.recurrence is not None:
             with self.context():
                 self.recurrence.keep([self.recurrence.pending - count] * len(self.ids))
-        self.ids = self.ids[:, :-count]
-        self.positions = None if self.positions is None else self.positions[:, :-count]
-        for layer in self._layers():
+        left = self.ids.shape[1] - count
+        self.ids = self.ids[:, :left]
+        self.positions = None if self.positions is None else self.positions[:, :left]
+        for layer in self._layers() if count else ():
             DynamicLayer.crop(layer, -count)
 
     def realign(self, columns: torch.Tensor) -> None:
