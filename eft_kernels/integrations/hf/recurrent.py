@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 from typing import Any
 
@@ -141,13 +141,13 @@ class Recurrence:
         assert past.before is not None
         states = [rows.of(state) for state in past.before]
         steps = [call.steps(rows, counts[0]) for call in past.calls] if counts[0] else []
-        cache, held = self._cache_of(states), len(counts)
+        scratch, held = self._cache_of(states), len(counts)
         for i in range(counts[0]):
             alive = sum(count > i for count in counts)
             if alive < held:
-                cache, held = self._cache_of([state[:alive] for state in states]), alive
+                scratch, held = self._cache_of([state[:alive] for state in states]), alive
             for step in steps:
-                step(i, alive, cache)
+                step(i, alive, scratch)
         return states
 
     def _cache_of(self, states: list[torch.Tensor]) -> DynamicCache:
@@ -191,10 +191,15 @@ def _empty(layer: Any) -> None:
     vars(layer).update(vars(Linear(number_of_states=layer.number_of_states)))
 
 
-def _names(module: nn.Module) -> set[str]:
+def _names(module: nn.Module) -> frozenset[str]:
     """The names that a module's forward uses."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return set() if code is None else set(code.co_names)
+    return _names_in(type(module).forward)
+
+
+@cache
+def _names_in(forward: Callable[..., Any]) -> frozenset[str]:
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    return frozenset() if code is None else frozenset(code.co_names)
 
 
 # --- what a pass leaves ----------------------------------------------------------------------------------------------
