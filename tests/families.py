@@ -140,7 +140,7 @@ OVERRIDES: dict[str, dict] = {
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
     "mamba2": dict(num_heads=8),
     "longcat_flash": dict(head_dim=4),
-    "lfm2": dict(layer_types=["conv", "full_attention"]),
+    "lfm2": dict(num_hidden_layers=2, layer_types=["conv", "full_attention"]),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
     "mpt": {"attn_config.attn_pdrop": ...},
     "roc_bert": dict(pad_token_id=3),

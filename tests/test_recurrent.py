@@ -1,6 +1,5 @@
 """States of recurrent layers after tokens are taken back, against a model that never read those tokens."""
 
-import copy
 import threading
 import time
 
@@ -84,9 +83,12 @@ def close(got, want):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("passes", [[N], [1] * N, [2, 1, 2]], ids=str)
+@pytest.mark.parametrize("passes, kernel", [([N], False), ([N], True), ([1] * N, False), ([2, 1, 2], False)], ids=str)
 @pytest.mark.parametrize("model_type", PURE + HYBRID)
-def test_states_are_those_of_the_kept_tokens(model_type, passes):
+def test_states_are_those_of_the_kept_tokens(model_type, passes, kernel, monkeypatch):
+    """With a kernel a scan takes all tokens of a pass at once."""
+    if kernel:
+        monkeypatch.setattr(recurrent, "PADDED", set())
     model, prompt, new = small(model_type), ids(6, 4), ids(6, N, seed=1)
     reader = Reader(model, prompt.tolist())
     for part in new.split(passes, 1):
@@ -106,7 +108,7 @@ def test_states_are_those_of_the_kept_tokens(model_type, passes):
 @pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize("model_type", PURE)
 def test_rows_drift_apart_over_rounds(model_type, kernel, monkeypatch):
-    """Logits of every pass against full forwards of each row; with a kernel a scan takes all tokens at once."""
+    """Logits of every pass against full forwards of each row."""
     if kernel:
         monkeypatch.setattr(recurrent, "PADDED", set())
     model, generator = small(model_type), torch.Generator().manual_seed(2)
@@ -132,7 +134,7 @@ def test_going_back_reads_no_projection_again(model_type, again):
     reader.read(ids(2, N))
     for name, m in model.named_modules():
         if isinstance(m, nn.Linear):
-            m.register_forward_pre_hook(lambda m, args, name=name.rpartition(".")[2]: called.add(name))
+            m.register_forward_pre_hook(lambda m, args, name=name: called.add(name.rpartition(".")[2]))
     reader.keep([2, 3])
     assert called == again
     reader.read(ids(2, 1))
@@ -274,23 +276,21 @@ def test_one_module_is_base_and_tuned(model_type):
     check([base, tuned.eval(), None])
 
 
-def test_modules_with_hooks_of_accelerate():
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2", "qwen3_next"])
+def test_weights_that_accelerate_brings(model_type):
+    """And takes away after each module's call."""
     accelerate = pytest.importorskip("accelerate")
-    models = families.make("qwen3_next")
+    models = families.make(model_type)
     want = run(models, vocab_size=families.TEXT, **SAMPLED)
-    for model in models:
-        accelerate.hooks.add_hook_to_module(model, accelerate.hooks.AlignDevicesHook("cpu", io_same_device=True))
-        accelerate.hooks.attach_align_device_hook(model, execution_device="cpu")
+    models = [accelerate.cpu_offload(model, execution_device="cpu") for model in models]
     assert torch.equal(run(models, vocab_size=families.TEXT, draft_tokens=3, **SAMPLED), want)
+    assert all(p.device.type == "meta" for model in models for p in model.parameters())
 
 
 def test_what_cannot_go_back_is_refused():
-    model = small("mamba2")
-    cache = transformers.DynamicCache(config=model.config)
-    with pytest.raises(ValueError, match="its weights are offloaded"):
-        Recurrence(copy.deepcopy(model).to("meta"), cache)
+    model = small("recurrent_gemma")
     with pytest.raises(ValueError, match="its states are not in its cache"):
-        Recurrence(small("recurrent_gemma"), cache)
+        Recurrence(model, transformers.DynamicCache(config=model.config))
     with pytest.raises(ValueError, match=r"draft_tokens: model \(Recurrent.*\(its states are not in its cache\)"):
         run(families.make("recurrent_gemma"), draft_tokens=2, vocab_size=families.TEXT)
 

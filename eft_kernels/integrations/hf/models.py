@@ -36,7 +36,6 @@ ONE_BY_ONE = {
     "flaubert": "it reads a mask token after its text",
     "git": "its mask is made for one token at a time",
     "prophetnet": "its cache takes one token at a time",
-    "recurrent_gemma": "its states are not in its cache",
     "xlm": "it reads a mask token after its text",
 }
 # Older versions find new tokens by `cache_position`, newer ones by their number.

@@ -65,8 +65,6 @@ class Recurrence:
         self.spare: list[list[torch.Tensor]] = []  # memory of states that are not needed any more
         if not self.mixers:
             raise ValueError("its states are not in its cache")
-        if any(p.device.type == "meta" for m in self.mixers for p in m.parameters()):
-            raise ValueError("its weights are offloaded")
 
     @property
     def pending(self) -> int:
@@ -446,7 +444,7 @@ def _recording(now: _Pass, mixers: Sequence[nn.Module], cache: DynamicCache) -> 
 def _forward(mixer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A mixer's forward while some thread records: of that thread's calls."""
     now: tuple[_Pass, DynamicCache] | None = getattr(_here, "now", None)
-    if now is None or not any(x is now[1] for x in (*args, *kwargs.values())):
+    if now is None:
         return forward(*args, **kwargs)
     call = _Call(mixer, args, kwargs, now[1])
     now[0].calls.append(call)
