@@ -426,7 +426,7 @@ def vocabulary(model) -> int:
     return model.config.get_text_config(decoder=True).vocab_size
 
 
-def emulated(models, prompts, steps: int, sampled: bool, k: int, verify: str):
+def emulated(models, prompts, steps: int, sampled: bool, k: int, verify: str, width: int = 1):
     base, tuned, ref = models
     options = SAMPLED if sampled else dict(do_sample=False)
     return base.generate(
@@ -435,6 +435,7 @@ def emulated(models, prompts, steps: int, sampled: bool, k: int, verify: str):
         tuned=tuned,
         ref=ref,
         draft_tokens=k,
+        draft_width=width,
         verify=verify,
         seed=torch.tensor(SEEDS[: len(prompts)]),
         max_new_tokens=steps,
@@ -457,12 +458,13 @@ def plain(base, prompts, steps: int):
     )
 
 
-# setting: (K, calls: "greedy" or "sampled" and how drafts are verified)
+# setting: (K, calls: "greedy" or "sampled", how drafts are verified, and children of a node where it is not one)
 SETTINGS = {
     "one row": (0, ["sampled coupled"]),
     "padded": (0, ["sampled coupled"]),
     "drafts": (3, ["greedy coupled", "sampled token"]),  # rows of one length that accept differently
     "padded drafts": (3, ["sampled coupled"]),
+    "trees": (2, ["sampled coupled 2"]),  # of two children a node, padded
 }
 
 
@@ -471,8 +473,8 @@ def attempt(prompts, k, calls, models, oracles, steps) -> tuple[str, bool]:
     found, both = [], False
     try:
         for call in calls:
-            how, verify = call.split()
-            got = emulated(models, prompts, steps, how == "sampled", k, verify)
+            how, verify, *width = call.split()
+            got = emulated(models, prompts, steps, how == "sampled", k, verify, *map(int, width))
             found += wrong_rows(got, prompts, oracles, (1, 1, -1), how == "sampled", verify == "coupled")
             both |= bool(k) and 0 < int(got.speculation.accepted.sum()) < int(got.speculation.drafted.sum())
     except Exception as e:

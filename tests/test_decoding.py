@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import eft_kernels as eft
-from eft_kernels.decoding import Columns, Prompt, Target, Text, plain, speculative
+from eft_kernels.decoding import Columns, Drafts, Prompt, Target, Text, lookup, plain, speculative
 
 V = 6
 METHODS = ("coupled", "token", "block")
@@ -45,6 +45,42 @@ class Table:
         self.cache = self.cache.gather(1, columns)
 
 
+class InPlace(Table):
+    """The same, whose texts never move: a row's nodes lie after its text, wherever that ends."""
+
+    reads_nodes = True
+
+    def __call__(self, ids, attention_mask, position_ids, keep):
+        logits = super().__call__(ids, attention_mask, position_ids, keep)
+        self.texts = [row[-int(n) - 1 :] for row, n in zip(ids.tolist(), position_ids[:, -1])]
+        self.read = [[] for _ in self.texts]  # nodes: (token, the one before it)
+        return logits
+
+    def nodes(self, ids, depth, sees, keep):
+        assert sees.shape == (ids.shape[1], len(self.read[0]) + ids.shape[1]) and sees.dtype == torch.bool
+        self.calls.append(ids.shape[1])
+        for b, text in enumerate(self.texts):
+            for i, token in enumerate(ids[b].tolist()):
+                seen = [j for j, s in enumerate(sees[i].tolist()) if s]
+                assert seen[-1] == len(self.read[b])  # itself, last
+                path = [*(self.read[b][j][0] for j in seen[:-1]), token]
+                room = max(int(self.last_position[b]) - 1 - len(text), 0)  # the last token of all is never read
+                assert int(depth[b, i]) == min(len(path) - 1, room)
+                self.read[b].append((token, [*text[-2:], *path][-2]))
+        new = [row[-keep:] for row in self.read]
+        token, before = (torch.tensor([[pair[k] for pair in row] for row in new]) for k in (0, 1))
+        return self.table[before, token]
+
+    def accept(self, path, kept):
+        for b, n in enumerate(kept):
+            slots = range(n) if path is None else path[b, :n].tolist()
+            self.texts[b] += [self.read[b][s][0] for s in slots]
+        self.read = [[] for _ in self.texts]
+
+    def clean(self):
+        self.cleaned = True
+
+
 def tables(seed=0, scale=1.5):
     """[base, tuned, ref] whose combination is ``target`` and whose tuned model drafts its negation."""
     g = torch.Generator().manual_seed(seed)
@@ -61,12 +97,20 @@ def prompt(rows, max_new_tokens, **options):
     return Prompt(ids, left.clamp(max=3), max_new_tokens, **options)
 
 
-def run(models, target, start, method, k):
+@pytest.fixture(params=["moving", "in place"], autouse=True)
+def kind(request, monkeypatch):
+    """Both kinds of models that rounds of speculation can read."""
+    monkeypatch.setattr(run, "kind", dict(zip(("moving", "in place"), (Table, InPlace)))[request.param], raising=False)
+
+
+def run(models, target, start, method, k, draft=1):
+    """k: the number of drafts, or `Drafts`."""
     last = start.ids.shape[1] - start.left + start.max_new_tokens - 1
-    models = [Table(t, last) for t in models]
+    models = [run.kind(t, last) for t in models]
     if method == "plain":
         return plain(models, target, start)
-    return speculative(models, target, start, draft=1, draft_tokens=k, method=method)
+    drafts = k if isinstance(k, Drafts) else Drafts(k)
+    return speculative(models, target, start, draft=draft, drafts=drafts, method=method)
 
 
 def critical(df):
@@ -87,25 +131,30 @@ def assert_joint(tokens, first, second, what):
     assert chi < critical(int(there.sum()) - 1), f"{what}: chi-squared {chi:.1f} over {int(there.sum())} cells"
 
 
-def check_joint(method, k, target, models, process=None, bias=0.0):
+def check_joint(method, k, target, models, process=None, bias=0.0, draft=1):
     rows = 8000
     filters = dict(temperature=0.9, top_k=5)
     logits = (target + bias) / 0.9
     p = torch.where(logits >= logits.topk(5).values[..., -1:], logits, -math.inf).softmax(-1)  # [before, token, V]
     first, second = p[4, 2], p[2]  # after the prompt (4, 2), then after (2, t)
     third = torch.einsum("i,ij,ijk->jk", first, second, p[:V])  # of tokens (2, 3)
-    start = prompt(rows, max(k, 1) + 2, criteria=lambda ids, scores: torch.full((len(ids),), ids.shape[1] >= 5 + 3))
-    seeds = eft.row_seeds(11 * k, rows)
-    out = run(models, Target(eft.upscale(), seeds, filters, process=process), start, method, k)
+    start = prompt(
+        rows,
+        max(getattr(k, "depth", k), 1) + 2,
+        criteria=lambda ids, scores: torch.full((len(ids),), ids.shape[1] >= 5 + 3),
+    )
+    seeds = eft.row_seeds(11 * getattr(k, "budget", k), rows)
+    out = run(models, Target(eft.upscale(), seeds, filters, process=process), start, method, k, draft)
     new = out.sequences[:, 5:]
     assert new.shape[1] == 3
-    assert_joint(new[:, :2], first, second, f"{method} K={k}, tokens 1 and 2")
+    what = f"{method} K={getattr(k, 'budget', k)}, tokens"
+    assert_joint(new[:, :2], first, second, f"{what} 1 and 2")
     marginal = third.sum(1)
-    assert_joint(new[:, 1:], marginal, third / marginal[:, None], f"{method} K={k}, tokens 2 and 3")
+    assert_joint(new[:, 1:], marginal, third / marginal[:, None], f"{what} 2 and 3")
 
     for b in (1, 2):  # a batch of one gives the same tokens: the same distribution
         alone = Prompt(start.ids[b : b + 1], start.left[b : b + 1], start.max_new_tokens, criteria=start.criteria)
-        one = run(models, Target(eft.upscale(), seeds[b : b + 1], filters, process=process), alone, method, k)
+        one = run(models, Target(eft.upscale(), seeds[b : b + 1], filters, process=process), alone, method, k, draft)
         assert torch.equal(one.sequences, out.sequences[b : b + 1])
 
 
@@ -130,7 +179,7 @@ def test_no_pass_crosses_a_boundary(boundary, monkeypatch):
     want = run(models, target, start, "plain", 0).sequences
     for method in METHODS:
         models_now = [Table(t, start.ids.shape[1] - start.left + 12) for t in models]
-        out = speculative(models_now, target, start, draft=1, draft_tokens=4, method=method)
+        out = speculative(models_now, target, start, draft=1, drafts=Drafts(4), method=method)
         assert method != "coupled" or torch.equal(out.sequences, want)
         for model in models_now:
             assert all(end <= boundary or begin >= boundary for begin, end in model.passes)
@@ -163,6 +212,117 @@ def test_coupled_is_plain(filters):
         for k in (1, 2, 3, 8):
             got = run(models, target, start, "coupled", k)
             assert torch.equal(got.sequences, want.sequences) and torch.equal(got.lengths, want.lengths)
+
+
+# --- drafts of no model ----------------------------------------------------------------------------------------------
+
+
+def propose(texts, k):
+    """Drafts by a rule: some rows get fewer than k, some none."""
+    drafts = torch.stack([(text[-1] + torch.arange(k) * text[-2]) % V for text in texts])
+    count = torch.tensor([int(text.sum()) % (k + 1) for text in texts])
+    return torch.where(torch.arange(k) < count[:, None], drafts, -1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("draft", [propose, lookup()])
+def test_the_joint_distribution_with_a_proposer(method, draft):
+    check_joint(method, 3, *tables(), draft=draft)
+
+
+def test_coupled_is_plain_with_a_proposer():
+    _, models = tables(13, scale=1.0)
+    target, start = Target(eft.upscale(), eft.row_seeds(9, 9)), prompt(9, 13, eos=[1])
+    want = run(models, target, start, "plain", 0)
+    for draft in (propose, lookup(), lookup(1)):
+        got = run(models, target, start, "coupled", 4, draft)
+        assert torch.equal(got.sequences, want.sequences)
+        spec = got.speculation
+        assert 0 < int(spec.accepted.sum()) < int(spec.drafted.sum())
+        assert int(spec.ranks[:, 0].sum()) == int(spec.accepted.sum())
+
+
+@pytest.mark.parametrize(
+    "text, found", [([1, 2, 3, 1, 2], [3, 1, 2]), ([1, 2, 4, 3, 2], [4, 3, 2]), ([1, 2, 3], []), ([7], [])]
+)
+def test_lookup(text, found):
+    """The longest suffix that occurred before; the last time that it did."""
+    assert lookup()([torch.tensor(text)], 4).tolist() == [[*found, -1, -1, -1, -1][:4]]
+    again = [5, 6, 1, 2, 8, 1, 2, 9, 6, 1, 2]
+    assert lookup()([torch.tensor(again)], 2).tolist() == [[8, 1]]  # after 6, 1, 2
+    assert lookup(2)([torch.tensor(again)], 2).tolist() == [[9, 6]]  # after the last 1, 2
+
+
+@pytest.mark.parametrize("drafts", [torch.zeros(2, 3), torch.zeros(1, 3, dtype=torch.int64), [[1, 2, 3]] * 2])
+def test_a_proposer_of_another_shape_is_refused(drafts):
+    with pytest.raises(ValueError, match=r"draft: proposed .*expected int64 \[2, 3\]"):
+        run(tables()[1], Target(eft.upscale(), torch.arange(2)), prompt(2, 9), "coupled", 3, lambda texts, k: drafts)
+
+
+# --- trees of drafts -----------------------------------------------------------------------------------------------
+
+SHAPES = [(1, 2, None), (2, 2, None), (2, 3, 5), (3, 2, 9), (4, 3, 7), (1, 5, None)]
+in_place = pytest.mark.parametrize("kind", ["in place"], indirect=True)
+
+
+@in_place
+@pytest.mark.parametrize("filters", [dict(temperature=0.0), dict(temperature=0.8, top_p=0.9), dict(top_k=2)])
+def test_trees_write_what_plain_decoding_writes(filters, kind):
+    _, models = tables(13, scale=1.0)
+    for rows in (1, 9):
+        target = Target(eft.upscale(torch.linspace(0.5, 1.5, rows)), eft.row_seeds(rows, rows), filters)
+        start = prompt(rows, 13, eos=[1])
+        want = run(models, target, start, "plain", 0)
+        for shape in SHAPES:
+            got = run(models, target, start, "coupled", Drafts(*shape))
+            assert torch.equal(got.sequences, want.sequences) and torch.equal(got.lengths, want.lengths), shape
+
+
+@in_place
+@pytest.mark.parametrize("shape", [(2, 2, None), (3, 3, 8)])
+def test_the_joint_distribution_of_trees(shape, kind):
+    check_joint("coupled", Drafts(*shape), *tables())
+
+
+@in_place
+def test_trees_with_a_processor(kind):
+    bias = torch.randn(V, V, generator=torch.Generator().manual_seed(2))  # by the prefix's last token
+    check_joint("coupled", Drafts(3, 2, 6), *tables(), lambda ids, scores: scores + bias[ids[:, -1]], bias)
+
+
+@in_place
+def test_wider_trees_take_fewer_rounds(kind):
+    target, (base, tuned, ref) = tables(14, scale=1.0)
+    models, rows = [base, 0.5 * target, base - 0.5 * target], 200
+    emulated, per_round = Target(eft.upscale(), eft.row_seeds(4, rows)), []
+    for shape in [(3,), (3, 2, 6), (3, 3, 12), (3, 3)]:
+        out = run(models, emulated, prompt(rows, 20), "coupled", Drafts(*shape))
+        per_round.append(out.speculation.tokens_per_round)
+        # of 19 tokens after the first, each is the draft's winner, a runner-up or none, where there was a draw
+        ranks = out.speculation.ranks
+        assert ranks.shape == (3, 1 + (shape[1] if len(shape) > 1 else 1)) and bool((ranks[0] > 0).all())
+        assert int(ranks[:, :-1].sum()) >= int(out.speculation.accepted.sum()) > 0
+    assert per_round == sorted(per_round) and per_round[-1] > 1.2 * per_round[0]
+
+
+@in_place
+def test_a_draft_that_fails_is_cleaned_away(kind, monkeypatch):
+    """What is NaN at a draft is NaN at the slots that see it; the caches are told to remove it."""
+    _, (base, tuned, ref) = tables(9)
+    base = base.clone()
+    base[:, 3] = math.nan
+    models = [InPlace(t, torch.full((12,), 12)) for t in (base, tuned, ref)]
+    start = Prompt(torch.tensor([[4, 2]]).expand(12, -1), torch.zeros(12, dtype=torch.int64), 11)
+    speculative(
+        models, Target(eft.upscale(), eft.row_seeds(2, 12)), start, draft=1, drafts=Drafts(2, 2), method="coupled"
+    )
+    assert all(getattr(model, "cleaned", False) for model in models)
+
+
+@pytest.mark.parametrize("kind", ["moving"], indirect=True)
+def test_a_tree_needs_models_that_take_one(kind):
+    with pytest.raises(ValueError, match="drafts: got a tree"):
+        run(tables()[1], Target(eft.upscale(), torch.tensor([1])), prompt(1, 5), "coupled", Drafts(2, 2))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -216,10 +376,12 @@ def test_one_forward_per_model_and_round():
     _, models = tables(8)
     models = [Table(t, torch.tensor([13])) for t in models]
     start = Prompt(torch.tensor([[4, 2]]), torch.tensor([0]), 12)
-    out = speculative(models, Target(eft.upscale(), torch.tensor([5])), start, draft=1, draft_tokens=3, method="token")
+    out = speculative(
+        models, Target(eft.upscale(), torch.tensor([5])), start, draft=1, drafts=Drafts(3), method="token"
+    )
     rounds = int(out.speculation.rounds[0])
     assert len(models[0].calls) == len(models[2].calls) == rounds
-    assert models[0].calls[:2] == [2 + 3, 1 + 3] and models[1].calls[:5] == [2, 1, 1, 1, 1]
+    assert models[0].calls[:2] == [2, 1 + 3] and models[1].calls[:5] == [2, 1, 1, 1, 1]
 
 
 def test_a_row_that_becomes_invalid_ends_alone():

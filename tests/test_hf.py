@@ -104,9 +104,9 @@ def test_caches_equal_full_recomputation_after_every_round(family, monkeypatch):
     """Every logit that verify or sample gets, of every model, slot and row, under ragged acceptance."""
     models, seen = [make(family, s) for s in (1, 2, 3)], []
 
-    def spy(logits, weights, drafts, lengths, **options):
-        out = eft.verify(logits, weights, drafts, lengths, **options)
-        seen.append(([z.clone() for z in logits], drafts.clone(), lengths.clone(), options["position"].clone()))
+    def spy(logits, weights, drafts, draft_lengths, **options):
+        out = eft.verify(logits, weights, drafts, draft_lengths, **options)
+        seen.append(([z.clone() for z in logits], drafts.clone(), draft_lengths.clone(), options["position"].clone()))
         return out
 
     monkeypatch.setattr(target_module, "verify", spy)

@@ -13,6 +13,7 @@ from eft_kernels.integrations.hf import recurrent  # noqa: E402
 from eft_kernels.integrations.hf.emulated import EmulatedModel  # noqa: E402
 from eft_kernels.integrations.hf.models import cache_name  # noqa: E402
 from eft_kernels.integrations.hf.recurrent import Recurrence  # noqa: E402
+from eft_kernels.integrations.hf.texts import Place  # noqa: E402
 from tests import families  # noqa: E402
 from tests.test_hf import SAMPLED, run  # noqa: E402
 
@@ -45,7 +46,7 @@ class Reader:
         self.model, self.texts = model, [list(t) for t in texts]
         config = model.config.get_text_config(decoder=True)
         self.cache = transformers.DynamicCache(config=config)
-        self.cache.layers = [recurrent.without_window(layer) for layer in self.cache.layers]
+        self.cache.layers = [recurrent.with_text(layer, Place()) for layer in self.cache.layers]
         self.recurrence = Recurrence(model, self.cache)
         self.read(torch.tensor(texts), first=True)
         self.recurrence.keep([len(texts[0])] * len(texts))

@@ -4,34 +4,34 @@
 `Model` is what a model has to offer, `Target` what is sampled, `Prompt` where it starts and ends.
 """
 
-from .columns import Columns, Model, OwnPrompt, take_columns
-from .loops import (
-    Decoded,
-    NewTokens,
-    OnTokens,
-    Speculation,
-    finished,
-    plain,
-    plain_steps,
-    speculative,
-    speculative_rounds,
-)
+from .columns import Columns, Model, NodeModel, OwnPrompt, take_columns
+from .drafts import Auto, Drafts, Speculation
+from .loops import Decoded, NewTokens, OnTokens, finished, plain, plain_steps
+from .proposers import Proposer, lookup
+from .rounds import speculative, speculative_rounds
 from .target import Target, Value
 from .text import Prompt, Text
+from .trees import Tree
 
 __all__ = [
+    "Auto",
     "Columns",
     "Decoded",
+    "Drafts",
     "Model",
     "NewTokens",
+    "NodeModel",
     "OnTokens",
     "OwnPrompt",
     "Prompt",
+    "Proposer",
     "Speculation",
     "Target",
     "Text",
+    "Tree",
     "Value",
     "finished",
+    "lookup",
     "plain",
     "plain_steps",
     "speculative",

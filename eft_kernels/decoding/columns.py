@@ -17,6 +17,8 @@ class Model(Protocol):
 
     can_realign: False where positions come from the column, so that rows must stay in step (default True).
     boundary: a pass that begins with at most so many columns may not end with more (default None).
+    reads_nodes: it is a `NodeModel`, too (default False).
+    keep_tokens(read, kept): called after a round, before tokens leave: of the ``read`` newest row b keeps ``kept[b]``.
     """
 
     def __call__(
@@ -32,6 +34,29 @@ class Model(Protocol):
 
     def realign(self, columns: torch.Tensor) -> None:
         """Cache column s of row b becomes what was column ``columns[b, s]``; columns int64 [B, S]."""
+
+
+class NodeModel(Protocol):
+    """A model whose cache holds each row's text and, after it, nodes: tokens that are tried and kept or forgotten.
+
+    Rows keep what they like without anything else being moved, and nodes may be a tree.
+    """
+
+    def nodes(self, ids: torch.Tensor, depth: torch.Tensor, sees: torch.Tensor, keep: int) -> torch.Tensor:
+        """Reads n more nodes, after the prompt was read by a call; logits [B, keep, V] of the last ``keep``.
+
+        ids: int64 [B, n]; depth: int64 [B, n], a node's position after the text (0: the next one); sees: bool [n, m]
+        on the CPU, which of all m nodes so far (these included) each of the n attends to, beside the text.
+        """
+
+    def accept(self, path: torch.Tensor | None, kept: list[int]) -> None:
+        """Ends the round: the nodes path[b, :kept[b]] are row b's text now, in this order; the others are forgotten.
+
+        path: int64 [B, P] (None: the first nodes).
+        """
+
+    def clean(self) -> None:
+        """Removes what forgotten nodes left behind, which may be NaN."""
 
 
 def take_columns(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -104,12 +129,6 @@ class OwnPrompt:
         self.width = 0  # columns of the shared layout
         self.columns = Columns(self.left, self.ids.shape[1] - self.left + self.max_new_tokens - 1)
 
-    @property
-    def boundary(self) -> int | None:
-        own = getattr(self.model, "boundary", None)
-        ahead = self.columns.width - self.width if self.width else self.ids.shape[1] - self.shared
-        return None if own is None else own - ahead
-
     def __call__(
         self, ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, keep: int
     ) -> torch.Tensor:
@@ -121,17 +140,14 @@ class OwnPrompt:
 
     def crop(self, count: int) -> None:
         self.width -= count
+        self.model.crop(count if self.width else self.columns.width)
         if self.width:
-            self._back(count, [0] * len(self.ids))
+            self.columns.width -= count
         else:
-            self.model.crop(self.columns.width)
             self._reset()
 
     def realign(self, columns: torch.Tensor) -> None:
-        last = columns[:, -1].tolist()  # a row that does not move keeps the last column
-        shift = [max(last) - n for n in last]
-        self._back(self.width - 1 - max(last), shift)
-        self.width = columns.shape[1]
+        raise AssertionError("rows that move have a `Reader`")
 
     def take_rows(self, rows: torch.Tensor) -> None:
         """Row i becomes what was row ``rows[i]``; the model has this method, too."""
@@ -142,7 +158,3 @@ class OwnPrompt:
         held = self.columns
         self.columns = Columns(held.left[rows], held.last_position[rows])
         self.columns.width = held.width
-
-    def _back(self, common: int, shift: list[int]) -> None:
-        count = common + max(shift)
-        self.columns.rollback([self.model], count, [count - common - s for s in shift], [False] * len(shift))

@@ -12,6 +12,7 @@ from ..combination import Weights
 from ..ops import VerifyOutput, combine, draft, logprobs, sample, verify
 from ..parameters import GREEDY
 from .text import Text
+from .trees import Tree
 
 Value = float | torch.Tensor  # of a sampling parameter: a number, or a tensor [B]
 
@@ -69,50 +70,86 @@ class Target:
         return out.tokens, out.valid, raw, self.filtered(scores) if self.keep_scores else None
 
     def draft(
-        self, logits: torch.Tensor, position: torch.Tensor, slot: int, method: str
+        self, logits: torch.Tensor, position: torch.Tensor, slot: int, method: str, runners_up: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A draft per row from the drafting model's own logits [B, V]: (tokens, valid)."""
-        out = draft(logits, slot=slot, method=method, position=position, vocab_size=self.vocab_size, **self.noise)
-        return out.tokens, out.valid
+        """Draws from the drafting model's own logits [B, E, V] of E nodes at ``position`` [B]: the winner and the
+        runners-up of each, int64 [B, E, 1 + m] (-1: there is none), and whether its row was valid, [B, E]."""
+        rows, nodes = logits.shape[:2]
+
+        def each(x: Any) -> Any:  # of a row: for each of its nodes
+            return x.repeat_interleave(nodes, 0) if isinstance(x, torch.Tensor) and x.dim() and nodes > 1 else x
+
+        out = draft(
+            logits.reshape(rows * nodes, -1),
+            slot=slot,
+            method=method,
+            position=each(position),
+            vocab_size=self.vocab_size,
+            runners_up=runners_up,
+            **{name: each(x) for name, x in self.noise.items()},
+        )
+        tokens = out.tokens[:, None]
+        if out.runners_up is not None:
+            tokens = torch.cat([tokens, out.runners_up], 1)
+        return tokens.view(rows, nodes, -1), out.valid.view(rows, nodes)
 
     def verify(
         self,
         logits: list[torch.Tensor],
         text: Text,
+        tree: Tree,
         drafts: torch.Tensor,
         lengths: torch.Tensor,
         reach: list[int],
         method: str,
-        draft: int,
+        draft: int | None,
     ) -> tuple[VerifyOutput, torch.Tensor | None, torch.Tensor | None]:
-        """`verify` of drafts [B, K] under logits [B, K+1, V_j]: (its output, raw scores, processed scores).
+        """`verify` of a tree's drafts [B, N] under logits [B, N+1, V_j]: (its output, raw scores, processed scores).
 
-        reach[b]: how many slots of row b (from slot 0) can be emitted, 0 for a row that ended.
+        Scores are [B, N+1, V], of the slots. lengths: int64 [B], the drafts of a chain that count. reach[b]: how many
+        tokens of row b can be emitted, 0 for a row that ended. draft: the model that drew them (None: no model did).
         """
         noise = dict(self.noise, position=text.length, method=method)
+        shape: dict[str, Any] = dict(draft_lengths=lengths)
+        if not tree.is_chain:
+            shape = dict(parents=torch.tensor(tree.parents, device=drafts.device).expand(len(drafts), -1))
         if not self.materialise:
-            return verify(logits, self.weights, drafts, lengths, draft=draft, **self.emulate, **noise), None, None
+            return verify(logits, self.weights, drafts, draft=draft, **shape, **self.emulate, **noise), None, None
         slots = drafts.shape[1] + 1
-        raw = scores = torch.stack([self.scores([z[:, i] for z in logits]) for i in range(slots)], 1)  # [B, K+1, V]
-        process = self.process
-        if process is not None:
-            scores = raw.clone()
-            of_rows = getattr(process, "of_rows", lambda ids, scores, rows: process(ids, scores))
-            counts = torch.tensor(reach, device=drafts.device)
-            text.put(drafts, torch.arange(slots - 1, device=drafts.device) < counts[:, None] - 1)
-            every, start = torch.arange(len(reach), device=drafts.device), text.length.tolist()
-            spans = [(n, n + r) for n, r in zip(start, reach) if r]
-            for n in range(min(a for a, _ in spans), max(b for _, b in spans)):
-                slot = n - text.length  # [B], the slot that follows n new tokens
-                here = (slot >= 0) & (slot < counts)
-                if not bool(here.any()):
-                    continue
-                slot = slot.clamp(0, slots - 1)
-                own = scores[every, slot]
-                done = of_rows(text.prefix(n), own.clone(), here).float()
-                scores[every, slot] = torch.where(here[:, None], done, own)
-        out = verify([scores, logits[draft]], [1.0, 0.0], drafts, lengths, draft=1, vocab_size=scores.shape[2], **noise)
+        raw = scores = torch.stack([self.scores([z[:, i] for z in logits]) for i in range(slots)], 1)  # [B, N+1, V]
+        if self.process is not None:
+            scores = self._processed(raw, text, tree, drafts, reach)
+        models, weights, drawn = [scores], [1.0], None
+        if draft is not None:
+            models, weights, drawn = [scores, logits[draft]], [1.0, 0.0], 1
+        out = verify(models, weights, drafts, draft=drawn, vocab_size=raw.shape[2], **shape, **noise)
         final = None
         if self.keep_scores:
             final = torch.stack([self.filtered(scores[:, i]) for i in range(slots)], 1)
         return out, raw, final
+
+    def _processed(
+        self, raw: torch.Tensor, text: Text, tree: Tree, drafts: torch.Tensor, reach: list[int]
+    ) -> torch.Tensor:
+        """The processed scores of slots [B, N+1, V], each by the prefix that leads to it."""
+        process = self.process
+        assert process is not None
+        scores = raw.clone()
+        of_rows = getattr(process, "of_rows", lambda ids, scores, rows: process(ids, scores))
+        every, counts = (torch.tensor(x, device=drafts.device) for x in (range(len(reach)), reach))
+        slots, leading = tree.slots.to(drafts.device), tree.drafts.to(drafts.device)
+        spans = [(n, n + r) for n, r in zip(text.length.tolist(), reach) if r]
+        for n in range(min(a for a, _ in spans), max(b for _, b in spans)):
+            depth = n - text.length  # [B], of the slots that follow n new tokens
+            for of_level in slots.T:  # one slot of each depth
+                slot = of_level[depth.clamp(0, len(of_level) - 1)]  # [B]
+                here = (depth >= 0) & (depth < counts) & (slot >= 0)
+                if not bool(here.any()):
+                    break
+                slot = slot.clamp(min=0)
+                path = torch.arange(leading.shape[1], device=drafts.device) < depth[:, None]
+                text.put(drafts.gather(1, leading[slot]).clamp(min=0) if len(tree) else drafts, path)
+                own = scores[every, slot]
+                done = of_rows(text.prefix(n), own.clone(), here).float()
+                scores[every, slot] = torch.where(here[:, None], done, own)
+        return scores

@@ -47,6 +47,11 @@ class Text:
         """ids [B, P + n] as plain decoding holds them after n steps."""
         return self.ids[:, : self.start + n].contiguous()
 
+    def rows(self) -> list[torch.Tensor]:
+        """The ids of each row on the CPU, int64 [n], without padding."""
+        spans = zip(self.prompt.left.tolist(), (self.start + self.length).tolist())
+        return [row[a:b] for row, (a, b) in zip(self.ids.cpu(), spans)]
+
     def put(self, tokens: torch.Tensor, there: torch.Tensor) -> None:
         """Writes tokens [B, W] after each row's text where ``there`` [B, W], padding elsewhere; lengths stay."""
         columns = self.start + self.length[:, None] + torch.arange(tokens.shape[1], device=tokens.device)

@@ -20,12 +20,15 @@ from transformers import (
 from ...arguments import scalar_or_rows
 from ...checks import from_host, index
 from ...combination import MODE_OF, MODES, AnyWeights, Weights
-from ...decoding import Value
+from ...decoding import Auto, Drafts, Value
+from ...decoding.trees import size
 from ...ops import PerRow, row_seeds
-from ...parameters import MAX_MODELS
+from ...parameters import MAX_MODELS, MAX_RUNNERS_UP, MAX_SLOT
 from .frames import Call
 from .models import CACHE_NAMES, GenerativeModel, Off, device_of, layers_of, logits_width, unwrapped
 
+MAX_DRAFTS = 1024  # of a tree, a round
+AUTO_WIDTH = 4  # of the trees of draft_tokens="auto"
 Models = list[nn.Module] | tuple[nn.Module, ...]  # of transformers, or a PeftModel over one
 # the prompt of one model: ids [n, columns], or a dict with an attention_mask, too; None: the prompt of all
 OwnIds = torch.Tensor | Mapping[str, torch.Tensor] | None
@@ -122,6 +125,30 @@ def seeds_of(seed: PerRow, rows: int, device: torch.device, greedy: bool) -> tor
         seed = 0 if greedy else int(torch.randint(1 << 62, ()))
     checked = per_row("seed", seed, rows, device)
     return checked if isinstance(checked, torch.Tensor) else row_seeds(int(checked), rows, device)
+
+
+def drafts_of(draft_tokens: object, draft_width: object, draft_budget: object, verify: str) -> Drafts:
+    """The drafts of each round; of none where draft_tokens is 0."""
+    auto = draft_tokens == "auto"
+    depth = 0 if auto else index("draft_tokens", draft_tokens, 0, MAX_SLOT, 'an integer >= 0 or "auto"')
+    trees = verify == "coupled" and (auto or depth > 0)
+    given = (AUTO_WIDTH if auto and trees else 1) if draft_width is None else draft_width
+    width = index("draft_width", given, 1, MAX_RUNNERS_UP + 1, f"1 to {MAX_RUNNERS_UP + 1}")
+    refuse_unless("draft_width", width, width == 1 or auto or depth > 0, "1 without draft_tokens")
+    refuse_unless("draft_width", width, width == 1 or trees, f"1 with verify={verify!r}")
+    budget: int | None = None
+    if draft_budget is not None:
+        refuse_unless("draft_budget", draft_budget, auto or width > 1, 'None without "auto" or draft_width')
+        allowed = f"{max(depth, 1)} to {MAX_DRAFTS}, and not below draft_tokens"
+        budget = index("draft_budget", draft_budget, max(depth, 1), MAX_DRAFTS, allowed)
+    if auto:
+        return Auto(width=width, **({} if budget is None else {"budget": budget}))
+    if budget is None and width > 1 and size(depth, width) > MAX_DRAFTS:
+        raise ValueError(
+            f"draft_width: got {width} with draft_tokens={depth}, {size(depth, width)} drafts a round, allowed are "
+            f"{MAX_DRAFTS}; give draft_budget"
+        )
+    return Drafts(depth, width, budget)
 
 
 # --- models and weights ----------------------------------------------------------------------------------------------

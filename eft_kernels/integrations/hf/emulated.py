@@ -388,7 +388,7 @@ class EmulatedModel(PreTrainedModel, GenerationMixin):
         """
 
         def terms() -> list[CausalLM]:
-            option = {} if rollback is None else {"option": rollback}
+            option: dict[str, Any] = {} if rollback is None else {"option": rollback}
             return [
                 CausalLM(m, n, rollback=rollback is not None, context=c, **option)
                 for m, n, c in zip(self._terms, self.names, self._contexts)

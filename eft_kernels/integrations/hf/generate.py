@@ -30,15 +30,28 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ...checks import index, one_of
 from ...combination import AnyWeights
-from ...decoding import Model, OnTokens, OwnPrompt, Prompt, Speculation, Target, plain, speculative
+from ...decoding import (
+    Auto,
+    Model,
+    OnTokens,
+    OwnPrompt,
+    Prompt,
+    Proposer,
+    Speculation,
+    Target,
+    lookup,
+    plain,
+    speculative,
+)
 from ...ops import PerRow, sample
-from ...parameters import GREEDY, MAX_SLOT, METHODS, OFF, PARAMETERS
+from ...parameters import GREEDY, METHODS, OFF, PARAMETERS
 from .arguments import (
     OwnIds,
     check_context,
     check_inputs,
     check_options,
     combination_of,
+    drafts_of,
     end_tokens,
     endings_of,
     free_combination_of,
@@ -50,8 +63,17 @@ from .arguments import (
     stop_strings_of,
 )
 from .frames import current_call, meant_model
-from .models import CausalLM, check_boundaries, check_distinct, device_of, logits_width, resolved
-from .processing import RowProcessors, hold_back, sampling_of
+from .models import (
+    CausalLM,
+    check_boundaries,
+    check_distinct,
+    check_trees,
+    device_of,
+    logits_width,
+    remembered,
+    resolved,
+)
+from .processing import RowProcessors, hold_back, may_keep_a_state, sampling_of
 
 
 @dataclass
@@ -119,9 +141,11 @@ def generate(
     typical_p: PerRow = None,
     upscale_top_p: PerRow = 1.0,
     # parameters: end
-    draft_tokens: int = 0,
+    draft_tokens: int | str = 0,
+    draft_width: int | None = None,
+    draft_budget: int | None = None,
     verify: str = "coupled",
-    draft: int | None = None,
+    draft: int | str | Proposer | None = None,
     seed: PerRow = None,
     vocab_size: int | None = None,
     tokenizers: Sequence[PreTrainedTokenizerBase] | None = None,
@@ -154,12 +178,21 @@ def generate(
       The sampling parameters as in `eft_kernels.sample`. Those that are options of transformers, too, mean the same
         there; a temperature of 0 is greedy, and with do_sample=True one that is not given is the generation config's
         (top_k=50 by default).
-      draft_tokens: K, drafted per round; 0 decodes one token a step.
+      draft_tokens: K, drafted after each other in a round; 0 decodes one token a step. "auto": as many, in such a tree,
+        as most tokens a second are expected of by measured times and acceptance, and none where a model or processor
+        cannot take drafts back. The tokens of "coupled" stay the same.
+      draft_width: of a tree of drafts, K levels deep, how many children a node has: the winner of the drafting model's
+        draw and the next runners-up. 1 (the default but for "auto") is a chain. With verify="coupled" and models that
+        take a 4D mask alone.
+      draft_budget: the most drafts a round, K or more: of the tree those that are likeliest to be accepted, by what was
+        accepted so far.
       verify: "coupled": the tokens of plain decoding where the logits are equal: float32 (a pass over K + 1 tokens
         rounds bfloat16 in another order than one over 1); "token", "block": the same distribution, more accepted, for
         draft_tokens > 0 alone.
       draft: which of [model, *tuned, ref] or [model, *models] drafts; default tuned (the first of two), in downscale
-        and with ``models`` ``model``.
+        and with ``models`` ``model``. "lookup": no model, but what followed the last time that the text had its newest
+        three tokens, or two, or one. Or a function (texts, k) -> int64 [rows, k], -1 from where a row has no draft;
+        texts: rows tensors int64 [n] on the CPU. A chain, no tree.
       seed: int (row 0 keeps it), tensor int64 [rows], or None: from torch's global generator.
       vocab_size: use ids below it only; needed where the models' logits differ in width.
       tokenizers: one per model of [model, *tuned, ref]: refused unless they agree; shows what a longer tail is.
@@ -210,12 +243,19 @@ def generate(
     home, input_ids = input_ids.device, input_ids.to(device)
 
     one_of("verify", verify, METHODS)
-    draft_tokens = index("draft_tokens", draft_tokens, 0, MAX_SLOT, "an integer >= 0")
-    if not draft_tokens:
+    shape = drafts_of(draft_tokens, draft_width, draft_budget, verify)
+    auto, speculate = isinstance(shape, Auto), shape.depth > 0
+    if not speculate:
         refuse_unless("verify", verify, verify == "coupled", "'coupled' without draft_tokens")
         refuse_unless("draft", draft, draft is None, "None without draft_tokens")
-    draft = combination.draft if draft is None else draft
-    draft = index("draft", draft, 0, len(terms) - 1, f"0 to {len(terms) - 1}")
+    by: int | Proposer
+    if draft == "lookup" or callable(draft):
+        by = draft if callable(draft) else lookup()
+        refuse_unless("draft_width", draft_width, draft_width in (None, 1), "1 where no model drafts")
+        shape.width = 1
+    else:
+        allowed = f'0 to {len(terms) - 1}, "lookup" or a function'
+        by = index("draft", combination.draft if draft is None else draft, 0, len(terms) - 1, allowed)
     one_of("on_invalid", on_invalid, ("raise", "warn"))
     check_options(config, call, model_kwargs, sees=base.config.get_text_config(decoder=True) is not base.config)
     left, vocab_size = check_inputs(terms, names, input_ids, model_kwargs, vocab_size, tokenizers)
@@ -253,7 +293,8 @@ def generate(
             eos = sorted(ends)
             logits_processor = hold_back(logits_processor or [], config, eos, input_ids.shape[1], device)
     processors, filters = sampling_of(logits_processor or [], config, named, arguments.get("logits_processor"))
-    process = RowProcessors(processors, rows, speculating=draft_tokens > 0) if processors else None
+    speculate = speculate and not (auto and any(map(may_keep_a_state, processors)))
+    process = RowProcessors(processors, rows, speculating=speculate) if processors else None
     temperature = filters.get("temperature", 1.0)
     greedy = not isinstance(temperature, torch.Tensor) and temperature < GREEDY
     seeds = seeds_of(seed, rows, device, greedy=greedy)
@@ -278,22 +319,30 @@ def generate(
         keep_logits=bool(verbose and config.output_logits),
         keep_scores=bool(verbose and config.output_scores),
     )
-    causal = [
-        CausalLM(m, name, rollback=draft_tokens > 0, context=context)
-        for m, name, context in zip(terms, names, contexts)
-    ]
-    if draft_tokens:
-        check_boundaries(causal, rows, max(lengths) + max_new_tokens)
+    longest = max(lengths) + max_new_tokens
+    causal: list[CausalLM] = []
+    try:
+        for m, name, context in zip(terms, names, contexts) if speculate else ():
+            causal.append(CausalLM(m, name, rollback=True, context=context, longest=longest))
+        check_boundaries(causal, rows, longest)
+        check_trees(causal, shape.width if draft_width is not None else 1)
+    except ValueError:
+        if not auto:
+            raise
+        speculate = False  # a model that cannot go back writes one token a step
+    if not speculate:
+        causal = [CausalLM(m, name, rollback=False, context=c) for m, name, c in zip(terms, names, contexts)]
+    elif any(m.no_trees for m in causal):
+        shape.width = 1
     shared = input_ids.shape[1] - int(left.min())
     decoders: list[Model] = [
         m if p is None else OwnPrompt(m, shared, *p, max_new_tokens=max_new_tokens) for m, p in zip(causal, own)
     ]
 
     on_tokens = None if streamer is None else streaming(streamer)
-    if draft_tokens:
-        done = speculative(
-            decoders, target, prompt, draft=draft, draft_tokens=draft_tokens, method=verify, on_tokens=on_tokens
-        )
+    if speculate:
+        with remembered(causal, shape, rows, draft, verify) as drafts:
+            done = speculative(decoders, target, prompt, draft=by, drafts=drafts, method=verify, on_tokens=on_tokens)
     else:
         done = plain(decoders, target, prompt, on_tokens=on_tokens)
     if streamer is not None:

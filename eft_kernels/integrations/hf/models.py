@@ -25,8 +25,9 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTra
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils.generic import ModelOutput
 
-from ...decoding import take_columns
-from .recurrent import Recurrence, holds_states, without_window
+from ...decoding import Auto, Drafts
+from .recurrent import Recurrence, StatesAndText, holds_states, with_text
+from .texts import Place, TextLayer, Texts
 
 # What models call their cache: transformers from 5.24 on, before it, and state-space models before it.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
@@ -37,6 +38,12 @@ ONE_BY_ONE = {
     "git": "its mask is made for one token at a time",
     "prophetnet": "its cache takes one token at a time",
     "xlm": "it reads a mask token after its text",
+}
+# Models that take a 4D mask and do not keep to it, or whose cache is not one column a token.
+NO_TREES = {
+    "dory": "its layers share caches",
+    "gpt_neo": "its local attention counts columns",
+    "llama4_text": "its attention counts chunks of columns",
 }
 # Older versions find new tokens by `cache_position`, newer ones by their number.
 CACHE_POSITION = "cache_position" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -59,10 +66,13 @@ class GenerativeModel(Protocol):
     def device(self) -> torch.device: ...
     @property
     def base_model(self) -> nn.Module: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
     def forward(self, *args: Any, **kwargs: Any) -> Any: ...
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
     def generate(self, *args: Any, **kwargs: Any) -> Any: ...
+    def get_decoder(self) -> nn.Module: ...
     def get_output_embeddings(self) -> nn.Module | None: ...
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]: ...
     def _update_model_kwargs_for_generation(
@@ -95,6 +105,7 @@ class CausalLM:
       name: what error messages call it.
       rollback: rejected tokens will be taken back; ValueError where the model's cache cannot do that.
       option: what asks for it.
+      longest: tokens that a text may have (None: not known).
       context: gives what is entered for each of its passes, such as one that switches an adapter off.
     """
 
@@ -105,6 +116,7 @@ class CausalLM:
         rollback: bool,
         context: Callable[[], AbstractContextManager[None]] = nullcontext,
         option: str = "draft_tokens",
+        longest: int | None = None,
     ):
         self.model, self.name, self.rollback, self.context = model, name, rollback, context
         self.option = option
@@ -112,16 +124,22 @@ class CausalLM:
         self.takes = inspect.signature(model.forward).parameters
         self.width, self.cache_name = logits_width(model), cache_name(model)
         self.boundary, self.boundary_moves = rope_boundary(model)
+        if self.boundary is not None and longest is not None and longest <= self.boundary:
+            self.boundary = None
         self.can_realign = can_realign(model)
         self.drops_cache = self.cache_name in inspect.signature(model.prepare_inputs_for_generation).parameters
         self.ids = torch.zeros(0, 0, dtype=torch.int64)  # [B, S] of all columns
         self.positions: torch.Tensor | None = self.ids  # None: the model counts its own
         self.state: dict[str, Any] = {}  # what the model keeps from pass to pass, its cache among it
-        self.recurrence: Recurrence | None = None  # what takes back the states in its cache
+        self.recurrence: Recurrence | None = None  # what takes states in its cache back
         if model._supports_default_dynamic_cache():
             self.state[self.cache_name] = self._new_cache()
         elif rollback:
             self._refuse_rollback("its cache is of its own kind")
+        self.texts: Texts | None = None  # made by the first nodes
+        self.reads_nodes, self.no_trees = False, ""  # and why not
+        if rollback:
+            self._see_nodes()
         kind = model.config.model_type
         if rollback and (kind in ONE_BY_ONE or (getattr(model, "_is_stateful", False) and self.recurrence is None)):
             self._refuse_rollback(ONE_BY_ONE.get(kind, "it is stateful"))
@@ -132,34 +150,54 @@ class CausalLM:
             + ("use draft_tokens=0" if self.option == "draft_tokens" else f"leave {self.option} out")
         )
 
+    def _see_nodes(self) -> None:
+        """Finds out whether the model takes nodes: a 4D mask for tokens at any position, in any column."""
+        implementation = getattr(self.model.config, "_attn_implementation", None)
+        self.mask_type = torch.bool if implementation == "sdpa" else self.model.dtype
+        masks = masks_of(self.model, self.windows)
+        self.masks = masks or {}
+        if self.recurrence is not None:
+            self.no_trees = "it keeps states"
+        elif self.model.config.model_type in NO_TREES:
+            self.no_trees = NO_TREES[self.model.config.model_type]
+        elif masks is None:
+            self.no_trees = "it makes its attention mask itself"
+        elif implementation not in ("sdpa", "eager"):
+            self.no_trees = f"attn_implementation={implementation!r}; sdpa and eager take one"
+        elif "position_ids" not in self.takes:
+            self.no_trees = "it counts positions itself"
+        elif self.boundary is not None:
+            self.no_trees = "its rotary embedding changes with the length"
+        self.reads_nodes = not self.no_trees
+
     def _new_cache(self) -> DynamicCache:
         cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        self.place = Place()
+        kinds: tuple[type[DynamicLayer], ...] = (DynamicLayer,)
         if self.rollback:
+            self.windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
             # a window's layer forgets what a rollback needs; a full layer is masked to the window by the model
-            cache.layers = [
-                DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else without_window(layer)
-                for layer in cache.layers
-            ]
+            kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+            cache.layers = [with_text(layer, self.place) for layer in cache.layers]
             states = [layer for layer in cache.layers if holds_states(layer)]
             # a DummyLayer reads another layer's cache; early 5.x has none to import
-            fixed = {type(layer).__name__ for layer in cache.layers if layer not in states}
-            if fixed := fixed - {"DynamicLayer", "DummyLayer"}:
+            fixed = {type(x).__name__ for x in cache.layers if type(x) not in kinds and x not in states}
+            if fixed := fixed - {"DummyLayer"}:
                 self._refuse_rollback(", ".join(sorted(fixed)))
             if states:
                 try:
                     self.recurrence = Recurrence(cast(nn.Module, self.model), cache)
                 except ValueError as e:
                     self._refuse_rollback(str(e))
-                if len(states) == len(cache.layers):
-                    self.can_realign = True  # no layer has columns
+                self.can_realign |= not any(isinstance(layer, (*kinds, StatesAndText)) for layer in cache.layers)
+        cache.layers = [TextLayer(self.place) if type(layer) in kinds else layer for layer in cache.layers]
         return cache
 
     def __call__(
         self, ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, keep: int
     ) -> torch.Tensor:
         """As `Model`; beside it, ``position_ids`` None leaves them to the model and ``keep`` 0 is all columns."""
-        home, past = ids.device, self.ids.shape[1]
-        count = ids.shape[1]
+        home, past, count = ids.device, self.ids.shape[1], ids.shape[1]
         if self.recurrence is not None and not past and count > 1 and keep != 1:
             # the prompt is a pass of its own: one that begins with no state cannot be gone back into
             first = count - (keep or count) + 1
@@ -188,30 +226,41 @@ class CausalLM:
                 f"{self.name}: {type(self.model).__name__} keeps no cache and reads {given} tokens of "
                 f"{self.ids.shape[1]}; allowed are models that keep one or read the whole text"
             )
-        with self.context(), nullcontext() if self.recurrence is None else self.recurrence.reading(given):
+        return self._forward(inputs, keep).to(home)
+
+    def _forward(self, inputs: dict[str, Any], keep: int) -> torch.Tensor:
+        """The logits [B, keep, V] of one pass, whose cache is held on to."""
+        count = inputs["input_ids"].shape[1]
+        with self.context(), nullcontext() if self.recurrence is None else self.recurrence.reading(count):
             out = self.model(**inputs, return_dict=True)
         self._keep(out)
         if out.logits.shape[-1] != self.width:
             raise ValueError(f"{self.name}: gives logits of width {out.logits.shape[-1]}, announces {self.width}")
-        logits: torch.Tensor = out.logits[:, -keep:].to(home)
+        logits: torch.Tensor = out.logits[:, -keep:]
         return logits.float() if logits.dtype is torch.float64 else logits
 
     def _inputs(self, past: int, attention_mask: torch.Tensor | None, keep: int) -> dict[str, Any]:
         """What the model's forward takes for the columns from ``past`` on."""
-        known = dict(attention_mask=attention_mask, position_ids=self.positions, logits_to_keep=keep)
-        options: dict[str, Any] = {k: v for k, v in known.items() if k in self.takes}
-        if self.positions is None:
-            options.pop("position_ids", None)
         columns = self.ids.shape[1]
+        known = dict(attention_mask=attention_mask, position_ids=self.positions, logits_to_keep=keep)
+        return self._prepared(self.ids, columns - past if past else None, **known)
+
+    def _prepared(self, ids: torch.Tensor, new: int | None, **known: Any) -> dict[str, Any]:
+        """What the model makes of ids of which the last ``new`` were not read yet (None: it has read nothing)."""
+        options = {k: v for k, v in known.items() if k in self.takes}
+        if known["position_ids"] is None:
+            options.pop("position_ids", None)
         if CACHE_POSITION:
-            options["cache_position"] = torch.arange(past, columns, device=self.ids.device)
+            options["cache_position"] = torch.arange(
+                ids.shape[1] - (new or ids.shape[1]), ids.shape[1], device=ids.device
+            )
         else:
-            options["next_sequence_length"] = columns - past if past else None
+            options["next_sequence_length"] = new
         inputs = self.model.prepare_inputs_for_generation(
-            self.ids, is_first_iteration=past == 0, use_cache=True, **options, **self.state
+            ids, is_first_iteration=new is None, use_cache=True, **options, **self.state
         )
-        if "logits_to_keep" in inputs:
-            inputs["logits_to_keep"] = keep  # some put their config's number there
+        if "logits_to_keep" in inputs and "logits_to_keep" in known:
+            inputs["logits_to_keep"] = known["logits_to_keep"]  # some put their config's number there
         return inputs
 
     def _keep(self, out: ModelOutput) -> None:
@@ -232,31 +281,51 @@ class CausalLM:
         if self.rollback and cache is not given:
             self._refuse_rollback("it keeps no cache" if cache is None else "it makes its own cache")
 
-    def _layers(self) -> list[Any]:
-        """The cache's layers that hold keys and values [B, heads, S, dim]."""
-        layers = self.state[self.cache_name].layers
-        return [layer for layer in layers if getattr(layer, "keys", None) is not None]
+    def _layers(self) -> list[TextLayer]:
+        """The cache's layers that hold keys and values."""
+        return [layer for layer in self.state[self.cache_name].layers if isinstance(layer, TextLayer) and layer.buffers]
+
+    def keep_tokens(self, read: int, kept: list[int]) -> None:
+        if self.recurrence is not None:
+            before = self.recurrence.pending - read
+            with self.context():
+                self.recurrence.keep([before + count for count in kept])
 
     def crop(self, count: int) -> None:
-        if self.recurrence is not None:
-            with self.context():
-                self.recurrence.keep([self.recurrence.pending - count] * len(self.ids))
+        if self.recurrence is not None and (pending := self.recurrence.pending):  # they were not kept yet
+            self.keep_tokens(pending, [pending - count] * len(self.ids))
         left = self.ids.shape[1] - count
         self.ids = self.ids[:, :left]
         self.positions = None if self.positions is None else self.positions[:, :left]
-        for layer in self._layers() if count else ():
-            DynamicLayer.crop(layer, -count)
+        for layer in self._layers():
+            layer.crop(count)
 
     def realign(self, columns: torch.Tensor) -> None:
         columns = columns.to(self.device)
-        if self.recurrence is not None:
-            begin = self.ids.shape[1] - self.recurrence.pending
-            with self.context():
-                self.recurrence.keep((columns[:, -1] + 1 - begin).tolist())
         self.ids = self.ids.gather(1, columns)
         self.positions = None if self.positions is None else self.positions.gather(1, columns)
         for layer in self._layers():
-            layer.keys, layer.values = take_columns(layer.keys, columns), take_columns(layer.values, columns)
+            layer.realign(columns)
+
+    # --- nodes, see `NodeModel` ---
+
+    def nodes(self, ids: torch.Tensor, depth: torch.Tensor, sees: torch.Tensor, keep: int) -> torch.Tensor:
+        home, ids = ids.device, ids.to(self.device)
+        if self.texts is None:
+            assert self.positions is not None
+            left = self.ids.shape[1] - 1 - self.positions[:, -1]
+            self.texts = Texts(self._layers(), self.place, left, self.masks, self.mask_type)
+        positions, mask = self.texts.nodes(depth.to(self.device), sees)
+        inputs = self._prepared(ids, ids.shape[1], attention_mask=mask, position_ids=positions, logits_to_keep=keep)
+        return self._forward(inputs, keep).to(home)
+
+    def accept(self, path: torch.Tensor | None, kept: list[int]) -> None:
+        assert self.texts is not None
+        self.texts.accept(path, kept)
+
+    def clean(self) -> None:
+        if self.texts is not None:
+            self.texts.clean()
 
     def take_rows(self, rows: torch.Tensor) -> None:
         """Row i becomes what was row ``rows[i]``: beams that are reordered, repeated or dropped."""
@@ -276,7 +345,7 @@ class CausalLM:
 
 def _holds_states(cache: DynamicCache) -> bool:
     values = [x for layer in cache.layers for x in vars(layer).values()]
-    values += [x for v in values if isinstance(v, dict) for x in v.values()]
+    values += [x for v in values if isinstance(v, (dict, list)) for x in (v.values() if isinstance(v, dict) else v)]
     return any(isinstance(x, torch.Tensor) and x.numel() > 0 for x in values)
 
 
@@ -300,6 +369,27 @@ def device_of(model: object) -> torch.device:
 def logits_width(model: GenerativeModel) -> int:
     head = model.get_output_embeddings()
     return int(getattr(head, "out_features", None) or model.config.get_text_config(decoder=True).vocab_size)
+
+
+def masks_of(model: GenerativeModel, windows: Sequence[int | None]) -> dict[str, int | None] | None:
+    """The masks that a model's forward takes, as for `Texts`; None where it makes them itself.
+
+    windows: of each layer, how many positions back it attends to.
+    """
+    decoder = model.get_decoder()
+    forward, module = inspect.unwrap(type(decoder).forward), sys.modules[type(decoder).__module__]
+    if not hasattr(module, "create_causal_mask") and not hasattr(module, "create_sliding_window_causal_mask"):
+        return None
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "attention_chunk_size", None):
+        return None
+    if "causal_mask_mapping" in forward.__code__.co_varnames:
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if kinds <= {"full_attention", "sliding_attention"}:
+            window = next((w for w in windows if w), None)
+            return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}
+        return None
+    return {"": windows[0]} if len(set(windows)) == 1 else None
 
 
 def can_realign(model: GenerativeModel) -> bool:
@@ -342,6 +432,33 @@ def check_boundaries(models: Sequence[CausalLM], rows: int, longest: int) -> Non
                 f"longer than {m.boundary} tokens, got up to {longest} in {rows} row(s); use draft_tokens=0"
                 + ("" if m.boundary_moves else " or one row")
             )
+
+
+def check_trees(models: Sequence[CausalLM], width: int) -> None:
+    """Refuses trees of drafts where a model takes none."""
+    for m in models if width > 1 else ():
+        if m.no_trees:
+            raise ValueError(
+                f"draft_width: {m.name} ({type(m.model).__name__}) takes no tree of drafts ({m.no_trees}); "
+                "use draft_width=1"
+            )
+
+
+_remembered: weakref.WeakKeyDictionary[nn.Module, dict[Any, Auto]] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def remembered(models: Sequence[CausalLM], drafts: Drafts, *of: object) -> Iterator[Drafts]:
+    """``drafts``; of `Auto` the one that served the same models and settings ``of`` before, which knows their times."""
+    if not isinstance(drafts, Auto):
+        yield drafts
+        return
+    first, *others = (cast(nn.Module, m.model) for m in models)
+    key = (*of, drafts.depth, drafts.width, drafts.budget, *map(weakref.ref, others), torch.get_num_threads())
+    held = _remembered.setdefault(first, {})
+    found = held.pop(key, drafts)  # of one text at a time
+    yield found
+    held[key] = found
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------

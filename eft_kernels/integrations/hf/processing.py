@@ -226,6 +226,16 @@ def _checked(processor: object, out: object, given: torch.Tensor) -> torch.Tenso
     return out
 
 
+def may_keep_a_state(processor: Processor) -> bool:
+    """Whether speculation has to watch a processor, or refuses it."""
+    if _is_xgrammar(processor):
+        return False
+    try:
+        return isinstance(_adapted(processor), _Watched)
+    except ValueError:
+        return True
+
+
 def _is_xgrammar(processor: object) -> bool:
     xgrammar = sys.modules.get("xgrammar.contrib.hf")
     return xgrammar is not None and type(processor) is xgrammar.LogitsProcessor

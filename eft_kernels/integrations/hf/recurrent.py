@@ -23,10 +23,10 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import DynamicCache, cache_utils
 
+from .texts import Place, TextLayer
+
 # Early versions keep such states in caches of the models' own.
 Linear: Any = getattr(cache_utils, "LinearAttentionLayer", None)
-LinearAndFull: Any = getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", None)
-LinearAndSliding: Any = getattr(cache_utils, "LinearAttentionAndSlidingWindowAttentionLayer", None)
 
 UPDATES = {"update_conv_state", "update_recurrent_state"}  # a cache's methods; a module that calls one is a mixer
 FROM_ZERO = {"mamba_selective_scan"}  # scans over several tokens that begin with no state
@@ -34,17 +34,39 @@ PADDED = {"mamba2_chunk_scan"}  # on a CPU: a scan over hundreds of tokens, howe
 LAST = ("out_proj", "o_proj")  # the projection whose output a mixer gives back
 
 
-def without_window(layer: Any) -> Any:
-    """A cache layer of states and a sliding window as one of states and all columns; others as they are."""
-    if LinearAndSliding is not None and type(layer) is LinearAndSliding:
-        return LinearAndFull(number_of_states=layer.number_of_states)
-    return layer
+class StatesAndText(Linear or object, TextLayer):  # type: ignore[misc]
+    """States beside keys and values."""
+
+    is_compileable = False  # keys and values grow
+
+    def __init__(self, place: Place, number_of_states: int):
+        TextLayer.__init__(self, place)
+        Linear.__init__(self, number_of_states=number_of_states)
+
+    crop = TextLayer.crop
+
+    def reset(self) -> None:
+        TextLayer.reset(self)
+        Linear.reset(self)
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        TextLayer.reorder_cache(self, beam_idx)
+        Linear.reorder_cache(self, beam_idx)
+
+
+def with_text(layer: Any, place: Place) -> Any:
+    """A cache layer of states and of keys and values, or a window of them, as `StatesAndText`; others as they are."""
+    kinds = [
+        getattr(cache_utils, f"LinearAttentionAnd{name}Layer", None)
+        for name in ("FullAttention", "SlidingWindowAttention")
+    ]
+    states = isinstance(getattr(layer, "conv_states", None), dict)
+    return StatesAndText(place, layer.number_of_states) if states and type(layer) in kinds else layer
 
 
 def holds_states(layer: object) -> bool:
     """Whether a cache layer keeps states of the kind that `Recurrence` takes back."""
-    kinds = [kind for kind in (Linear, LinearAndFull) if kind is not None]
-    return type(layer) in kinds and isinstance(getattr(layer, "conv_states", None), dict)
+    return type(layer) in (Linear, StatesAndText) and isinstance(getattr(layer, "conv_states", None), dict)
 
 
 class Recurrence:

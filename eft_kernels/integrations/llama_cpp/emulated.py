@@ -12,7 +12,17 @@ from typing import Any
 import torch
 
 from ...combination import Weights, interpolate, upscale
-from ...decoding import Decoded, NewTokens, Prompt, Speculation, Target, finished, plain_steps, speculative_rounds
+from ...decoding import (
+    Decoded,
+    Drafts,
+    NewTokens,
+    Prompt,
+    Speculation,
+    Target,
+    finished,
+    plain_steps,
+    speculative_rounds,
+)
 from ...ops import row_seeds, sample
 from ...parameters import DRAFTED, METHODS, NAMES
 from ...token_bias import penalties
@@ -179,7 +189,7 @@ class EmulatedModel:
         readers = [Reader(self, i, copy=draft_tokens > 0 and i == DRAFT) for i in range(len(self.models))]
         if draft_tokens:
             steps = speculative_rounds(
-                readers, target, text, draft=DRAFT, draft_tokens=min(draft_tokens, max_new_tokens), method=verify
+                readers, target, text, draft=DRAFT, drafts=Drafts(min(draft_tokens, max_new_tokens)), method=verify
             )
         else:
             steps = plain_steps(readers, target, text)

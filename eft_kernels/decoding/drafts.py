@@ -1,0 +1,175 @@
+"""How many drafts a round has, and what became of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .times import Clock
+from .trees import Tree, best, chain, likeliest, size
+
+# Shares in which a token is the draft's winner, its first runner-up, ...: what is assumed before any was seen, and the
+# number of tokens that this counts for.
+BEFORE, WEIGHT = (0.6, 0.15, 0.07, 0.04, 0.03, 0.02), 8
+
+
+class Ranks:
+    """How often the token after d accepted drafts was the draft's winner, its first runner-up, and so on."""
+
+    def __init__(self, depth: int, width: int, device: torch.device, before: torch.Tensor | None = None):
+        # [K, 1 + W] of all rows; the last column: none of those drawn
+        self.counts = torch.zeros(depth, width + 1, dtype=torch.int64, device=device)
+        # float64 [K, 1 + W], what was counted for other texts
+        self.before = torch.zeros(depth, width + 1, dtype=torch.float64) if before is None else before
+
+    def add(self, depth: int, drawn: torch.Tensor, tokens: torch.Tensor, seen: torch.Tensor) -> None:
+        """drawn: int64 [B, W]; tokens: int64 [B], what the text got there; seen: bool [B], rows that count."""
+        same = drawn == tokens[:, None]
+        rank = torch.where(same.any(1), same.int().argmax(1), self.counts.shape[1] - 1)
+        self.counts[depth].index_add_(0, rank, seen.long())
+
+    def known(self) -> torch.Tensor:
+        """float64 [K, 1 + W] on the CPU; other texts than this one count for less."""
+        return self.counts.double().cpu() + self.before / 2
+
+    def chances(self) -> list[list[float]]:
+        """[K][W]: estimates of these shares, not rising with the rank."""
+        counts = self.known()
+        width = counts.shape[1] - 1
+        before = torch.tensor([*BEFORE, *[BEFORE[-1]] * width][:width], dtype=torch.float64)
+        of_all = (WEIGHT * before + counts.sum(0)[:width]) / (WEIGHT + counts.sum())
+        own = (2 * WEIGHT * of_all + counts[:, :width]) / (2 * WEIGHT + counts.sum(1, keepdim=True))
+        found: list[list[float]] = own.cummin(1).values.tolist()
+        return found
+
+
+class Drafts:
+    """Drafts of a fixed shape, or of a fixed number placed where most are expected to be accepted.
+
+    Args:
+      depth: K, how many follow each other.
+      width: children of a slot: the winner of its draw and width - 1 runners-up. 1: a chain.
+      budget: the most drafts a round (None: a whole tree).
+    """
+
+    def __init__(self, depth: int, width: int = 1, budget: int | None = None):
+        self.depth, self.width = depth, width
+        self.budget = size(depth, width) if budget is None else min(budget, size(depth, width))
+        self.clock = Clock(0)
+        self.expected: float | None = None  # how many times as fast as without drafts the newest shape should be
+        self.curious = False  # draw even where no drafts follow, to count how often they would be accepted
+
+    def begin(self, models: int, draft: int | None, rows_in_step: int, device: torch.device) -> None:
+        """A new text, of J models, of which that of index ``draft`` drafts (None: no model does).
+
+        rows_in_step: so many rows keep as many tokens each.
+        """
+        self.ranks = Ranks(self.depth, self.width, device)
+        self.clock = Clock(models)
+        self.clock.begin(device)
+        self.rounds = 0
+        self.shape = chain(self.depth) if self.width == 1 else Tree(())
+
+    def tree(self, depth: int) -> Tree:
+        """The next round's drafts, at most ``depth`` after each other."""
+        # a new shape each time that twice as much is known, so that there are few of them
+        if self.width > 1 and self.rounds & (self.rounds - 1) == 0:
+            self.shape = best(self.depth, self.width, self.budget, self.ranks.chances())
+        self.rounds += 1
+        return self.shape.cut(depth)
+
+
+class Auto(Drafts):
+    """As many drafts, in the shape, that the most tokens a second are expected of.
+
+    What is expected follows from the shares of accepted drafts and the times of passes, both measured as it goes. A
+    larger round than any so far is tried where the line through the known times says that it gains. One object may
+    serve several texts, one after the other, and begins each with what it knows; it is for one batch size.
+    """
+
+    # rounds without drafts that the first text begins with, and after how many rounds there is another
+    PLAIN, AGAIN = 2, 128
+    # what must be gained, as a factor: less is within what times vary by
+    GAIN = 1.03
+
+    def __init__(self, depth: int = 12, width: int = 4, budget: int = 32):
+        super().__init__(depth, width, budget)
+        self.known: Ranks | None = None
+        self.expected = 1.0
+
+    def begin(self, models: int, draft: int | None, rows_in_step: int, device: torch.device) -> None:
+        self.ranks = Ranks(self.depth, self.width, device, None if self.known is None else self.known.known())
+        self.clock = Clock(models) if self.known is None else self.clock
+        self.clock.begin(device)
+        self.known = self.ranks
+        self.draft, self.rows_in_step, self.rounds, self.next = draft, rows_in_step, 0, 0
+        self.shape = chain(0)
+
+    def tree(self, depth: int) -> Tree:
+        self.rounds += 1
+        plain = len(self.clock.outside.seen.get(0, ())) < self.PLAIN or self.rounds % self.AGAIN == 0
+        if not plain and self.rounds >= self.next:
+            if self.rounds & (self.rounds - 1) == 0 and self.rounds >= 32:
+                self.clock.forget()
+            self.shape = self._fastest()
+            self.next = self.rounds + max(1, self.rounds // 4)
+        shape = chain(0) if plain else self.shape.cut(depth)
+        # without drafts a draw, now and then, tells how many would be accepted
+        self.curious = len(shape) == 0 and (self.rounds < 8 or self.rounds % 8 == 0)
+        return shape
+
+    def _fastest(self) -> Tree:
+        chances = [[c**self.rows_in_step for c in row] for row in self.ranks.chances()]
+        verifying = [t for j, t in enumerate(self.clock.of_model) if j != self.draft]
+        # a round of twice the tokens of any so far is the largest that is tried
+        most = min(self.budget, *(2 * max(t.seen) for t in verifying))
+        together = [sum(t.at(n + 1) for t in verifying) for n in range(most + 1)]
+        own = [0.0] * (most + 1)  # a level of n drafts
+        if self.draft is not None:
+            own = [self.clock.of_model[self.draft].at(n) for n in range(most + 1)]
+        plain = together[0] + own[1] + self.clock.outside.at(0)
+        fastest, found = self.GAIN / plain, (0, 0)
+        for depth in range(1, min(self.depth, most) + 1):
+            beside = own[1] + self.clock.outside.at(depth)
+            levels, tokens = [0] * depth, 1.0
+            for n, (node, likely) in zip(range(1, most + 1), likeliest(depth, self.width, chances)):
+                levels[len(node) - 1] += 1
+                tokens += likely
+                speed = tokens / (together[n] + beside + sum(own[m] for m in levels))
+                if levels[-1] and speed > fastest:
+                    fastest, found = speed, (depth, n)
+        self.expected = fastest * plain if found[0] else 1.0
+        return best(found[0], self.width, found[1], chances)
+
+
+@dataclass
+class Speculation:
+    """What speculation did, per row; int64 [B] on the CPU. The pass over the prompt is a round without drafts."""
+
+    rounds: torch.Tensor  # in which the row was still being written
+    drafted: torch.Tensor  # tokens proposed to it
+    accepted: torch.Tensor  # of these, by the verifier
+    emitted: torch.Tensor  # tokens of its text
+    # int64 [K, 1 + width] of all rows: how often, after as many accepted drafts, the token was the draft's winner, its
+    # first runner-up, ...; the last column: none of those drawn
+    ranks: torch.Tensor
+    seconds: tuple[float, ...]  # in passes of each model after the prompt, and outside of all of them
+    plain_seconds: float | None  # of a round without drafts; None where there was none
+    expected: float | None  # how many times as fast as without drafts the chosen drafts are expected to be ("auto")
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times as fast as rounds without drafts the text was written, after its first token."""
+        steps, seconds = int(self.emitted.max()) - 1, sum(self.seconds)
+        return self.plain_seconds * steps / seconds if self.plain_seconds and seconds else None
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the proposed tokens that was accepted, over all rows."""
+        return float(self.accepted.sum() / self.drafted.sum().clamp(min=1))
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Tokens a row gained per round, over all rows."""
+        return float(self.emitted.sum() / self.rounds.sum().clamp(min=1))

@@ -1,0 +1,108 @@
+"""What passes of the models take, by the number of tokens in them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+RECENT = 9  # passes of one size of which the median counts
+
+
+class Times:
+    """Seconds of something by its size, where not every size was seen."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, deque[float]] = {}
+
+    def add(self, size: int, seconds: float) -> None:
+        self.seen.setdefault(size, deque(maxlen=RECENT)).append(seconds)
+
+    def forget(self) -> None:
+        """Sizes that were seen too few times to be sure of, but the smallest."""
+        sizes = sorted(self.seen)
+        self.seen = {n: self.seen[n] for n in sizes if n == sizes[0] or len(self.seen[n]) >= 3}
+
+    def at(self, size: int) -> float:
+        """Seconds at ``size``: between two sizes that were seen on the line through them, beyond the largest on that
+        through the last two, for what passes take grows faster the larger they are. Something must have been seen."""
+        sizes = sorted(self.seen)
+        medians: list[float] = []
+        for n in sizes:  # a larger pass does not take less
+            medians.append(max([statistics.median(self.seen[n]), *medians[-1:]]))
+        i = bisect_left(sizes, size)
+        if i < len(sizes) and sizes[i] == size:
+            return medians[i]
+        if len(sizes) == 1 or i == 0:
+            return medians[0]
+        i = min(i, len(sizes) - 1)
+        slope = (medians[i] - medians[i - 1]) / (sizes[i] - sizes[i - 1])
+        return medians[i - 1] + slope * (size - sizes[i - 1])
+
+
+class Clock:
+    """Times the passes of J models, and what rounds take beside them. On a GPU by events, read once a round is over."""
+
+    def __init__(self, models: int):
+        self.of_model = [Times() for _ in range(models)]  # by tokens a row
+        self.outside = Times()  # by drafts that follow each other
+        self.begin(torch.device("cpu"))
+
+    def begin(self, device: torch.device) -> None:
+        """A new text, on ``device``."""
+        self.device = device
+        self.totals = [0.0] * (len(self.of_model) + 1)  # seconds of this text in each model, and outside
+        self.waiting: list[tuple[int, int, Any, Any]] = []
+        self.start()
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, start: Any, stop: Any) -> float:
+        return float(start.elapsed_time(stop) / 1e3 if self.device.type == "cuda" else stop - start)
+
+    @contextmanager
+    def a_pass(self, model: int, tokens: int) -> Iterator[None]:
+        start = self._now()
+        yield
+        self.waiting.append((model, tokens, start, self._now()))
+
+    def start(self) -> None:
+        """A round begins."""
+        self.started = self._now()
+
+    def stop(self, depth: int, learn: bool) -> None:
+        """It is over, and the host has waited for its tokens: a round of ``depth`` levels of drafts."""
+        stopped = self._now()
+        if self.device.type == "cuda":
+            stopped.synchronize()
+        outside = self._between(self.started, stopped)
+        for model, tokens, start, stop in self.waiting if learn else ():
+            seconds = self._between(start, stop)
+            self.of_model[model].add(tokens, seconds)
+            self.totals[model] += seconds
+            outside -= seconds
+        if learn:
+            self.outside.add(depth, outside)
+            self.totals[-1] += outside
+        self.waiting = []
+
+    def plain(self) -> float | None:
+        """Seconds of a round without drafts; None where there was none."""
+        alone = [t.at(1) for t in self.of_model if 1 in t.seen]
+        return sum(alone) + self.outside.at(0) if len(alone) == len(self.of_model) and 0 in self.outside.seen else None
+
+    def forget(self) -> None:
+        """What was seen too few times to be sure of."""
+        for times in (*self.of_model, self.outside):
+            times.forget()
