@@ -82,6 +82,7 @@ OVERRIDES: dict[str, dict] = {
     "bamba": dict(MAMBA2, attn_layer_indices=[1]),
     "falcon_h1": dict(mamba_n_heads=4, mamba_d_ssm=32, mamba_d_head=8),
     "granitemoehybrid": dict(MAMBA2, layer_types=["linear_attention", "full_attention"]),
+    "inkling_text": dict(logits_mup_width_multiplier=1.0),  # logits far enough apart that drafts are accepted
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1),
     "recurrent_gemma": dict(num_hidden_layers=3),
     "hrm_text": dict(num_layers_per_stack=None),
@@ -139,6 +140,7 @@ OVERRIDES: dict[str, dict] = {
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
     "mamba2": dict(num_heads=8),
     "longcat_flash": dict(head_dim=4),
+    "lfm2": dict(num_hidden_layers=2, layer_types=["conv", "full_attention"]),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
     "mpt": {"attn_config.attn_pdrop": ...},
     "roc_bert": dict(pad_token_id=3),
@@ -462,7 +464,7 @@ SETTINGS = {
     "padded": (0, ["sampled coupled"]),
     "drafts": (3, ["greedy coupled", "sampled token"]),  # rows of one length that accept differently
     "padded drafts": (3, ["sampled coupled"]),
-    "trees": (2, ["sampled coupled 2"]),  # of two children a node, padded
+    "trees": (2, ["sampled coupled 2"]),  # padded
 }
 
 
@@ -540,7 +542,8 @@ Every class of transformers' causal-LM mapping as a tiny random model, three of 
 greedy and sampled: each text and its logits against full forwards without a cache of one unpadded row.
 
 - one row: K = 0. padded: three rows of different length, K = 0. drafts: K = 3, three rows of one length that accept
-  differently. padded drafts: the same with rows of different length; coupled and token.
+  differently. padded drafts: the same with rows of different length; coupled and token. trees: two levels of two
+  children a node, rows of different length, coupled.
 - yes: right. no: refused with a ValueError before anything is computed, for the reason below the table.
   theirs: transformers' own `generate` of the base model differs from full forwards in this setting (or fails), and the
   emulation is as it: with ref's weights in tuned it is transformers' text.

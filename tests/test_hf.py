@@ -159,15 +159,15 @@ def test_speculation_with_models_of_different_shapes(attn):
 
 
 def test_a_cache_without_rollback_is_refused_for_speculation_only():
-    config = transformers.MambaConfig(vocab_size=V, hidden_size=16, num_hidden_layers=2, state_size=4)
-    mamba = [transformers.MambaForCausalLM(config).eval() for _ in range(3)]
-    for m in mamba:
+    config = transformers.RwkvConfig(vocab_size=V, hidden_size=16, attention_hidden_size=16, num_hidden_layers=2)
+    models = [transformers.RwkvForCausalLM(config).eval() for _ in range(3)]
+    for m in models:
         m.generation_config.eos_token_id = None
     inputs = dict(input_ids=torch.tensor([[5, 6, 7]]))
-    out = run(mamba, inputs)
-    assert torch.equal(out[0, 3:], oracle(mamba, [5, 6, 7], 12, {}))
-    with pytest.raises(ValueError, match="draft_tokens.*model.*Mamba"):
-        run(mamba, inputs, draft_tokens=2)
+    out = run(models, inputs)
+    assert torch.equal(out[0, 3:], oracle(models, [5, 6, 7], 12, {}))
+    with pytest.raises(ValueError, match="draft_tokens.*model.*Rwkv.*its cache is of its own kind"):
+        run(models, inputs, draft_tokens=2)
 
 
 # --- what is computed ----------------------------------------------------------------------------------------------

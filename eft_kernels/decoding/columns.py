@@ -19,6 +19,7 @@ class Model(Protocol):
     boundary: a pass that begins with at most so many columns may not end with more (default None).
     reads_nodes: it is a `NodeModel`, too (default False).
     can_take_rows: it has a method take_rows(rows), after which row i is what row rows[i] was (default False).
+    keep_tokens(read, kept): called after a round, before tokens leave: of the ``read`` newest row b keeps ``kept[b]``.
     """
 
     def __call__(

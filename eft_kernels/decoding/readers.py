@@ -140,6 +140,8 @@ class Moving:
         return self._append(ids, len(slots))
 
     def accept(self, path: torch.Tensor | None, kept: list[int], ended: list[bool]) -> None:
+        if hasattr(self.model, "keep_tokens"):
+            self.model.keep_tokens(self.pending, [self.pending if over else k for k, over in zip(kept, ended)])
         self.columns.rollback([self.model], self.pending, kept, ended)
         self.pending = 0
 

@@ -108,7 +108,7 @@ class EmulatedCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last -n columns; older versions of transformers give the columns to keep, above 0."""
         count = -tokens_to_remove if tokens_to_remove < 0 else self.columns - (tokens_to_remove or self.columns)
-        if count > 0:
+        if count >= 0:  # 0 says that all are kept: models with states let go of what goes back
             self.columns -= count
             for term in self.terms:
                 term.crop(count)

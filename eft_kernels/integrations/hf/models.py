@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils.generic import ModelOutput
 
 from ...decoding import Auto, Drafts
+from .recurrent import Recurrence, StatesAndText, holds_states, with_text
 from .texts import Place, TextLayer, Texts
 
 # What models call their cache: transformers from 5.24 on, before it, and state-space models before it.
@@ -132,6 +133,7 @@ class CausalLM:
         self.ids = torch.zeros(0, 0, dtype=torch.int64)  # [B, S] of all columns
         self.positions: torch.Tensor | None = self.ids  # None: the model counts its own
         self.state: dict[str, Any] = {}  # what the model keeps from pass to pass, its cache among it
+        self.recurrence: Recurrence | None = None  # what takes states in its cache back
         if model._supports_default_dynamic_cache():
             self.state[self.cache_name] = self._new_cache()
         elif rollback:
@@ -144,7 +146,7 @@ class CausalLM:
         if chunk and (kind in ONE_BY_ONE or self.cache_name not in self.state or not self.can_take_rows):
             why = ONE_BY_ONE.get(kind, "its cache is of its own kind")
             raise ValueError(f"prefill_chunk_size: {name} ({type(model).__name__}) reads its prompt at once ({why})")
-        if rollback and (kind in ONE_BY_ONE or getattr(model, "_is_stateful", False)):
+        if rollback and (kind in ONE_BY_ONE or (getattr(model, "_is_stateful", False) and self.recurrence is None)):
             self._refuse_rollback(ONE_BY_ONE.get(kind, "it is stateful"))
 
     def _refuse_rollback(self, why: str) -> NoReturn:
@@ -159,7 +161,9 @@ class CausalLM:
         self.mask_type = torch.bool if implementation == "sdpa" else self.model.dtype
         masks = masks_of(self.model, self.windows)
         self.masks = masks or {}
-        if self.model.config.model_type in NO_TREES:
+        if self.recurrence is not None:
+            self.no_trees = "it keeps states"
+        elif self.model.config.model_type in NO_TREES:
             self.no_trees = NO_TREES[self.model.config.model_type]
         elif masks is None:
             self.no_trees = "it makes its attention mask itself"
@@ -179,10 +183,18 @@ class CausalLM:
             self.windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
             # a window's layer forgets what a rollback needs; a full layer is masked to the window by the model
             kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+            cache.layers = [with_text(layer, self.place) for layer in cache.layers]
+            states = [layer for layer in cache.layers if holds_states(layer)]
             # a DummyLayer reads another layer's cache; early 5.x has none to import
-            fixed = {type(x).__name__ for x in cache.layers if type(x) not in kinds} - {"DummyLayer"}
-            if fixed:
+            fixed = {type(x).__name__ for x in cache.layers if type(x) not in kinds and x not in states}
+            if fixed := fixed - {"DummyLayer"}:
                 self._refuse_rollback(", ".join(sorted(fixed)))
+            if states:
+                try:
+                    self.recurrence = Recurrence(cast(nn.Module, self.model), cache)
+                except ValueError as e:
+                    self._refuse_rollback(str(e))
+                self.can_realign |= not any(isinstance(layer, (*kinds, StatesAndText)) for layer in cache.layers)
         cache.layers = [TextLayer(self.place) if type(layer) in kinds else layer for layer in cache.layers]
         return cache
 
@@ -190,7 +202,14 @@ class CausalLM:
         self, ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, keep: int
     ) -> torch.Tensor:
         """As `Model`; beside it, ``position_ids`` None leaves them to the model and ``keep`` 0 is all columns."""
-        home, past = ids.device, self.ids.shape[1]
+        home, past, count = ids.device, self.ids.shape[1], ids.shape[1]
+        if self.recurrence is not None and not past and count > 1 and keep != 1:
+            # the prompt is a pass of its own: one that begins with no state cannot be gone back into
+            first = count - (keep or count) + 1
+            mask = None if attention_mask is None else attention_mask[:, :first]
+            where = (None, None) if position_ids is None else (position_ids[:, :first], position_ids[:, first:])
+            begun = self(ids[:, :first], mask, where[0], 1)
+            return torch.cat([begun, self(ids[:, first:], attention_mask, where[1], count - first)], 1)
         ids = ids.to(self.device)
         attention_mask = None if attention_mask is None else attention_mask.to(self.device)
         if not past and len(ids) > 1 and self.can_take_rows:
@@ -238,7 +257,8 @@ class CausalLM:
 
     def _forward(self, inputs: dict[str, Any], keep: int) -> torch.Tensor:
         """The logits [B, keep, V] of one pass, whose cache is held on to."""
-        with self.context():
+        count = inputs["input_ids"].shape[1]
+        with self.context(), nullcontext() if self.recurrence is None else self.recurrence.reading(count):
             out = self.model(**inputs, return_dict=True)
         self._keep(out)
         if out.logits.shape[-1] != self.width:
@@ -263,9 +283,12 @@ class CausalLM:
             )
         else:
             options["next_sequence_length"] = new
-        return self.model.prepare_inputs_for_generation(
+        inputs = self.model.prepare_inputs_for_generation(
             ids, is_first_iteration=new is None, use_cache=True, **options, **self.state
         )
+        if "logits_to_keep" in inputs and "logits_to_keep" in known:
+            inputs["logits_to_keep"] = known["logits_to_keep"]  # some put their config's number there
+        return inputs
 
     def _keep(self, out: ModelOutput) -> None:
         """Holds on to what the model wants back at its next pass."""
@@ -289,9 +312,18 @@ class CausalLM:
         """The cache's layers that hold keys and values."""
         return [layer for layer in self.state[self.cache_name].layers if isinstance(layer, TextLayer) and layer.buffers]
 
+    def keep_tokens(self, read: int, kept: list[int]) -> None:
+        if self.recurrence is not None:
+            before = self.recurrence.pending - read
+            with self.context():
+                self.recurrence.keep([before + count for count in kept])
+
     def crop(self, count: int) -> None:
-        self.ids = self.ids[:, :-count]
-        self.positions = None if self.positions is None else self.positions[:, :-count]
+        if self.recurrence is not None and (pending := self.recurrence.pending):  # they were not kept yet
+            self.keep_tokens(pending, [pending - count] * len(self.ids))
+        left = self.ids.shape[1] - count
+        self.ids = self.ids[:, :left]
+        self.positions = None if self.positions is None else self.positions[:, :left]
         for layer in self._layers():
             layer.crop(count)
 
@@ -327,6 +359,8 @@ class CausalLM:
         rows = rows.to(self.device)
         if self.texts is not None:
             self.texts.take_rows(rows)
+        if self.recurrence is not None:
+            self.recurrence.forget()
         self.ids = self.ids[rows]
         self.positions = None if self.positions is None else self.positions[rows]
         for name, held in self.state.items():
