@@ -44,6 +44,11 @@ class Table:
     def realign(self, columns):
         self.cache = self.cache.gather(1, columns)
 
+    can_take_rows = True
+
+    def take_rows(self, rows):
+        self.cache, self.last_position = self.cache[rows], self.last_position[rows]
+
 
 class InPlace(Table):
     """The same, whose texts never move: a row's nodes lie after its text, wherever that ends."""
@@ -75,6 +80,11 @@ class InPlace(Table):
         for b, n in enumerate(kept):
             slots = range(n) if path is None else path[b, :n].tolist()
             self.texts[b] += [self.read[b][s][0] for s in slots]
+        self.read = [[] for _ in self.texts]
+
+    def take_rows(self, rows):
+        super().take_rows(rows)
+        self.texts = [self.texts[i] for i in rows.tolist()]
         self.read = [[] for _ in self.texts]
 
     def clean(self):
@@ -212,6 +222,29 @@ def test_coupled_is_plain(filters):
         for k in (1, 2, 3, 8):
             got = run(models, target, start, "coupled", k)
             assert torch.equal(got.sequences, want.sequences) and torch.equal(got.lengths, want.lengths)
+
+
+@pytest.mark.parametrize("method", ["plain", *METHODS])
+def test_rows_that_ended_are_not_read(method, monkeypatch):
+    """Rows are left out once that halves the batch; the others' texts are as before."""
+    _, models = tables(13, scale=1.0)
+    target, start = Target(eft.upscale(), eft.row_seeds(9, 9)), prompt(9, 30, eos=[1])
+    read = []
+    own = run.kind.take_rows
+
+    def take_rows(self, rows):
+        read.append(len(rows))
+        own(self, rows)
+
+    monkeypatch.setattr(run.kind, "take_rows", take_rows)
+    got = run(models, target, start, method, 3)
+    fewer = [n for i, n in enumerate(read) if i % 3 == 0]
+    assert read == [n for n in fewer for _ in range(3)] and 0 < fewer[-1] <= fewer[0] <= 4
+    assert all(b <= a / 2 for a, b in zip([9, *fewer], fewer))
+    monkeypatch.setattr(Table, "can_take_rows", False)
+    read.clear()
+    want = run(models, target, start, method, 3)
+    assert torch.equal(got.sequences, want.sequences) and not read
 
 
 # --- drafts of no model ----------------------------------------------------------------------------------------------

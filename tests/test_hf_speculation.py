@@ -133,7 +133,62 @@ def test_nothing_is_copied_but_what_is_new(llamas, monkeypatch):
     options = dict(draft_tokens=3, max_new_tokens=300, return_dict_in_generate=True, **SAMPLED)
     out = run(long, **options)
     assert len(set(out.speculation.rounds.tolist())) > 1
-    assert sum(made) <= 3 * 2 * 3 < len(made) / 100  # of three models with two layers: the prompt, and twice more room
+    # of three models with two layers: the prompt, more room twice, and when rows ended
+    assert sum(made) <= 3 * 2 * 5 < len(made) / 30
+
+
+def test_texts_of_one_prompt_read_it_once(llamas):
+    """num_return_sequences, and rows that are alike by chance, under the same padding."""
+    read = []
+    hooks = [
+        m.register_forward_pre_hook(lambda m, a, o: read.append(tuple(o["input_ids"].shape)), with_kwargs=True)
+        for m in llamas
+    ]
+    inputs = padded([PROMPTS[0], PROMPTS[1], PROMPTS[0], [PROMPTS[0][-1]]])
+    seeds = torch.tensor([3, 4, 5, 6])
+    for options in (dict(), dict(draft_tokens=2), SHAPES[0]):
+        read.clear()
+        out = run(llamas, inputs, seed=seeds, **options, **SAMPLED)
+        assert read[:3] == [(3, 6)] * 3 and read[3][0] == 4
+        for b in range(4):
+            alone = {k: v[b : b + 1] for k, v in inputs.items()}
+            assert torch.equal(run(llamas, alone, seed=seeds[b : b + 1], **SAMPLED)[0], out[b])
+    several = run(llamas, padded(PROMPTS[:2]), num_return_sequences=3, seed=torch.arange(6), **SAMPLED)
+    for b in range(6):
+        alone = run(llamas, padded(PROMPTS[b // 3 : b // 3 + 1]), seed=torch.tensor([b]), **SAMPLED)
+        assert torch.equal(alone[0, -12:], several[b, -12:])
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_is_read_in_chunks(family):
+    models, read = [make(family, s) for s in (1, 2, 3)], []
+    models[0].register_forward_pre_hook(lambda m, a, o: read.append(o["input_ids"].shape[1]), with_kwargs=True)
+    for options in (dict(), dict(draft_tokens=2)):
+        want = run(models, **options, **SAMPLED)
+        read.clear()
+        for chunk, passes in ((2, [2, 2, 2]), (4, [4, 2]), (6, [6]), (99, [6])):
+            read.clear()
+            assert torch.equal(run(models, prefill_chunk_size=chunk, **options, **SAMPLED), want), chunk
+            assert read[: len(passes)] == passes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_that_ended_are_left_out(family):
+    models, read = [make(family, s) for s in (1, 2, 3)], []
+    inputs = padded([*PROMPTS, *([p[0] + 1] for p in PROMPTS)])
+    options = dict(max_new_tokens=40, eos_token_id=[1, 3, 4], seed=torch.arange(8), **SAMPLED)
+    hook = models[0].register_forward_pre_hook(lambda m, a, o: read.append(len(o["input_ids"])), with_kwargs=True)
+    for shape in (dict(), dict(draft_tokens=3), *(SHAPES if family in TREES else [])):
+        read.clear()
+        out = run(models, inputs, **options, **shape)
+        assert read[0] == 8 and read[-1] <= 4 and read == sorted(read, reverse=True)
+        for b in range(8):
+            alone = {k: v[b : b + 1] for k, v in inputs.items()}
+            text = run(models, alone, **{**options, "seed": options["seed"][b : b + 1]})[0]
+            assert torch.equal(text, out[b, : len(text)]) and bool((out[b, len(text) :] == 0).all())
+    hook.remove()
 
 
 # --- trees -----------------------------------------------------------------------------------------------------------

@@ -43,7 +43,18 @@ GROUPS = {
 }
 HF = ["generate", "EmulatedOutput", "InvalidRowError", "EmulatedModel"]
 SPECIAL = {("Model", "__call__"), ("EmulatedModel", "__init__")}  # methods that are shown all the same
-DECODING = ["plain", "speculative", "Model", "Prompt", "Target", "Decoded", "Speculation"]
+DECODING = [
+    "plain",
+    "speculative",
+    "Model",
+    "NodeModel",
+    "Prompt",
+    "Target",
+    "Drafts",
+    "Auto",
+    "Decoded",
+    "Speculation",
+]
 
 
 def signature(name: str, function) -> str:

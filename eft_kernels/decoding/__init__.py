@@ -1,7 +1,8 @@
 """Decoding loops over models that give logits and keep a cache: torch only, no model library.
 
 `plain` decodes one token a step, `speculative` drafts and verifies several a round (arXiv 2310.12962, section 3.4).
-`Model` is what a model has to offer, `Target` what is sampled, `Prompt` where it starts and ends.
+`Model` is what a model has to offer, `Target` what is sampled, `Prompt` where it starts and ends, `Drafts` what a round
+of speculation has.
 """
 
 from .columns import Columns, Model, NodeModel, OwnPrompt, take_columns

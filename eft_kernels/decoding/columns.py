@@ -19,6 +19,7 @@ class Model(Protocol):
     boundary: a pass that begins with at most so many columns may not end with more (default None).
     reads_nodes: it is a `NodeModel`, too (default False).
     keep_tokens(read, kept): called after a round, before tokens leave: of the ``read`` newest row b keeps ``kept[b]``.
+    can_take_rows: it has a method take_rows(rows), after which row i is what row rows[i] was (default False).
     """
 
     def __call__(
@@ -82,6 +83,11 @@ class Columns:
         positions = (columns[self.width :] - self.left[:, None]).clamp(min=0).minimum(self.last_position[:, None])
         return (columns >= self.left[:, None]).long() if any(self.left_host) else None, positions
 
+    def take_rows(self, rows: torch.Tensor) -> None:
+        """Row i becomes what was row ``rows[i]``."""
+        self.left, self.last_position = self.left[rows], self.last_position[rows]
+        self.left_host = self.left.tolist()
+
     def rollback(self, models: Sequence[Model], count: int, kept: list[int], ended: list[bool]) -> None:
         """Of the ``count`` newest cached columns row b keeps the first ``kept[b]``; rows that ended do not matter.
 
@@ -125,6 +131,10 @@ class OwnPrompt:
         self.can_realign = getattr(model, "can_realign", True)
         self._reset()
 
+    @property
+    def can_take_rows(self) -> bool:
+        return getattr(self.model, "can_take_rows", False)
+
     def _reset(self) -> None:
         self.width = 0  # columns of the shared layout
         self.columns = Columns(self.left, self.ids.shape[1] - self.left + self.max_new_tokens - 1)
@@ -155,6 +165,4 @@ class OwnPrompt:
         inner.take_rows(rows)
         rows = rows.to(self.ids.device)
         self.ids, self.left = self.ids[rows], self.left[rows]
-        held = self.columns
-        self.columns = Columns(held.left[rows], held.last_position[rows])
-        self.columns.width = held.width
+        self.columns.take_rows(rows)

@@ -10,7 +10,7 @@ import torch
 
 from .columns import Model
 from .drafts import Speculation
-from .readers import layout
+from .readers import Batch, layout
 from .target import Target
 from .text import Prompt, Scores, Text
 
@@ -137,9 +137,10 @@ def plain_steps(models: Sequence[Model], target: Target, prompt: Prompt) -> NewT
     """`plain` step by step, for a caller that takes the tokens as they come."""
     out, step = Writer(prompt, target, 1), 0
     columns, feed = layout(prompt)
+    batch = Batch(models, len(feed), feed.device)
     while True:
         inputs = columns.inputs(feed.shape[1])
-        logits = [model(feed, *inputs, 1)[:, -1] for model in models]  # J x [B, V_j]
+        logits = [batch.back(model(batch.of(feed), *inputs, 1)[:, -1]) for model in models]  # J x [B, V_j]
         columns.width += feed.shape[1]
         tokens, valid, raw, scores = target.sample(logits, out.text, step)
         new = tokens[:, None]
@@ -149,3 +150,7 @@ def plain_steps(models: Sequence[Model], target: Target, prompt: Prompt) -> NewT
         if all(out.ended):
             return out.decoded()
         feed, step = new.clamp(min=0), step + 1
+        if (stay := batch.shrink(out.ended)) is not None:
+            columns.take_rows(stay)
+            for model in models:
+                model.take_rows(stay)  # type: ignore[attr-defined]

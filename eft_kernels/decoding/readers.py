@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +36,37 @@ class Reader(Protocol):
 
     def room(self) -> int | None:
         """How many nodes a round may have (None: any number)."""
+
+    def take_rows(self, rows: torch.Tensor) -> None:
+        """Row i becomes what was row ``rows[i]``; int64, for models that `can_shrink` alone."""
+
+
+class Batch:
+    """The rows that models still read: rows that ended are left out once that halves the batch."""
+
+    def __init__(self, models: Sequence[Model], rows: int, device: torch.device):
+        self.held, self.device = list(range(rows)), device
+        self.whole, self.fixed = True, not all(getattr(model, "can_take_rows", False) for model in models)
+        self.index = self.place = torch.arange(rows, device=device)
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """Of x [B, ...] the rows that are read."""
+        return x if self.whole else x[self.index]
+
+    def back(self, x: torch.Tensor) -> torch.Tensor:
+        """x of the rows that are read as [B, ...]; rows that ended have what some other row has."""
+        return x if self.whole else x[self.place]
+
+    def shrink(self, ended: list[bool]) -> torch.Tensor | None:
+        """Leaves out rows that ended: which of those held stay, int64, or None where all do."""
+        stay = [i for i, b in enumerate(self.held) if not ended[b]]
+        if self.fixed or 2 * len(stay) > len(self.held):
+            return None
+        self.held, self.whole = [self.held[i] for i in stay], False
+        self.index = torch.tensor(self.held, device=self.device)
+        self.place = torch.zeros(len(ended), dtype=torch.int64, device=self.device)
+        self.place[self.index] = torch.arange(len(stay), device=self.device)
+        return torch.tensor(stay, device=self.device)
 
 
 def layout(prompt: Prompt) -> tuple[Columns, torch.Tensor]:
@@ -80,6 +112,9 @@ class InPlace:
     def room(self) -> None:
         return None
 
+    def take_rows(self, rows: torch.Tensor) -> None:
+        self.model.take_rows(rows)
+
 
 class Moving:
     """Any other `Model`: rows move until their texts end in one column, and nodes are a chain."""
@@ -116,3 +151,8 @@ class Moving:
     def room(self) -> int | None:
         width = self.columns.width
         return self.boundary - width if self.boundary is not None and self.boundary > width else None
+
+    def take_rows(self, rows: torch.Tensor) -> None:
+        model: Any = self.model
+        model.take_rows(rows)
+        self.columns.take_rows(rows)

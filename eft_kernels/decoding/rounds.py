@@ -10,7 +10,7 @@ from .columns import Model
 from .drafts import Drafts, Ranks, Speculation
 from .loops import Decoded, NewTokens, OnTokens, Writer, finished
 from .proposers import Proposer
-from .readers import reader_of
+from .readers import Batch, Reader, reader_of
 from .target import Target
 from .text import Prompt, Text
 from .times import Clock
@@ -146,7 +146,8 @@ def speculative_rounds(
     in_step = any(reader.in_step for reader in readers)
     by = draft if isinstance(draft, int) else None  # the drafting model
     drafts.begin(len(models), by, len(text.length) if in_step else 1, text.ids.device)
-    clock, read = drafts.clock, [timed(reader.read, drafts.clock, j) for j, reader in enumerate(readers)]
+    batch = Batch(models, len(text.length), text.ids.device)
+    clock, read = drafts.clock, [pass_of(reader, drafts.clock, j, batch) for j, reader in enumerate(readers)]
     rounds, drafted, accepted = (torch.zeros_like(text.length) for _ in range(3))
     # the first round is the pass over the prompt, without drafts
     feed, reach = prompt.ids[:, -1:], [1] * len(text.length)
@@ -194,10 +195,14 @@ def speculative_rounds(
             return out.decoded(done)
         newest = torch.tensor(kept, device=feed.device)[:, None]
         feed = torch.where(newest > 0, tokens.gather(1, (newest - 1).clamp(min=0)).clamp(min=0), feed)
+        own_path, own_kept = path if path is None else batch.of(path), [kept[b] for b in batch.held]
         for reader in readers if round_.begun else ():
-            reader.accept(path, kept, out.ended)
+            reader.accept(own_path, own_kept, [out.ended[b] for b in batch.held])
             if out.suspects:
                 reader.clean()
+        if (stay := batch.shrink(out.ended)) is not None:
+            for reader in readers:
+                reader.take_rows(stay)
 
         # K this round; a row near its end takes fewer, for one token more is emitted than accepted
         left = (prompt.max_new_tokens - 1 - text.length).clamp(min=0)  # [B]
@@ -220,12 +225,14 @@ def speculative_rounds(
         ]
 
 
-def timed(read: Read, clock: Clock, model: int) -> Read:
-    def timed_read(ids: torch.Tensor, tree: Tree, slots: range, left: torch.Tensor) -> torch.Tensor:
-        with clock.a_pass(model, len(slots)):
-            return read(ids, tree, slots, left)
+def pass_of(reader: Reader, clock: Clock, model: int, batch: Batch) -> Read:
+    """`Reader.read` of all rows, timed."""
 
-    return timed_read
+    def read(ids: torch.Tensor, tree: Tree, slots: range, left: torch.Tensor) -> torch.Tensor:
+        with clock.a_pass(model, len(slots)):
+            return batch.back(reader.read(batch.of(ids), tree, slots, batch.of(left)))
+
+    return read
 
 
 def taken(x: torch.Tensor, path: torch.Tensor) -> torch.Tensor:

@@ -67,6 +67,7 @@ HONOURED = frozenset(
         "sequence_bias",
         "watermarking_config",
         "num_return_sequences",
+        "prefill_chunk_size",
         "output_scores",
         "output_logits",
         "return_dict_in_generate",

@@ -320,10 +320,13 @@ def generate(
         keep_scores=bool(verbose and config.output_scores),
     )
     longest = max(lengths) + max_new_tokens
+    chunk: int | None = getattr(config, "prefill_chunk_size", None)
+    if chunk is not None:
+        chunk = index("prefill_chunk_size", chunk, 1, 1 << 40, "an integer above 0")
     causal: list[CausalLM] = []
     try:
         for m, name, context in zip(terms, names, contexts) if speculate else ():
-            causal.append(CausalLM(m, name, rollback=True, context=context, longest=longest))
+            causal.append(CausalLM(m, name, rollback=True, context=context, longest=longest, chunk=chunk))
         check_boundaries(causal, rows, longest)
         check_trees(causal, shape.width if draft_width is not None else 1)
     except ValueError:
@@ -331,7 +334,10 @@ def generate(
             raise
         speculate = False  # a model that cannot go back writes one token a step
     if not speculate:
-        causal = [CausalLM(m, name, rollback=False, context=c) for m, name, c in zip(terms, names, contexts)]
+        causal = [
+            CausalLM(m, name, rollback=False, context=c, longest=longest, chunk=chunk)
+            for m, name, c in zip(terms, names, contexts)
+        ]
     elif any(m.no_trees for m in causal):
         shape.width = 1
     shared = input_ids.shape[1] - int(left.min())

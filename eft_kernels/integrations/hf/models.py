@@ -106,6 +106,7 @@ class CausalLM:
       rollback: rejected tokens will be taken back; ValueError where the model's cache cannot do that.
       option: what asks for it.
       longest: tokens that a text may have (None: not known).
+      chunk: reads its prompt so many columns at a time (None: at once); ValueError where the model cannot do that.
       context: gives what is entered for each of its passes, such as one that switches an adapter off.
     """
 
@@ -117,6 +118,7 @@ class CausalLM:
         context: Callable[[], AbstractContextManager[None]] = nullcontext,
         option: str = "draft_tokens",
         longest: int | None = None,
+        chunk: int | None = None,
     ):
         self.model, self.name, self.rollback, self.context = model, name, rollback, context
         self.option = option
@@ -140,7 +142,10 @@ class CausalLM:
         self.reads_nodes, self.no_trees = False, ""  # and why not
         if rollback:
             self._see_nodes()
-        kind = model.config.model_type
+        kind, self.chunk = model.config.model_type, chunk
+        if chunk and (kind in ONE_BY_ONE or self.cache_name not in self.state or not self.can_take_rows):
+            why = ONE_BY_ONE.get(kind, "its cache is of its own kind")
+            raise ValueError(f"prefill_chunk_size: {name} ({type(model).__name__}) reads its prompt at once ({why})")
         if rollback and (kind in ONE_BY_ONE or (getattr(model, "_is_stateful", False) and self.recurrence is None)):
             self._refuse_rollback(ONE_BY_ONE.get(kind, "it is stateful"))
 
@@ -207,6 +212,21 @@ class CausalLM:
             return torch.cat([begun, self(ids[:, first:], attention_mask, where[1], count - first)], 1)
         ids = ids.to(self.device)
         attention_mask = None if attention_mask is None else attention_mask.to(self.device)
+        if not past and len(ids) > 1 and self.can_take_rows:
+            rows, of = distinct_rows(ids if attention_mask is None else torch.cat([ids, attention_mask], 1))
+            if len(rows) < len(ids):  # several texts of one prompt, which is read once
+                mask = None if attention_mask is None else attention_mask[rows]
+                positions = None if position_ids is None else position_ids.to(rows.device)[rows]
+                logits = self(ids[rows], mask, positions, keep)
+                self.take_rows(of)
+                return logits[of].to(home)
+        if not past and self.chunk and ids.shape[1] > self.chunk:
+            for stop in range(self.chunk, ids.shape[1], self.chunk):
+                start = stop - self.chunk
+                mask = None if attention_mask is None else attention_mask[:, :stop]
+                self(ids[:, start:stop], mask, None if position_ids is None else position_ids[:, start:stop], 1)
+            ids, past = ids[:, stop:], stop
+            position_ids = None if position_ids is None else position_ids[:, stop:]
         self.ids = torch.cat([self.ids, ids], 1) if past else ids
         if position_ids is not None:
             position_ids = position_ids.to(self.device)
@@ -227,6 +247,15 @@ class CausalLM:
                 f"{self.ids.shape[1]}; allowed are models that keep one or read the whole text"
             )
         return self._forward(inputs, keep).to(home)
+
+    @property
+    def can_take_rows(self) -> bool:
+        """Whether `take_rows` can be used: all that it keeps are keys and values of each row."""
+        cache = self.state.get(self.cache_name)
+        kinds = (TextLayer, DynamicSlidingWindowLayer)
+        if self.recurrence is not None:
+            return False
+        return isinstance(cache, DynamicCache) and all(isinstance(layer, kinds) for layer in cache.layers)
 
     def _forward(self, inputs: dict[str, Any], keep: int) -> torch.Tensor:
         """The logits [B, keep, V] of one pass, whose cache is held on to."""
@@ -332,6 +361,8 @@ class CausalLM:
         rows = rows.to(self.device)
         if self.recurrence is not None:
             self.recurrence.forget()
+        if self.texts is not None:
+            self.texts.take_rows(rows)
         self.ids = self.ids[rows]
         self.positions = None if self.positions is None else self.positions[rows]
         for name, held in self.state.items():
@@ -341,6 +372,13 @@ class CausalLM:
                     "cannot be reordered; use num_beams=1"
                 )
             held.reorder_cache(rows)
+
+
+def distinct_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each of the different rows of x [B, n] is first, int64 [U], and which of these each row is, int64 [B]."""
+    unique, of = torch.unique(x, dim=0, return_inverse=True)
+    first = torch.full((len(unique),), len(x), device=x.device)
+    return first.scatter_reduce(0, of, torch.arange(len(x), device=x.device), "amin"), of
 
 
 def _holds_states(cache: DynamicCache) -> bool:

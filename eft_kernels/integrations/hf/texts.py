@@ -195,6 +195,15 @@ class Texts:
         for layer in self.layers:
             layer.width = max(self.ends)
 
+    def take_rows(self, rows: torch.Tensor) -> None:
+        """Row i becomes what was row ``rows[i]``, between rounds; the layers are not touched."""
+        self.left, self.end = self.left[rows], self.end[rows]
+        self.ends = [self.ends[i] for i in rows.tolist()]
+        self.padded = bool((self.left > 0).any())
+        for layer in self.layers:
+            layer.width = max(self.ends)
+        self.depths, self.mask = self.depths[rows], self.mask[rows, :, :0]  # made anew when it is needed
+
     def clean(self) -> None:
         """Zeros after the texts."""
         for layer in self.layers:
