@@ -92,6 +92,8 @@ class Auto(Drafts):
 
     # rounds without drafts that the first text begins with, and after how many rounds there is another
     PLAIN, AGAIN = 2, 128
+    # tokens of the first pass that is tried beside those over one
+    FIRST = 4
     # what must be gained, as a factor: less is within what times vary by
     GAIN = 1.03
 
@@ -124,8 +126,8 @@ class Auto(Drafts):
     def _fastest(self) -> Tree:
         chances = [[c**self.rows_in_step for c in row] for row in self.ranks.chances()]
         verifying = [t for j, t in enumerate(self.clock.of_model) if j != self.draft]
-        # a round of twice the tokens of any so far is the largest that is tried
-        most = min(self.budget, *(2 * max(t.seen) for t in verifying))
+        # the largest that is tried: four tokens at first, for two may take longer than four do, then twice the last
+        most = min(self.budget, *(max(self.FIRST - 1, 2 * max(t.seen)) for t in verifying))
         together = [sum(t.at(n + 1) for t in verifying) for n in range(most + 1)]
         own = [0.0] * (most + 1)  # a level of n drafts
         if self.draft is not None:

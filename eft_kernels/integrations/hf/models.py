@@ -253,6 +253,8 @@ class CausalLM:
         """Whether `take_rows` can be used: all that it keeps are keys and values of each row."""
         cache = self.state.get(self.cache_name)
         kinds = (TextLayer, DynamicSlidingWindowLayer)
+        if self.recurrence is not None:
+            return False
         return isinstance(cache, DynamicCache) and all(isinstance(layer, kinds) for layer in cache.layers)
 
     def _forward(self, inputs: dict[str, Any], keep: int) -> torch.Tensor:
