@@ -347,7 +347,7 @@ def generate(
 
     on_tokens = None if streamer is None else streaming(streamer)
     if speculate:
-        with remembered(causal, shape, rows, draft, verify) as drafts:
+        with remembered(causal, shape, rows, "function" if callable(draft) else draft, verify) as drafts:
             done = speculative(decoders, target, prompt, draft=by, drafts=drafts, method=verify, on_tokens=on_tokens)
     else:
         done = plain(decoders, target, prompt, on_tokens=on_tokens)
