@@ -217,14 +217,15 @@ def pairs_plot(shapes: dict[Shape, Group]) -> Figure:
     fig.subplots_adjust(left=0.075, right=0.985, top=0.8, bottom=0.125, wspace=0.16)
     low = 0.9 * min(min(r["speedup"], r["predicted_speedup"]) for r in rows)
     high = 1.1 * max(max(r["speedup"], r["predicted_speedup"]) for r in rows)
-    colours = dict(zip(dict.fromkeys(r["variant"] for r in rows), ("#0072B2", "#E69F00", "#009E73", "#CC79A7", GREY)))
+    palette = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", GREY)
+    colours = dict(zip(dict.fromkeys(r["variant"] for r in rows), palette))
     for ax, batch in zip(axes, batches):
         for share in (0.9, 1.0, 1.1):
             ax.plot([low, high], [share * low, share * high], color=GREY, lw=1.4 if share == 1 else 0.7, ls=DASHED)
         for variant, colour in colours.items():
             for dtype, face in (("float32", colour), ("bfloat16", "white")):
                 of = [r for r in rows if (r["variant"], r["dtype"], r["batch"]) == (variant, dtype, batch)]
-                label = variant if of and dtype == "float32" else None
+                label = variant if of and dtype == max(r["dtype"] for r in rows if r["variant"] == variant) else None
                 x, y = [r["predicted_speedup"] for r in of], [r["speedup"] for r in of]
                 ax.scatter(x, y, s=34, facecolor=face, edgecolor=colour, lw=1.4, label=label, zorder=3)
         ax.set_xlim(low, high)
