@@ -933,7 +933,7 @@ BAD = {
     ),
     "draft budget": (
         ["generate", "{models}", "--draft-tokens", "4", "--draft-width", "2", "--draft-budget", "3"],
-        "--draft-budget: got 3, allowed is 4 to 1024, and not below --draft-tokens",
+        "--draft-budget: got 3, allowed is 4 to 1024, --draft-tokens or more",
     ),
     "draft budget of a chain": (
         ["generate", "{models}", "--draft-tokens", "4", "--draft-budget", "8"],

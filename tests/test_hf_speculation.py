@@ -334,10 +334,10 @@ def test_auto_remembers_what_it_learned(llamas):
     models_module._remembered.clear()
     run(llamas, **options)
     [(key, auto)] = models_module._remembered[llamas[0]].items()
-    counted = auto.ranks.known().sum()
+    counted = auto.ranks.weighted().sum()
     run(llamas, **options)
     assert models_module._remembered[llamas[0]][key] is auto
-    assert 0 < float(auto.ranks.before.sum()) == float(counted)
+    assert 0 < float(auto.ranks.earlier.sum()) == float(counted)
 
 
 def test_auto_without_drafts_where_none_can_be_taken_back(llamas):
@@ -397,12 +397,13 @@ def test_what_is_refused(llamas):
         (dict(draft_tokens=2, draft_width=2, verify="token"), "draft_width: got 2, allowed is 1 with verify='token'"),
         (dict(draft_tokens=4, draft_width=2, draft_budget=3), "draft_budget: got 3, allowed is 4 to 1024"),
         (dict(draft_tokens=4, draft_width=2, draft_budget=2000), "draft_budget: got 2000"),
-        (dict(draft_tokens=4, draft_budget=8), "draft_budget: got 8, allowed is None"),
+        (dict(draft_tokens=4, draft_budget=8), "draft_budget: got 8; goes with draft_width above 1"),
+        (dict(draft_tokens=1025), "draft_tokens: got 1025, allowed is 0 to 1024"),
         (
             dict(draft_tokens=8, draft_width=3),
-            "draft_width: got 3 with draft_tokens=8, more drafts a round than 1024.*draft_budget",
+            "draft_width: got 3 with draft_tokens=8, more drafts a round than the allowed 1024; give draft_budget",
         ),
-        (dict(draft_tokens=400000, draft_width=2), "draft_width: .*give draft_budget"),
+        (dict(draft_tokens=1000, draft_width=2), "draft_width: .*give draft_budget"),
         (dict(draft_tokens="most"), "draft_tokens: got 'most'"),
         (dict(draft_tokens=2, draft="me"), "draft: got 'me'"),
         (dict(draft_tokens=2, draft="lookup", draft_width=2), "draft_width: got 2, allowed is 1 where no model drafts"),
@@ -412,8 +413,46 @@ def test_what_is_refused(llamas):
             run(llamas, **options)
     with pytest.raises(ValueError, match="draft_width: model .BloomForCausalLM. takes no tree of drafts"):
         run(bloom, draft_tokens=2, draft_width=2)
-    with pytest.raises(ValueError, match="draft: proposed list, expected"):
-        run(llamas, draft_tokens=2, draft=lambda texts, k: [[1] * k for _ in texts])
+    for drafts, message in [
+        ([[1, 1]] * 4, "draft: proposed list, expected a tensor of integers"),
+        (torch.zeros(4, 2), "draft: proposed torch.float32"),
+        (torch.zeros(4, 2, dtype=torch.bool), "draft: proposed torch.bool"),
+        (torch.zeros(4, 3, dtype=torch.int64), r"draft: proposed torch.int64 \[4, 3\]"),
+        (torch.full((4, 2), V), f"draft: proposed {V}, expected .* below {V}"),
+        (torch.full((4, 2), -2), "draft: proposed -2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(llamas, draft_tokens=2, draft=lambda texts, k, drafts=drafts: drafts)
+
+
+def test_what_is_remembered_is_little(llamas):
+    base, tuned, ref = llamas
+    for _ in range(models_module.REMEMBERED + 4):
+        run([base, copy.deepcopy(tuned), ref], draft_tokens="auto", max_new_tokens=2)
+    assert len(models_module._remembered[base]) == models_module.REMEMBERED
+
+
+def test_a_round_is_as_long_as_what_was_proposed(llamas):
+    read = []
+    hook = llamas[0].register_forward_pre_hook(lambda m, a, o: read.append(o["input_ids"].shape[1]), with_kwargs=True)
+    propose = lambda texts, k: torch.where(torch.arange(k) < len(texts[0]) % 3, 5, -1)[None]  # noqa: E731
+    options = dict(draft_tokens=8, draft=propose, return_dict_in_generate=True, **SAMPLED)
+    out = run(llamas, padded(PROMPTS[:1]), **options)
+    hook.remove()
+    assert max(read[1:]) <= 3 and torch.equal(out.sequences, run(llamas, padded(PROMPTS[:1]), **SAMPLED))
+
+
+def test_counts_are_those_of_the_text(llamas):
+    """What was accepted beyond an end token is not in the text, and is not counted."""
+    options = dict(max_new_tokens=40, eos_token_id=[1, 3, 4, 7], return_dict_in_generate=True, **SAMPLED)
+    for shape in (dict(draft_tokens=7), *SHAPES):
+        for draft in (1, 0) if "draft_width" not in shape else (1,):
+            spec = run(llamas, draft=draft, **shape, **options).speculation
+            assert bool((spec.accepted <= spec.emitted).all())
+            # each round but one that an end token cuts gives one token beyond those accepted
+            assert bool((spec.emitted <= spec.accepted + spec.rounds).all())
+            assert bool((spec.emitted >= spec.accepted + spec.rounds - 1).all())
+            assert shape.get("draft_width") or int(spec.ranks[:, 0].sum()) == int(spec.accepted.sum())
 
 
 # --- models that the caller compiled ---------------------------------------------------------------------------------

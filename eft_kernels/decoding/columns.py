@@ -38,16 +38,18 @@ class Model(Protocol):
 
 
 class NodeModel(Protocol):
-    """A model whose cache holds each row's text and, after it, nodes: tokens that are tried and kept or forgotten.
+    """A `Model` with reads_nodes = True: its cache holds each row's text and, after it, nodes, tokens that are tried.
 
-    Rows keep what they like without anything else being moved, and nodes may be a tree.
+    Rows keep what they like without anything else being moved, and nodes may be a tree. A call reads the prompt; of it
+    all is text. Then the first node of each round is the text's newest token, and the others are drafts.
     """
 
     def nodes(self, ids: torch.Tensor, depth: torch.Tensor, sees: torch.Tensor, keep: int) -> torch.Tensor:
         """Reads n more nodes, after the prompt was read by a call; logits [B, keep, V] of the last ``keep``.
 
-        ids: int64 [B, n]; depth: int64 [B, n], a node's position after the text (0: the next one); sees: bool [n, m]
-        on the CPU, which of all m nodes so far (these included) each of the n attends to, beside the text.
+        ids: int64 [B, n]; depth: int64 [B, n], a node's position after the text (0: the next one), no larger than a row
+        has tokens to come; sees: bool [n, m] on the CPU, which of all m nodes so far (these included) each of the n
+        attends to, beside the text.
         """
 
     def accept(self, path: torch.Tensor | None, kept: list[int]) -> None:

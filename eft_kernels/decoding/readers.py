@@ -22,10 +22,10 @@ class Reader(Protocol):
     def begin(self) -> torch.Tensor:
         """Reads the prompt; logits [B, 1, V] after it."""
 
-    def read(self, ids: torch.Tensor, tree: Tree, slots: range, left: torch.Tensor) -> torch.Tensor:
+    def read(self, ids: torch.Tensor, tree: Tree, slots: range, remaining: torch.Tensor) -> torch.Tensor:
         """Logits [B, n, V] of nodes ids [B, n], the ``slots`` of a tree of which those before were read.
 
-        left: int64 [B], tokens that may still follow each row's text, 0 or more: no position lies beyond them.
+        remaining: int64 [B], tokens that may still follow each row's text, 0 or more: no position lies beyond them.
         """
 
     def accept(self, path: torch.Tensor | None, kept: list[int], ended: list[bool]) -> None:
@@ -97,10 +97,10 @@ class InPlace:
         logits: torch.Tensor = self.model(self.ids, *self.columns.inputs(self.ids.shape[1]), 1)
         return logits
 
-    def read(self, ids: torch.Tensor, tree: Tree, slots: range, left: torch.Tensor) -> torch.Tensor:
+    def read(self, ids: torch.Tensor, tree: Tree, slots: range, remaining: torch.Tensor) -> torch.Tensor:
         depth = torch.tensor(tree.depths[slots.start : slots.stop], device=ids.device)
         sees = tree.ancestors[slots.start : slots.stop, : slots.stop]
-        logits: torch.Tensor = self.model.nodes(ids, torch.minimum(depth, left[:, None]), sees, len(slots))
+        logits: torch.Tensor = self.model.nodes(ids, torch.minimum(depth, remaining[:, None]), sees, len(slots))
         return logits
 
     def accept(self, path: torch.Tensor | None, kept: list[int], ended: list[bool]) -> None:
@@ -135,7 +135,7 @@ class Moving:
     def begin(self) -> torch.Tensor:
         return self._append(self.ids, 1)
 
-    def read(self, ids: torch.Tensor, tree: Tree, slots: range, left: torch.Tensor) -> torch.Tensor:
+    def read(self, ids: torch.Tensor, tree: Tree, slots: range, remaining: torch.Tensor) -> torch.Tensor:
         self.pending += len(slots)
         return self._append(ids, len(slots))
 

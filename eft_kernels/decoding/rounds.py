@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..checks import one_of
+from ..parameters import METHODS
 from .columns import Model
 from .drafts import Drafts, Ranks, Speculation
 from .loops import Decoded, NewTokens, OnTokens, Writer, finished
@@ -35,8 +37,8 @@ def speculative(
     and its own drafts level by level, the others all of them in one forward; the logits kept from drafting are the
     draft distribution and, unless their weight is 0, a term of the target. Then the caches drop what was rejected.
 
-    draft: or a function of the texts, see `Proposer`; all models read its drafts in one forward. drafts: how many, see
-    `Drafts`. method: "coupled", "token" or "block", see `eft_kernels.verify`.
+    draft: the index of the drafting model, or a function of the texts (`Proposer`), whose drafts all models read in one
+    forward. drafts: how many, see `Drafts`. method: "coupled", "token" or "block", see `eft_kernels.verify`.
     """
     rounds = speculative_rounds(models, target, prompt, draft=draft, drafts=drafts, method=method)
     return finished(rounds, on_tokens and (lambda new: on_tokens(*new)))
@@ -50,7 +52,7 @@ class Round:
         self.tokens = feed[:, :0]  # int64 [B, N], -1: there is none
         # of each depth: the slots that were drawn from, and the draws int64 [B, E, W]
         self.draws: list[tuple[list[int], torch.Tensor]] = []
-        self.left = torch.zeros_like(feed[:, 0])  # [B], drafts that each row may have after each other
+        self.remaining = torch.zeros_like(feed[:, 0])  # [B], drafts that each row may have after each other
         self.begun = False  # nodes were read
 
     @property
@@ -58,14 +60,16 @@ class Round:
         """Drafts of each row, [B]; those of a chain come first."""
         return (self.tokens >= 0).sum(1)
 
-    def draw(self, read: Read, target: Target, text: Text, left: torch.Tensor, method: str, width: int) -> torch.Tensor:
+    def draw(
+        self, read: Read, target: Target, text: Text, remaining: torch.Tensor, method: str, width: int
+    ) -> torch.Tensor:
         """Drafts level by level, from the first ``width`` tokens of each draw; the drafting model's logits [B, N+1, V]
         of all slots."""
-        self.begun, self.left, tree = True, left, self.tree
+        self.begun, self.remaining, tree = True, remaining, self.tree
         steps, level = [], self.feed
         alive = ~text.ended[:, None]  # [B, n], of the level's slots
         for depth, slots in enumerate(tree.levels):
-            steps.append(read(level.clamp(min=0), tree, slots, left))
+            steps.append(read(level.clamp(min=0), tree, slots, remaining))
             if depth == len(tree.levels) - 1:
                 break
             children = tree.levels[depth + 1]
@@ -75,7 +79,7 @@ class Round:
                 steps[-1][:, [s - slots.start for s in inner]], inner, target, text, method, width
             )
             place, rank = [inner.index(p) for p in parents], list(tree.ranks[children.start : children.stop])
-            alive = (alive[:, [p - slots.start for p in parents]] & valid[:, place]) & (depth < left)[:, None]
+            alive = (alive[:, [p - slots.start for p in parents]] & valid[:, place]) & (depth < remaining)[:, None]
             level = torch.where(alive, drawn[:, place, rank], -1)
             alive = level >= 0
             self.tokens = torch.cat([self.tokens, level], 1)
@@ -85,22 +89,18 @@ class Round:
         """Without drafts: draws from the drafting model's logits [B, 1, V] only to count them."""
         self._drawn(logits, [0], target, text, "coupled", width)
 
-    def take(self, propose: Proposer, text: Text, left: torch.Tensor, vocab_size: int | None) -> None:
-        """A chain of drafts that no model draws."""
-        self.begun, self.left, k = True, left, len(self.tree)
+    def take(self, propose: Proposer, text: Text, remaining: torch.Tensor, vocab_size: int) -> None:
+        """A chain of drafts that no model draws, as long as the longest that was proposed."""
+        self.begun, self.remaining, k = True, remaining, len(self.tree)
         if not k:
             return
-        drafts = propose(text.rows(), k)
-        if not isinstance(drafts, torch.Tensor) or drafts.shape != (len(left), k) or drafts.is_floating_point():
-            got = list(drafts.shape) if isinstance(drafts, torch.Tensor) else type(drafts).__name__
-            raise ValueError(f"draft: proposed {got}, expected int64 {[len(left), k]}, -1 where there is no draft")
-        depth = torch.arange(k, device=left.device)
-        there = (depth < left[:, None]) & ~text.ended[:, None]
-        drafts = drafts.to(left.device, torch.int64)
-        known = (drafts >= 0) & (drafts < (1 << 62 if vocab_size is None else vocab_size))
+        drafts = checked(propose(text.rows(), k), len(remaining), k, vocab_size).to(remaining.device)
+        there = (torch.arange(k, device=remaining.device) < remaining[:, None]) & ~text.ended[:, None]
         # a row's drafts end at its first that is none
-        self.tokens = torch.where((known & there).cummin(1).values, drafts, -1)
-        self.draws = [([i], self.tokens[:, i, None, None]) for i in range(k)]
+        self.tokens = torch.where(((drafts >= 0) & there).cummin(1).values, drafts, -1)
+        self.tree = chain(int(self.lengths.max()))
+        self.tokens = self.tokens[:, : len(self.tree)]
+        self.draws = [([i], self.tokens[:, i, None, None]) for i in range(len(self.tree))]
 
     def _drawn(
         self, logits: torch.Tensor, slots: list[int], target: Target, text: Text, method: str, width: int
@@ -115,23 +115,39 @@ class Round:
         ranks: Ranks,
         tokens: torch.Tensor,
         path: torch.Tensor | None,
-        hits: torch.Tensor,
-        writing: torch.Tensor,
+        accepted: torch.Tensor,
+        kept: torch.Tensor,
         method: str,
     ) -> None:
         """Adds to ``ranks`` what became of the draws at the slots on the path.
 
-        tokens: int64 [B, K+1], what was drawn there from the target; hits: int64 [B], drafts accepted.
+        tokens: int64 [B, K+1], the target's, of which ``kept`` [B] are in the text; accepted: int64 [B], drafts.
         """
         for depth, (slots, drawn) in enumerate(self.draws):
-            seen = writing & (hits >= depth) & (depth < self.left) & (drawn[:, 0, 0] >= 0 if len(slots) == 1 else True)
-            if method != "coupled":  # drawn with other noise than the target's: not the same token need be accepted
-                ranks.add(depth, drawn[:, 0], torch.where(hits > depth, drawn[:, 0, 0], -2), seen)
+            seen = (depth < kept) & (depth < self.remaining)
+            if method != "coupled":
+                # other noise than the target's: a draft is accepted or not, whatever the token is that replaces it
+                drafts = drawn[:, 0]  # [B, 1], of a chain
+                ranks.add(depth, drafts, torch.where(accepted > depth, drafts[:, 0], -2), seen & (drafts[:, 0] >= 0))
                 continue
-            slot = path[:, depth] if path is not None else torch.full_like(hits, depth)
+            slot = path[:, depth] if path is not None else torch.full_like(kept, depth)
             at = slot[:, None] == torch.tensor(slots, device=slot.device)  # [B, E]
             own = drawn[torch.arange(len(drawn), device=slot.device), at.int().argmax(1)]  # [B, W]
             ranks.add(depth, own, tokens[:, depth], seen & at.any(1) & (own[:, 0] >= 0))
+
+
+def checked(drafts: object, rows: int, k: int, vocab_size: int) -> torch.Tensor:
+    """What a proposer gave, int64 [rows, k]; ValueError for anything else."""
+    expected = f"integers {[rows, k]}, ids below {vocab_size}, -1 where there is no draft"
+    if not isinstance(drafts, torch.Tensor):
+        raise ValueError(f"draft: proposed {type(drafts).__name__}, expected a tensor of {expected}")
+    whole = not (drafts.is_floating_point() or drafts.is_complex() or drafts.dtype is torch.bool)
+    if drafts.shape != (rows, k) or not whole:
+        raise ValueError(f"draft: proposed {drafts.dtype} {list(drafts.shape)}, expected {expected}")
+    low, high = int(drafts.min()), int(drafts.max())
+    if low < -1 or high >= vocab_size:
+        raise ValueError(f"draft: proposed {low if low < -1 else high}, expected {expected}")
+    return drafts.to(torch.int64)
 
 
 @torch.no_grad()
@@ -139,6 +155,7 @@ def speculative_rounds(
     models: Sequence[Model], target: Target, prompt: Prompt, *, draft: int | Proposer, drafts: Drafts, method: str
 ) -> NewTokens:
     """`speculative` round by round, for a caller that takes the tokens as they come."""
+    _check(draft, len(models), drafts, method)
     out = Writer(prompt, target, drafts.depth + 1)
     text, readers = out.text, [reader_of(model, prompt) for model in models]
     if drafts.width > 1 and not all(reader.trees for reader in readers):
@@ -161,7 +178,7 @@ def speculative_rounds(
         writing, hits = ~text.ended, lengths  # hits: drafts accepted, [B]
         if path is not None:
             path = path[:, : len(tree.levels)].clamp(min=0)  # [B, K+1]
-            raw, scores = (x if x is None else taken(x, path) for x in (raw, scores))
+            raw, scores = (x if x is None else at_slots(x, path) for x in (raw, scores))
         if len(tree):
             # NaN at a draft reaches other slots through attention (0 * NaN), and their cached columns: a row is invalid
             # only if it is so without drafts, so a round without any follows
@@ -171,12 +188,14 @@ def speculative_rounds(
                 least = emitted.masked_fill(text.ended, len(tree.levels)).min()
                 valid, emitted = valid | (emitted > least), emitted.clamp(max=least)
             hits = torch.minimum(ver.num_emitted - ver.valid.long(), emitted)
-            drafted += lengths
-            accepted += torch.where(writing, hits, 0)
-        if round_.draws:
-            round_.count(drafts.ranks, tokens, path, hits, writing & (emitted > 0), method)
-        rounds += writing
         kept = out.write(tokens, emitted, valid, raw, scores, suspect)
+        taken = torch.tensor(kept, device=feed.device)  # [B], tokens that are in the text
+        rounds += writing
+        if len(tree):
+            drafted += lengths
+            accepted += torch.minimum(hits, taken)
+        if round_.draws:
+            round_.count(drafts.ranks, tokens, path, hits, taken, method)
         clock.stop(len(tree.levels) - 1, learn=round_.begun)
         if any(kept):
             yield tokens, kept
@@ -193,8 +212,8 @@ def speculative_rounds(
                 expected=drafts.expected,
             )
             return out.decoded(done)
-        newest = torch.tensor(kept, device=feed.device)[:, None]
-        feed = torch.where(newest > 0, tokens.gather(1, (newest - 1).clamp(min=0)).clamp(min=0), feed)
+        newest = tokens.gather(1, (taken[:, None] - 1).clamp(min=0)).clamp(min=0)
+        feed = torch.where(taken[:, None] > 0, newest, feed)
         own_path, own_kept = path if path is None else batch.of(path), [kept[b] for b in batch.held]
         for reader in readers if round_.begun else ():
             reader.accept(own_path, own_kept, [out.ended[b] for b in batch.held])
@@ -205,36 +224,45 @@ def speculative_rounds(
                 reader.take_rows(stay)
 
         # K this round; a row near its end takes fewer, for one token more is emitted than accepted
-        left = (prompt.max_new_tokens - 1 - text.length).clamp(min=0)  # [B]
+        remaining = (prompt.max_new_tokens - 1 - text.length).clamp(min=0)  # [B]
         most = max(prompt.max_new_tokens - 1 - n for n, e in zip(out.length, out.ended) if not e)
         most = min([most, *(room - 1 for reader in readers if (room := reader.room()) is not None)])
         failed = any(n == 0 and not e for n, e in zip(kept, out.ended))
-        tree = drafts.tree(0 if failed else most)
-        reach = [0 if e else min(len(tree.levels), prompt.max_new_tokens - n) for n, e in zip(out.length, out.ended)]
-        round_ = Round(tree, feed)
+        round_ = Round(drafts.tree(0 if failed else most), feed)
         own: torch.Tensor | None = None  # [B, N+1, V] of the drafting model
         if not isinstance(draft, int):
-            round_.take(draft, text, left, target.vocab_size or len(logits[0][0, 0]))
+            round_.take(draft, text, remaining, target.vocab_size or len(logits[0][0, 0]))
         else:
-            own = round_.draw(read[draft], target, text, left, method, drafts.width)
+            own = round_.draw(read[draft], target, text, remaining, method, drafts.width)
             if drafts.curious and method == "coupled":
                 round_.look(own, target, text, drafts.width)
+        tree = round_.tree
+        reach = [0 if e else min(len(tree.levels), prompt.max_new_tokens - n) for n, e in zip(out.length, out.ended)]
         ids, every = torch.cat([feed, round_.tokens.clamp(min=0)], 1), range(len(tree) + 1)
         logits = [
-            own if own is not None and j == draft else read[j](ids, tree, every, left) for j in range(len(models))
+            own if own is not None and j == draft else read[j](ids, tree, every, remaining) for j in range(len(models))
         ]
+
+
+def _check(draft: object, models: int, drafts: Drafts, method: str) -> None:
+    if not callable(draft) and (type(draft) is not int or not 0 <= draft < models):
+        raise ValueError(f"draft: got {draft!r}, allowed are 0 to {models - 1}, the models, or a function")
+    one_of("method", method, METHODS)
+    if drafts.width > 1 and (method != "coupled" or callable(draft)):
+        why = f"method={method!r}" if method != "coupled" else "drafts of no model"
+        raise ValueError(f"drafts: got a tree of width {drafts.width}, allowed is 1 with {why}")
 
 
 def pass_of(reader: Reader, clock: Clock, model: int, batch: Batch) -> Read:
     """`Reader.read` of all rows, timed."""
 
-    def read(ids: torch.Tensor, tree: Tree, slots: range, left: torch.Tensor) -> torch.Tensor:
+    def read(ids: torch.Tensor, tree: Tree, slots: range, remaining: torch.Tensor) -> torch.Tensor:
         with clock.a_pass(model, len(slots)):
-            return batch.back(reader.read(batch.of(ids), tree, slots, batch.of(left)))
+            return batch.back(reader.read(batch.of(ids), tree, slots, batch.of(remaining)))
 
     return read
 
 
-def taken(x: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
+def at_slots(x: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
     """Of slots [B, N+1, V] those of a path [B, P]: [B, P, V]."""
     return x.gather(1, path[:, :, None].expand(-1, -1, x.shape[2]))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 RECENT = 9  # passes of one size of which the median counts
+ENOUGH = 3  # of them, to be sure of it
 
 
 class Times:
@@ -27,11 +28,11 @@ class Times:
     def forget(self) -> None:
         """Sizes that were seen too few times to be sure of, but the smallest."""
         sizes = sorted(self.seen)
-        self.seen = {n: self.seen[n] for n in sizes if n == sizes[0] or len(self.seen[n]) >= 3}
+        self.seen = {n: self.seen[n] for n in sizes if n == sizes[0] or len(self.seen[n]) >= ENOUGH}
 
     def at(self, size: int) -> float:
-        """Seconds at ``size``: between two sizes that were seen on the line through them, beyond the largest on that
-        through the last two, for what passes take grows faster the larger they are. Something must have been seen."""
+        """Seconds at ``size``, of some that were seen: on the line through its neighbours, beyond the largest on that
+        through the last two. Passes take longer by ever more, so that the line is the least that may be expected."""
         sizes = sorted(self.seen)
         medians: list[float] = []
         for n in sizes:  # a larger pass does not take less
@@ -58,7 +59,7 @@ class Clock:
         """A new text, on ``device``."""
         self.device = device
         self.totals = [0.0] * (len(self.of_model) + 1)  # seconds of this text in each model, and outside
-        self.without: list[float] = []  # of its rounds without drafts
+        self.plain_rounds: list[float] = []  # seconds of its rounds without drafts
         self.waiting: list[tuple[int, int, Any, Any]] = []
         self.start()
 
@@ -97,15 +98,16 @@ class Clock:
             self.outside.add(depth, outside)
             self.totals[-1] += outside
             if not depth:
-                self.without.append(self._between(self.started, stopped))
+                self.plain_rounds.append(self._between(self.started, stopped))
         self.waiting = []
 
     def plain(self) -> float | None:
-        """Seconds of a round without drafts, of this text or of those before; None where there was none."""
-        if len(self.without) > RECENT:
-            return statistics.fmean(self.without)
-        alone = [t.at(1) for t in self.of_model if 1 in t.seen]
-        return sum(alone) + self.outside.at(0) if len(alone) == len(self.of_model) and 0 in self.outside.seen else None
+        """Seconds of a round without drafts, of this text or of those before; None where there were too few."""
+        if len(self.plain_rounds) > RECENT:
+            return statistics.fmean(self.plain_rounds)
+        if len(self.outside.seen.get(0, ())) < ENOUGH or not all(1 in t.seen for t in self.of_model):
+            return None
+        return sum(t.at(1) for t in self.of_model) + self.outside.at(0)
 
     def forget(self) -> None:
         """What was seen too few times to be sure of."""

@@ -46,7 +46,7 @@ class Tree:
     @cached_property
     def levels(self) -> tuple[range, ...]:
         """The slots of each depth."""
-        starts = [self.depths.index(d) for d in range(self.depths[-1] + 1)]
+        starts = [i for i, depth in enumerate(self.depths) if i == 0 or depth > self.depths[i - 1]]
         return tuple(range(a, b) for a, b in zip(starts, [*starts[1:], len(self) + 1]))
 
     @cached_property

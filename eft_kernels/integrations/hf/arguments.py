@@ -21,13 +21,13 @@ from ...arguments import scalar_or_rows
 from ...checks import from_host, index
 from ...combination import MODE_OF, MODES, AnyWeights, Weights
 from ...decoding import Auto, Drafts, Value
+from ...decoding.drafts import MAX_DRAFTS
 from ...decoding.trees import size
 from ...ops import PerRow, row_seeds
-from ...parameters import MAX_MODELS, MAX_RUNNERS_UP, MAX_SLOT
+from ...parameters import MAX_MODELS, MAX_RUNNERS_UP
 from .frames import Call
 from .models import CACHE_NAMES, GenerativeModel, Off, device_of, layers_of, logits_width, unwrapped
 
-MAX_DRAFTS = 1024  # of a tree, a round
 AUTO_WIDTH = 4  # of the trees of draft_tokens="auto"
 Models = list[nn.Module] | tuple[nn.Module, ...]  # of transformers, or a PeftModel over one
 # the prompt of one model: ids [n, columns], or a dict with an attention_mask, too; None: the prompt of all
@@ -131,7 +131,7 @@ def seeds_of(seed: PerRow, rows: int, device: torch.device, greedy: bool) -> tor
 def drafts_of(draft_tokens: object, draft_width: object, draft_budget: object, verify: str) -> Drafts:
     """The drafts of each round; of none where draft_tokens is 0."""
     auto = draft_tokens == "auto"
-    depth = 0 if auto else index("draft_tokens", draft_tokens, 0, MAX_SLOT, 'an integer >= 0 or "auto"')
+    depth = 0 if auto else index("draft_tokens", draft_tokens, 0, MAX_DRAFTS, f'0 to {MAX_DRAFTS} or "auto"')
     trees = verify == "coupled" and (auto or depth > 0)
     given = (AUTO_WIDTH if auto and trees else 1) if draft_width is None else draft_width
     width = index("draft_width", given, 1, MAX_RUNNERS_UP + 1, f"1 to {MAX_RUNNERS_UP + 1}")
@@ -139,15 +139,18 @@ def drafts_of(draft_tokens: object, draft_width: object, draft_budget: object, v
     refuse_unless("draft_width", width, width == 1 or trees, f"1 with verify={verify!r}")
     budget: int | None = None
     if draft_budget is not None:
-        refuse_unless("draft_budget", draft_budget, auto or width > 1, 'None without "auto" or draft_width')
-        allowed = f"{max(depth, 1)} to {MAX_DRAFTS}, and not below draft_tokens"
+        if not auto and width == 1:
+            raise ValueError(
+                f"draft_budget: got {draft_budget!r}; goes with draft_width above 1 or draft_tokens='auto'"
+            )
+        allowed = f"{max(depth, 1)} to {MAX_DRAFTS}" + ("" if auto else ", draft_tokens or more")
         budget = index("draft_budget", draft_budget, max(depth, 1), MAX_DRAFTS, allowed)
     if auto:
         return Auto(width=width, **({} if budget is None else {"budget": budget}))
     if budget is None and width > 1 and size(depth, width, MAX_DRAFTS) > MAX_DRAFTS:
         raise ValueError(
-            f"draft_width: got {width} with draft_tokens={depth}, more drafts a round than {MAX_DRAFTS}, which are "
-            "allowed; give draft_budget"
+            f"draft_width: got {width} with draft_tokens={depth}, more drafts a round than the allowed {MAX_DRAFTS}; "
+            "give draft_budget"
         )
     return Drafts(depth, width, budget)
 

@@ -176,16 +176,16 @@ def generate(
         Default: "interpolate" for two tuned models, else "upscale".
       beta, alpha (default 1), lam (default 0.5): the mode's own strength; another mode's is refused.
       The sampling parameters as in `eft_kernels.sample`. Those that are options of transformers, too, mean the same
-        there; a temperature of 0 is greedy, and with do_sample=True one that is not given is the generation config's
-        (top_k=50 by default).
-      draft_tokens: K, drafted after each other in a round; 0 decodes one token a step. "auto": as many, in such a tree,
-        as most tokens a second are expected of by measured times and acceptance, and none where a model or processor
+        there: without do_sample=True decoding is greedy, and so is a temperature of 0; with it, one that is not given
+        is the generation config's (top_k=50 by default).
+      draft_tokens: K, drafted after each other in a round; 0 decodes one token a step. "auto": the number and tree that
+        should give the most tokens a second, by measured times and acceptance, and none where a model or processor
         cannot take drafts back. The tokens of "coupled" stay the same.
       draft_width: of a tree of drafts, K levels deep, how many children a node has: the winner of the drafting model's
         draw and the next runners-up. 1 (the default but for "auto") is a chain. With verify="coupled" and models that
         take a 4D mask alone.
-      draft_budget: the most drafts a round, K or more: of the tree those that are likeliest to be accepted, by what was
-        accepted so far.
+      draft_budget: the most drafts a round, K or more (so that a chain of K fits): of the tree those that are likeliest
+        to be accepted, by what was accepted so far.
       verify: "coupled": the tokens of plain decoding where the logits are equal: float32 (a pass over K + 1 tokens
         rounds bfloat16 in another order than one over 1); "token", "block": the same distribution, more accepted, for
         draft_tokens > 0 alone.

@@ -482,6 +482,7 @@ def check_trees(models: Sequence[CausalLM], width: int) -> None:
             )
 
 
+REMEMBERED = 16  # for each base: other models, settings and batch sizes, the newest
 _remembered: weakref.WeakKeyDictionary[nn.Module, dict[Any, Auto]] = weakref.WeakKeyDictionary()
 
 
@@ -497,6 +498,8 @@ def remembered(models: Sequence[CausalLM], drafts: Drafts, *of: object) -> Itera
     found = held.pop(key, drafts)  # of one text at a time
     yield found
     held[key] = found
+    while len(held) > REMEMBERED:
+        held.pop(next(iter(held)))
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------
