@@ -413,6 +413,9 @@ def test_what_is_refused(llamas):
             run(llamas, **options)
     with pytest.raises(ValueError, match="draft_width: model .BloomForCausalLM. takes no tree of drafts"):
         run(bloom, draft_tokens=2, draft_width=2)
+    with pytest.raises(ValueError, match="draft_width: model .BloomForCausalLM. takes no tree of drafts"):
+        run(bloom, draft_tokens="auto", draft_width=2)
+    assert torch.equal(run(bloom, draft_tokens="auto", **SAMPLED), run(bloom, **SAMPLED))
     for drafts, message in [
         ([[1, 1]] * 4, "draft: proposed list, expected a tensor of integers"),
         (torch.zeros(4, 2), "draft: proposed torch.float32"),

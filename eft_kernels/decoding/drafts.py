@@ -72,7 +72,7 @@ class Drafts:
         self.budget = min(most, size(depth, width, most))
         self.clock = Clock(0)
         self.expected: float | None = None  # how many times as fast as without drafts the newest shape should be
-        self.curious = False  # draw even where no drafts follow, to count how often they would be accepted
+        self.probing = False  # draw even where no drafts follow, to count how often they would be accepted
 
     def begin(self, models: int, draft: int | None, rows_in_step: int, device: torch.device) -> None:
         """A new text, of J models, of which that of index ``draft`` drafts (None: no model does).
@@ -137,7 +137,7 @@ class Auto(Drafts):
             self.next = self.rounds + max(1, self.rounds // 4)
         shape = chain(0) if plain else self.shape.cut(depth)
         # without drafts a draw, now and then, tells how many would be accepted
-        self.curious = len(shape) == 0 and (self.rounds < 8 or self.rounds % 8 == 0)
+        self.probing = len(shape) == 0 and (self.rounds < 8 or self.rounds % 8 == 0)
         return shape
 
     def _fastest(self) -> Tree:

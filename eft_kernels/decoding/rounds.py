@@ -85,7 +85,7 @@ class Round:
             self.tokens = torch.cat([self.tokens, level], 1)
         return torch.cat(steps, 1)
 
-    def look(self, logits: torch.Tensor, target: Target, text: Text, width: int) -> None:
+    def probe(self, logits: torch.Tensor, target: Target, text: Text, width: int) -> None:
         """Without drafts: draws from the drafting model's logits [B, 1, V] only to count them."""
         self._drawn(logits, [0], target, text, "coupled", width)
 
@@ -234,8 +234,8 @@ def speculative_rounds(
             round_.take(draft, text, remaining, target.vocab_size or len(logits[0][0, 0]))
         else:
             own = round_.draw(read[draft], target, text, remaining, method, drafts.width)
-            if drafts.curious and method == "coupled":
-                round_.look(own, target, text, drafts.width)
+            if drafts.probing and method == "coupled":
+                round_.probe(own, target, text, drafts.width)
         tree = round_.tree
         reach = [0 if e else min(len(tree.levels), prompt.max_new_tokens - n) for n, e in zip(out.length, out.ended)]
         ids, every = torch.cat([feed, round_.tokens.clamp(min=0)], 1), range(len(tree) + 1)

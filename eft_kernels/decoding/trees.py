@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
 
 import torch
@@ -49,16 +49,6 @@ class Tree:
         starts = [i for i, depth in enumerate(self.depths) if i == 0 or depth > self.depths[i - 1]]
         return tuple(range(a, b) for a, b in zip(starts, [*starts[1:], len(self) + 1]))
 
-    @cached_property
-    def width(self) -> int:
-        """The most children of a slot."""
-        return max(self.ranks) + 1 if self.parents else 0
-
-    @cached_property
-    def inner(self) -> frozenset[int]:
-        """The slots that have children."""
-        return frozenset(self.parents)
-
     @property
     def is_chain(self) -> bool:
         return len(self.levels) == len(self) + 1
@@ -92,7 +82,7 @@ class Tree:
         return self if depth >= len(self.levels) - 1 else Tree(self.parents[: self.levels[depth].stop - 1])
 
 
-@cache
+@lru_cache(64)
 def chain(length: int) -> Tree:
     return Tree(tuple(range(length)))
 
@@ -132,11 +122,3 @@ def best(depth: int, width: int, budget: int, chances: Sequence[Sequence[float]]
     chosen.sort(key=lambda node: (len(node), node))
     slot = {(): 0, **{node: i + 1 for i, node in enumerate(chosen)}}
     return Tree(tuple(slot[node[:-1]] for node in chosen))
-
-
-def expected(tree: Tree, chances: Sequence[Sequence[float]]) -> float:
-    """Accepted drafts a round by these chances."""
-    likely = [1.0]
-    for parent, rank in zip(tree.parents, tree.ranks[1:]):
-        likely.append(likely[parent] * chances[tree.depths[parent]][rank])
-    return sum(likely[1:])

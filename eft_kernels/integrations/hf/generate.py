@@ -328,7 +328,6 @@ def generate(
         for m, name, context in zip(terms, names, contexts) if speculate else ():
             causal.append(CausalLM(m, name, rollback=True, context=context, longest=longest, chunk=chunk))
         check_boundaries(causal, rows, longest)
-        check_trees(causal, shape.width if draft_width is not None else 1)
     except ValueError:
         if not auto:
             raise
@@ -338,8 +337,9 @@ def generate(
             CausalLM(m, name, rollback=False, context=c, longest=longest, chunk=chunk)
             for m, name, c in zip(terms, names, contexts)
         ]
-    elif any(m.no_trees for m in causal):
+    elif auto and draft_width is None and any(m.no_trees for m in causal):
         shape.width = 1
+    check_trees(causal, shape.width if speculate else 1)
     shared = input_ids.shape[1] - int(left.min())
     decoders: list[Model] = [
         m if p is None else OwnPrompt(m, shared, *p, max_new_tokens=max_new_tokens) for m, p in zip(causal, own)

@@ -272,21 +272,19 @@ class CausalLM:
         """What the model's forward takes for the columns from ``past`` on."""
         columns = self.ids.shape[1]
         known = dict(attention_mask=attention_mask, position_ids=self.positions, logits_to_keep=keep)
-        return self._prepared(self.ids, columns - past if past else None, **known)
+        return self._prepared(self.ids, past, columns - past, **known)
 
-    def _prepared(self, ids: torch.Tensor, new: int | None, **known: Any) -> dict[str, Any]:
-        """What the model makes of ids of which the last ``new`` were not read yet (None: it has read nothing)."""
+    def _prepared(self, ids: torch.Tensor, past: int, new: int, **known: Any) -> dict[str, Any]:
+        """What the model makes of ids of which the last ``new`` were not read yet, after ``past`` columns."""
         options = {k: v for k, v in known.items() if k in self.takes}
         if known["position_ids"] is None:
             options.pop("position_ids", None)
         if CACHE_POSITION:
-            options["cache_position"] = torch.arange(
-                ids.shape[1] - (new or ids.shape[1]), ids.shape[1], device=ids.device
-            )
+            options["cache_position"] = torch.arange(past, past + new, device=ids.device)
         else:
-            options["next_sequence_length"] = new
+            options["next_sequence_length"] = new if past else None
         inputs = self.model.prepare_inputs_for_generation(
-            ids, is_first_iteration=new is None, use_cache=True, **options, **self.state
+            ids, is_first_iteration=past == 0, use_cache=True, **options, **self.state
         )
         if "logits_to_keep" in inputs and "logits_to_keep" in known:
             inputs["logits_to_keep"] = known["logits_to_keep"]  # some put their config's number there
@@ -344,8 +342,10 @@ class CausalLM:
             assert self.positions is not None
             left = self.ids.shape[1] - 1 - self.positions[:, -1]
             self.texts = Texts(self._layers(), self.place, left, self.masks, self.mask_type)
+        past = max(self.texts.ends) + self.texts.pending
         positions, mask = self.texts.nodes(depth.to(self.device), sees)
-        inputs = self._prepared(ids, ids.shape[1], attention_mask=mask, position_ids=positions, logits_to_keep=keep)
+        known = dict(attention_mask=mask, position_ids=positions, logits_to_keep=keep)
+        inputs = self._prepared(ids, past, ids.shape[1], **known)
         return self._forward(inputs, keep).to(home)
 
     def accept(self, path: torch.Tensor | None, kept: list[int]) -> None:

@@ -34,7 +34,11 @@ PADDED = {"mamba2_chunk_scan"}  # on a CPU: a scan over hundreds of tokens, howe
 LAST = ("out_proj", "o_proj")  # the projection whose output a mixer gives back
 
 
-class StatesAndText(Linear or object, TextLayer):  # type: ignore[misc]
+class _NoStates:
+    """What `StatesAndText` is made of where there is no layer of states."""
+
+
+class StatesAndText(Linear or _NoStates, TextLayer):  # type: ignore[misc]
     """States beside keys and values."""
 
     is_compileable = False  # keys and values grow

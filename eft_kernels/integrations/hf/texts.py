@@ -1,6 +1,6 @@
 """Keys and values of texts that never move: a pass writes its own columns and copies nothing else.
 
-Row b's text lies in columns ``start[b]`` to ``end[b] - 1`` of every layer, its nodes (`eft_kernels.decoding.NodeModel`)
+Row b's text lies in columns ``left[b]`` to ``end[b] - 1`` of every layer, its nodes (`eft_kernels.decoding.NodeModel`)
 after it. Rows end in different columns, so what a node may attend to is given to the model as a 4D mask.
 """
 
@@ -75,8 +75,11 @@ class TextLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.width
 
+    def reset(self) -> None:
+        self.buffers, self.width, self.is_initialized = [], 0, False
+
     def crop(self, tokens_to_remove: int) -> None:
-        self.width -= abs(tokens_to_remove)
+        self.width -= abs(tokens_to_remove)  # transformers gives it as a negative number
 
     def realign(self, columns: torch.Tensor) -> None:
         """Row b's column s becomes what its column columns[b, s] is; int64 [B, S]."""
@@ -86,20 +89,22 @@ class TextLayer(DynamicLayer):
 
     def move(self, columns: torch.Tensor, to: torch.Tensor) -> None:
         """Row b's column to[b, i] becomes what its column columns[b, i] is; int64 [B, n] each."""
-        rows = torch.arange(len(columns), device=columns.device)[:, None]
         for buffer in self.buffers:
-            write(buffer, to, buffer.transpose(1, 2)[rows, columns].transpose(1, 2))
+            write(buffer, to, take_columns(buffer, columns))
 
     def clean(self, ends: torch.Tensor) -> None:
         """Zeros from column ends[b] on."""
         for buffer in self.buffers:
-            after = torch.arange(buffer.shape[2], device=ends.device) >= ends[:, None]  # [B, columns]
+            after = (
+                torch.arange(buffer.shape[2], device=buffer.device) >= ends.to(buffer.device)[:, None]
+            )  # [B, columns]
             buffer.masked_fill_(after[:, None, :, None], 0)
 
 
 def write(buffer: torch.Tensor, columns: torch.Tensor, new: torch.Tensor) -> None:
-    """Puts new [B, heads, n, dim] into the columns [B, n] of a buffer [B, heads, columns, dim]."""
-    rows = torch.arange(len(columns), device=columns.device)[:, None]
+    """Puts new [B, heads, n, dim] into the columns [B, n] of a buffer [B, heads, columns, dim], on whatever device."""
+    columns = columns.to(buffer.device)
+    rows = torch.arange(len(columns), device=buffer.device)[:, None]
     buffer.transpose(1, 2)[rows, columns] = new.transpose(1, 2)
 
 

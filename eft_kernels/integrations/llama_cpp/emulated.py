@@ -23,6 +23,7 @@ from ...decoding import (
     plain_steps,
     speculative_rounds,
 )
+from ...decoding.drafts import MAX_DRAFTS
 from ...ops import row_seeds, sample
 from ...parameters import DRAFTED, METHODS, NAMES
 from ...token_bias import penalties
@@ -313,8 +314,8 @@ class EmulatedModel:
         )
 
     def _check_speculation(self, draft_tokens: int, verify: str) -> None:
-        if type(draft_tokens) is not int or draft_tokens < 0:
-            raise ValueError(f"draft_tokens: got {draft_tokens!r}, allowed is an integer >= 0")
+        if type(draft_tokens) is not int or not 0 <= draft_tokens <= MAX_DRAFTS:
+            raise ValueError(f"draft_tokens: got {draft_tokens!r}, allowed is 0 to {MAX_DRAFTS}")
         if verify not in METHODS:
             raise ValueError(f"verify: got {verify!r}, allowed are {', '.join(METHODS)}")
         if verify != "coupled" and not draft_tokens:
